@@ -1,0 +1,45 @@
+"""Packaging. src/training and src/eval install as rwkv_clip.training and rwkv_clip.eval."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+setup(
+    name="rwkv_clip",
+    version="0.1.0",
+    description="Contrastive image-text training with RWKV-6 towers",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={
+        "rwkv_clip": "src/rwkv_clip",
+        "rwkv_clip.training": "src/training",
+        "rwkv_clip.eval": "src/eval",
+    },
+    packages=[
+        "rwkv_clip",
+        "rwkv_clip.ops",
+        "rwkv_clip.towers",
+        "rwkv_clip.training",
+        "rwkv_clip.eval",
+    ],
+    package_data={"rwkv_clip": ["configs/*/*.json"]},
+    install_requires=requirements(),
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=1.51"],
+        "dali-cuda12": ["nvidia-dali-cuda120>=1.43"],
+        "parquet": ["pyarrow>=15"],
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
+        "dev": ["pytest>=8", "ruff>=0.9", "pyarrow>=15", "tensorboard"],
+    },
+)

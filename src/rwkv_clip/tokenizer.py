@@ -1,0 +1,44 @@
+"""Text -> token ids. The byte-pair tokenizer of CLIP comes from open_clip; a tokenizer here is a callable with a name."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+CLIP_BPE = "clip-bpe"
+
+
+class Tokenizer:
+    """Callable: str or list of str -> int64 tensor (n, context), SOT and EOT included, zero padded.
+
+    A text longer than the context is cut and keeps EOT as its last token (open_clip's rule).
+    """
+
+    def __init__(self, name: str, encode, vocab_size: int, context: int):
+        self.name, self.vocab_size, self.context = name, vocab_size, context
+        self._encode = encode
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        context = context_length or self.context
+        if not texts:
+            return torch.zeros(0, context, dtype=torch.int64)
+        return self._encode(texts, context)
+
+
+@lru_cache(maxsize=1)
+def _clip_bpe():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
+    """Build the tokenizer called `name` for sequences of `context` tokens. ValueError for an unknown name."""
+    if context < 2:
+        raise ValueError(f"context: {context} leaves no room for start and end of text; use at least 2")
+    if name != CLIP_BPE:
+        raise ValueError(f"tokenizer: {name!r} is not known; known: {CLIP_BPE!r}")
+    bpe = _clip_bpe()
+    return Tokenizer(name, lambda texts, length: bpe(texts, context_length=length), bpe.vocab_size, context)
