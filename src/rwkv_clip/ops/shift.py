@@ -1,0 +1,36 @@
+"""Token shift: parts of every head look at a neighbouring token instead of their own.
+
+On a text line the first half of a head's channels comes from the token before, the second half from the token after. On
+an image grid the four quarters come from the left, right, upper and lower neighbour. Outside the grid there is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# One entry per part of a head: padding in F.pad's order (last dimension first; the channels themselves stay).
+_TEXT = ((0, 0, 1, -1), (0, 0, -1, 1))
+_IMAGE = ((0, 0, 1, -1), (0, 0, -1, 1), (0, 0, 0, 0, 1, -1), (0, 0, 0, 0, -1, 1))
+
+
+def shift_tokens(x: Tensor, heads: int, grid: tuple[int, ...]) -> Tensor:
+    """x: (B, T, C) with C = heads * N -> the same shape, every part of a head taken from its neighbour.
+
+    grid (T',): text, N even. grid (h, w): image in row-major order, N a multiple of 4. Tokens behind the grid's
+    (a class token) are kept as they are.
+    """
+    b, t, c = x.shape
+    paddings = _TEXT if len(grid) == 1 else _IMAGE
+    count = 1
+    for side in grid:
+        count *= side
+    # (B, *grid, heads, parts, N / parts): unbind and stack cost one pass each, forward and backward, and a negative
+    # padding crops, so that one F.pad is the whole shift of a part.
+    cells = x[:, :count].view(b, *grid, heads, len(paddings), c // heads // len(paddings))
+    shifted = [
+        F.pad(part.flatten(-2), padding).view(part.shape) for part, padding in zip(cells.unbind(-2), paddings)
+    ]
+    out = torch.stack(shifted, -2).view(b, count, c)
+    return out if count == t else torch.cat([out, x[:, count:]], 1)
