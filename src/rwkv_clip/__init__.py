@@ -1,0 +1,22 @@
+"""RWKV-CLIP: contrastive image-text training with RWKV-6 towers."""
+
+from .model import (
+    RWKVCLIP,
+    create_model,
+    create_model_and_transforms,
+    get_tokenizer,
+    list_models,
+    load_checkpoint,
+    load_for_inference,
+)
+
+__all__ = [
+    "RWKVCLIP",
+    "create_model",
+    "create_model_and_transforms",
+    "get_tokenizer",
+    "list_models",
+    "load_checkpoint",
+    "load_for_inference",
+]
+__version__ = "0.1.0"

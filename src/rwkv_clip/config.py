@@ -1,0 +1,300 @@
+"""Settings: typed, checked before any work, the same in JSON presets, on the command line and in checkpoints.
+
+`parse` turns a dict into one of the dataclasses below and reports every mistake at once: unknown key (with the nearest
+valid name), wrong type, value out of range. Presets are data: `configs/models/*.json` describe towers,
+`configs/recipes/*.json` describe training runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+CONFIGS = Path(__file__).parent / "configs"
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that the user has to change; the message lists every problem found."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def ranged(default: Any = dataclasses.MISSING, **limits: float) -> Any:
+    """A dataclass field with limits: minimum, above (exclusive), maximum, below (exclusive)."""
+    return field(default=default, metadata={"limits": limits})
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """RWKV image tower. Head size is width / heads and a multiple of 4 (four shift directions)."""
+
+    image_size: tuple[int, int] = (224, 224)  # height, width in pixels
+    patch: int = ranged(32, minimum=1)
+    width: int = ranged(640, minimum=4)
+    depth: int = ranged(12, minimum=1)
+    heads: int = ranged(8, minimum=1)
+    ffn_width: int = ranged(3200, minimum=1)
+    norm_eps: float = ranged(1e-5, above=0)  # of the group norm behind WKV
+    drop_path: float = ranged(0.0, minimum=0, below=1)
+    class_token: bool = False
+
+    def problems(self) -> list[str]:
+        if self.width % (4 * self.heads):
+            return [f"image.heads: {self.heads} heads of width {self.width} give no head size that is a multiple of 4"]
+        return [f"image.image_size: {side} is not positive" for side in self.image_size if side < 1]
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """RWKV text tower. Head size is even (two shift directions)."""
+
+    context: int = ranged(77, minimum=2)
+    vocab: int = ranged(49408, minimum=1)
+    width: int = ranged(640, minimum=2)
+    depth: int = ranged(6, minimum=1)
+    heads: int = ranged(10, minimum=1)
+    ffn_width: int = ranged(2240, minimum=1)
+    norm_eps: float = ranged(64e-5, above=0)  # of the group norm behind WKV: 1e-5 * 8^2 as released
+    # Released `text_initialization`: RWKV's own initial values; false leaves the library's defaults.
+    rwkv_init: bool = True
+
+    def problems(self) -> list[str]:
+        if self.width % (2 * self.heads):
+            return [f"text.heads: {self.heads} heads of width {self.width} give no even head size"]
+        return []
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Two RWKV towers of one width."""
+
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
+    tokenizer: str = "clip-bpe"
+
+    def problems(self) -> list[str]:
+        if self.image.width != self.text.width:
+            return [f"text.width: {self.text.width} differs from image.width {self.image.width}; features must match"]
+        return []
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. Names are open_clip's where open_clip has the setting."""
+
+    model: str = "RWKV-CLIP-B-32"
+    """Preset name, path of a model JSON, or an open_clip model name."""
+    pretrained: str | None = None
+    """Weights to start from: checkpoint folder, .safetensors or released .pt; an open_clip tag for its models."""
+    train_data: str | None = None
+    """Records: prefix, .rec file, folder, glob or comma-separated list."""
+    val_data: str | None = None
+    """Retrieval set for in-run validation: JSONL, JSON or records."""
+    val_split: str | None = None
+    """Take only entries of --val-data with this split."""
+    val_prefix: str = ""
+    """Put before every caption in validation."""
+    logs: str = "logs"
+    """Folder of run folders."""
+    name: str | None = None
+    """Run folder name; default: model and time."""
+    resume: str | None = None
+    """`latest` (go on in the run folder, start if there is nothing yet) or a checkpoint folder."""
+
+    seed: int = ranged(0, minimum=0)
+    epochs: int = ranged(32, minimum=1)
+    """Passes over the records."""
+    max_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """End (and end the schedule) after this many steps instead of --epochs."""
+    batch_size: int = ranged(512, minimum=1)
+    """Pairs per rank and step; all ranks' pairs are negatives of each other."""
+    precision: Precision = "bf16"
+    """Autocast dtype; weights, optimizer and loss stay float32. fp16 brings a gradient scaler."""
+    device: str | None = None
+    """cpu, cuda or mps; default: the best present."""
+    torchcompile: bool = False
+    """Compile the towers with torch.compile."""
+    grad_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+
+    objective: Literal["infonce"] = "infonce"
+    views: Literal["one", "first"] = "one"
+    """Texts per image and step: one drawn at random (seeded by sample), or always the first."""
+    drop_path: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
+    """Stochastic depth of the image tower; default: the model preset's."""
+
+    lr: float = ranged(1e-3, above=0)
+    wd: float = ranged(0.2, minimum=0)
+    decay: Literal["all", "matrices"] = "matrices"
+    """Weight decay on every parameter (as released) or only on tensors of two or more dimensions."""
+    beta1: float = ranged(0.9, minimum=0, below=1)
+    beta2: float = ranged(0.98, minimum=0, below=1)
+    eps: float = ranged(1e-8, above=0)
+    schedule: Literal["onecycle", "cosine", "constant"] = "cosine"
+    """One-cycle: lr/25 up to lr, down to lr/25/1e4, both cosine. Cosine: linear warm-up, then down to 0."""
+    cycle_beta1: bool = False
+    """One-cycle only: move beta1 0.95 -> 0.85 -> 0.95 against the learning rate, as the released recipe does."""
+    warmup: float = ranged(0.1, minimum=0, below=1)
+    """Share of all steps spent warming up."""
+    grad_clip_norm: float | None = field(default=1.0, metadata={"limits": {"above": 0}})
+
+    workers: int = ranged(4, minimum=0)
+    """Decoding processes (torch) or threads (DALI) per rank; 0 decodes in the training process."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """auto: DALI where it is installed and a GPU is present, else torch."""
+    crop_area: tuple[float, float] = (0.7, 1.0)
+    """Share of the picture that a random crop keeps."""
+    crop_aspect: tuple[float, float] = (0.8, 1.25)
+    """Width / height of a random crop, relative to the picture's pixels."""
+    flip: float = ranged(0.5, minimum=0, maximum=1)
+    """Probability of a mirrored picture."""
+
+    log_every_n_steps: int = ranged(10, minimum=1)
+    val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Steps between validations; default: only at the end."""
+    save_every_n_steps: int = ranged(1000, minimum=1)
+    keep_checkpoints: int = ranged(2, minimum=2)
+    """Newest checkpoints kept; at least 2, so that a good one exists while the next is written."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.cycle_beta1 and self.schedule != "onecycle":
+            found.append(f"cycle_beta1: needs schedule onecycle, not {self.schedule}")
+        for name in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_area" and high > 1):
+                found.append(f"{name}: ({low}, {high}) is not an increasing range of positive numbers up to 1 (area)")
+        return found
+
+
+def parse(cls: type[T], data: dict[str, Any], base: T | None = None, where: str = "") -> T:
+    """dict -> cls; missing keys come from `base` or the defaults. ConfigError lists every problem at once."""
+    problems: list[str] = []
+    value = _parse(cls, data, base, where, problems)
+    if not problems:
+        problems = check(value, where)
+    if problems:
+        raise ConfigError(problems)
+    return value
+
+
+def check(value: Any, where: str = "") -> list[str]:
+    """Problems of a settings object: limits first, then what fields must be together."""
+    found: list[str] = []
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if dataclasses.is_dataclass(item):
+            found += check(item, f"{where}{f.name}.")
+        elif item is not None:
+            found += _beyond_limits(f"{where}{f.name}", item, f.metadata.get("limits", {}))
+    return found or value.problems()
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Settings as plain JSON data."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def _parse(cls: type, data: Any, base: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(data, dict):
+        problems.append(f"{where.rstrip('.') or cls.__name__}: expected a table of settings, got {data!r}")
+        return None
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {name: getattr(base, name) for name in names} if base is not None else {}
+    for key, item in data.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(names)}"
+            problems.append(f"{where}{key}: unknown setting; {hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _parse(hints[key], item, values.get(key), f"{where}{key}.", problems)
+        else:
+            values[key] = _convert(hints[key], item, f"{where}{key}", problems)
+    return cls(**values) if not problems else None
+
+
+def _convert(hint: Any, item: Any, where: str, problems: list[str]) -> Any:
+    """Accept only what the type says; an int where a float is asked, a list where a tuple is asked."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if item is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), item, where, problems)
+    if origin is Literal:
+        if item in args:
+            return item
+        problems.append(f"{where}: {item!r} is not one of {', '.join(map(repr, args))}")
+    elif origin is tuple:
+        size = None if args[-1] is Ellipsis else len(args)
+        if isinstance(item, (list, tuple)) and size in (None, len(item)):
+            return tuple(_convert(args[0], x, where, problems) for x in item)
+        problems.append(f"{where}: {item!r} is not a list{f' of {size} values' if size else ''}")
+    elif hint is float and isinstance(item, (int, float)) and not isinstance(item, bool):
+        return float(item)
+    elif isinstance(item, hint) and (hint is bool or not isinstance(item, bool)):
+        return item
+    else:
+        problems.append(f"{where}: {item!r} is not of type {hint.__name__}")
+    return None
+
+
+def _beyond_limits(where: str, item: Any, limits: dict[str, float]) -> list[str]:
+    if isinstance(item, float) and not math.isfinite(item):
+        return [f"{where}: {item} is not a finite number"]
+    tests = {
+        "minimum": (lambda a, b: a >= b, "at least"),
+        "above": (lambda a, b: a > b, "more than"),
+        "maximum": (lambda a, b: a <= b, "at most"),
+        "below": (lambda a, b: a < b, "less than"),
+    }
+    return [
+        f"{where}: {item} must be {tests[kind][1]} {bound}"
+        for kind, bound in limits.items()
+        if not tests[kind][0](item, bound)
+    ]
+
+
+# ---- presets -------------------------------------------------------------------------------------------------------
+
+
+def list_presets(kind: str) -> list[str]:
+    """Names of the shipped presets of a kind: `models` or `recipes`."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.json"))
+
+
+def load_json(path: str | Path) -> Any:
+    """Read JSON; ConfigError names the file when it is absent or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is not valid JSON ({error})"]) from None
+
+
+def load_settings(recipe: str | None) -> Settings:
+    """Settings of a recipe: a shipped name or the path of a JSON file; None gives the defaults."""
+    if recipe is None:
+        return Settings()
+    path = CONFIGS / "recipes" / f"{recipe}.json"
+    if not path.exists():
+        path = Path(recipe)
+        if path.suffix != ".json":
+            near = difflib.get_close_matches(recipe, list_presets("recipes"), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(list_presets('recipes'))}"
+            raise ConfigError([f"preset: {recipe!r} is neither a shipped recipe nor a .json file; {hint}"])
+    return parse(Settings, load_json(path))

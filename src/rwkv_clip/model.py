@@ -1,0 +1,271 @@
+"""Two towers and a temperature, and how models are made: by name, JSON, dict or from a checkpoint.
+
+The surface is open_clip's: create_model_and_transforms, get_tokenizer, encode_image, encode_text, list_models. A name
+that is not ours goes to open_clip, so any of its models trains and evaluates here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import find_checkpoint, read_description, read_weights
+from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
+from .convert import convert_config, is_released_config, strip_prefixes
+from .tokenizer import Tokenizer, make_tokenizer
+from .towers import ImageTower, TextTower
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ModelSpec = ModelConfig | dict[str, Any]  # ours, or {"open_clip": name} / {"open_clip": {embed_dim, ..}}
+
+
+class RWKVCLIP(nn.Module):
+    """Image and text tower of one width; features are compared by cosine times exp(logit_scale)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.text_model = TextTower(config.text)
+        self.image_model = ImageTower(config.image)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, h, w) normalised pixels -> (B, width)."""
+        features = self.image_model(image.to(self.image_model.patch_embed.projection.weight.dtype))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """(B, T) int64 token ids -> (B, width)."""
+        features = self.text_model(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised image features, normalised text features, exp(logit_scale)."""
+        return self.encode_image(image, True), self.encode_text(text, True), self.logit_scale.exp()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass while training."""
+        self.image_model.recompute = self.text_model.recompute = enable
+
+    @property
+    def context_length(self) -> int:
+        return self.config.text.context
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.image.image_size
+
+
+def list_models() -> list[str]:
+    """Our presets. `open_clip.list_models()` names work too."""
+    return list_presets("models")
+
+
+def resolve_spec(model: str | Path | dict[str, Any] | ModelConfig) -> tuple[str, ModelSpec]:
+    """Name, JSON path, dict or ModelConfig -> (name, specification). ConfigError for anything else."""
+    if isinstance(model, ModelConfig):
+        return "RWKV-CLIP", model
+    if isinstance(model, dict):
+        if "open_clip" in model:
+            return str(model["open_clip"] if isinstance(model["open_clip"], str) else "open_clip"), model
+        if "embed_dim" in model:
+            return "open_clip", {"open_clip": model}
+        if is_released_config(model):
+            return "RWKV-CLIP", convert_config(model.get("config", model))
+        return "RWKV-CLIP", parse(ModelConfig, model)
+    name = str(model).replace("/", "-")
+    if name in list_models():
+        return name, parse(ModelConfig, load_json(CONFIGS / "models" / f"{name}.json"))
+    if str(model).endswith(".json"):
+        data = load_json(model)
+        if not isinstance(data, dict):
+            raise ConfigError([f"{model}: expected a JSON object that describes a model"])
+        return Path(model).stem, resolve_spec(data)[1]
+    import open_clip
+
+    if name in open_clip.list_models():
+        return name, {"open_clip": name}
+    near = difflib.get_close_matches(name, [*list_models(), *open_clip.list_models()], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"ours: {', '.join(list_models())}"
+    raise ConfigError([f"model: {str(model)!r} is no preset, no .json file and no open_clip model; {hint}"])
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """A model in float32 with initial values from torch's global generator."""
+    if isinstance(spec, ModelConfig):
+        return RWKVCLIP(spec)
+    import open_clip
+
+    source = spec["open_clip"]
+    if isinstance(source, str):
+        return open_clip.create_model(source)
+    source = dict(source)
+    kind = open_clip.CustomTextCLIP if source.pop("custom_text", False) else open_clip.CLIP
+    return kind(**source)
+
+
+def create_model(
+    model: str | Path | dict[str, Any] | ModelConfig,
+    pretrained: str | Path | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    drop_path: float | None = None,
+) -> nn.Module:
+    """Build a model; `model` is a preset name, the path of a JSON, a dict (ours, released or open_clip's keys).
+
+    pretrained: weights as for `load_checkpoint`, or an open_clip tag when the model is open_clip's. precision: fp32, or
+    bf16 / fp16 to hold the weights in that type (decays stay float32). drop_path overrides the image tower's rate.
+    """
+    if precision not in DTYPES:
+        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES)}"])
+    name, spec = resolve_spec(model)
+    if drop_path is not None:
+        if not isinstance(spec, ModelConfig):
+            raise ConfigError([f"drop_path: {name} is an open_clip model; only RWKV towers take this setting"])
+        spec = replace(spec, image=replace(spec.image, drop_path=drop_path))
+    if pretrained and not isinstance(spec, ModelConfig) and not Path(pretrained).exists():
+        import open_clip
+
+        net = open_clip.create_model(name, pretrained=str(pretrained))
+    else:
+        net = build_model(spec)
+        if pretrained:
+            load_checkpoint(net, pretrained)
+    net.spec = spec
+    return cast_weights(net, DTYPES[precision]).to(device).eval()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and name.rsplit(".", 1)[-1] not in ("time_decay", "time_faaaa", "logit_scale"):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def create_model_and_transforms(
+    model: str | Path | dict[str, Any] | ModelConfig,
+    pretrained: str | Path | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+) -> tuple[nn.Module, Callable, Callable]:
+    """(model, preprocess for training, preprocess for evaluation); transforms map a PIL image to (3, h, w) float."""
+    from .image import train_transform
+
+    net = create_model(model, pretrained, precision, device)
+    return net, train_transform(image_size_of(net)), preprocess_of(net)
+
+
+def get_tokenizer(model: str | Path | dict[str, Any] | ModelConfig) -> Tokenizer:
+    """Tokenizer of a model: texts -> int64 (n, context)."""
+    return tokenizer_of(resolve_spec(model)[1])
+
+
+def tokenizer_of(spec: ModelSpec) -> Tokenizer:
+    """Tokenizer of a specification."""
+    if isinstance(spec, ModelConfig):
+        return make_tokenizer(spec.tokenizer, spec.text.context)
+    source = spec["open_clip"]
+    if not isinstance(source, str):
+        return make_tokenizer(context=source["text_cfg"].get("context_length", 77))
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(source)
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return make_tokenizer(context=tokenizer.context_length)
+    return Tokenizer(f"open_clip:{source}", tokenizer, tokenizer.vocab_size, tokenizer.context_length)
+
+
+def image_size_of(model: nn.Module) -> tuple[int, int]:
+    """(height, width) that a model was made for."""
+    size = model.image_size if isinstance(model, RWKVCLIP) else model.visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def preprocess_of(model: nn.Module) -> Callable:
+    """Evaluation transform of a model: PIL image -> float (3, h, w)."""
+    from .image import CLIP_MEAN, CLIP_STD, val_transform
+
+    visual = getattr(model, "visual", None)
+    mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
+    if mean is None or (tuple(mean), tuple(std)) == (CLIP_MEAN, CLIP_STD):
+        return val_transform(image_size_of(model))
+    import open_clip
+
+    return open_clip.image_transform(model.visual.image_size, is_train=False, mean=mean, std=std)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load weights strictly: a checkpoint or run folder of ours, .safetensors, or a released .pt state dict.
+
+    `module.` and `_orig_mod.` prefixes are removed; values are cast to the model's dtypes. ValueError names every
+    missing, unexpected and misshapen key.
+    """
+    state = strip_prefixes(read_weights(path))
+    own = model.state_dict()
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    problems += [
+        f"shape of {key}: checkpoint {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  .. and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys)\n  {shown}")
+    model.load_state_dict(state)
+
+
+@dataclass
+class Loaded:
+    """A model ready for inference, with what belongs to it."""
+
+    model: nn.Module
+    preprocess: Callable  # PIL image -> float (3, h, w)
+    tokenizer: Tokenizer
+    name: str
+    digest: str  # sha256 of the weights file, or of the name where a library fetched the weights
+    precision: str
+
+
+def load_for_inference(
+    checkpoint: str | Path, *, model: str | None = None, device: str | torch.device = "cpu", precision: str = "fp32"
+) -> Loaded:
+    """Open a run folder, checkpoint folder, weights file, or `open_clip:NAME[:TAG]`.
+
+    Our checkpoints describe their model; a bare weights file needs `model` (a name or the path of a JSON).
+    """
+    from .checkpoint import hash_file
+
+    text = str(checkpoint)
+    if text.startswith("open_clip:"):
+        _, name, *tag = text.split(":")
+        net = create_model(name, tag[0] if tag else None, precision, device)
+        import hashlib
+
+        return Loaded(net, preprocess_of(net), get_tokenizer(name), text[10:], hashlib.sha256(text.encode()).hexdigest(), precision)
+    path = find_checkpoint(checkpoint)
+    described = read_description(path)
+    if model is None:
+        if described is None:
+            raise ConfigError([f"model: {checkpoint} holds weights only; name its model (preset or JSON path)"])
+        name, spec = described["model"], described["spec"]
+    else:
+        name, spec = resolve_spec(model)
+    net = create_model(spec, path, precision, device)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    return Loaded(net, preprocess_of(net), tokenizer_of(net.spec), name, hash_file(weights), precision)
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """A specification as JSON data that `create_model` takes back."""
+    return to_dict(spec) if isinstance(spec, ModelConfig) else json.loads(json.dumps(spec))

@@ -1,0 +1,283 @@
+"""RWKV-6 towers for images and texts: one block, two ways to shift tokens, two embeddings.
+
+Parameter names and shapes are those of the released RWKV-CLIP checkpoints, which therefore load as they are. What
+differs between the towers besides shift and embedding is written down as data in `BlockStyle`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import ImageTowerConfig, TextTowerConfig
+from ..ops import shift_tokens, wkv6
+
+MIX_RANK, DECAY_RANK = 32, 64  # inner widths of the low-rank maps behind token mixing and decay
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What an image block and a text block do differently."""
+
+    mix_name: str  # prefix of the channel mix's coefficients
+    mixes_own: bool  # they weigh the token itself (image) or its neighbour (text)
+
+
+IMAGE_STYLE = BlockStyle(mix_name="spatial_mix", mixes_own=True)
+TEXT_STYLE = BlockStyle(mix_name="time_maa", mixes_own=False)
+
+
+def _coefficients(width: int, value: float = 0.0) -> nn.Parameter:
+    return nn.Parameter(torch.full((1, 1, width), value))
+
+
+class TimeMix(nn.Module):
+    """Attention's place: data-dependent token mixing, bidirectional WKV6 per head, group norm and gate."""
+
+    def __init__(self, width: int, heads: int, norm_eps: float):
+        super().__init__()
+        self.heads = heads
+        for name in "xwkvrg":
+            self.register_parameter(f"time_maa_{name}", _coefficients(width))
+        self.time_maa_w1 = nn.Parameter(torch.zeros(width, 5 * MIX_RANK))
+        self.time_maa_w2 = nn.Parameter(torch.zeros(5, MIX_RANK, width))
+        self.time_decay = _coefficients(width)
+        self.time_decay_w1 = nn.Parameter(torch.zeros(width, DECAY_RANK))
+        self.time_decay_w2 = nn.Parameter(torch.zeros(DECAY_RANK, width))
+        self.time_faaaa = nn.Parameter(torch.zeros(heads, width // heads))
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.ln_x = nn.GroupNorm(heads, width, eps=norm_eps)
+
+    def _mix(self, x: Tensor, step: Tensor) -> Iterator[Tensor]:
+        """Inputs of w, k, v, r, g: x moved towards its neighbour by a static and a data-dependent share."""
+        b, t, c = x.shape
+        hidden = torch.tanh((x + step * self.time_maa_x) @ self.time_maa_w1)
+        shares = torch.bmm(hidden.view(b * t, 5, MIX_RANK).transpose(0, 1), self.time_maa_w2).view(5, b, t, c)
+        for name, share in zip("wkvrg", shares.unbind(0)):
+            yield x + step * (getattr(self, f"time_maa_{name}") + share)
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        b, t, c = x.shape
+        for_w, for_k, for_v, for_r, for_g = self._mix(x, shift_tokens(x, self.heads, grid) - x)
+        decay = self.time_decay + torch.tanh(for_w @ self.time_decay_w1) @ self.time_decay_w2
+        r, k, v = self.receptance(for_r), self.key(for_k), self.value(for_v)
+        y = wkv6(*(z.view(b, t, self.heads, c // self.heads) for z in (r, k, v, decay)), self.time_faaaa)
+        y = self.ln_x(y.view(b * t, c)).view(b, t, c)
+        return self.output(y * F.silu(self.gate(for_g)))
+
+
+class ChannelMix(nn.Module):
+    """The MLP's place: squared ReLU, gated by a sigmoid."""
+
+    def __init__(self, width: int, ffn_width: int, heads: int, style: BlockStyle):
+        super().__init__()
+        self.heads, self.style = heads, style
+        for name in "kr":
+            self.register_parameter(f"{style.mix_name}_{name}", _coefficients(width))
+        self.key = nn.Linear(width, ffn_width, bias=False)
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(ffn_width, width, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        shifted = shift_tokens(x, self.heads, grid)
+        start, end = (shifted, x) if self.style.mixes_own else (x, shifted)
+        for_k, for_r = (
+            start + (end - start) * getattr(self, f"{self.style.mix_name}_{name}") for name in "kr"
+        )
+        return torch.sigmoid(self.receptance(for_r)) * self.value(torch.relu(self.key(for_k)).square())
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch per sample while training, and scales the kept ones up."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
+        return x * (kept / (1 - self.rate)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3f}"
+
+
+class Block(nn.Module):
+    """x += time mix; x += channel mix, each behind a LayerNorm. The first block of a tower normalises its input."""
+
+    def __init__(
+        self, config: ImageTowerConfig | TextTowerConfig, style: BlockStyle, first: bool, drop_path: float = 0.0
+    ):
+        super().__init__()
+        width = config.width
+        self.ln0 = nn.LayerNorm(width) if first else None
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.att = TimeMix(width, config.heads, config.norm_eps)
+        self.ffn = ChannelMix(width, config.ffn_width, config.heads, style)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        x = x + self.drop_path(self.att(self.ln1(x), grid))
+        return x + self.drop_path(self.ffn(self.ln2(x), grid))
+
+
+def _run(blocks: nn.ModuleList, x: Tensor, grid: tuple[int, ...], recompute: bool) -> Tensor:
+    for block in blocks:
+        x = checkpoint(block, x, grid, use_reentrant=False) if recompute else block(x, grid)
+    return x
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches; a picture that the patch does not divide is zero-padded at the right and bottom."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.patch = patch
+        self.projection = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, width, ceil(h / patch), ceil(w / patch))."""
+        bottom, right = (-side % self.patch for side in image.shape[-2:])
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom))
+        return self.projection(image)
+
+
+class ImageTower(nn.Module):
+    """Pictures (B, 3, h, w), any h and w -> features (B, width), not normalised."""
+
+    def __init__(self, config: ImageTowerConfig):
+        super().__init__()
+        self.config = config
+        self.grid = tuple(-(-side // config.patch) for side in config.image_size)
+        self.recompute = False
+        self.patch_embed = PatchEmbed(config.patch, config.width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], config.width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
+        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.layers = nn.ModuleList(Block(config, IMAGE_STYLE, i == 0, rate) for i, rate in enumerate(rates))
+        self.ln1 = nn.LayerNorm(config.width)
+        self._init_values()
+
+    @torch.no_grad()
+    def _init_values(self) -> None:
+        for layer, block in enumerate(self.layers):
+            init_mixing(block.att, layer, self.config.depth)
+            for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"):
+                getattr(block.att, name).uniform_(-1e-4, 1e-4)
+            share = _depth_power(layer, self.config.depth, self.config.width)
+            block.ffn.spatial_mix_k.copy_(share)
+            block.ffn.spatial_mix_r.copy_(share)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid:
+            return self.pos_embed
+        table = self.pos_embed.float().unflatten(1, self.grid).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        return table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+
+    def forward_tokens(self, image: Tensor) -> Tensor:
+        """Normalised tokens (B, T, width), row by row; the class token, if there is one, comes last."""
+        if image.dim() != 4 or image.shape[1] != 3:
+            raise ValueError(f"image: expected shape (B, 3, height, width), got {tuple(image.shape)}")
+        x = self.patch_embed(image)
+        grid = tuple(x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2) + self._positions(grid)
+        if self.cls_token is not None:
+            x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
+        return self.ln1(_run(self.layers, x, grid, self.recompute and self.training))
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.forward_tokens(image)
+        return tokens[:, -1] if self.cls_token is not None else tokens.mean(1)
+
+
+class TextTower(nn.Module):
+    """Token ids (B, T), T up to the context -> features (B, width): mean of normalised token vectors, padding too."""
+
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.emb = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config, TEXT_STYLE, i == 0) for i in range(config.depth))
+        self.ln_out = nn.LayerNorm(config.width)
+        self._init_values()
+
+    @torch.no_grad()
+    def _init_values(self) -> None:
+        for layer, block in enumerate(self.blocks):
+            init_mixing(block.att, layer, self.config.depth)
+            share = _depth_power(layer, self.config.depth, self.config.width)
+            block.ffn.time_maa_k.copy_(1 - share)
+            block.ffn.time_maa_r.copy_(1 - share)
+            # NOTE(parity): the released code keeps these two in bfloat16. We start from the same rounded values but
+            # store float32, where an update smaller than a bfloat16 step is not lost.
+            for parameter in (block.att.time_decay, block.att.time_faaaa):
+                parameter.copy_(parameter.bfloat16())
+            if self.config.rwkv_init:
+                self._init_matrices(block, (1 + layer) / self.config.depth)
+        if self.config.rwkv_init:
+            self.emb.weight.uniform_(-1e-4, 1e-4)
+
+    @staticmethod
+    def _init_matrices(block: Block, depth_share: float) -> None:
+        att, ffn = block.att, block.ffn
+        for name in ("time_maa_w2", "time_decay_w2"):
+            getattr(att, name).uniform_(-0.01, 0.01)
+        for linear in (att.output, ffn.value, ffn.receptance):
+            linear.weight.zero_()
+        for linear, gain in ((att.receptance, 1), (att.value, 1), (att.key, 0.1), (att.gate, 0.1), (ffn.key, 0.5)):
+            rows, columns = linear.weight.shape
+            nn.init.orthogonal_(linear.weight, gain * math.sqrt(max(1, rows / columns)))
+        att.ln_x.weight.fill_(depth_share**0.7)
+
+    def forward_tokens(self, text: Tensor) -> Tensor:
+        """Normalised (LayerNorm) token vectors (B, T, width)."""
+        if text.dim() != 2 or not 1 <= text.shape[1] <= self.config.context:
+            raise ValueError(f"text: expected shape (B, 1..{self.config.context}), got {tuple(text.shape)}")
+        return self.ln_out(_run(self.blocks, self.emb(text), text.shape[1:], self.recompute and self.training))
+
+    def forward(self, text: Tensor) -> Tensor:
+        return F.normalize(self.forward_tokens(text), dim=-1).mean(1)
+
+
+# ---- initial values ---------------------------------------------------------------------------------------------
+
+
+def _depth_power(layer: int, depth: int, width: int, factor: float = 1.0) -> Tensor:
+    """(channel / width) ** (factor * (1 - layer / depth)), shape (1, 1, width)."""
+    channel = torch.arange(width, dtype=torch.float64) / width
+    return channel.pow(factor * (1 - layer / depth)).float().view(1, 1, width)
+
+
+@torch.no_grad()
+def init_mixing(att: TimeMix, layer: int, depth: int) -> None:
+    """Initial shares, decays and bonus of RWKV-6: they depend on channel and layer only."""
+    width = att.time_decay.shape[-1]
+    late = layer / max(depth - 1, 1)
+    share = _depth_power(layer, depth, width)
+    for name in "xwk":
+        getattr(att, f"time_maa_{name}").copy_(1 - share)
+    att.time_maa_v.copy_(1 - (share + 0.3 * late))
+    for name in "rg":
+        getattr(att, f"time_maa_{name}").copy_(1 - _depth_power(layer, depth, width, 0.5))
+    channel = torch.arange(width, dtype=torch.float64)
+    ramp = channel / max(width - 1, 1)
+    att.time_decay.copy_((-6 + 5 * ramp.pow(0.7 + 1.3 * late)).view(1, 1, width))
+    zigzag = ((channel + 1) % 3 - 1) * 0.1
+    att.time_faaaa.copy_((late * (1 - ramp) + zigzag).view_as(att.time_faaaa))
