@@ -34,6 +34,7 @@ def wkv6_reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Ten
         for order in (steps, reversed(steps)):
             state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3], dtype=dtype)
             for t in order:
-                ys[t] = ys[t] + (rs[t].unsqueeze(-2) @ state).squeeze(-2)
+                # A product and a sum, not a matmul: that one's gradient would follow an ambient autocast.
+                ys[t] = ys[t] + (rs[t].unsqueeze(-1) * state).sum(-2)
                 state = ws[t].unsqueeze(-1) * state + ks[t].unsqueeze(-1) * vs[t].unsqueeze(-2)
         return torch.stack(ys, 1).to(v.dtype)

@@ -1,0 +1,176 @@
+"""The DALI loader gives the batches of the torch loader: same texts, ids and bad records, pixels within
+2/255."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rwkv_clip.recordio import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.training.augment import crop_windows
+from rwkv_clip.training.data import DataError, make_loader
+
+pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (pip install -e '.[dali]')")
+
+COUNT = 30
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    """Photograph-like: large soft shapes, edges and a little grain."""
+    random = np.random.default_rng(seed)
+    soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
+    edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
+    grain = random.normal(0, 4, (height, width, 1))
+    return Image.fromarray(
+        (0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8)
+    )
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_records(prefix, images: list[bytes]) -> RecordSet:
+    with RecordWriter(prefix) as writer:
+        for i, image in enumerate(images):
+            writer.write(i, pack(Header(0, np.full(231, i, np.float32), i, 0), image))
+    return RecordSet(prefix)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    """JPEGs of many sizes, among them some of other kinds."""
+    images = [encode(photo(i, 70 + 9 * i, 400 - 8 * i), quality=85 + i % 10) for i in range(COUNT)]
+    images[3] = encode(photo(3, 300, 200).convert("L"))
+    images[5] = encode(photo(5, 300, 200), "PNG")
+    images[8] = encode(photo(8, 300, 200).convert("CMYK"))
+    images[13] = encode(photo(13, 301, 203), progressive=True, quality=90)
+    images[21] = encode(photo(21, 1500, 1100), quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotation tags are ignored
+    images[22] = encode(photo(22, 301, 203), quality=90, exif=exif)
+    return images
+
+
+def make(records, kind: str, **settings):
+    defaults = {"image_size": 96, "global_batch": 10, "steps": 6, "seed": 2, "workers": 2, "loader": kind}
+    return make_loader(records, **{**defaults, **settings})
+
+
+def compare(left, right) -> torch.Tensor:
+    """Everything but the pixels must be equal -> the pictures' mean differences, in steps of 1/255."""
+    differences = []
+    left, right = list(left), list(right)
+    assert len(left) == len(right) > 0
+    for one, other in zip(left, right):
+        assert one.position == other.position
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.epochs, other.epochs)
+        assert torch.equal(one.text, other.text)
+        assert one.image.dtype == other.image.dtype and one.image.shape == other.image.shape
+        assert other.image.is_contiguous()
+        differences.append((one.image.float() - other.image.float()).abs().mean(dim=(1, 2, 3)))
+    return torch.cat(differences)
+
+
+@pytest.mark.parametrize("size", [96, (64, 128), 300])
+def test_same_batches(images, tmp_path, size):
+    records = write_records(tmp_path / "train", images)
+    difference = compare(make(records, "torch", image_size=size), make(records, "dali", image_size=size))
+    assert difference.max() <= 2 and difference.mean() <= 0.5
+
+
+def test_same_batches_on_flickr8k(shared, tmp_path):
+    files = sorted((shared / "data" / "flickr8k" / "images").glob("*.jpg"))[:60]
+    records = write_records(tmp_path / "train", [file.read_bytes() for file in files])
+    difference = compare(make(records, "torch", image_size=224), make(records, "dali", image_size=224))
+    assert difference.max() <= 1
+
+
+def test_ranks_and_resume(images, tmp_path):
+    records = write_records(tmp_path / "train", images)
+    for settings in ({"world": 2, "rank": 1}, {"start": 25, "steps": 2}, {"workers": 0, "global_batch": 33}):
+        compare(make(records, "torch", **settings), make(records, "dali", **settings))
+
+
+def damage(images: list[bytes]) -> list[bytes]:
+    images = list(images)
+    images[4] = images[4][: len(images[4]) // 2]
+    images[11] = b"this is not a picture"
+    images[12] = images[12][:-300] + bytes(300)
+    for i in (1, 29):  # Huffman table: plain by its headers, so DALI meets it and fails
+        at = images[i].index(b"\xff\xc4") + 5
+        images[i] = images[i][:at] + b"\xff" * 4 + images[i][at + 4 :]
+    return images
+
+
+def test_bad_pictures_are_replaced_alike(images, tmp_path):
+    records = write_records(tmp_path / "train", damage(images))
+    loaders = [make(records, kind) for kind in ("torch", "dali", "dali")]
+    first = compare(loaders[0], loaders[1])
+    assert torch.equal(compare(loaders[0], loaders[2]), first)
+    assert first.max() <= 2
+    for loader in loaders:
+        assert loader.skipped == {"image unreadable": 10}  # five bad ones in each of two epochs
+        assert loader.bad == loaders[0].bad
+    with pytest.raises(DataError, match="max_bad=3"):
+        list(make(records, "dali", max_bad=3))
+    with pytest.raises(DataError, match="no good record"):
+        list(make(write_records(tmp_path / "bad", [b"nothing"] * 3), "dali"))
+
+
+def test_pipeline_that_fails_on_good_pictures(images, tmp_path, monkeypatch):
+    from rwkv_clip.training.dali import DaliLoader
+
+    records = write_records(tmp_path / "train", images)
+    take, calls = DaliLoader._take, []
+
+    def fail_sometimes(self, pipeline, step):
+        calls.append(step.number)
+        if step.number in (0, 1, 3):
+            raise RuntimeError("broken device")
+        return take(self, pipeline, step)
+
+    monkeypatch.setattr(DaliLoader, "_take", fail_sometimes)
+    compare(make(records, "torch"), make(records, "dali"))
+    assert calls == list(range(6))
+    monkeypatch.setattr(DaliLoader, "_take", lambda *_: (_ for _ in ()).throw(RuntimeError("broken device")))
+    with pytest.raises(RuntimeError, match="broken device"):
+        list(make(records, "dali"))
+
+
+def test_leaving_early_ends_the_thread(images, tmp_path):
+    loader = make(write_records(tmp_path / "train", images), "dali", steps=50)
+    for _ in range(2):
+        batches = iter(loader)
+        first = next(batches)
+        thread = loader._thread
+        batches.close()
+        assert not thread.is_alive() and first.position == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (224, 224), (1000, 300), (200, 900)])
+def test_crops_are_distributed_like_those_of_dali(width, height):
+    from nvidia.dali import Pipeline, fn
+
+    many = 20_000
+    pipeline = Pipeline(many, 1, None, seed=1, prefetch_queue_depth=1)
+    with pipeline:
+        shape = fn.external_source(name="shape", device="cpu")
+        pipeline.set_outputs(
+            *fn.random_crop_generator(shape, random_area=[0.7, 1.0], random_aspect_ratio=[0.8, 1.25])
+        )
+    pipeline.build()
+    pipeline.feed_input("shape", np.tile(np.array([height, width], np.int32), (many, 1)))
+    place, size = (output.as_array()[:, ::-1] for output in pipeline.run())
+    theirs = np.concatenate([place, size], 1)
+    sizes = np.full(many, width), np.full(many, height)
+    ours = crop_windows(*sizes, 0, np.zeros(many, np.int64), np.arange(many))
+    for column in range(4):
+        quantiles = [
+            np.quantile(windows[:, column], np.linspace(0.02, 0.98, 25)) for windows in (theirs, ours)
+        ]
+        assert np.abs(quantiles[0] - quantiles[1]).max() <= 0.02 * max(width, height) ** 0.5 * 5

@@ -1,0 +1,208 @@
+"""Zero-shot classification: class weights, sets and their errors, with a model whose answers are known."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from PIL import Image
+
+from rwkv_clip.eval import prompts
+from rwkv_clip.eval.classification import class_weights, evaluate_classification
+from rwkv_clip.eval.datasets import KNOWN, MissingData, load_classification
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number, color in enumerate(COLORS):
+        for copy in range(number % 3 + 1):
+            save_color(tmp_path / "set" / color / f"{copy}.png", color)
+    return tmp_path / "set"
+
+
+def evaluate(data, **changes):
+    return evaluate_classification(ColorModel(), data, preprocess, ColorTokenizer(), **changes)
+
+
+def test_class_weight_is_the_normalised_mean_of_normalised_texts():
+    model, names = ColorModel(), ["red", "blue"]
+    weights = class_weights(model, ColorTokenizer(), names, ["{}", "{} white", "green and {}"], device="cpu")
+    for weight, name in zip(weights, names):
+        texts = ColorTokenizer()([name, f"{name} white", f"green and {name}"])
+        mean = torch.nn.functional.normalize(model.encode_text(texts), dim=-1).mean(0)
+        assert torch.allclose(weight, mean / mean.norm(), atol=1e-6)
+
+
+def test_a_model_that_is_right_scores_full(folder):
+    data = load_classification("imagefolder", folder)
+    assert data.class_names == sorted(COLORS) and data.templates == prompts.PLAIN
+    metrics = evaluate(data)
+    assert metrics["top1"] == metrics["mean_per_class"] == 1.0
+    assert metrics["samples"] == sum(number % 3 + 1 for number in range(len(COLORS)))
+
+
+def test_counts_do_not_depend_on_batch_size_or_workers(folder):
+    save_color(folder / "red" / "really_blue.png", "blue")
+    data = load_classification("imagefolder", folder)
+    results = [evaluate(data, batch_size=b, workers=w) for b, w in ((1, 0), (3, 2), (64, 4))]
+    assert results[0] == results[1] == results[2]
+    assert results[0]["hits1"] == results[0]["samples"] - 1
+
+
+def test_equal_class_weights_tie_against_the_model(folder):
+    """Logits that cannot tell classes apart give the first class, not every class."""
+    (folder / "names.json").write_text(json.dumps({"names": {color: "red" for color in sorted(COLORS)}}))
+    metrics = evaluate(load_classification("imagefolder", folder))
+    first = len(list((folder / sorted(COLORS)[0]).iterdir()))
+    assert metrics["hits1"] == first
+
+
+def test_close_logits_stay_apart(folder):
+    """Similarities that differ by less than one are told apart: logits are no integers."""
+
+    class Close(ColorModel):
+        def encode_text(self, tokens, normalize=False):
+            features = super().encode_text(tokens, normalize=True)
+            return torch.nn.functional.normalize(features * 1e-3 + torch.ones(3), dim=-1)
+
+    data = load_classification("imagefolder", folder)
+    exact = evaluate_classification(Close(), data, preprocess, ColorTokenizer())
+    weights = class_weights(Close(), ColorTokenizer(), data.class_names, data.templates, device="cpu")
+    pictures = torch.stack([preprocess(data.read(i)[0]) for i in range(data.count)])
+    logits = Close().encode_image(pictures, normalize=True).double() @ weights.double().T
+    labels = torch.tensor([data.read(i)[1] for i in range(data.count)])
+    assert exact["hits1"] == int((logits.argmax(1) == labels).sum())
+    assert logits.amax(1).sub(logits.amin(1)).max() < 0.01
+
+
+def test_names_file_with_a_class_that_has_no_folder(folder):
+    names = {"red": "red", "black": "teal"} | {color: color for color in COLORS if color != "red"}
+    (folder / "names.json").write_text(json.dumps({"names": names, "templates": ["a {} thing", "{}"]}))
+    data = load_classification("imagefolder", folder)
+    assert data.class_names[:2] == ["red", "teal"] and data.templates == ("a {} thing", "{}")
+    metrics = evaluate(data)
+    assert metrics["classes_without_samples"] == ["teal"] and metrics["classes"] == 8
+
+
+def test_names_as_a_list_and_under_another_key(folder, tmp_path):
+    path = tmp_path / "spoken.json"
+    path.write_text(json.dumps({"classes": [f"my {color}" for color in sorted(COLORS)]}))
+    data = load_classification("imagefolder", folder, path)
+    assert data.class_names == [f"my {color}" for color in sorted(COLORS)] and data.templates == prompts.PLAIN
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "write an object"),
+        ('{"name": {}}', "write an object"),
+        ('{"names": ["a"]}', "1 names for 7 class folders"),
+        ('{"names": {"red": "red"}}', "lacks the class folders blue, green"),
+        ('{"names": 3}', '"names" must be'),
+        ('{"names": {}}', '"names" must be'),
+        ('{"templates": ["a photo"]}', '"templates" must be'),
+        ('{"templates": "{}"}', '"templates" must be'),
+    ],
+)
+def test_bad_names_files_are_named(folder, content, message):
+    (folder / "names.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_classification("imagefolder", folder)
+    assert "names.json" in str(error.value)
+
+
+def test_folders_without_classes_or_pictures(tmp_path):
+    with pytest.raises(ValueError, match="no class folders"):
+        load_classification("imagefolder", tmp_path / "none")
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="hold no picture"):
+        load_classification("imagefolder", tmp_path)
+
+
+def test_cifar10_as_class_folders(tmp_path):
+    for name in ("cat", "airplane"):
+        save_color(tmp_path / name / "0.png", "red")
+    data = load_classification("cifar10", tmp_path)
+    assert data.class_names == list(prompts.CIFAR10_CLASSES) and data.templates == prompts.CIFAR
+    assert [data.read(i)[1] for i in range(data.count)] == [0, 3] and data.name == "cifar10"
+    save_color(tmp_path / "unicorn" / "0.png", "red")
+    with pytest.raises(ValueError, match="'unicorn', which is no class of cifar10"):
+        load_classification("cifar10", tmp_path)
+
+
+def test_real_cifar10_folder(shared):
+    data = load_classification("cifar10", shared / "data" / "cifar10" / "test")
+    lines = (shared / "data" / "cifar10" / "classes.txt").read_text().split()
+    assert data.count == 2000 and list(data.class_names) == lines
+    picture, label = data.read(1999)
+    assert picture.size == (32, 32) and label == 9
+
+
+@pytest.mark.parametrize("dataset", sorted(KNOWN))
+def test_a_missing_set_says_what_to_download_and_where(dataset, tmp_path):
+    pytest.importorskip("torchvision")
+    with pytest.raises(MissingData, match="download") as error:
+        load_classification(dataset, tmp_path / "sets")
+    assert str(tmp_path / "sets") in str(error.value)
+
+
+def test_unknown_set(tmp_path):
+    with pytest.raises(ValueError, match="'cifar' is not known; known: imagefolder, cifar10"):
+        load_classification("cifar", tmp_path)
+
+
+class FakeSet:
+    """What torchvision's sets look like from outside."""
+
+    def __init__(self, root, **arguments):
+        self.arguments, self.categories = arguments, ["car_side", "sea_horse"]
+
+    def __len__(self):
+        return 8677
+
+    def __getitem__(self, index):
+        return Image.new("L", (4, 4)), index % 2
+
+
+def test_torchvision_sets_and_the_caltech_split(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(Caltech101=FakeSet))
+    )
+    data = load_classification("caltech101", tmp_path)
+    assert data.count == 5677 and data.class_names == ["car side", "sea horse"] and len(data.templates) == 34
+    _, second = torch.utils.data.random_split(
+        range(8677), [3000, 5677], generator=torch.Generator().manual_seed(3072)
+    )
+    assert [data.read(i)[1] for i in range(50)] == [index % 2 for index in second.indices[:50]]
+    assert data.read(0)[0].mode == "RGB"
+    with pytest.raises(ValueError, match="has its own names"):
+        load_classification("caltech101", tmp_path, tmp_path / "names.json")
+
+
+def test_prompt_counts_are_those_of_the_public_list():
+    assert {key: len(row.templates) for key, row in KNOWN.items() if row.loader} == {
+        "cifar10": 18, "cifar100": 18, "food101": 1, "pets": 1, "flowers": 1, "stanford_cars": 8, "dtd": 8,
+        "caltech101": 34, "aircraft": 2,
+    }  # fmt: skip
+    assert len(set(prompts.CIFAR100_CLASSES)) == 100
+    assert list(prompts.CIFAR100_CLASSES) == sorted(prompts.CIFAR100_CLASSES)
+    for row in KNOWN.values():
+        assert len(set(row.templates)) == len(row.templates)
+        assert all(template.count("{}") == 1 for template in row.templates)
+
+
+def test_imagenet_folders_take_names_and_templates_of_open_clip(tmp_path):
+    pytest.importorskip("open_clip")
+    for number in range(1000):
+        (tmp_path / f"n{number:08d}").mkdir()
+    save_color(tmp_path / "n00000001" / "0.JPEG", "red")
+    data = load_classification("imagenet", tmp_path)
+    assert (data.class_names[0], data.class_names[1]) == ("tench", "goldfish") and len(data.templates) == 80
+    assert data.read(0)[1] == 1 and data.split == "val"
+    (tmp_path / "n00000002").rmdir()
+    with pytest.raises(ValueError, match="999 of the 1000"):
+        load_classification("imagenet", tmp_path)

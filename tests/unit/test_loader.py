@@ -1,0 +1,303 @@
+"""The torch loader: what is in a batch depends on seed and position only; bad records are replaced, counted,
+named."""
+
+import io
+import logging
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rwkv_clip.recordio import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.training.augment import crop_windows, draw_flips
+from rwkv_clip.training.data import DataError, Order, make_loader
+
+COUNT = 50
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    """Photograph-like: large soft shapes, edges and a little grain."""
+    random = np.random.default_rng(seed)
+    soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
+    edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
+    grain = random.normal(0, 4, (height, width, 1))
+    return Image.fromarray(
+        (0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8)
+    )
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tokens_of(i: int) -> np.ndarray:
+    return np.full(231, i, np.float32) + np.repeat(np.arange(3, dtype=np.float32), 77) * 1000
+
+
+def write_records(prefix, images: list[bytes], labels=tokens_of) -> RecordSet:
+    with RecordWriter(prefix) as writer:
+        for i, image in enumerate(images):
+            writer.write(i, pack(Header(0, labels(i), i, 0), image))
+    return RecordSet(prefix)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    return [encode(photo(i, 60 + i, 110 - i), quality=90) for i in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def records(images, tmp_path_factory) -> RecordSet:
+    return write_records(tmp_path_factory.mktemp("records") / "train", images)
+
+
+def load(records, **settings) -> list:
+    defaults = {"image_size": 32, "global_batch": 12, "steps": 6, "seed": 3, "workers": 0, "loader": "torch"}
+    return list(make_loader(records, **{**defaults, **settings}))
+
+
+def join(batches, field: str) -> torch.Tensor:
+    return torch.cat([getattr(batch, field) for batch in batches])
+
+
+def assert_same(left, right) -> None:
+    for field in ("image", "text", "ids", "epochs"):
+        assert torch.equal(join(left, field), join(right, field)), field
+
+
+def test_batches_hold_the_order_and_its_texts(records):
+    batches = load(records, steps=9)  # 108 samples: two epochs end inside a batch
+    assert [batch.position for batch in batches] == list(range(0, 108, 12))
+    ids, text = join(batches, "ids"), join(batches, "text")
+    assert ids.tolist() == Order(COUNT, 3).at(np.arange(108)).tolist()
+    assert join(batches, "epochs").tolist() == (np.arange(108) // COUNT).tolist()
+    for epoch in (0, 1):
+        assert sorted(ids[epoch * COUNT : (epoch + 1) * COUNT].tolist()) == list(range(COUNT))
+    assert text.shape == (108, 3, 77) and text.dtype == torch.int64
+    assert torch.equal(text[:, :, 5], ids[:, None] + torch.tensor([0, 1000, 2000]))
+    image = join(batches, "image")
+    assert image.dtype == torch.uint8 and image.shape == (108, 3, 32, 32) and image.is_contiguous()
+
+
+def test_pixels_are_the_documented_crop(records, images):
+    batch = load(records, global_batch=COUNT, steps=1, image_size=(40, 48))[0]
+    ids, epochs = batch.ids.numpy(), batch.epochs.numpy()
+    windows = crop_windows(60 + ids, 110 - ids, 3, epochs, ids)
+    for row, (x, y, width, height) in enumerate(windows.tolist()):
+        picture = Image.open(io.BytesIO(images[ids[row]]))
+        cut = picture.crop((x, y, x + width, y + height))  # pixels outside of the crop have no influence
+        expected = cut.resize((48, 40), Image.Resampling.BILINEAR)
+        expected = np.asarray(expected).transpose(2, 0, 1)
+        if draw_flips(3, epochs, ids)[row]:
+            expected = expected[..., ::-1]
+        assert np.abs(batch.image[row].numpy().astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_matter(records, workers):
+    assert_same(
+        load(records, global_batch=70, steps=3), load(records, global_batch=70, steps=3, workers=workers)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_world_does_not_matter(records, workers):
+    whole = load(records)
+    ranks = [load(records, rank=rank, world=2, workers=workers) for rank in (0, 1)]
+    both = [batch for pair in zip(*ranks) for batch in pair]
+    assert all(len(batch.ids) == 6 for batch in both)
+    assert [batch.position for batch in ranks[1]] == [batch.position for batch in whole]
+    assert_same(whole, both)
+
+
+def test_resume_anywhere(records):
+    whole = load(records, steps=9)
+    for start in (12, 48, 96):
+        assert_same(whole[start // 12 :], load(records, start=start, steps=9 - start // 12))
+    assert join(load(records, start=7, steps=2), "ids").tolist() == join(whole, "ids")[7:31].tolist()
+
+
+def test_another_global_batch_sees_the_same_samples(records):
+    assert_same(load(records, global_batch=12, steps=6), load(records, global_batch=36, steps=2))
+
+
+def test_seed_and_epoch_change_the_augmentation(records):
+    first, other = load(records, steps=1)[0], load(records, steps=1, seed=4)[0]
+    assert first.ids.tolist() != other.ids.tolist()
+    batches = load(records, global_batch=COUNT, steps=2)
+    order = [batch.ids.argsort() for batch in batches]
+    same = [
+        torch.equal(a, b) for a, b in zip(batches[0].image[order[0]], batches[1].image[order[1]], strict=True)
+    ]
+    assert sum(same) < 5
+
+
+def damage(images: list[bytes]) -> tuple[list[bytes], dict[int, str]]:
+    """Five bad pictures, each bad in its own way -> all pictures, {id: reason}."""
+    images = list(images)
+    images[4] = images[4][: len(images[4]) // 2]  # cut
+    images[11] = b"this is not a picture"
+    images[12] = images[12][:-300] + bytes(300)  # end overwritten with zeros
+    at = images[30].index(b"\xff\xc4") + 5  # Huffman table: plain by its headers, fails in the decoder
+    images[30] = images[30][:at] + b"\xff" * 4 + images[30][at + 4 :]
+    images[41] = encode(Image.new("1", (8000, 7000)), "PNG")  # 56 megapixels
+    return images, dict.fromkeys((4, 11, 12, 30), "image unreadable") | {41: "image too large"}
+
+
+def test_bad_pictures_give_their_place_to_the_next(images, tmp_path, caplog):
+    bad_images, reasons = damage(images)
+    records = write_records(tmp_path / "bad", bad_images)
+    ids = Order(COUNT, 3).at(np.arange(3 * COUNT))
+    good = [next(i for i in ids[position:] if i not in reasons) for position in range(COUNT)]
+    runs = []
+    for workers in (0, 2, 2):
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            loader = make_loader(
+                records, image_size=32, global_batch=10, steps=5, seed=3, workers=workers, loader="torch"
+            )
+            runs.append(list(loader))
+        assert loader.skipped == {"image unreadable": 4, "image too large": 1}
+        assert len(loader.bad) == 5
+        for i in reasons:
+            assert any(f"bad.rec key {i}:" in name for name in loader.bad), i
+        assert sum("replaced" in record.message for record in caplog.records) == 5
+    assert join(runs[0], "ids").tolist() == good
+    assert torch.equal(join(runs[0], "text")[:, 0, 0], join(runs[0], "ids"))
+    assert_same(runs[0], runs[1])
+    assert_same(runs[1], runs[2])
+
+
+def test_damaged_record_counts_by_its_own_reason(images, tmp_path):
+    records = write_records(
+        tmp_path / "bad", images, lambda i: tokens_of(i) - (1e6 if i == 17 else 0)
+    )  # negative token ids
+    loader = make_loader(records, image_size=16, global_batch=50, steps=2, workers=0, loader="torch")
+    assert 17 not in join(list(loader), "ids")
+    assert loader.skipped == {"record damaged": 2}
+
+
+def test_too_many_bad_pictures_stop_the_run(images, tmp_path):
+    records = write_records(tmp_path / "bad", damage(images)[0])
+    settings = {"image_size": 16, "global_batch": 10, "steps": 5, "seed": 3, "loader": "torch"}
+    with pytest.raises(DataError, match=r"max_bad=3 and max_bad_share=0\.001") as error:
+        list(make_loader(records, **settings, workers=2, max_bad=3))
+    bad = np.isin(Order(COUNT, 3).at(np.arange(COUNT)), [4, 11, 12, 30, 41]).reshape(5, 10).sum(1).cumsum()
+    count, step = bad[bad > 3][0], (bad <= 3).sum()  # the first step that takes it above 3
+    assert f"{count} of {10 * step + 10} records" in str(error.value)
+    assert str(error.value).count("bad.rec key") == count
+    assert len(list(make_loader(records, **settings, workers=0, max_bad=5))) == 5
+    assert len(list(make_loader(records, **settings, workers=0, max_bad=0, max_bad_share=0.5))) == 5
+    with pytest.raises(DataError):  # each of two ranks answers for half of the allowance
+        for rank in (0, 1):
+            list(make_loader(records, **settings, workers=0, max_bad=3, world=2, rank=rank))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_pictures(tmp_path, workers):
+    records = write_records(tmp_path / "bad", [b"nothing"] * 3)
+    with pytest.raises(DataError, match="no good record") as error:
+        load(records, workers=workers)
+    assert "Traceback" not in str(error.value)
+
+
+def test_other_formats_and_large_pictures(tmp_path):
+    pictures = [photo(i, 900, 700) for i in range(6)]
+    images = [
+        encode(pictures[0], quality=95),
+        encode(pictures[1], "PNG"),
+        encode(pictures[2].convert("CMYK"), quality=95),
+        encode(pictures[3].convert("L"), quality=95),
+        encode(pictures[4].convert("RGBA"), "WEBP", lossless=True),
+        encode(pictures[5].convert("L"), quality=95, progressive=True),
+    ]
+    pictures[3], pictures[5] = pictures[3].convert("L"), pictures[5].convert("L")
+    records = write_records(tmp_path / "mixed", images)
+    for size in (48, 700):  # far smaller (a JPEG is decoded at a fraction), and larger than most crops
+        batch = load(records, global_batch=6, steps=1, image_size=size)[0]
+        ids, zeros = batch.ids.numpy(), batch.epochs.numpy()
+        windows = crop_windows(zeros + 900, zeros + 700, 3, zeros, ids)
+        for row, (x, y, width, height) in enumerate(windows.tolist()):
+            picture = pictures[ids[row]].convert("RGB")
+            box = (x, y, x + width, y + height)
+            expected = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+            expected = expected[:, ::-1] if draw_flips(3, zeros, ids)[row] else expected
+            actual = batch.image[row].permute(1, 2, 0).numpy().astype(int)
+            assert np.abs(actual - expected).mean() <= 2, (ids[row], size)
+
+
+def test_random_state_of_the_training_is_not_touched(records):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    load(records, workers=1, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_iterating_again_starts_again(records):
+    loader = make_loader(records, image_size=16, global_batch=10, steps=3, workers=1, loader="torch")
+    assert len(loader) == 3
+    next(iter(loader))
+    assert_same(list(loader), list(loader))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"world": 5}, "global_batch: 12 does not divide among 5"),
+        ({"rank": 2, "world": 2}, "rank: 2"),
+        ({"loader": "tensorflow"}, "loader: 'tensorflow'"),
+        ({"workers": -1}, "workers: -1"),
+        ({"image_size": (0, 4)}, "image_size"),
+        ({"start": -3}, "start: -3"),
+        ({"max_bad_share": 2}, "max_bad_share: 2"),
+    ],
+)
+def test_wrong_settings(records, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(records, **settings)
+
+
+def test_missing_dali_names_the_extra(records, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ValueError, match=r"\.\[dali\]"):
+        load(records, loader="dali")
+
+
+SCRIPT = """
+    import os, signal, sys
+    from rwkv_clip.recordio import RecordSet
+    from rwkv_clip.training.data import make_loader
+
+    settings = dict(image_size=32, global_batch=8, steps=40, workers=2, loader="torch")
+    loader = make_loader(RecordSet(sys.argv[1]), **settings)
+    if __name__ == "__main__":
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        batches = iter(loader)
+        next(batches)
+        os.killpg(0, signal.SIGTERM)
+        os.killpg(0, signal.SIGINT)
+        print(1 + sum(1 for _, batch in zip(range(38), batches)), "batches", flush=True)
+        # and end with the loader still open
+"""
+
+
+def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    prefix = str(records.files[0].prefix)
+    done = subprocess.run(
+        [sys.executable, str(script), prefix],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "39 batches\n" and "Traceback" not in done.stderr

@@ -1,0 +1,158 @@
+"""Recall and accuracy against brute force, with ties, missing captions, missing classes and any chunking."""
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_clip.metrics import (
+    accuracy,
+    nearest_items,
+    recall_at_k,
+    recall_hits,
+    retrieval_ranks,
+    target_ranks,
+)
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def slow_rank(similarity: np.ndarray, target: int) -> int:
+    """The definition, word by word: strictly better ones, and equal ones that come before."""
+    better = sum(value > similarity[target] for value in similarity)
+    return int(better + sum(value == similarity[target] for value in similarity[:target]))
+
+
+def slow_ranks(image: torch.Tensor, text: torch.Tensor, owner: list[int]) -> tuple[list[int], list[int]]:
+    similarity = image.double().numpy() @ text.double().numpy().T
+    image_to_text = [
+        min(slow_rank(similarity[i], c) for c in range(len(owner)) if owner[c] == i)
+        for i in range(len(image))
+        if i in owner
+    ]
+    return image_to_text, [slow_rank(similarity[:, c], o) for c, o in enumerate(owner)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64, 10_000])
+def test_ranks_equal_brute_force_with_any_number_of_captions(chunk):
+    owner = np.random.default_rng(0).integers(0, 40, 90).tolist()
+    owner = [o for o in owner if o != 7]  # picture 7 has no caption
+    image, text = unit(40, 16), unit(len(owner), 16, seed=1)
+    text = torch.nn.functional.normalize(text + 0.8 * image[owner], dim=-1)
+    image_to_text, text_to_image = retrieval_ranks(image, text, owner, chunk)
+    expected = slow_ranks(image, text, owner)
+    assert (image_to_text.tolist(), text_to_image.tolist()) == expected
+    assert 7 not in owner and len(image_to_text) == len(set(owner))
+
+
+def test_ties_count_items_that_come_before():
+    same = torch.tensor([[0.6, 0.8]]).repeat(5, 1)
+    image_to_text, text_to_image = retrieval_ranks(same, same, [0, 1, 2, 3, 4])
+    assert image_to_text.tolist() == text_to_image.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_model_that_says_the_same_of_everything_scores_by_chance():
+    same = torch.tensor([[1.0, 0.0]]).repeat(100, 1)
+    report = recall_at_k(same, same, range(100))
+    assert report["text_to_image_R@1"] == 0.01 and report["image_to_text_R@10"] == 0.1
+
+
+def test_ties_follow_index_order_whatever_the_chunk():
+    # Few distinct vectors of awkward length: a sum in another order would break these ties at random.
+    image, text = unit(7, 637)[torch.arange(140) % 7], unit(7, 637)[torch.arange(420) % 7]
+    owner = torch.arange(420) % 140
+    reference = retrieval_ranks(image, text, owner, 1000)
+    for chunk in (1, 2, 5, 33, 256):
+        for ours, expected in zip(retrieval_ranks(image, text, owner, chunk), reference):
+            assert torch.equal(ours, expected)
+    # Caption c equals pictures c % 7, c % 7 + 7, ...; its own is number (c % 140) // 7 of these.
+    assert reference[1].tolist() == [(c % 140) // 7 for c in range(420)]
+
+
+def test_image_ranks_as_its_best_caption():
+    image = torch.eye(3)
+    text = torch.stack([image[1], image[0], image[2], image[1]])
+    image_to_text, _ = retrieval_ranks(image, text, [0, 0, 1, 1])
+    assert image_to_text.tolist() == [0, 1]  # picture 1: caption 3 ties with caption 0, which comes before
+
+
+def test_recall_counts_and_fractions():
+    image, text = unit(30, 8), unit(60, 8, seed=3)
+    owner = [i // 2 for i in range(60)]
+    report = recall_at_k(image, text, owner)
+    image_to_text, text_to_image = slow_ranks(image, text, owner)
+    for name, ranks in (("image_to_text", image_to_text), ("text_to_image", text_to_image)):
+        for k in (1, 5, 10):
+            hits = sum(rank < k for rank in ranks)
+            assert report[f"{name}_hits@{k}"] == hits
+            assert report[f"{name}_R@{k}"] == hits / len(ranks)
+    recalls = [value for key, value in report.items() if "_R@" in key]
+    assert len(recalls) == 6 and report["mean_recall"] == pytest.approx(sum(recalls) / 6)
+    assert (report["images"], report["captions"], report["image_queries"]) == (30, 60, 30)
+
+
+def test_k_beyond_the_items_counts_every_query():
+    report = recall_at_k(unit(3, 4), unit(3, 4, seed=1), [0, 1, 2])
+    assert report["text_to_image_R@5"] == report["image_to_text_R@10"] == 1.0
+
+
+def test_nearest_items_are_sorted_and_stable():
+    items = torch.stack([torch.eye(3)[i] for i in (1, 0, 1, 2)])
+    assert nearest_items(torch.eye(3)[1:2], items, 10).tolist() == [[0, 2, 1, 3]]
+    assert nearest_items(torch.eye(3)[1:2], items, 2).tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": torch.full((2, 4), float("nan"))}, "not finite"),
+        ({"image": 3 * torch.eye(4)[:2]}, "normalise"),
+        ({"image": torch.eye(3)[:2]}, "dimensions"),
+        ({"image": torch.ones(2)}, "shape"),
+        ({"image_of_caption": [0]}, "one per caption"),
+        ({"image_of_caption": [0, 2]}, "within 0 and 1"),
+        ({"image_of_caption": [0, -1]}, "within 0 and 1"),
+        ({"image": torch.zeros(0, 4)}, "at least one"),
+        ({"text": torch.zeros(0, 4), "image_of_caption": []}, "at least one"),
+        ({"chunk": 0}, "chunk"),
+        ({"ks": (0,)}, "k >= 1"),
+    ],
+)
+def test_what_cannot_be_ranked_is_named(change, message):
+    arguments = {"image": torch.eye(4)[:2], "text": torch.eye(4)[:2], "image_of_caption": [0, 1]} | change
+    with pytest.raises(ValueError, match=message):
+        recall_at_k(**arguments)
+
+
+def test_no_queries_have_no_ranks():
+    assert target_ranks(torch.zeros(0, 4), torch.eye(4), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+def test_accuracy_leaves_out_and_names_a_class_without_samples():
+    ranks = torch.tensor([0, 3, 0, 5, 0, 0])
+    labels = torch.tensor([0, 0, 0, 2, 3, 3])
+    report = accuracy(ranks, labels, list("abcdefg"))
+    assert report["classes_without_samples"] == ["b", "e", "f", "g"]
+    assert report["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert (report["hits1"], report["hits5"], report["samples"], report["top5_k"]) == (4, 5, 6, 5)
+    assert report["top1"] == pytest.approx(4 / 6) and report["top5"] == pytest.approx(5 / 6)
+
+
+def test_top5_of_three_classes_takes_three():
+    report = accuracy(torch.tensor([0, 2]), torch.tensor([0, 1]), ["a", "b", "c"])
+    assert (report["top5_k"], report["top5"], report["top1"]) == (3, 1.0, 0.5)
+
+
+def test_accuracy_refuses_nothing_and_foreign_labels():
+    with pytest.raises(ValueError, match="no samples"):
+        accuracy(torch.zeros(0), torch.zeros(0), ["a"])
+    with pytest.raises(ValueError, match="labels: entry 1 is 2"):
+        accuracy(torch.tensor([0, 0]), torch.tensor([0, 2]), ["a", "b"])
+    with pytest.raises(ValueError, match="one label per sample"):
+        accuracy(torch.tensor([0, 0]), torch.tensor([0]), ["a", "b"])
+
+
+def test_recall_hits_are_integers():
+    assert recall_hits(torch.tensor([0, 4, 5, 10]), (1, 5, 10)) == {1: 1, 5: 2, 10: 3}
