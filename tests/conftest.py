@@ -1,6 +1,7 @@
 """Shared fixtures. Tests run single-threaded so that "same bits" means the same everywhere."""
 
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +20,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder beside the repository: reference numbers and real data are not shipped")
     return SHARED
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on loopback that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

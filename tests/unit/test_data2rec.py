@@ -141,12 +141,11 @@ def test_damaged_tar_is_refused(tmp_path):
             add(tar, f"{i}.txt", b"text")
     whole = (tmp_path / "s.tar").read_bytes()
     damaged = bytearray(whole)
-    damaged[2048 : 2048 + 100] = b"x" * 100
-    for number, data in enumerate((whole[:5000], whole[:2100], bytes(damaged), b"rubbish" * 200)):
+    damaged[2560:2660] = b"x" * 100  # the header of the third member
+    for data in (whole[:5000], whole[:2100], whole[:2560], whole[:2700], bytes(damaged), b"rubbish" * 200):
         (tmp_path / "s.tar").write_bytes(data)
         with pytest.raises(SourceError, match=r"s\.tar"):
             list(Source(tmp_path / "s.tar").rows())
-        assert number < 4
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         add(tar, "0.jpg", b"\0" * 32_000_001)
         add(tar, "0.txt", b"text")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -157,6 +158,7 @@ def test_string_keys(tmp_path):
     records = {"a": b"1", "b c": b"2", "007": b"3", "ü": b"4", "-0": b"5"}
     file = write(tmp_path / "x", records)
     assert file.keys == list(records) and all(file.read_key(key) == value for key, value in records.items())
+    assert write(tmp_path / "z", {"007": b"1", "8": b"2"}).keys == ["007", "8"]
     assert write(tmp_path / "y", {"1": b"1", "2": b"2"}).keys == [1, 2]  # the file cannot tell "1" from 1
 
 
@@ -248,18 +250,19 @@ def test_cut_and_overwritten_files_are_refused_when_opened(tmp_path):
 
 
 def test_error_names_file_key_and_offset(tmp_path):
-    file = write(tmp_path / "x", {f"k{n}": b"%d" % n * 20 for n in range(200)})
+    write(tmp_path / "x", {f"k{n}": b"%d" % n * 20 for n in range(1000)})
     offset = int((tmp_path / "x.idx").read_text().splitlines()[101].split("\t")[1])
-    data = bytearray((tmp_path / "x.rec").read_bytes())
-    data[offset + 4] += 8
-    (tmp_path / "x.rec").write_bytes(data)
-    with pytest.raises(
-        RecordError, match=rf"x\.rec: record 101 \(key 'k101'\), byte {offset}: \d+ bytes announced"
-    ):
-        RecordFile(tmp_path / "x").read(101)
-    assert file.read(100) and file.read(102)
+    whole = (tmp_path / "x.rec").read_bytes()
+    for place, what in ((0, "magic word"), (4, r"\d+ bytes announced"), (7, "continuation flag")):
+        data = bytearray(whole)
+        data[offset + place] ^= 0x40
+        (tmp_path / "x.rec").write_bytes(data)
+        file = RecordFile(tmp_path / "x")  # record 101 is not one of those looked at here
+        with pytest.raises(RecordError, match=rf"x\.rec: record 101 \(key 'k101'\), byte {offset}: {what}"):
+            file.read(101)
+        assert file.read(100) == b"100" * 20 and file.read(102) == b"102" * 20
     with pytest.raises(IndexError):
-        file.read(200)
+        file.read(1000)
 
 
 def test_fuzzed_files_give_the_record_or_record_error(tmp_path):
@@ -341,6 +344,22 @@ def test_writer_publishes_only_complete_files(tmp_path):
     assert RecordFile(tmp_path / "x").read(0) == b"old"
     with pytest.raises(RecordError, match="at most"), RecordWriter(tmp_path / "y") as writer:
         writer.write(0, _Long())
+
+
+def test_crash_while_publishing_leaves_no_index_of_another_file(tmp_path, monkeypatch):
+    write(tmp_path / "x", {0: b"old1", 1: b"old2"})
+    replace = os.replace
+
+    def crash_before_index(source, target):
+        if str(target).endswith(".idx"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash_before_index)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "x", {0: b"new1", 1: b"new2"})
+    with pytest.raises(RecordError, match="no such index"):
+        RecordFile(tmp_path / "x")
 
 
 class _Long(bytes):

@@ -142,7 +142,7 @@ def test_absent_file(tmp_path):
 @pytest.fixture
 def records(folder):
     """Three records of two views; the second record says the same in both."""
-    texts = [("red", "red white"), ("blue", "blue"), ("green", "teal")]
+    texts = [("red", "red white"), ("blue", "blue"), ("green", "red")]
     tokens = [ColorTokenizer()(list(pair)).numpy() for pair in texts]
     with RecordWriter(folder / "shard") as writer:
         for key, (pair, rows) in enumerate(zip(texts, tokens)):
@@ -158,6 +158,7 @@ def test_records_give_their_tokens_and_distinct_views(records):
     data = load_retrieval(records)
     assert data.captions is None and data.tokens.dtype == np.int64 and data.tokenizer == "colors"
     assert data.image_of_caption.tolist() == [0, 0, 1, 2, 2]
+    assert data.tokens[:, 0].tolist() == [1, 1, 3, 2, 1]  # red, red white, blue, green, red: in their order
     assert data.open(2).getpixel((0, 0)) == COLORS["green"]
     only = load_retrieval(records, views=["raw"])
     assert np.array_equal(only.tokens, ColorTokenizer()(["red", "blue", "green"]).numpy())

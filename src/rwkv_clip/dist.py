@@ -1,0 +1,93 @@
+"""The world of processes: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. One process is a world of one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # a silent rank ends the run after this long; validation on rank 0 fits in
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_lead(self) -> bool:
+        return self.rank == 0
+
+
+def best_device() -> str:
+    """cuda, mps or cpu, whichever is present first."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def join_world(device: str | None = None) -> World:
+    """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere."""
+    kind = torch.device(device or best_device())
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device} asked for, but torch sees no CUDA device; use --device cpu")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind.type == "cuda" and kind.index is None:
+        kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if kind.type == "cuda":
+        torch.cuda.set_device(kind)
+    if size > 1:
+        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return World(rank, size, kind)
+
+
+def leave_world() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, world size) of the current process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rank, size = rank_and_size()
+        parts = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(parts, x.contiguous())
+        ctx.rows = slice(rank * len(x), (rank + 1) * len(x))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every rank's loss depends on these rows; DDP divides the sum by the number of ranks afterwards.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B, ...) on every rank -> (world * B, ...) in rank order; gradients flow back to the rank they belong to.
+
+    Every rank must hold the same B.
+    """
+    return x if rank_and_size()[1] == 1 else _Gather.apply(x)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on all ranks when it is true on one."""
+    if rank_and_size()[1] == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())

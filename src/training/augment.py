@@ -1,0 +1,99 @@
+"""Augmentation as a function: crop, mirror and text choice of a sample depend on (seed, epoch, sample) only.
+
+Nothing here draws from a generator with a state. A number is a hash of (seed, epoch, sample, draw), so it is
+the same for any number of workers or ranks, in any batch, after any resume, and for every decoder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the counter step of splitmix64
+MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+AREA = (0.7, 1.0)
+ASPECT = (0.8, 1.25)
+ATTEMPTS = 10
+
+# Which draw of a sample serves which purpose. A new purpose takes a new number, so that old runs stay as they
+# were.
+FLIP, VIEW, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): uint64 -> uint64, each input bit reaches each output
+    bit."""
+    x = x ^ (x >> np.uint64(30))
+    x = x * MIX_A
+    x = x ^ (x >> np.uint64(27))
+    x = x * MIX_B
+    return x ^ (x >> np.uint64(31))
+
+
+def hash64(*counters: int | np.ndarray) -> np.ndarray:
+    """Hash of integers, broadcast against each other -> uint64 array. The order of the arguments matters."""
+    state = np.zeros((1,), np.uint64)
+    for counter in counters:
+        value = np.atleast_1d(np.asarray(counter)).astype(np.uint64)
+        state = mix64((state + GAMMA) ^ mix64(value * GAMMA + MIX_B))
+    return state
+
+
+def uniforms(
+    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, draw: int | np.ndarray
+) -> np.ndarray:
+    """Uniform float64 in [0, 1) per broadcast element of (epoch, sample, draw), 53 random bits each."""
+    bits = hash64(seed, epoch, sample, draw) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Mirror left to right? bool (B,), true for one half."""
+    return uniforms(seed, epochs, ids, FLIP) < 0.5
+
+
+def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, views: int) -> np.ndarray:
+    """Which of `views` texts a sample shows, uniform: int64 (B,)."""
+    return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)
+
+
+def crop_windows(
+    widths: np.ndarray,
+    heights: np.ndarray,
+    seed: int,
+    epochs: np.ndarray,
+    ids: np.ndarray,
+    area: tuple[float, float] = AREA,
+    aspect: tuple[float, float] = ASPECT,
+) -> np.ndarray:
+    """Random crops as DALI's random_area / random_aspect_ratio draw them: int64 (B, 4), rows (x, y, width,
+    height).
+
+    The share of the picture's area is uniform in `area`, width / height log-uniform in `aspect`; the first of
+    ten tries that fits is taken. A picture too wide or too tall for any of them gets the largest window of an
+    allowed shape. The place is uniform. Every window lies inside its picture of `widths` x `heights` pixels.
+    """
+    widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    draws = CROP_SHAPE + np.arange(2 * ATTEMPTS)[:, None]
+    first, second = np.split(uniforms(seed, np.asarray(epochs)[None], np.asarray(ids)[None], draws), 2)
+    target = (area[0] + (area[1] - area[0]) * first) * (widths * heights)
+    ratio = np.exp(np.log(aspect[0]) + np.log(aspect[1] / aspect[0]) * second)
+    tall = np.maximum(np.rint(np.sqrt(target / ratio)).astype(np.int64), 1)
+    wide = np.maximum(np.rint(np.sqrt(target * ratio)).astype(np.int64), 1)
+    fits = (wide <= widths) & (tall <= heights)
+    pick = fits.argmax(0), np.arange(len(widths))
+    last_wide, last_tall = _largest(widths, heights, area[1], aspect)
+    width = np.where(fits.any(0), wide[pick], last_wide)
+    height = np.where(fits.any(0), tall[pick], last_tall)
+    x = (uniforms(seed, epochs, ids, CROP_X) * (widths - width + 1)).astype(np.int64)
+    y = (uniforms(seed, epochs, ids, CROP_Y) * (heights - height + 1)).astype(np.int64)
+    return np.stack([np.minimum(x, widths - width), np.minimum(y, heights - height), width, height], 1)
+
+
+def _largest(widths, heights, most: float, aspect: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Largest window inside each picture with a shape in `aspect` and at most the share `most` of its
+    area."""
+    wide = np.minimum(widths, np.maximum(1, (heights * aspect[1]).astype(np.int64)))
+    tall = np.minimum(heights, np.maximum(1, (widths / aspect[0]).astype(np.int64)))
+    shrink = np.sqrt(np.minimum(1.0, most * widths * heights / (wide * tall)))
+    return np.maximum(1, (wide * shrink).astype(np.int64)), np.maximum(1, (tall * shrink).astype(np.int64))

@@ -1,0 +1,157 @@
+"""Three texts per scene of the demo set, as in RWKV-CLIP: noisy alt-text, terse caption, rich description."""
+
+from __future__ import annotations
+
+from random import Random
+
+from .scenes import COLORS, MIDDLE, SHAPES, Scene, Thing
+
+VIEWS = ("raw", "synthetic", "generated")
+WRONG_SHARE = 0.15  # raw texts with one wrong attribute
+USELESS_SHARE = 0.08  # raw texts that say nothing of the picture
+
+_ON = {
+    "paper": "on paper",
+    "sky": "in the sky",
+    "night": "in the night",
+    "sand": "on sand",
+    "bricks": "on bricks",
+    "grass": "on grass",
+}
+_ROWS, _COLUMNS = ("top", "bottom"), ("left", "right")
+_FILES = ("IMG_{}.jpg", "DSC_{}.JPG", "image{}.png", "photo-{}.jpeg", "untitled {}")
+_BEFORE = ("free download", "buy", "new", "stock photo", "cute", "best", "vintage", "sale!", "DIY")
+_AFTER = (
+    "wallpaper",
+    "clip art",
+    "sticker",
+    "for kids",
+    "vector",
+    "print",
+    "free shipping",
+    "| shop",
+    "thumbnail",
+)
+_TAGS = ("#art", "#shapes", "#design", "#love", "#photo", "#fun", "#instagood", "#decor")
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _name_kind(thing: Thing) -> str:
+    return _with_article(f"{thing.color} {thing.shape}")
+
+
+def _name_fully(thing: Thing) -> str:
+    return _with_article(f"{thing.size} {thing.texture} {thing.color} {thing.shape}")
+
+
+def _relate(a: Thing, b: Thing) -> str:
+    """Where a is as seen from b, as a preposition; rows come before columns."""
+    if a.place[0] != b.place[0]:
+        return "above" if a.place[0] < b.place[0] else "below"
+    return "left of" if a.place[1] < b.place[1] else "right of"
+
+
+def _name_place(thing: Thing) -> str:
+    if thing.place == MIDDLE:
+        return "in the middle"
+    return f"at the {_ROWS[thing.place[0]]} {_COLUMNS[thing.place[1]]}"
+
+
+def _order_three(things: tuple[Thing, ...]) -> tuple[Thing, Thing, Thing]:
+    """(pivot, its neighbour in the row, its neighbour in the column) of three things in three quarters."""
+    pivot = next(
+        t
+        for t in things
+        if any(o.place[0] == t.place[0] for o in things if o is not t)
+        and any(o.place[1] == t.place[1] for o in things if o is not t)
+    )
+    row = next(t for t in things if t is not pivot and t.place[0] == pivot.place[0])
+    column = next(t for t in things if t is not pivot and t is not row)
+    return pivot, row, column
+
+
+def write_synthetic(scene: Scene, rng: Random) -> str:
+    """A terse caption: color and shape of each thing and how they lie, the background now and then."""
+    things = rng.sample(scene.things, len(scene.things))
+    ground = f" {_ON[scene.background]}" if rng.random() < 0.4 else ""
+    if len(things) == 1:
+        return f"{_name_kind(things[0])}{ground}"
+    if len(things) == 2:
+        a, b = things
+        return f"{_name_kind(a)} {_relate(a, b)} {_name_kind(b)}{ground}"
+    a, b, c = _order_three(scene.things)
+    if rng.random() < 0.5:
+        return (
+            f"{_name_kind(b)} {_relate(b, a)} {_name_kind(a)} and {_name_kind(c)} {_relate(c, a)} it{ground}"
+        )
+    a, b, c = things
+    return f"{_name_kind(a)}, {_name_kind(b)} and {_name_kind(c)}{ground}"
+
+
+def write_generated(scene: Scene, rng: Random) -> str:
+    """A description that names every attribute and every place: it fits one scene only."""
+    ground = _ON[scene.background]
+    if len(scene.things) == 1:
+        (thing,) = scene.things
+        return f"{_name_fully(thing)} {_name_place(thing)}, {ground}"
+    if len(scene.things) == 2:
+        a, b = rng.sample(scene.things, 2)
+        if a.place[0] == b.place[0]:
+            side = f"at the {_ROWS[a.place[0]]}"
+        elif a.place[1] == b.place[1]:
+            side = f"on the {_COLUMNS[a.place[1]]}"
+        else:
+            return f"{_name_fully(a)} {_name_place(a)} and {_name_fully(b)} {_name_place(b)}, {ground}"
+        return f"{_name_fully(a)} {_relate(a, b)} {_name_fully(b)} {side}, {ground}"
+    a, b, c = _order_three(scene.things)
+    first = f"{_name_fully(b)} {_relate(b, a)} {_name_fully(a)}"
+    return f"{first} with {_name_fully(c)} {_relate(c, a)} it, {ground}"
+
+
+def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:
+    """Some of the thing's words; `wrong` puts another color or shape in."""
+    color, shape = thing.color, thing.shape
+    if wrong and rng.random() < 0.5:
+        color = rng.choice([c for c in COLORS if c != color])
+    elif wrong:
+        shape = rng.choice([s for s in SHAPES if s != shape])
+    words = [word for word in (thing.size, thing.texture) if rng.random() < 0.3]
+    words += [color] if rng.random() < 0.85 else []
+    return " ".join([*words, shape])
+
+
+def write_raw(scene: Scene, rng: Random) -> str:
+    """A web alt-text: loose words with noise around them, sometimes wrong, sometimes only a file name."""
+    file = rng.choice(_FILES).format(rng.randint(10, 9999))
+    if rng.random() < USELESS_SHARE:
+        return rng.choice((file, f"{rng.choice(_BEFORE)} {file}", " ".join(rng.sample(_TAGS, 3))))
+    wrong = rng.randrange(len(scene.things)) if rng.random() < WRONG_SHARE else -1
+    order = rng.sample(range(len(scene.things)), len(scene.things))
+    named = [_name_loosely(scene.things[i], rng, i == wrong) for i in order]
+    if rng.random() < 0.3:
+        named.append(scene.background)
+    text = rng.choice((" ", ", ", " and ", " - ")).join(named)
+    style = rng.randrange(6)
+    if style == 0:
+        text = f"{file} {text}"
+    elif style == 1:
+        text = f"{rng.choice(_BEFORE)} {text}"
+    elif style == 2:
+        text = f"{text} {rng.choice(_AFTER)}"
+    elif style == 3:
+        text = f"{text} {' '.join(rng.sample(_TAGS, 2))}"
+    elif style == 4:
+        text = text.upper() if rng.random() < 0.5 else text.title()
+    return text
+
+
+def write_texts(scene: Scene) -> dict[str, str]:
+    """The three texts of a scene by view name; the same scene gives the same texts."""
+    return {
+        "raw": write_raw(scene, Random(f"{scene.key}/raw")),
+        "synthetic": write_synthetic(scene, Random(f"{scene.key}/synthetic")),
+        "generated": write_generated(scene, Random(f"{scene.key}/generated")),
+    }

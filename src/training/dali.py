@@ -1,0 +1,213 @@
+"""The DALI loader: the same batches as the PyTorch loader, decoded by nvidia-dali on a GPU (or by its CPU
+threads).
+
+DALI only decodes, crops, resizes and mirrors. It is fed bytes, window and mirror through `external_source`;
+which record comes next and how it is cropped are decided by `SampleReader`, as for the other loader. DALI
+ends its pipeline at the first picture that it cannot decode. So it gets plain JPEGs only (see `ImageInfo`),
+everything else is decoded by PIL; and when a plain one fails after all, its batch is decoded again on the CPU
+by the rule for bad records and the pipeline is built anew.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .data import AHEAD, Batch, Loader, Plan, Tally, decode_samples, stack_text
+from .samples import Fault, Sample, SampleReader
+
+log = logging.getLogger(__name__)
+
+FAILURES = (
+    3  # pipelines in a row that fail on pictures which the CPU decodes: the fault is not in the pictures
+)
+
+
+def _import_dali():
+    try:
+        import nvidia.dali
+    except ImportError as error:
+        raise ValueError(
+            "loader: 'dali' needs nvidia-dali (pip install -e '.[dali]', or '.[dali-cuda12]' for CUDA 12); "
+            "or use --loader torch"
+        ) from error
+    return nvidia.dali
+
+
+def _placeholder() -> np.ndarray:
+    """Tiny JPEG that keeps the place of a picture which PIL decodes."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def build_pipeline(batch: int, threads: int, size: tuple[int, int], device: torch.device):
+    """DALI pipeline: jpeg, start (x, y), shape (width, height), mirror -> uint8 (batch, 3, h, w)."""
+    dali = _import_dali()
+    from nvidia.dali import fn, types
+
+    gpu = device.type == "cuda"
+    index = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
+    pipeline = dali.Pipeline(batch, threads, index, prefetch_queue_depth=1)
+    with pipeline:
+        jpeg, start, shape, mirror = (
+            fn.external_source(name=name, device="cpu") for name in ("jpeg", "start", "shape", "mirror")
+        )
+        image = fn.decoders.image_slice(
+            jpeg,
+            start=start,
+            shape=shape,
+            axis_names="WH",
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,  # the pixels as stored, as the released recipe had them
+            jpeg_fancy_upsampling=True,  # on a GPU the same chroma as on a CPU
+        )
+        image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        image = fn.crop_mirror_normalize(
+            image, mirror=mirror, dtype=types.UINT8, output_layout="CHW", mean=0.0, std=1.0
+        )
+        pipeline.set_outputs(image)
+    pipeline.build()
+    return pipeline
+
+
+@dataclass
+class _Step:
+    """One prepared batch: its samples, and the pixels of those that DALI does not decode, by row."""
+
+    number: int
+    samples: list[Sample]
+    aside: dict[int, torch.Tensor]
+
+
+class DaliLoader(Loader):
+    """Batches on the GPU `device`, or on the CPU for a CPU device, decoded by DALI with `workers` threads."""
+
+    def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, workers: int, device: torch.device):
+        super().__init__(plan, tally)
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError(
+                f"loader: 'dali' decodes on cuda or cpu, not on {device.type}; use --loader torch"
+            )
+        _import_dali()
+        self.reader, self.device, self.threads = reader, device, max(1, workers)
+        self._placeholder = _placeholder()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
+        self._stop = threading.Event()
+        ready: queue.Queue = queue.Queue(maxsize=AHEAD)
+        self._thread = threading.Thread(target=self._fill, args=(ready, self._stop), daemon=True)
+        self._thread.start()
+        for _ in range(self.plan.steps):
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item[0].image.is_cuda:  # allocated on the thread's stream, used on the caller's
+                item[0].image.record_stream(torch.cuda.current_stream(self.device))
+            yield item
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _fill(self, ready: queue.Queue, stop: threading.Event) -> None:
+        """The thread: produce items, or the exception that ends them, until told to stop."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    self._hand_over(ready, stop)
+            else:
+                self._hand_over(ready, stop)
+        except BaseException as error:
+            _put(ready, error, stop)
+
+    def _hand_over(self, ready: queue.Queue, stop: threading.Event) -> None:
+        for item in self._produce():
+            if not _put(ready, item, stop):
+                return
+
+    def _produce(self) -> Iterator[tuple[Batch, list[Fault]]]:
+        pipeline, failures = self._build(), 0
+        step = self._prepare(0) if self.plan.steps else None
+        while step is not None:
+            self._feed(pipeline, step)
+            # Python reads the next records while DALI decodes these.
+            following = self._prepare(step.number + 1) if step.number + 1 < self.plan.steps else None
+            try:
+                image, failures = self._take(pipeline, step), 0
+            except RuntimeError as error:
+                log.warning("DALI could not decode step %d, it is decoded again on the CPU", step.number)
+                step.samples, image = decode_samples(self.reader, step.samples)
+                failures = 0 if any(sample.fault for sample in step.samples) else failures + 1
+                if failures == FAILURES:
+                    raise error
+                image, pipeline = image.to(self.device), self._build()
+            text, ids, epochs = stack_text(step.samples)
+            faults = [sample.fault for sample in step.samples if sample.fault]
+            yield Batch(image, text, ids, epochs, self.plan.first(step.number)), faults
+            step = following
+
+    def _build(self):
+        return build_pipeline(self.plan.local_batch, self.threads, self.reader.image_size, self.device)
+
+    def _prepare(self, number: int) -> _Step:
+        samples = self.reader.read(self.plan.positions(number))
+        aside = {}
+        for row, sample in enumerate(samples):
+            if not sample.info.plain:
+                samples[row], aside[row] = self.reader.decode(sample)
+        return _Step(number, samples, aside)
+
+    def _feed(self, pipeline, step: _Step) -> None:
+        jpegs, windows = [], np.zeros((len(step.samples), 4), np.int32)
+        for row, sample in enumerate(step.samples):
+            own = row not in step.aside
+            jpegs.append(np.frombuffer(sample.data, np.uint8) if own else self._placeholder)
+            windows[row] = sample.window if own else (0, 0, 16, 16)
+        pipeline.feed_input("jpeg", jpegs)
+        pipeline.feed_input("start", windows[:, :2].copy())
+        pipeline.feed_input("shape", windows[:, 2:].copy())
+        pipeline.feed_input("mirror", np.array([sample.flip for sample in step.samples], np.int32))
+        pipeline.schedule_run()
+
+    def _take(self, pipeline, step: _Step) -> torch.Tensor:
+        """Decoded pixels of the step, on the device. RuntimeError if DALI could not decode one of the
+        pictures."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        (output,) = pipeline.share_outputs()
+        shape = (len(step.samples), 3, *self.reader.image_size)
+        image = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream() if image.is_cuda else None
+        feed_ndarray(output.as_tensor(), image, cuda_stream=stream)
+        for row, pixels in step.aside.items():
+            image[row] = pixels.to(self.device)
+        if stream is not None:
+            stream.synchronize()
+        pipeline.release_outputs()
+        return image
+
+
+def _put(ready: queue.Queue, item, stop: threading.Event) -> bool:
+    """Queue the item; False if the consumer has closed the loader instead."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False

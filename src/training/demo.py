@@ -1,0 +1,257 @@
+"""The embedded demo set: generated and seeded, so that a fresh clone trains and is tested without a download.
+
+    python -m rwkv_clip.training.demo --output data/demo --contact-sheet figure/demo_set.png
+
+    OUTPUT/train.rec .idx .json        scenes with three texts each (raw, synthetic, generated)
+    OUTPUT/retrieval.jsonl images/     held-out scenes, one full description each
+    OUTPUT/classification/shape color  a folder of pictures per class, names.json with the templates
+    OUTPUT/demo.json                   the settings; written last, so it marks a finished set
+
+Pictures of a test or classification set are PNG; training pictures are JPEG, as in real shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .captions import VIEWS, write_texts
+from .pictures import draw_picture, encode_picture
+from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw_class_scenes, draw_test_scenes, draw_train_scene
+
+SCHEMA = 1  # of the generator: raise it when the same settings draw or say something else
+STAMP = "demo.json"
+ATTRIBUTES = ("shape", "color")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the set depends on."""
+
+    seed: int = 0
+    """Another number, other scenes; what is held out for testing stays the same."""
+    train: int = 6_000
+    """Training scenes."""
+    test: int = 256
+    """Held-out scenes for retrieval."""
+    per_class: int = 32
+    """Pictures per class of the classification sets."""
+    size: int = 64
+    """Pixels on a side."""
+    context: int = 32
+    """Tokens per text; all texts fit in 32, with room for "a photo of "."""
+    tokenizer: str = "clip-bpe"
+    """Tokenizer of the training records."""
+
+    def __post_init__(self):
+        for name, least in (("train", 1), ("test", 1), ("per_class", 1), ("size", 16), ("context", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is too small for a demo set; use at least {least}"
+                )
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Where the parts of a demo set lie. `train_records` is a prefix: add .rec, .idx or .json."""
+
+    output: Path
+    train_records: Path = field(init=False)
+    retrieval_jsonl: Path = field(init=False)
+    classification: dict[str, Path] = field(init=False)
+
+    def __post_init__(self):
+        parts = {
+            "train_records": self.output / "train",
+            "retrieval_jsonl": self.output / "retrieval.jsonl",
+            "classification": {name: self.output / "classification" / name for name in ATTRIBUTES},
+        }
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+
+
+def list_templates(attribute: str) -> list[str]:
+    """Prompts for the classes of "shape" or "color": `{}` takes the class, the other attribute varies."""
+    if attribute == "shape":
+        return [f"a large plain {color} {{}} in the middle" for color in COLORS]
+    return [f"a large plain {{}} {shape} in the middle" for shape in SHAPES]
+
+
+def _build_train(staging: Path, settings: DemoSettings) -> None:
+    """Draw the training scenes and pack them with the same builder that users' data goes through."""
+    from rwkv_clip.builder import build_records
+
+    folder = staging / "train-images"
+    folder.mkdir()
+    listing = folder / "train.jsonl"
+    with listing.open("w", encoding="utf-8") as file:
+        for index in tqdm(range(settings.train), desc="drawing", unit="scene", disable=None):
+            scene, name = draw_train_scene(settings.seed, index), f"{index:06d}.jpg"
+            (folder / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "jpeg"))
+            file.write(json.dumps({"image": name, **write_texts(scene)}) + "\n")
+    # One process draws and packs: to start more, each with its own torch, takes longer than the work.
+    build_records(
+        str(listing),
+        str(staging / "train"),
+        views=VIEWS,
+        tokenizer=settings.tokenizer,
+        context=settings.context,
+    )
+    shutil.rmtree(folder)
+
+
+def _write_retrieval(staging: Path, settings: DemoSettings) -> None:
+    (staging / "images").mkdir()
+    with DemoPaths(staging).retrieval_jsonl.open("w", encoding="utf-8") as file:
+        for index, scene in enumerate(draw_test_scenes(settings.seed, settings.test)):
+            name = f"images/{index:04d}.png"
+            (staging / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "png"))
+            file.write(json.dumps({"image": name, "caption": write_texts(scene)["generated"]}) + "\n")
+
+
+def _write_classes(folder: Path, attribute: str, settings: DemoSettings) -> None:
+    counts: dict[str, int] = {}
+    for name, scene in draw_class_scenes(settings.seed, attribute, settings.per_class):
+        path = folder / name / f"{counts.setdefault(name, 0):04d}.png"
+        counts[name] += 1
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_picture(draw_picture(scene, settings.size), "png"))
+    about = {"names": {name: name for name in counts}, "templates": list_templates(attribute)}
+    (folder / "names.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _is_finished(output: Path, settings: DemoSettings) -> bool:
+    """Whether `output` holds exactly this set; ValueError where it holds anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    try:
+        found = json.loads((output / STAMP).read_text())
+        made = dict(found["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"output: {output} exists and is not a finished demo set; name a new or empty folder"
+        ) from None
+    wanted = asdict(settings)
+    changes = [
+        f"{key} {made.get(key)!r} -> {value!r}" for key, value in wanted.items() if made.get(key) != value
+    ]
+    if found.get("schema") != SCHEMA:
+        changes.append(f"schema {found.get('schema')!r} -> {SCHEMA!r}")
+    if changes:
+        raise ValueError(
+            f"output: {output} holds a demo set of other settings ({', '.join(changes)}); "
+            "name another folder or remove this one"
+        )
+    return True
+
+
+def make_demo(output: str | Path, **settings) -> DemoPaths:
+    """Make the demo set in the folder `output` (new or empty) and say where its parts are.
+
+    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set of
+    the same settings is left as it is; one of other settings, or any other content, is a ValueError. The set
+    is made beside `output` and moved there when complete.
+    """
+    output, chosen = Path(output), DemoSettings(**settings)
+    if _is_finished(output, chosen):
+        return DemoPaths(output)
+    staging = output.parent / f".{output.name}.{os.getpid()}.part"
+    staging.mkdir(parents=True)
+    try:
+        _write_retrieval(staging, chosen)
+        for attribute, folder in DemoPaths(staging).classification.items():
+            _write_classes(folder, attribute, chosen)
+        _build_train(staging, chosen)
+        stamp = {"schema": SCHEMA, "settings": asdict(chosen), "views": VIEWS}
+        (staging / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
+        if output.exists():
+            output.rmdir()  # empty, or _is_finished had complained
+        os.replace(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return DemoPaths(output)
+
+
+def choose_varied(scenes: list[Scene], count: int) -> list[Scene]:
+    """`count` of the scenes, the backgrounds in turn, scenes of several things first."""
+    found: dict[str, list[Scene]] = {name: [] for name in BACKGROUNDS}
+    for scene in sorted(scenes, key=lambda scene: len(scene.things) < 2):
+        found[scene.background].append(scene)
+    return [scene for turn in zip_longest(*found.values()) for scene in turn if scene is not None][:count]
+
+
+def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64, columns: int = 2) -> Path:
+    """Save a picture of scenes with their three texts, as they are trained on: `size` pixels, enlarged."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, wide, gap, line = 192, 380, 24, 20
+    bold, plain = ImageFont.load_default(13), ImageFont.load_default(15)
+    rows = -(-len(scenes) // columns)
+    cell = side + gap + wide + gap
+    sheet = Image.new("RGB", (gap + columns * cell, gap + rows * (side + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, scene in enumerate(scenes):
+        x, y = gap + index % columns * cell, gap + index // columns * (side + gap)
+        sheet.paste(draw_picture(scene, size).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        left, at = x + side + gap // 2 + 4, y
+        for view, text in write_texts(scene).items():
+            draw.text((left, at), view, font=bold, fill=(46, 110, 170))
+            at += line - 2
+            for part in _wrap(text, lambda words: draw.textlength(words, font=plain) <= wide):
+                draw.text((left, at), part, font=plain, fill=(30, 30, 34))
+                at += line
+            at += 6
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if fits(longer) or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def run(output: Path, settings: DemoSettings, contact_sheet: Path | None = None) -> None:
+    """Make the embedded demo set: pictures of several things with three texts each, and its test sets.
+
+    Args:
+        output: new or empty folder; a finished set of the same settings is kept.
+        settings: what is drawn.
+        contact_sheet: also save a picture of eight scenes with their texts here.
+    """
+    paths = make_demo(output, **asdict(settings))
+    print(f"demo set: {settings.train} training scenes in {paths.train_records}.rec")
+    print(f"  {settings.test} held-out scenes in {paths.retrieval_jsonl}")
+    print(f"  classes in {' and '.join(map(str, paths.classification.values()))}")
+    if contact_sheet is not None:
+        scenes = choose_varied([draw_train_scene(settings.seed, index) for index in range(60)], 8)
+        print(f"contact sheet: {draw_contact_sheet(scenes, contact_sheet, size=settings.size)}")
+
+
+def main() -> None:
+    import tyro
+
+    try:
+        tyro.cli(run, prog="python -m rwkv_clip.training.demo", config=(tyro.conf.OmitArgPrefixes,))
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

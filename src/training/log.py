@@ -1,0 +1,102 @@
+"""What a run says: log.jsonl always, a progress bar where a terminal is (lines elsewhere), TensorBoard and wandb on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rwkv_clip.config import Settings, to_dict
+
+
+class RunLog:
+    """Writes the records of one run. Only the lead rank has one."""
+
+    def __init__(self, folder: Path, settings: Settings, first_step: int, total_steps: int):
+        from tqdm import tqdm
+
+        self.path = folder / "log.jsonl"
+        self._drop_future(first_step)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._terminal = sys.stderr.isatty()
+        self._total = total_steps
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self._terminal, leave=True)
+        self._writers = [_WRITERS[name](folder, settings) for name in settings.report_to]
+
+    def _drop_future(self, first_step: int) -> None:
+        """Lines behind the step that the run resumes from will be written again."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one record; numbers only, plus what JSON holds."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for writer in self._writers:
+            writer(step, {key: value for key, value in values.items() if isinstance(value, (int, float))})
+        if "loss" in values:
+            shown = {"loss": f"{values['loss']:.3f}", "samples/s": f"{values['samples_per_second']:.0f}"}
+            self._bar.set_postfix(shown)
+            if not self._terminal:
+                text = " ".join(f"{key} {value}" for key, value in shown.items())
+                self.say(f"step {step}/{self._total} {text} ETA {_clock(values['eta_seconds'])}")
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        for writer in self._writers:
+            writer(None, {})
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _tensorboard(folder: Path, settings: Settings):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("report_to: tensorboard is not installed; pip install -e .[tensorboard]") from None
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def write(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            writer.close()
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return write
+
+
+def _wandb(folder: Path, settings: Settings):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("report_to: wandb is not installed; pip install -e .[wandb]") from None
+    # The folder's name is the run's identity, so that a resumed run goes on in the same chart.
+    run = wandb.init(project="rwkv-clip", name=folder.name, id=folder.name, dir=folder, resume="allow", config=to_dict(settings))
+
+    def write(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            run.finish()
+        else:
+            run.log(values, step=step)
+
+    return write
+
+
+_WRITERS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -1,0 +1,242 @@
+"""The training loop. It knows no method by name: model, objective, view rule and schedule are what the settings say.
+
+A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and every step seeds
+torch's generators from (seed, step, rank), so no random state has to be saved for an exact resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rwkv_clip.checkpoint import read_tensors, save_checkpoint
+from rwkv_clip.config import ConfigError, Settings, to_dict
+from rwkv_clip.dist import World, any_rank
+from rwkv_clip.image import normalize
+from rwkv_clip.model import load_checkpoint, spec_to_json
+
+from .augment import draw_views, hash64
+from .data import Batch
+from .log import RunLog
+from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_LOGIT_SCALE = math.log(100)
+OBJECTIVE = "objective/"  # prefix of an objective's buffers among the optimizer's tensors
+
+# What may differ between a run and its resumption without making it another run.
+FREE_ON_RESUME = frozenset(
+    {"train_data", "val_data", "val_split", "val_prefix", "logs", "name", "resume", "pretrained", "device", "workers", "loader",
+     "torchcompile", "grad_checkpointing", "log_every_n_steps", "val_every_n_steps", "save_every_n_steps",
+     "keep_checkpoints", "report_to"}
+)  # fmt: skip
+
+
+class NumericsError(RuntimeError):
+    """Loss or gradient is not finite. The weights of the step before are intact."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that a resumption needs besides weights and optimizer state."""
+
+    step: int = 0
+    samples_seen: int = 0
+
+
+class Trainer:
+    """Weights, optimizer and schedule of one run on this rank."""
+
+    def __init__(self, model: nn.Module, objective: nn.Module, settings: Settings, world: World, epoch_samples: int):
+        self.settings, self.world, self.epoch_samples = settings, world, epoch_samples
+        # The released rule, samples // world // batch + 1, but without its empty step where the batch divides the data.
+        self.total_steps = settings.max_steps or settings.epochs * math.ceil(epoch_samples / self.global_batch)
+        self.model, self.objective = model.train(), objective.to(world.device)
+        self.optimizer = build_optimizer(model, settings)
+        self.schedule = Schedule.from_settings(settings, self.total_steps)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
+        self.progress = Progress()
+        if settings.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        if settings.torchcompile:
+            model.compile()  # in place: parameter names stay as they are
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        self.parallel = DistributedDataParallel(model, device_ids=device_ids) if world.size > 1 else model
+
+    @property
+    def global_batch(self) -> int:
+        return self.settings.batch_size * self.world.size
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The towers' arithmetic; the objective switches it off for itself."""
+        dtype = AUTOCAST[self.settings.precision]
+        return torch.autocast(self.world.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def choose_view(self, batch: Batch) -> Tensor:
+        """(B, V, T) -> (B, T): one text per image, drawn by (seed, epoch, sample), or the first."""
+        if self.settings.views == "first":
+            return batch.text[:, 0]
+        drawn = draw_views(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), batch.text.shape[1])
+        return batch.text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
+
+    def step(self, batch: Batch) -> dict[str, Tensor | float]:
+        """One optimizer step. Returns what the log shows; tensors stay on the device."""
+        device = self.world.device
+        torch.manual_seed(int(hash64(self.settings.seed, self.progress.step, self.world.rank)[0] >> 1))
+        set_step(self.optimizer, self.schedule, self.progress.step)
+        text = self.choose_view(batch).to(device, non_blocking=True)
+        image = normalize(batch.image.to(device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            image_features, text_features, logit_scale = self.parallel(image, text)[:3]
+        losses, report = self.objective(image_features, text_features, logit_scale)
+        loss = torch.stack(list(losses.values())).sum()
+        self.scaler.scale(loss).backward()
+        grad_norm = self._update(loss.detach(), batch)
+        self.progress.step += 1
+        self.progress.samples_seen += self.global_batch
+        values = {"loss": loss.detach(), "grad_norm": grad_norm, "logit_scale": self.model.logit_scale.detach().exp()}
+        if len(losses) > 1:
+            values |= {name: value.detach() for name, value in losses.items()}
+        return values | report | {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _update(self, loss: Tensor, batch: Batch) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.grad_clip_norm or float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | self.scaler.is_enabled())
+        if any_rank(not finite.item(), self.world.device):
+            raise NumericsError(
+                f"step {self.progress.step}: loss {loss.item():g}, gradient norm {grad_norm.item():g}; "
+                f"records {batch.ids[:8].tolist()}.. on rank {self.world.rank}. Try a lower --lr or --precision fp32"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        return grad_norm
+
+    # ---- saving and resuming -------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, name: str) -> Path | None:
+        """Write a checkpoint below `folder`; the lead rank does it, the others return None."""
+        if not self.world.is_lead:
+            return None
+        state = {
+            "samples_seen": self.progress.samples_seen,
+            "total_steps": self.total_steps,
+            "global_batch": self.global_batch,
+            "model": name,
+            "spec": spec_to_json(self.model.spec),
+            "settings": to_dict(self.settings),
+            "scaler": self.scaler.state_dict(),
+            "versions": {"torch": torch.__version__},
+        }
+        optim = pack_state(self.optimizer, self.model)
+        optim |= {f"{OBJECTIVE}{key}": value for key, value in self.objective.state_dict().items()}
+        keep = self.settings.keep_checkpoints
+        return save_checkpoint(
+            folder / "checkpoints", self.progress.step, self.model.state_dict(), optim, state, keep
+        )
+
+    def resume(self, path: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of the same run. ConfigError lists every setting that makes it another run."""
+        now, then = to_dict(self.settings), state["settings"]
+        changes = [f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now
+                   if key not in FREE_ON_RESUME | {"batch_size"} and then.get(key) != now[key]]  # fmt: skip
+        for key, own in (("global_batch", self.global_batch), ("total_steps", self.total_steps)):
+            if state[key] != own:
+                changes.append(f"{key}: {state[key]} -> {own}")
+        if changes:
+            raise ConfigError([f"resume: {path} belongs to a run with other settings", *changes])
+        load_checkpoint(self.model, path)
+        optim = read_tensors(path / "optim.safetensors")
+        buffers = {key: optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
+        self.objective.load_state_dict({key.removeprefix(OBJECTIVE): value for key, value in buffers.items()})
+        unpack_state(self.optimizer, self.model, optim)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(state["step"], state["samples_seen"])
+
+
+class Meter:
+    """Speed and waiting time between two log records, on a monotonic clock."""
+
+    def __init__(self):
+        self.started = time.monotonic()
+        self.reset()
+
+    def reset(self) -> None:
+        self.begin, self.waited, self.samples, self.steps = time.monotonic(), 0.0, 0, 0
+
+    def measure(self, steps_left: int) -> dict[str, float]:
+        """samples_per_second, wait_share (of time spent waiting for data), eta_seconds, peak_memory_mb."""
+        passed = max(time.monotonic() - self.begin, 1e-9)
+        return {
+            "samples_per_second": self.samples / passed,
+            "wait_share": self.waited / passed,
+            "eta_seconds": passed / max(self.steps, 1) * steps_left,
+            "seconds": time.monotonic() - self.started,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+
+
+def peak_memory_mb() -> float:
+    """Largest memory so far, in MiB: the device's where it is CUDA, else this process's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+    import sys
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def train(
+    trainer: Trainer,
+    loader: Iterable[Batch],
+    folder: Path,
+    name: str,
+    log: RunLog | None,
+    validate: Callable[[], dict[str, float]],
+) -> None:
+    """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log.
+
+    `validate()` returns metrics on the lead rank and an empty dict elsewhere.
+    """
+    settings, meter = trainer.settings, Meter()
+    batches = iter(loader)
+    while trainer.progress.step < trainer.total_steps:
+        waiting = time.monotonic()
+        batch = next(batches)
+        meter.waited += time.monotonic() - waiting
+        values = trainer.step(batch)
+        step, last = trainer.progress.step, trainer.progress.step == trainer.total_steps
+        meter.samples += trainer.global_batch
+        meter.steps += 1
+        if log:
+            log.advance()
+        if step % settings.log_every_n_steps == 0 or last:
+            numbers = {key: float(value) for key, value in values.items()}  # the one synchronisation with the device
+            if log:
+                speed = meter.measure(trainer.total_steps - step)
+                epoch = trainer.progress.samples_seen / trainer.epoch_samples
+                log.write(step, {"epoch": epoch, **numbers, **speed, "skipped": loader.skipped})
+            meter.reset()
+        if last or (settings.val_every_n_steps and step % settings.val_every_n_steps == 0):
+            metrics = validate()
+            if log and metrics:
+                log.write(step, {f"val_{key}": value for key, value in metrics.items()})
+                log.say(f"step {step}: " + " ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+            meter.reset()
+        if last or step % settings.save_every_n_steps == 0:
+            trainer.save(folder, name)
+            meter.reset()

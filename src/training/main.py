@@ -1,0 +1,177 @@
+"""Train: `torchrun -m rwkv_clip.training.main --preset NAME [--setting value ..]`, or `python -m` for one process.
+
+Exit codes: 0 done, 2 a setting, 3 the data, 4 numbers that are not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tyro
+
+from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
+from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
+from rwkv_clip.dist import World, join_world, leave_world
+from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
+from rwkv_clip.objective import make_objective
+from rwkv_clip.recordio import RecordError, RecordSet
+from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+
+from .data import DataError, make_loader
+from .log import RunLog
+from .loop import AUTOCAST, NumericsError, Trainer, train
+from .plot import plot_training
+
+
+def read_command_line(arguments: list[str]) -> Settings:
+    """Preset (`--preset NAME or path`), then overrides. ConfigError lists every value that does not fit."""
+    arguments, preset = list(arguments), None
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" or argument.startswith("--preset="):
+            preset = argument.partition("=")[2] or arguments[i + 1 : i + 2][0] if i + 1 < len(arguments) else None
+            if preset is None:
+                raise ConfigError([f"preset: needs a value; shipped: {', '.join(list_presets('recipes'))}"])
+            del arguments[i : i + (1 if "=" in argument else 2)]
+            break
+    description = f"{__doc__}\nShipped presets (--preset): {', '.join(list_presets('recipes'))}."
+    settings = tyro.cli(
+        Settings, args=arguments, default=load_settings(preset), prog="rwkv_clip.training.main", description=description
+    )
+    problems = check(settings)
+    if settings.train_data is None:
+        problems.append("train_data: not set; name the records (prefix, folder or glob), made by data2rec.py")
+    if settings.resume == "latest" and settings.name is None:
+        problems.append("name: --resume latest needs the run's name")
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def check_records(records: RecordSet, spec: object, path: str) -> None:
+    """ConfigError when the records' tokens were not made for the model's text tower."""
+    tokenizer = tokenizer_of(spec)
+    problems = []
+    if records.tokenizer is not None and records.tokenizer != tokenizer.name:
+        problems.append(f"{path}: tokens come from {records.tokenizer!r}, the model reads {tokenizer.name!r}")
+    if records.context > tokenizer.context:
+        problems.append(
+            f"{path}: {records.context} tokens a text, the model's context is {tokenizer.context}; "
+            f"build the records with --context {tokenizer.context}"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def make_validator(settings: Settings, model: torch.nn.Module, world: World) -> Callable[[], dict[str, float]]:
+    """Retrieval on --val-data by the lead rank; reads the set now, so that a wrong path fails before training."""
+    if settings.val_data is None or not world.is_lead:
+        return dict
+    data = load_retrieval(settings.val_data, split=settings.val_split)
+    preprocess, tokenizer = preprocess_of(model), tokenizer_of(model.spec)
+
+    def validate() -> dict[str, float]:
+        metrics = evaluate_retrieval(
+            model,
+            data,
+            preprocess,
+            tokenizer,
+            device=world.device,
+            batch_size=settings.batch_size,
+            autocast=AUTOCAST[settings.precision],
+            prefix=settings.val_prefix,
+        ).metrics
+        return {key: value for key, value in metrics.items() if isinstance(value, float)}
+
+    return validate
+
+
+def open_run(settings: Settings, world: World, name: str) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to resume from or None). ConfigError when the folder holds another run already."""
+    folder = Path(settings.logs) / (settings.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    has_run = folder.is_dir() and bool(list_checkpoints(folder))
+    if settings.resume not in (None, "latest"):
+        return folder, find_checkpoint(settings.resume)
+    if settings.resume == "latest":
+        return folder, find_checkpoint(folder) if has_run else None
+    if has_run:
+        raise ConfigError([f"name: {folder} holds a run already; add --resume latest to go on, or take another name"])
+    return folder, None
+
+
+def run(settings: Settings) -> Path:
+    """Train as the settings say; returns the run folder."""
+    name, spec = resolve_spec(settings.model)
+    records = RecordSet(settings.train_data)
+    check_records(records, spec, settings.train_data)
+    world = join_world(settings.device)
+    folder, checkpoint = open_run(settings, world, name)
+    torch.manual_seed(settings.seed)  # the same initial weights on every rank
+    model = create_model(spec, settings.pretrained, device=world.device, drop_path=settings.drop_path)
+    validate = make_validator(settings, model, world)
+    trainer = Trainer(model, make_objective(settings.objective), settings, world, len(records))
+    if checkpoint is not None:
+        trainer.resume(checkpoint, read_description(checkpoint))
+    loader = make_loader(
+        records,
+        image_size=image_size_of(model),
+        global_batch=trainer.global_batch,
+        steps=trainer.total_steps - trainer.progress.step,
+        seed=settings.seed,
+        start=trainer.progress.samples_seen,
+        rank=world.rank,
+        world=world.size,
+        workers=settings.workers,
+        loader=settings.loader,
+        device=world.device,
+        augmentation=Augmentation(settings.crop_area, settings.crop_aspect, settings.flip),
+    )
+    log = None
+    if world.is_lead:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(to_dict(settings), indent=1) + "\n")
+        log = RunLog(folder, settings, trainer.progress.step, trainer.total_steps)
+        begin = f"resumed at step {trainer.progress.step}" if checkpoint else "new run"
+        log.say(
+            f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {world.device.type}; "
+            f"{len(records):,} records, {trainer.total_steps:,} steps of {trainer.global_batch}; {begin} in {folder}"
+        )
+    try:
+        train(trainer, loader, folder, name, log, validate)
+    finally:
+        loader.close()
+        if log:
+            log.close()
+    if world.is_lead:
+        plot_training(folder)
+    return folder
+
+
+def main() -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        folder = run(read_command_line(sys.argv[1:]))
+        print(f"run folder: {folder}")
+    except (DataError, RecordError) as error:
+        sys.exit(_explain(error, 3))
+    except NumericsError as error:
+        sys.exit(_explain(error, 4))
+    except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
+        sys.exit(_explain(error, 2))
+    finally:
+        leave_world()
+
+
+def _explain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""AdamW, its parameter groups, and schedules as pure functions of the step: nothing here has a history of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_clip.config import Settings
+
+# torch's OneCycleLR, which the released recipe uses: start = peak / 25, end = start / 1e4, beta1 0.95 -> 0.85 -> 0.95.
+START_DIVISOR, END_DIVISOR = 25.0, 1e4
+BETA1_HIGH, BETA1_LOW = 0.95, 0.85
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and beta1 of every step 0 .. total - 1."""
+
+    kind: str
+    peak: float
+    total: int
+    warmup: float
+    beta1: float
+    cycle_beta1: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: Settings, total: int) -> Schedule:
+        return cls(settings.schedule, settings.lr, total, settings.warmup, settings.beta1, settings.cycle_beta1)
+
+    def lr(self, step: int) -> float:
+        """Learning rate that step `step` uses."""
+        if self.kind == "constant":
+            return self.peak
+        if self.kind == "onecycle":
+            start = self.peak / START_DIVISOR
+            return self._cycle(step, start, self.peak, start / END_DIVISOR)
+        warm = int(self.warmup * self.total)
+        if step < warm:
+            return self.peak * (step + 1) / warm
+        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.total - warm, 1)))
+
+    def beta1_at(self, step: int) -> float:
+        """First momentum coefficient that step `step` uses."""
+        if self.cycle_beta1:
+            return self._cycle(step, BETA1_HIGH, BETA1_LOW, BETA1_HIGH)
+        return self.beta1
+
+    def _cycle(self, step: int, start: float, peak: float, end: float) -> float:
+        """Cosine from start to peak over the warm-up share of the steps, then from peak to end."""
+        turn, last = self.warmup * self.total - 1, self.total - 1
+        if step <= turn:
+            share, low, high = step / turn if turn > 0 else 1.0, start, peak
+        else:
+            share, low, high = (step - max(turn, 0)) / max(last - max(turn, 0), 1), peak, end
+        return high + (low - high) / 2 * (1 + math.cos(math.pi * share))
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW, fused where the device has it. decay=matrices spares tensors of fewer than two dimensions (after
+    squeezing): norms, biases, mixing coefficients, temperature."""
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = sum(side > 1 for side in parameter.shape) > 1
+            (decayed if settings.decay == "all" or matrix else spared).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.wd}, {"params": spared, "weight_decay": 0.0}]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in decayed)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=fused,
+    )
+
+
+def set_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    """Put a step's learning rate and beta1 into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.lr(step)
+        group["betas"] = (schedule.beta1_at(step), group["betas"][1])
+
+
+def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Optimizer state as tensors named `parameter/slot`; independent of the order of groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{slot}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def unpack_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `pack_state`. ValueError when the state of a parameter is missing or left over."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        if name not in parameters:
+            raise ValueError(f"optim.safetensors: {key} belongs to no parameter of this model")
+        parameter = parameters[name]
+        # AdamW's step counters are float32 and live with the parameter when the fused kernel is used.
+        dtype = torch.float32 if slot == "step" else parameter.dtype
+        optimizer.state[parameter][slot] = value.to(parameter.device, dtype)
+    lacking = [n for n, p in parameters.items() if p.requires_grad and p not in optimizer.state]
+    if tensors and lacking:
+        raise ValueError(f"optim.safetensors: no state for {len(lacking)} parameters, first {lacking[0]}")

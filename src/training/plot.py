@@ -1,0 +1,43 @@
+"""training.png: loss, learning rate, temperature and retrieval of a run, from its log.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def plot_training(folder: Path) -> Path:
+    """Draw `folder/training.png` from `folder/log.jsonl`; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    panels = [("loss", "loss"), ("lr", "learning rate"), ("logit_scale", "logit scale (exp)")]
+    for axis, (key, title) in zip(axes.flat, panels):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        axis.plot(*zip(*points)) if points else None
+        axis.set_title(title)
+    retrieval = axes.flat[3]
+    for key, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
+        for k, style in ((1, "-"), (5, "--")):
+            name = f"val_{key}_R@{k}"
+            points = [(record["step"], 100 * record[name]) for record in records if name in record]
+            if points:
+                color = "tab:blue" if key == "text_to_image" else "tab:orange"
+                retrieval.plot(*zip(*points), style, color=color, marker=".", label=f"{label} R@{k}")
+    retrieval.set_title("retrieval on --val-data, %")
+    if retrieval.lines:
+        retrieval.set_ylim(0, 100)
+        retrieval.legend()
+    else:
+        retrieval.text(0.5, 0.5, "no --val-data", ha="center", transform=retrieval.transAxes)
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    path = folder / "training.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

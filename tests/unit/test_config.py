@@ -1,0 +1,86 @@
+import dataclasses
+import json
+
+import pytest
+
+from rwkv_clip.config import (
+    CONFIGS,
+    ConfigError,
+    ModelConfig,
+    Settings,
+    list_presets,
+    load_settings,
+    parse,
+    to_dict,
+)
+
+
+def problems(data, cls=Settings):
+    with pytest.raises(ConfigError) as error:
+        parse(cls, data)
+    return error.value.problems
+
+
+def test_every_mistake_is_reported_at_once_with_the_nearest_name():
+    found = problems({"batchsize": 3, "lr": "fast", "epochs": 0.5, "schedule": "linear", "torchcompile": 1})
+    assert len(found) == 5
+    assert "batchsize: unknown setting; did you mean 'batch_size'?" in found
+    assert "lr: 'fast' is not of type float" in found
+    assert "schedule: 'linear' is not one of 'onecycle', 'cosine', 'constant'" in found
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lr": 0}, "lr: 0.0 must be more than 0"),
+        ({"lr": float("nan")}, "lr: nan is not a finite number"),
+        ({"beta2": 1.0}, "beta2: 1.0 must be less than 1"),
+        ({"flip": 1.5}, "flip: 1.5 must be at most 1"),
+        ({"keep_checkpoints": 1}, "keep_checkpoints: 1 must be at least 2"),
+        ({"max_steps": 0}, "max_steps: 0 must be at least 1"),
+        ({"crop_area": [0.9, 0.7]}, "crop_area: (0.9, 0.7) is not an increasing range"),
+        ({"crop_area": [0.9]}, "crop_area: [0.9] is not a list of 2 values"),
+        ({"report_to": ["mlflow"]}, "report_to: 'mlflow' is not one of"),
+        ({"cycle_beta1": True}, "cycle_beta1: needs schedule onecycle"),
+    ],
+)
+def test_limits(change, message):
+    assert any(message in problem for problem in problems(change))
+
+
+def test_nested_model_settings():
+    found = problems({"image": {"depth": 0, "heads": 7}, "text": 3}, ModelConfig)
+    assert found == ["text: expected a table of settings, got 3"]
+    assert problems({"image": {"heads": 7}}, ModelConfig)[0].startswith("image.heads: 7 heads of width 640")
+    assert "text.width: 320 differs" in problems({"text": {"width": 320, "heads": 5}}, ModelConfig)[0]
+
+
+def test_settings_survive_json():
+    settings = parse(Settings, {"lr": 1, "crop_area": [0.5, 1], "report_to": ["wandb"], "max_steps": 3})
+    assert settings.lr == 1.0 and isinstance(settings.lr, float)
+    assert parse(Settings, json.loads(json.dumps(to_dict(settings)))) == settings
+
+
+@pytest.mark.parametrize("name", list_presets("recipes"))
+def test_every_shipped_recipe_parses(name):
+    settings = load_settings(name)
+    assert settings.model in list_presets("models")
+
+
+def test_recipes_by_path_and_wrong_name(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"lr": 0.5}')
+    assert load_settings(str(path)).lr == 0.5
+    path.write_text("{lr: 0.5}")
+    with pytest.raises(ConfigError, match=r"mine\.json: is not valid JSON"):
+        load_settings(str(path))
+    with pytest.raises(ConfigError, match="did you mean 'rwkv-clip-b32-yfcc15m'"):
+        load_settings("rwkv-clip-b32-yfcc")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(str(tmp_path / "absent.json"))
+
+
+def test_presets_hold_known_fields_only():
+    names = {f.name for f in dataclasses.fields(Settings)}
+    for path in (CONFIGS / "recipes").glob("*.json"):
+        assert set(json.loads(path.read_text())) <= names
