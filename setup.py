@@ -40,6 +40,6 @@ setup(
         "parquet": ["pyarrow>=15"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "dev": ["pytest>=8", "ruff>=0.9", "pyarrow>=15", "tensorboard"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard"],
     },
 )

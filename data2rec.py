@@ -1,0 +1,38 @@
+"""Images + captions -> training records (.rec, .idx, .json).
+
+    python data2rec.py captions.jsonl out/train --images photos --where split=train --workers 8
+    python data2rec.py captions.jsonl out/train --views captions.0 captions.1 captions.2
+    python data2rec.py 'shards/{00000..00331}.tar' out/train --shard-size 100000 --verify
+    python data2rec.py yfcc15m/data out/yfcc15m --shard-size 1000000 --workers 16
+    python data2rec.py tokens.npy out/train --images images.txt
+
+The same command again goes on where an interrupted one stopped.
+"""
+
+import sys
+
+import tyro
+
+from rwkv_clip.builder import build_records
+
+
+def main() -> int:
+    try:
+        print(tyro.cli(build_records, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
+    except (ValueError, ImportError) as error:
+        print(f"data2rec: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"data2rec: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 76
+    except KeyboardInterrupt:
+        print(
+            "data2rec: stopped; run the same command again to go on (complete shards are kept)",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

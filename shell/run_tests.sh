@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up .venv with the development extras and run style checks and tests. Arguments go to pytest: bash shell/run_tests.sh -k recordio
+set -euo pipefail
+EXTRAS=${EXTRAS-dev,dali} source "$(dirname "$0")/setup.sh"
+ruff check .
+ruff format --check .
+export OMP_NUM_THREADS=1 # same bits everywhere, and no fight over cores between processes
+python -m pytest -q -n "${TEST_PROCESSES:-2}" "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Zero-shot classification: top-1, top-5, mean per class. Without settings: the newest demo run on the demo's two class sets.
+#
+#   CHECKPOINT=run-folder-or-file DATA_ROOT=dir [DATASETS="cifar10 cifar100 food101 .."] [MODEL=preset-or-json]
+#   [LOGS=where results go] bash shell/test_zero_shot_classificaiton.sh [--setting value ..]
+#
+# DATASETS   sets that torchvision reads below DATA_ROOT (a missing one is named and passed over), or `imagefolder`
+#            (default): DATA_ROOT holds a folder per class, and names.json with names and templates if you like
+# (The file's spelling is the released one: scripts depend on it.)
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+SETS=("${DATA_ROOT:-}")
+if [ -z "${DATA_ROOT:-}" ]; then
+  SETS=("${DEMO_DATA:-data/demo}"/classification/*)
+  CHECKPOINT=${CHECKPOINT:-$(ls -d logs/demo-*/ 2>/dev/null | tail -n 1)}
+  [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA_ROOT" >&2; exit 2; }
+fi
+: "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
+LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
+for set in "${SETS[@]}"; do
+  python -m rwkv_clip.eval.main classification --checkpoint "${CHECKPOINT%/}" --dataset ${DATASETS:-imagefolder} --data "$set" \
+    ${MODEL:+--model "$MODEL"} --logs "$LOGS" "$@"
+done

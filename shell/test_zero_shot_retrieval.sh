@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Zero-shot retrieval, image to text and text to image. Without settings: the newest demo run on the demo set.
+#
+#   CHECKPOINT=run-folder-or-file DATA=captions.json [SPLIT=test] [IMAGE_ROOT=dir] [PREFIX="a photo of "]
+#   [MODEL=preset-or-json] [LOGS=where results go] bash shell/test_zero_shot_retrieval.sh [--setting value ..]
+#
+# DATA        JSON list, JSONL, Karpathy JSON (COCO, Flickr30k) or .rec shards
+# PREFIX      before every caption; "a photo of " in the published tables (default), none on the demo set
+# CHECKPOINT  run folder, checkpoint folder, .safetensors, released .pt (with MODEL), or open_clip:NAME:TAG
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+if [ -z "${DATA:-}" ]; then
+  DATA=${DEMO_DATA:-data/demo}/retrieval.jsonl PREFIX=${PREFIX-}
+  CHECKPOINT=${CHECKPOINT:-$(ls -d logs/demo-*/ 2>/dev/null | tail -n 1)}
+  [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA" >&2; exit 2; }
+fi
+: "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
+LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
+python -m rwkv_clip.eval.main retrieval --checkpoint "${CHECKPOINT%/}" --data "$DATA" ${SPLIT:+--split "$SPLIT"} \
+  ${IMAGE_ROOT:+--image-root "$IMAGE_ROOT"} --prefix "${PREFIX-a photo of }" ${MODEL:+--model "$MODEL"} --logs "$LOGS" "$@"

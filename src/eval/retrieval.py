@@ -1,0 +1,92 @@
+"""A retrieval run: recall, its report, and retrieval.png with what the model found."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+
+from rwkv_clip.metrics import nearest_items, target_ranks
+from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
+
+from .report import Report, start_report
+from .settings import AUTOCAST, RetrievalSettings
+
+SHOWN = 5  # pictures for each query of the gallery
+
+
+def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
+    """Evaluate retrieval as `settings` say with a model of `load_for_inference`."""
+    report = start_report("retrieval", settings, loaded, device)
+    data = load_retrieval(
+        settings.data, split=settings.split, image_root=settings.image_root, views=settings.views
+    )
+    result = evaluate_retrieval(
+        loaded.model,
+        data,
+        loaded.preprocess,
+        loaded.tokenizer,
+        device=device,
+        batch_size=settings.batch_size,
+        autocast=AUTOCAST[loaded.precision],
+        prefix=settings.prefix,
+        workers=settings.workers,
+        progress=True,
+    )
+    report.add(
+        {
+            "dataset": settings.dataset or data.name,
+            "status": "done",
+            "path": data.path,
+            "split": data.split,
+            "images": len(data.image_names),
+            "captions": len(data.image_of_caption),
+            "prefix": settings.prefix,
+            "metrics": result.metrics,
+            "seconds": round(time.monotonic() - report.started, 3),
+        }
+    )
+    if settings.gallery:
+        draw_gallery(data, result, report.folder / "retrieval.png", settings.gallery)
+    return report
+
+
+def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, queries: int) -> None:
+    """Save a picture: `queries` captions spread over the set, each with its five best pictures, best first.
+
+    The right picture has a green frame. Where it is not among the five, it follows with its rank, framed in
+    orange.
+    """
+    from matplotlib.figure import Figure
+
+    total = len(data.image_of_caption)
+    chosen = torch.linspace(0, total - 1, min(queries, total)).round().long().unique()
+    texts, owners = result.text_features[chosen], torch.from_numpy(data.image_of_caption)[chosen]
+    best = nearest_items(texts, result.image_features, SHOWN)
+    ranks = target_ranks(texts, result.image_features, owners)
+    figure = Figure(figsize=(12.5, 1.9 * len(chosen)), layout="constrained")
+    grid = figure.subplots(len(chosen), SHOWN + 2, squeeze=False, width_ratios=[1.7, *[1] * (SHOWN + 1)])
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for row, caption, owner, found, rank in zip(
+        grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()
+    ):
+        text = textwrap.fill(textwrap.shorten(data.caption_text(caption), 180), 28)
+        # A dollar sign would start a formula.
+        row[0].text(0, 0.5, text.replace("$", r"\$"), va="center", fontsize=9, transform=row[0].transAxes)
+        for axes, image in zip(row[1:], found):
+            _show(axes, data.open(image), "tab:green" if image == owner else None)
+        if rank >= SHOWN:
+            _show(row[-1], data.open(owner), "tab:orange", f"rank {rank + 1} of {len(data.image_names)}")
+    figure.savefig(path, dpi=90)
+
+
+def _show(axes, picture, frame: str | None, title: str = "") -> None:
+    picture.thumbnail((224, 224))
+    axes.imshow(picture)
+    axes.set_title(title, fontsize=8)
+    if frame:
+        axes.spines[:].set(visible=True, color=frame, linewidth=4)

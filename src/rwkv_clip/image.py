@@ -1,0 +1,237 @@
+"""Pictures: what may be opened, how every mode becomes RGB, and the transforms from a picture to a tensor.
+
+Sizes are checked on the header alone, so a small file that unpacks to gigabytes is refused before any pixel
+is decoded. PIL keeps the first frame of an animation. Transparency is dropped, as `convert("RGB")` does, not
+blended with a background. Rotation tags (EXIF) are obeyed in evaluation and ignored in training, where the
+released recipe takes the pixels as stored.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 32_768
+MAX_BYTES = 32_000_000
+# Formats that every Pillow decodes by itself. Not in the list, for example: EPS, which starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+START, END = b"\xff\xd8", b"\xff\xd9"
+FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive: Huffman-coded frame headers
+OTHER_FRAMES = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
+SCAN, ADOBE = 0xDA, 0xEE
+COMPONENT_IDS = (b"\x01\x02\x03", b"\x00\x01\x02")  # the usual names of Y, Cb, Cr
+
+
+class ImageError(ValueError):
+    """A picture cannot be used. `reason`: "image too large" or "image unreadable", for counting."""
+
+    def __init__(self, message: str, reason: str = "image unreadable"):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """Width and height in pixels as stored. `plain`: an ordinary 8-bit grey or YCbCr JPEG, complete, which
+    every decoder reads alike; anything else should go through PIL."""
+
+    width: int
+    height: int
+    plain: bool
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: {width} x {height} pixels, nothing to show")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,} in all or {MAX_SIDE:,} on a side; "
+            f"scale it down",
+            reason="image too large",
+        )
+
+
+def _check_bytes(size: int, name: str) -> None:
+    if size > MAX_BYTES:
+        raise ImageError(
+            f"{name}: {size:,} bytes, more than {MAX_BYTES:,}; store it smaller", reason="image too large"
+        )
+
+
+def open_header(source: io.BytesIO | str | Path, name: str) -> Image.Image:
+    """PIL image with the header read and the limits checked, no pixel decoded."""
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}", reason="image too large") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not a picture in a format that is read ({', '.join(FORMATS)})") from None
+    except Exception as error:  # PIL's parsers raise OSError, SyntaxError, struct.error, KeyError, ...
+        raise ImageError(f"{name}: {type(error).__name__}: {error}") from None
+    _check_size(*image.size, name)
+    return image
+
+
+def inspect_image(data: bytes, name: str = "image") -> ImageInfo:
+    """Size and kind of an encoded picture, from its header. ImageError beyond the limits or if it has no
+    header."""
+    _check_bytes(len(data), name)
+    info = _inspect_jpeg(data) if data[:2] == START else None
+    if info is None:
+        image = open_header(io.BytesIO(data), name)
+        return ImageInfo(image.width, image.height, False)
+    _check_size(info.width, info.height, name)
+    return info
+
+
+def _inspect_jpeg(data: bytes) -> ImageInfo | None:
+    """Walk the markers up to the first scan; None where the walk meets anything that PIL should judge
+    instead."""
+    at, size, plain = 2, None, True
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
+        if length < 2 or len(body) != length - 2 or marker in OTHER_FRAMES:
+            return None
+        if marker in FRAMES:
+            if size is not None or len(body) < 6 or len(body) != 6 + 3 * body[5]:
+                return None
+            size = (int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big"))
+            grey = body[5] == 1
+            plain &= body[0] == 8 and (grey or (body[5] == 3 and body[6::3] in COMPONENT_IDS))
+        elif marker == ADOBE and body[:5] == b"Adobe":
+            plain &= len(body) >= 12 and body[11] == 1  # stored as YCbCr, not RGB or CMYK
+        elif marker == SCAN:
+            break
+        at += 2 + length
+    else:
+        return None
+    if size is None or 0 in size:  # a height of 0 is given after the first scan: legal and rare
+        return None
+    end = data.find(END, at)
+    whole = end >= 0 and data.find(START, at, end) < 0
+    return ImageInfo(*size, plain and whole)
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """Decode and convert any mode to 8-bit RGB. 16-bit greys are scaled to 8 bits. ImageError if PIL
+    cannot."""
+    try:
+        if image.mode.startswith("I"):
+            image = _scale_grey(image)
+        elif image.mode == "F":
+            raise ImageError(f"{name}: floating-point pixels have no defined range; store 8-bit RGB")
+        # A palette or grey PNG may name a transparent colour; dropping the tag keeps PIL from warning about
+        # it.
+        image.load()
+        image.info.pop("transparency", None)
+        return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name}: {type(error).__name__}: {error}") from None
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """16-bit greys (modes I;16*, and I where PIL widened them) -> L; PIL's own convert would clip at 255."""
+    values = np.asarray(image).astype(np.float64)
+    scale = 257.0 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
+    return Image.fromarray(np.rint(values / scale).clip(0, 255).astype(np.uint8))
+
+
+def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Image:
+    """Encoded bytes or a path -> RGB picture, EXIF tags kept in `.info`.
+
+    ImageError: more than 32 MB, 50 MP or 32768 pixels on a side (checked before decoding), unknown format,
+    damaged.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name = name or "image"
+        _check_bytes(len(source), name)
+        return to_rgb(open_header(io.BytesIO(source), name), name)
+    name = name or str(source)
+    try:
+        _check_bytes(Path(source).stat().st_size, name)
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror}; check the path") from None
+    with open_header(source, name) as image:
+        return to_rgb(image, name)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else to_rgb(image)
+
+
+class _Cover:
+    """Resize, keeping the aspect, to the smallest picture that covers (height, width)."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = max(self.size[0] / image.height, self.size[1] / image.width)
+        width = max(self.size[1], round(image.width * scale))
+        height = max(self.size[0], round(image.height * scale))
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def __repr__(self) -> str:
+        return f"Cover(size={self.size})"
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Image size as (height, width); ValueError unless both are positive."""
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size: {size} is not a picture; use a positive number or (height, width)")
+    return height, width
+
+
+def val_transform(size: int | tuple[int, int]):
+    """Evaluation: PIL picture -> normalised float32 (3, h, w): upright, short side bicubic, centre crop, CLIP
+    mean/std.
+
+    The same numbers as open_clip's and torchvision's for square sizes; (h, w) covers the frame, then crops.
+    """
+    from torchvision import transforms as T
+
+    height, width = _pair(size)
+    cover = T.Resize(height, T.InterpolationMode.BICUBIC) if height == width else _Cover((height, width))
+    crop = T.CenterCrop((height, width))
+    return T.Compose([_upright, cover, crop, _rgb, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+
+
+def train_transform(size: int | tuple[int, int]):
+    """Training with PIL pictures: random crop (area 0.7-1, aspect 0.8-1.25) resized linearly, mirror p=0.5,
+    CLIP mean/std -> float32 (3, h, w). Random numbers come from torch's global generator."""
+    from torchvision import transforms as T
+
+    crop = T.RandomResizedCrop(_pair(size), (0.7, 1.0), (0.8, 1.25), T.InterpolationMode.BILINEAR)
+    flip = T.RandomHorizontalFlip(0.5)
+    return T.Compose([_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+
+
+def normalize(image: torch.Tensor) -> torch.Tensor:
+    """(B, 3, h, w) uint8 0..255, or float 0..1, on any device -> float32 with CLIP mean and standard
+    deviation."""
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, height, width)")
+    full = 255.0 if image.dtype == torch.uint8 else 1.0
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"image: dtype {image.dtype} is neither uint8 nor floating point")
+    mean = torch.tensor(CLIP_MEAN, device=image.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=image.device).view(3, 1, 1)
+    return (image.float() / full - mean) / std

@@ -1,0 +1,195 @@
+"""Retrieval recall and classification accuracy as pure functions, the same for training and evaluation.
+
+Everything rests on one count: the rank of the right item of a query = items strictly better + equal items
+that come before it. Similarities are formed from features rounded to multiples of 2^-26, so a float64 sum of
+products of unit vectors is exact in any order: hit counts do not depend on chunk size, device or BLAS, and
+equal features tie exactly. The rounding (7.5e-9 per coordinate) is finer than the float32 that features come
+in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RECALL_AT = (1, 5, 10)
+_GRID = 2.0**26
+_LARGEST_NORM = 1.01  # exactness needs sums below 2, i.e. unit vectors
+
+
+def exact_features(features: Tensor, name: str = "features") -> Tensor:
+    """Unit vectors (n, d) -> float64 (n, d) on the grid on which dot products are exact.
+
+    Runs on the tensor's device, or on the CPU where the device has no float64 (MPS).
+    ValueError for another shape, for NaN or Inf, and for vectors longer than 1.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"{name}: shape {tuple(features.shape)}; give one vector per row, shape (n, d)")
+    features = features.detach()
+    features = features.cpu() if features.device.type == "mps" else features
+    features = features.to(torch.float64)
+    norms = features.norm(dim=1)
+    bad = torch.nonzero(~torch.isfinite(norms)).flatten()
+    if len(bad):
+        raise ValueError(
+            f"{name}: row {int(bad[0])} (of {len(bad)} such rows) is not finite; the model is broken"
+        )
+    if len(norms) and norms.max() > _LARGEST_NORM:
+        row = int(norms.argmax())
+        raise ValueError(f"{name}: row {row} has norm {norms[row]:.4g}; normalise features to length 1 first")
+    return torch.round(features * _GRID) / _GRID
+
+
+def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+    """Rank (from 0) of item `targets[i]` among all `items` for query i; int64 (n,) on the CPU.
+
+    queries (n, d) and items (m, d) are normalised features, targets (n,) indices into items. Only `chunk`
+    rows of the similarity matrix exist at a time.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk: {chunk}; use at least 1")
+    if len(queries) != len(targets):
+        raise ValueError(f"targets: {len(targets)} for {len(queries)} queries; give one target per query")
+    if not len(queries):
+        return torch.zeros(0, dtype=torch.int64)
+    _check_indices("targets", targets, len(items))
+    queries, items = exact_features(queries, "queries"), exact_features(items, "items")
+    if queries.shape[1] != items.shape[1]:
+        raise ValueError(
+            f"queries have {queries.shape[1]} dimensions and items {items.shape[1]}; give equal ones"
+        )
+    items, targets = items.to(queries.device), targets.to(queries.device)
+    positions = torch.arange(len(items), device=queries.device)
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ items.T
+        target = targets[start : start + chunk, None]
+        own = similarity.gather(1, target)
+        ahead = (similarity > own) | ((similarity == own) & (positions < target))
+        ranks.append(ahead.sum(1))
+    return torch.cat(ranks).cpu()
+
+
+def nearest_items(queries: Tensor, items: Tensor, count: int) -> Tensor:
+    """Indices of each query's `count` best items, best first, equal ones in index order; int64 (n, count)."""
+    queries, items = exact_features(queries, "queries"), exact_features(items, "items")
+    order = torch.sort(queries @ items.to(queries.device).T, dim=1, descending=True, stable=True).indices
+    return order[:, :count].cpu()
+
+
+def retrieval_ranks(
+    image: Tensor, text: Tensor, image_of_caption: Tensor | Sequence[int], chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Ranks (from 0) in both directions: (image -> text, text -> image), int64, on the CPU.
+
+    image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs
+    to. An image may have any number of captions and ranks as the best of them does. An image without a
+    caption is a candidate for text -> image but no query: the first result has one entry per image that has
+    captions, in order.
+    """
+    owner = torch.as_tensor(image_of_caption, dtype=torch.int64).cpu()
+    if len(owner) != len(text):
+        raise ValueError(
+            f"image_of_caption: {len(owner)} entries for {len(text)} captions; give one per caption"
+        )
+    _check_indices("image_of_caption", owner, len(image))
+    text_to_image = target_ranks(text, image, owner, chunk)
+    queries, best = _best_captions(image, text, owner)
+    return target_ranks(image[queries.to(image.device)], text, best, chunk), text_to_image
+
+
+def recall_hits(ranks: Tensor, ks: Sequence[int] = RECALL_AT) -> dict[int, int]:
+    """How many queries have their right item among the first k, for each k; k beyond the items counts all."""
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"k: {k}; recall at k needs k >= 1")
+    return {k: int((ranks < k).sum()) for k in ks}
+
+
+def recall_at_k(
+    image: Tensor,
+    text: Tensor,
+    image_of_caption: Tensor | Sequence[int],
+    ks: Sequence[int] = RECALL_AT,
+    chunk: int = 256,
+) -> dict[str, float | int]:
+    """Recall in both directions from normalised features; arguments as in `retrieval_ranks`.
+
+    Returns fractions `image_to_text_R@k`, `text_to_image_R@k` and `mean_recall` (their plain mean), the
+    integer counts behind them `image_to_text_hits@k`, `text_to_image_hits@k`, and `images`, `captions`,
+    `image_queries`. ValueError when there is nothing to rank.
+    """
+    if not len(image) or not len(text):
+        raise ValueError(f"{len(image)} images and {len(text)} captions: recall needs at least one of each")
+    by_direction = dict(
+        zip(("image_to_text", "text_to_image"), retrieval_ranks(image, text, image_of_caption, chunk))
+    )
+    hits = {name: recall_hits(ranks, ks) for name, ranks in by_direction.items()}
+    recalls = {
+        f"{name}_R@{k}": count / len(by_direction[name])
+        for name, counts in hits.items()
+        for k, count in counts.items()
+    }
+    return {
+        **recalls,
+        "mean_recall": sum(recalls.values()) / len(recalls),
+        **{f"{name}_hits@{k}": count for name, counts in hits.items() for k, count in counts.items()},
+        "images": len(image),
+        "captions": len(text),
+        "image_queries": len(by_direction["image_to_text"]),
+    }
+
+
+def accuracy(ranks: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, object]:
+    """Top-1, top-5 and mean per class from the rank (n,) of each sample's right class and its label (n,).
+
+    A class without samples is left out of the mean and named in `classes_without_samples`. `top5` counts the
+    first `top5_k` = min(5, classes). Keys: top1, top5, mean_per_class (fractions), hits1, hits5, samples,
+    classes, top5_k.
+    """
+    classes = len(class_names)
+    if len(ranks) != len(labels):
+        raise ValueError(f"labels: {len(labels)} for {len(ranks)} ranks; give one label per sample")
+    if not len(ranks):
+        raise ValueError("no samples: accuracy needs at least one")
+    _check_indices("labels", labels, classes)
+    k = min(5, classes)
+    hits = recall_hits(ranks, (1, k))
+    counts = torch.bincount(labels.cpu(), minlength=classes)
+    right = torch.bincount(labels.cpu()[ranks.cpu() < 1], minlength=classes)
+    present = counts > 0
+    return {
+        "top1": hits[1] / len(ranks),
+        "top5": hits[k] / len(ranks),
+        "mean_per_class": float((right[present].double() / counts[present]).mean()),
+        "hits1": hits[1],
+        "hits5": hits[k],
+        "top5_k": k,
+        "samples": len(ranks),
+        "classes": classes,
+        "classes_without_samples": [name for name, some in zip(class_names, present.tolist()) if not some],
+    }
+
+
+def _best_captions(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Images that have captions, and for each its most similar own caption (the first of equal ones)."""
+    image, text = exact_features(image, "image"), exact_features(text, "text")
+    # Caption by caption in slices: gathering the owners of all captions at once would double the features.
+    own = torch.cat(
+        [(image[o.to(image.device)] * t).sum(1).cpu() for o, t in zip(owner.split(4096), text.split(4096))]
+    )
+    best = torch.full((len(image),), -torch.inf, dtype=torch.float64).scatter_reduce(0, owner, own, "amax")
+    first = torch.full((len(image),), len(text), dtype=torch.int64)
+    candidates = torch.nonzero(own == best[owner]).flatten()
+    first = first.scatter_reduce(0, owner[candidates], candidates, "amin")
+    queries = torch.nonzero(first < len(text)).flatten()
+    return queries, first[queries]
+
+
+def _check_indices(name: str, indices: Tensor, count: int) -> None:
+    outside = torch.nonzero((indices < 0) | (indices >= count)).flatten()
+    if len(outside):
+        at = int(outside[0])
+        raise ValueError(f"{name}: entry {at} is {int(indices[at])}; it must be within 0 and {count - 1}")

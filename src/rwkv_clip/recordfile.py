@@ -1,0 +1,343 @@
+"""One indexed RecordIO file, the format of MXNet, read and written without the retired mxnet package.
+
+`<prefix>.rec` is a chain of frames, `<prefix>.idx` says at which byte each record starts. A frame is
+u32 magic, u32 (cflag << 29 | length), `length` bytes, zero padding to 4. Where the magic word itself stands
+at a 4-byte aligned place of a record, the record is cut there and the word left out: the parts carry cflag 1
+(first), 2 (middle), 3 (last) and the reader puts the word back; cflag 0 is a whole record. A record starts
+with `<IfQQ` (flag, label, id, id2); flag > 0 says that so many float32 labels follow, then the payload.
+
+No length read from a file is used before it is checked against the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from array import array
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .recordindex import RecordError, read_index
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+MAX_LENGTH = (1 << 29) - 1  # the length field has 29 bits
+WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
+_FRAME = struct.Struct("<II")
+HEADER = struct.Struct("<IfQQ")
+_SPOT_CHECKS = 64  # frames looked at when a file is opened
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """Stands before a payload: scalar `label` (flag 0) or float32 vector (flag = its length), two ids."""
+
+    flag: int = 0
+    label: float | np.ndarray = 0.0
+    id: int = 0
+    id2: int = 0
+
+
+def pack(header: Header, payload: bytes) -> bytes:
+    """Header + payload -> record. A vector label sets flag to its length, a scalar to 0, as mxnet does."""
+    for name, value in (("id", header.id), ("id2", header.id2)):
+        if not 0 <= value < 1 << 64:
+            raise RecordError(f"header.{name}: {value} does not fit in 64 unsigned bits")
+    if np.ndim(header.label) == 0:
+        return HEADER.pack(0, float(header.label), header.id, header.id2) + payload
+    labels = np.asarray(header.label, dtype="<f4")
+    return b"".join((HEADER.pack(labels.size, 0.0, header.id, header.id2), labels.tobytes(), payload))
+
+
+def unpack(packed: bytes | memoryview) -> tuple[Header, memoryview]:
+    """Record -> (Header, payload), both sharing memory with `packed`. RecordError if it is cut short."""
+    view = memoryview(packed)
+    if len(view) < HEADER.size:
+        raise RecordError(f"record of {len(view)} bytes is shorter than its {HEADER.size}-byte header")
+    flag, label, id, id2 = HEADER.unpack_from(view)
+    start = HEADER.size + 4 * flag
+    if start > len(view):
+        raise RecordError(f"header announces {flag} labels, but the record has only {len(view)} bytes")
+    if flag:
+        label = np.frombuffer(view, "<f4", flag, HEADER.size)
+    return Header(flag, label, id, id2), view[start:]
+
+
+def split_path(path: str | Path) -> Path:
+    """'dir/train' or 'dir/train.rec' -> Path('dir/train'), the prefix shared by .rec, .idx and .json."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix == ".rec" else path
+
+
+def beside(prefix: Path, suffix: str) -> Path:
+    """The file `<prefix><suffix>`; unlike with_suffix it keeps dots that belong to the name."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+class RecordWriter:
+    """Writes `<prefix>.rec` and `<prefix>.idx`; they appear under their names only when `close` succeeds.
+
+    Use as a context manager: leaving the block by an exception removes what was written so far.
+    """
+
+    def __init__(self, path: str | Path):
+        self.prefix = split_path(path)
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        names = [beside(self.prefix, ending) for ending in (".rec", ".idx")]
+        self._names = [(name.with_name(name.name + ".tmp"), name) for name in names]
+        self._rec = open(self._names[0][0], "wb")  # noqa: SIM115 - closed by close() and discard()
+        self._idx = open(self._names[1][0], "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._offset = 0
+        self._increasing = array("q")  # integer keys so far; kept small because 15 million keys are usual
+        self._seen: set[str] | None = None  # all keys as text, once one came out of order
+
+    def __len__(self) -> int:
+        return len(self._increasing) if self._seen is None else len(self._seen)
+
+    def write(self, key: int | str, packed: bytes) -> None:
+        """Append one record. RecordError for a key that the index cannot hold or that was used before."""
+        if len(packed) > MAX_LENGTH:
+            raise RecordError(f"key {key!r}: {len(packed)} bytes; a record holds at most {MAX_LENGTH}")
+        text = self._check_key(key)
+        start = self._offset
+        for cflag, begin, end in _parts(packed):
+            self._rec.write(_FRAME.pack(MAGIC, cflag << 29 | (end - begin)))
+            self._rec.write(packed[begin:end])
+            self._offset += 8 + end - begin
+        padding = -self._offset % 4
+        self._rec.write(b"\0" * padding)
+        self._offset += padding
+        self._idx.write(f"{text}\t{start}\n")
+
+    def close(self) -> None:
+        """Flush to disk and publish: .rec first, .idx last, so that an index never describes another file."""
+        if self._rec.closed:
+            return
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._names[1][1].unlink(missing_ok=True)
+        for temporary, final in self._names:
+            os.replace(temporary, final)
+        folder = os.open(self.prefix.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Drop everything written so far; files of an earlier run under the same name stay as they are."""
+        for file in (self._rec, self._idx):
+            file.close()
+        for temporary, _ in self._names:
+            temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.close() if kind is None else self.discard()
+
+    def _check_key(self, key: int | str) -> str:
+        text = str(key)
+        if isinstance(key, str):
+            if not text or text != text.strip() or any(mark in text for mark in "\t\n\r"):
+                raise RecordError(
+                    f"key {key!r}: must not be empty, hold tabs or line ends, or begin or end in space"
+                )
+        elif isinstance(key, bool) or not isinstance(key, (int, np.integer)) or abs(int(key)) >= 10**18:
+            raise RecordError(f"key {key!r}: must be an integer of at most 18 digits or a str")
+        elif self._seen is None and (not self._increasing or key > self._increasing[-1]):
+            self._increasing.append(int(key))
+            return text
+        if self._seen is None:
+            self._seen = {str(old) for old in self._increasing}
+        if text in self._seen:
+            raise RecordError(f"key {key!r}: already written to {self.prefix}.rec; keys must differ")
+        self._seen.add(text)
+        return text
+
+
+def _parts(packed: bytes) -> list[tuple[int, int, int]]:
+    """(cflag, begin, end) of the frames that hold `packed`: it is cut at every aligned magic word."""
+    cuts, at = [], packed.find(MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            cuts.append(at)
+            at = packed.find(MAGIC_BYTES, at + 4)
+        else:
+            at = packed.find(MAGIC_BYTES, at + 1)
+    if not cuts:
+        return [(WHOLE, 0, len(packed))]
+    begins, ends = [0] + [cut + 4 for cut in cuts], [*cuts, len(packed)]
+    flags = [FIRST] + [MIDDLE] * (len(cuts) - 1) + [LAST]
+    return list(zip(flags, begins, ends))
+
+
+class RecordFile:
+    """Random access to one .rec through its .idx, in the order of the index lines. Memory-mapped; picklable.
+
+    Opening parses the index, checks every offset against the file and looks at the first, the last and 64
+    frames in between; the rest is checked when it is read. The index may be in any order and may leave out
+    records. The files must not be cut or rewritten in place while they are open (the writer never does that).
+    """
+
+    def __init__(self, path: str | Path, index: str | Path | None = None):
+        self.prefix = split_path(path)
+        self.path = beside(self.prefix, ".rec")
+        self.index_path = Path(index) if index else beside(self.prefix, ".idx")
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "index": self.index_path, "size": self._size, "count": len(self)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["path"], state["index"])
+        if (self._size, len(self)) != (state["size"], state["count"]):
+            raise RecordError(
+                f"{self.path}: changed since it was opened ({state['size']} -> {self._size} bytes)"
+            )
+
+    @property
+    def keys(self) -> list[int] | list[str]:
+        """All keys in index order, as a new list."""
+        return self._keys.tolist() if isinstance(self._keys, np.ndarray) else list(self._keys)
+
+    def key(self, i: int) -> int | str:
+        """Key of record `i`."""
+        key = self._keys[i]
+        return key if isinstance(key, str) else int(key)
+
+    def view(self, i: int) -> memoryview:
+        """Record `i` as one piece; it shares the file's memory unless the record was stored in parts."""
+        if not 0 <= i < len(self._offsets):
+            raise IndexError(f"{self.path}: record {i} of {len(self._offsets)}")
+        start, limit = self._extent(i)
+        magic, word = _FRAME.unpack_from(self._view, start)
+        end = start + 8 + (word & MAX_LENGTH)
+        if magic == MAGIC and word >> 29 == WHOLE and end <= limit:
+            return self._view[start + 8 : end]
+        return memoryview(self._join(i, start, limit))
+
+    def read(self, i: int) -> bytes:
+        """Record `i` as bytes, the parts of a split record joined. IndexError, RecordError."""
+        return bytes(self.view(i))
+
+    def read_key(self, key: int | str) -> bytes:
+        """The record written under `key`. KeyError if the index has no such key."""
+        if self._places is None:
+            places = {key: i for i, key in enumerate(self.keys)}
+            if len(places) != len(self):
+                raise RecordError(
+                    f"{self.index_path}: {len(self) - len(places)} keys occur twice; read by position"
+                )
+            self._places = places
+        return self.read(self._places[key])
+
+    def close(self) -> None:
+        """Release the mapping; reading afterwards is an error."""
+        self._view.release()
+        if self._map is not None:
+            with suppress(BufferError):  # a view handed out earlier is still alive: the mapping goes with it
+                self._map.close()
+
+    def _open(self) -> None:
+        self._keys, self._offsets = read_index(self.index_path)
+        self._places = None
+        try:
+            with open(self.path, "rb") as file:
+                self._size = os.fstat(file.fileno()).st_size
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else None
+        except FileNotFoundError:
+            raise RecordError(f"{self.path}: no such file") from None
+        self._view = memoryview(self._map if self._map is not None else b"")
+        self._ends = self._check_offsets()
+        for i in np.unique(np.linspace(0, len(self) - 1, _SPOT_CHECKS + 2).astype(int)) if len(self) else ():
+            self._check_frame(int(i))
+        self._check_tail()
+
+    def _check_offsets(self) -> np.ndarray:
+        """End of the room of each record: where the next one in the file starts. Bounds every later read."""
+        offsets = self._offsets
+        if not len(offsets):
+            return offsets
+        wrong = np.flatnonzero((offsets < 0) | (offsets > self._size - 8) | (offsets % 4 != 0))
+        if len(wrong):
+            self._fail(
+                int(wrong[0]), int(offsets[wrong[0]]), f"no record can start here ({self._size} bytes in all)"
+            )
+        following = np.append(offsets[1:], self._size)
+        if (following > offsets).all():
+            return following
+        order = np.argsort(offsets, kind="stable")
+        ends = np.empty_like(offsets)
+        ends[order] = np.append(offsets[order][1:], self._size)
+        same = np.flatnonzero(ends == offsets)
+        if len(same):
+            self._fail(int(same[0]), int(offsets[same[0]]), "two index lines point to this offset")
+        return ends
+
+    def _extent(self, i: int) -> tuple[int, int]:
+        return self._offsets.item(i), self._ends.item(i)
+
+    def _check_frame(self, i: int) -> None:
+        start, limit = self._extent(i)
+        magic, word = _FRAME.unpack_from(self._view, start)
+        if magic != MAGIC or word >> 29 not in (WHOLE, FIRST) or start + 8 + (word & MAX_LENGTH) > limit:
+            self._frames(i, start, limit)  # says what is wrong
+
+    def _check_tail(self) -> None:
+        """Behind the last indexed record the file ends or another, left out of the index, starts."""
+        if not len(self):
+            if self._size:
+                raise RecordError(f"{self.index_path}: empty, but {self.path} holds {self._size} bytes")
+            return
+        last = int(np.argmax(self._offsets))
+        start = self._offsets.item(last)
+        end = self._frames(last, start, self._size)[-1][1]
+        end += -end % 4
+        if end == self._size:
+            return
+        if end > self._size - 8 or _FRAME.unpack_from(self._view, end)[0] != MAGIC:
+            self._fail(
+                last, start, f"the record ends at byte {end}, the file at {self._size}: cut or overwritten"
+            )
+
+    def _join(self, i: int, start: int, limit: int) -> bytes:
+        """The slow way: a record in parts, or a damaged one."""
+        return MAGIC_BYTES.join(self._view[begin:end] for begin, end in self._frames(i, start, limit))
+
+    def _frames(self, i: int, start: int, limit: int) -> list[tuple[int, int]]:
+        """(begin, end) in the file of every part of record `i`. RecordError for anything out of order."""
+        parts: list[tuple[int, int]] = []
+        at = start
+        while True:
+            if at + 8 > limit:
+                self._fail(
+                    i, at, f"a part of the record should start here, but its room ends at byte {limit}"
+                )
+            magic, word = _FRAME.unpack_from(self._view, at)
+            cflag, length = word >> 29, word & MAX_LENGTH
+            if magic != MAGIC:
+                self._fail(i, at, f"magic word is {magic:#010x}, should be {MAGIC:#010x}")
+            if cflag not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
+                self._fail(i, at, f"continuation flag is {cflag} on part {len(parts) + 1}")
+            if at + 8 + length > limit:
+                self._fail(i, at, f"{length} bytes announced, but only {limit - at - 8} are there")
+            parts.append((at + 8, at + 8 + length))
+            if cflag in (WHOLE, LAST):
+                return parts
+            if length % 4:
+                self._fail(i, at, f"part of {length} bytes goes on, but is not cut at a 4-byte place")
+            at += 8 + length
+
+    def _fail(self, i: int, offset: int, what: str) -> None:
+        raise RecordError(f"{self.path}: record {i} (key {self.key(i)!r}), byte {offset}: {what}")

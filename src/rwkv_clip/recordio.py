@@ -1,0 +1,244 @@
+"""Training records: image bytes + the token ids of one to three texts, in indexed RecordIO files.
+
+A record's float32 labels are the token ids of its texts one after the other, the raw text first, and its
+payload is an encoded image. `<prefix>.json`, written by the builder, says what the labels mean; files of the
+released code have none, there the number of labels tells. `recordfile` has the file format itself.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import zlib
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from .recordfile import HEADER, Header, RecordFile, RecordWriter, beside, pack, split_path, unpack
+from .recordindex import RecordError
+
+__all__ = [
+    "Header",
+    "Layout",
+    "RecordError",
+    "RecordFile",
+    "RecordSet",
+    "RecordWriter",
+    "find_record_files",
+    "pack",
+    "read_layout",
+    "unpack",
+]
+
+VIEWS = ("raw", "synthetic", "generated")
+CONTEXT = 77
+SCHEMA = 1
+EXACT = 1 << 24  # float32 labels hold every id below this exactly
+CHECKSUM = "crc32"
+WAYS = "give a prefix, file, glob, folder or comma list"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the labels of a file mean. `checksum`: header id2 is the CRC-32 of labels and payload."""
+
+    views: tuple[str, ...]
+    context: int = CONTEXT
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    checksum: bool = False
+
+    @property
+    def width(self) -> int:
+        """Labels per record: views * context."""
+        return len(self.views) * self.context
+
+
+def checksum(content: bytes | memoryview) -> int:
+    """CRC-32 of labels and payload, kept in the header's id2, which mxnet and DALI ignore."""
+    return zlib.crc32(content)
+
+
+def find_record_files(spec: str | Path | list[str]) -> list[Path]:
+    """The .rec files that `spec` names, sorted: a prefix, a .rec, a glob, a folder, or a comma list of these.
+
+    The prefix of a sharded set (`train` for train-00000.rec, ...) means all its shards. ValueError if a part
+    of `spec` names nothing, or if shards that the builder wrote are missing.
+    """
+    parts = [str(part) for part in spec] if isinstance(spec, list) else [str(spec)]
+    if len(parts) == 1 and not Path(parts[0]).exists():
+        parts = [part.strip() for part in parts[0].split(",") if part.strip()]
+    found: dict[Path, None] = {}
+    for part in parts:
+        files = _expand(part)
+        if not files:
+            raise ValueError(f"records: {part!r} names no .rec file; {WAYS}")
+        found.update(dict.fromkeys(files))
+    if not found:
+        raise ValueError(f"records: {str(spec)!r} is empty; {WAYS}")
+    for file in found:
+        if not beside(split_path(file), ".idx").is_file():
+            raise ValueError(f"records: {file} has no .idx beside it")
+    return sorted(found)
+
+
+def _expand(part: str) -> list[Path]:
+    path = Path(part)
+    if path.is_dir():
+        return list(path.glob("*.rec"))
+    if glob.has_magic(part) and not path.exists():
+        return [Path(name) for name in glob.glob(part) if name.endswith(".rec")]
+    whole, prefix = beside(split_path(path), ".rec"), split_path(path)
+    shards = list(path.parent.glob(f"{glob.escape(path.name)}-[0-9][0-9][0-9][0-9][0-9].rec"))
+    if path.suffix == ".rec" or not shards:
+        return [whole] if whole.is_file() else []
+    if whole.is_file():
+        raise ValueError(
+            f"records: {part!r} means {whole} and also {shards[0].name}, ...; name the one you want"
+        )
+    summary = _read_json(beside(prefix, ".json"))
+    if summary is None:  # shards by others have no .json at all
+        if any(beside(split_path(shard), ".json").exists() for shard in shards):
+            raise ValueError(
+                f"records: {part!r}: the build is not finished; run it again, or name files by a glob"
+            )
+        return shards
+    missing = {f"{name}.rec" for name in summary.get("shards", [])} - {shard.name for shard in shards}
+    if missing:
+        raise ValueError(f"records: {part!r}: shards {sorted(missing)[:5]} are missing; run the build again")
+    return shards
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RecordError(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def read_layout(file: RecordFile) -> Layout:
+    """From the side file, or from the number of labels of the first record where there is none."""
+    path = beside(file.prefix, ".json")
+    side = _read_json(path)
+    if side is None:
+        flag = unpack(file.view(0))[0].flag
+        views, rest = divmod(flag, CONTEXT)
+        if rest or not 1 <= views <= len(VIEWS):
+            raise RecordError(
+                f"{file.path}: records have {flag} labels, not {CONTEXT}, {2 * CONTEXT} or {3 * CONTEXT} "
+                f"token ids, and no {path.name} says what they are; write it: "
+                f'{{"schema": 1, "views": ["raw", ...], "context": ..., "tokenizer": ..., "vocab_size": ...}}'
+            )
+        return Layout(VIEWS[:views])
+    if side.get("schema") != SCHEMA:
+        raise RecordError(f"{path}: schema {side.get('schema')!r} is not known, this version reads {SCHEMA}")
+    views, context, vocab = side.get("views"), side.get("context"), side.get("vocab_size")
+    named = isinstance(views, list) and views and all(isinstance(view, str) and view for view in views)
+    if not named or len(set(views)) != len(views):
+        raise RecordError(f"{path}: views is {views!r}, should be a list of different names")
+    for field, value in (("context", context), ("vocab_size", vocab)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= EXACT
+        if not whole and not (field == "vocab_size" and value is None):
+            raise RecordError(f"{path}: {field} is {value!r}, should be a whole number from 1 to {EXACT}")
+    if side.get("count", len(file)) != len(file):
+        raise RecordError(f"{path}: says {side['count']} records, {file.index_path.name} lists {len(file)}")
+    tokenizer = side.get("tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise RecordError(f"{path}: tokenizer is {tokenizer!r}, should be a name")
+    return Layout(tuple(views), context, tokenizer, vocab, side.get("checksum") == CHECKSUM)
+
+
+class RecordSet:
+    """All records of the files that a spec names, one after the other; every file must have the same layout.
+
+    Attributes: files (list of RecordFile), views, context, tokenizer, vocab_size (the last two may be None).
+    Picklable; give one to every worker. `check=False` leaves out the checksum of records that carry one.
+    """
+
+    def __init__(self, spec: str | Path | list[str], *, check: bool = True):
+        self.files = [RecordFile(path) for path in find_record_files(spec)]
+        self.files = [file for file in self.files if len(file)]
+        if not self.files:
+            raise RecordError(f"{spec}: the files hold no record")
+        layouts = [read_layout(file) for file in self.files]
+        for file, layout in zip(self.files, layouts):
+            if layout != layouts[0]:
+                raise RecordError(f"{file.path}: {layout} differs from {layouts[0]} of {self.files[0].path}")
+        self.layout = layouts[0]
+        self.check = check
+        self._ends = list(accumulate(len(file) for file in self.files))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the texts, raw first."""
+        return self.layout.views
+
+    @property
+    def context(self) -> int:
+        """Tokens per text."""
+        return self.layout.context
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Name of the tokenizer that made the ids; None if the files do not say."""
+        return self.layout.tokenizer
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Ids are below this; None if the files do not say."""
+        return self.layout.vocab_size
+
+    def read(self, i: int) -> bytes:
+        """Record `i` as it stands, header included."""
+        file, row = self._locate(i)
+        return file.read(row)
+
+    def name(self, i: int) -> str:
+        """'path/train-00003.rec key 17': how messages call record `i`."""
+        file, row = self._locate(i)
+        return f"{file.path} key {file.key(row)}"
+
+    def sample(self, i: int) -> tuple[bytes, np.ndarray]:
+        """(encoded image, token ids int64 (V, T)) of record `i`. RecordError if it holds anything else."""
+        file, row = self._locate(i)
+        record, layout = file.view(row), self.layout
+        flag = HEADER.unpack_from(record)[0] if len(record) >= HEADER.size else 0
+        start = HEADER.size + 4 * layout.width
+        if flag != layout.width or len(record) < start:
+            raise RecordError(
+                f"{self.name(i)}: {flag} labels in {len(record)} bytes, should be {layout.width}"
+            )
+        if (
+            layout.checksum
+            and self.check
+            and checksum(record[HEADER.size :]) != HEADER.unpack_from(record)[3]
+        ):
+            raise RecordError(
+                f"{self.name(i)}: checksum does not fit, the record was altered; build the file again"
+            )
+        labels = np.frombuffer(record, "<f4", flag, HEADER.size)
+        vocab = layout.vocab_size or EXACT
+        if not (labels.min() >= 0 and labels.max() < vocab):  # also false for NaN
+            worst = float(labels[~((labels >= 0) & (labels < vocab))][0])
+            raise RecordError(f"{self.name(i)}: token ids must be from 0 to {vocab - 1}, found {worst}")
+        tokens = labels.astype(np.int64)
+        if (tokens != labels).any():
+            raise RecordError(f"{self.name(i)}: token ids must be whole numbers")
+        return bytes(record[start:]), tokens.reshape(len(layout.views), layout.context)
+
+    def _locate(self, i: int) -> tuple[RecordFile, int]:
+        if not 0 <= i < self._ends[-1]:
+            raise IndexError(f"record {i} of {self._ends[-1]}")
+        number = bisect_right(self._ends, i)
+        return self.files[number], i - (self._ends[number - 1] if number else 0)
