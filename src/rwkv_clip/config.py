@@ -87,7 +87,7 @@ class ModelConfig:
         return []
 
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Settings:
     batch_size: int = ranged(512, minimum=1)
     """Pairs per rank and step; all ranks' pairs are negatives of each other."""
     precision: Precision = "bf16"
-    """Autocast dtype; weights, optimizer and loss stay float32. fp16 brings a gradient scaler."""
+    """Autocast dtype; weights, optimizer and loss stay float32. fp16 brings a gradient scaler; auto is bf16 where the
+    device computes in it, else fp32."""
     device: str | None = None
     """cpu, cuda or mps; default: the best present."""
     torchcompile: bool = False

@@ -33,6 +33,20 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype of a precision by name, None for float32; `auto` is bfloat16 where the device computes in it."""
+    if precision != "auto":
+        return AUTOCAST[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # Without AVX512-BF16 a CPU emulates bfloat16, slower than float32. (Private, but torch has no public question.)
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and native() else None
+
+
 def join_world(device: str | None = None) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere."""
     kind = torch.device(device or best_device())

@@ -6,18 +6,27 @@ the same for any number of workers or ranks, in any batch, after any resume, and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the counter step of splitmix64
 MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
-AREA = (0.7, 1.0)
-ASPECT = (0.8, 1.25)
 ATTEMPTS = 10
 
 # Which draw of a sample serves which purpose. A new purpose takes a new number, so that old runs stay as they
 # were.
 FLIP, VIEW, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How pictures vary; the defaults are the released recipe's."""
+
+    area: tuple[float, float] = (0.7, 1.0)  # share of the picture that a crop keeps
+    aspect: tuple[float, float] = (0.8, 1.25)  # width / height of a crop
+    flip: float = 0.5  # probability of a mirrored picture
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -47,9 +56,9 @@ def uniforms(
     return bits.astype(np.float64) * 2.0**-53
 
 
-def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Mirror left to right? bool (B,), true for one half."""
-    return uniforms(seed, epochs, ids, FLIP) < 0.5
+def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray, share: float = 0.5) -> np.ndarray:
+    """Mirror left to right? bool (B,), true with probability `share`."""
+    return uniforms(seed, epochs, ids, FLIP) < share
 
 
 def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, views: int) -> np.ndarray:
@@ -63,8 +72,8 @@ def crop_windows(
     seed: int,
     epochs: np.ndarray,
     ids: np.ndarray,
-    area: tuple[float, float] = AREA,
-    aspect: tuple[float, float] = ASPECT,
+    area: tuple[float, float] = Augmentation.area,
+    aspect: tuple[float, float] = Augmentation.aspect,
 ) -> np.ndarray:
     """Random crops as DALI's random_area / random_aspect_ratio draw them: int64 (B, 4), rows (x, y, width,
     height).

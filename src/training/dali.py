@@ -101,6 +101,9 @@ class DaliLoader(Loader):
         _import_dali()
         self.reader, self.device, self.threads = reader, device, max(1, workers)
         self._placeholder = _placeholder()
+        # Only this name holds the pipeline, so that it ends in the thread that made it. Left to the garbage
+        # collector it could end in a worker process forked later, which hangs: its threads are not there.
+        self._pipeline = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -112,7 +115,12 @@ class DaliLoader(Loader):
         for _ in range(self.plan.steps):
             item = ready.get()
             if isinstance(item, BaseException):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del (
+                        item
+                    )  # else this frame and the exception would hold each other, and all that they know
             if item[0].image.is_cuda:  # allocated on the thread's stream, used on the caller's
                 item[0].image.record_stream(torch.cuda.current_stream(self.device))
             yield item
@@ -134,6 +142,8 @@ class DaliLoader(Loader):
                 self._hand_over(ready, stop)
         except BaseException as error:
             _put(ready, error, stop)
+        finally:
+            self._pipeline = None
 
     def _hand_over(self, ready: queue.Queue, stop: threading.Event) -> None:
         for item in self._produce():
@@ -141,21 +151,27 @@ class DaliLoader(Loader):
                 return
 
     def _produce(self) -> Iterator[tuple[Batch, list[Fault]]]:
-        pipeline, failures = self._build(), 0
+        self._pipeline, failures = self._build(), 0
         step = self._prepare(0) if self.plan.steps else None
         while step is not None:
-            self._feed(pipeline, step)
+            self._feed(step)
             # Python reads the next records while DALI decodes these.
             following = self._prepare(step.number + 1) if step.number + 1 < self.plan.steps else None
+            image, failure = None, ""
             try:
-                image, failures = self._take(pipeline, step), 0
-            except RuntimeError as error:
+                image, failures = self._take(step), 0
+            except RuntimeError as error:  # its traceback holds the pipeline, so it does not leave this line
+                failure = str(error)
+            if image is None:
                 log.warning("DALI could not decode step %d, it is decoded again on the CPU", step.number)
                 step.samples, image = decode_samples(self.reader, step.samples)
                 failures = 0 if any(sample.fault for sample in step.samples) else failures + 1
                 if failures == FAILURES:
-                    raise error
-                image, pipeline = image.to(self.device), self._build()
+                    raise RuntimeError(
+                        f"DALI fails on pictures that PIL decodes; use --loader torch: {failure}"
+                    )
+                self._pipeline = None
+                image, self._pipeline = image.to(self.device), self._build()
             text, ids, epochs = stack_text(step.samples)
             faults = [sample.fault for sample in step.samples if sample.fault]
             yield Batch(image, text, ids, epochs, self.plan.first(step.number)), faults
@@ -172,24 +188,24 @@ class DaliLoader(Loader):
                 samples[row], aside[row] = self.reader.decode(sample)
         return _Step(number, samples, aside)
 
-    def _feed(self, pipeline, step: _Step) -> None:
+    def _feed(self, step: _Step) -> None:
         jpegs, windows = [], np.zeros((len(step.samples), 4), np.int32)
         for row, sample in enumerate(step.samples):
             own = row not in step.aside
             jpegs.append(np.frombuffer(sample.data, np.uint8) if own else self._placeholder)
             windows[row] = sample.window if own else (0, 0, 16, 16)
-        pipeline.feed_input("jpeg", jpegs)
-        pipeline.feed_input("start", windows[:, :2].copy())
-        pipeline.feed_input("shape", windows[:, 2:].copy())
-        pipeline.feed_input("mirror", np.array([sample.flip for sample in step.samples], np.int32))
-        pipeline.schedule_run()
+        self._pipeline.feed_input("jpeg", jpegs)
+        self._pipeline.feed_input("start", windows[:, :2].copy())
+        self._pipeline.feed_input("shape", windows[:, 2:].copy())
+        self._pipeline.feed_input("mirror", np.array([sample.flip for sample in step.samples], np.int32))
+        self._pipeline.schedule_run()
 
-    def _take(self, pipeline, step: _Step) -> torch.Tensor:
+    def _take(self, step: _Step) -> torch.Tensor:
         """Decoded pixels of the step, on the device. RuntimeError if DALI could not decode one of the
         pictures."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        (output,) = pipeline.share_outputs()
+        (output,) = self._pipeline.share_outputs()
         shape = (len(step.samples), 3, *self.reader.image_size)
         image = torch.empty(shape, dtype=torch.uint8, device=self.device)
         stream = torch.cuda.current_stream() if image.is_cuda else None
@@ -198,7 +214,7 @@ class DaliLoader(Loader):
             image[row] = pixels.to(self.device)
         if stream is not None:
             stream.synchronize()
-        pipeline.release_outputs()
+        self._pipeline.release_outputs()
         return image
 
 

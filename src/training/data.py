@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rwkv_clip.recordio import RecordSet
 
+from .augment import Augmentation
 from .order import Order
 from .samples import DataError, Fault, Sample, SampleReader
 
@@ -269,6 +270,7 @@ def make_loader(
     device: str | torch.device = "cpu",
     max_bad: int = 100,
     max_bad_share: float = 0.001,
+    augmentation: Augmentation = Augmentation(),
 ):
     """Iterable of `steps` batches from position `start` (samples seen so far, over all ranks) on.
 
@@ -290,7 +292,7 @@ def make_loader(
         )
     plan = Plan(start, steps, global_batch, rank, world)
     tally = Tally(world, max_bad, max_bad_share)
-    reader = SampleReader(records, seed, size)
+    reader = SampleReader(records, seed, size, augmentation)
     if loader == "auto":
         loader = "dali" if device.type == "cuda" and _has_dali() else "torch"
     if loader == "torch":

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.checkpoint import read_tensors, save_checkpoint
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.dist import World, any_rank
+from rwkv_clip.dist import World, any_rank, autocast_dtype
 from rwkv_clip.image import normalize
 from rwkv_clip.model import load_checkpoint, spec_to_json
 
@@ -29,7 +29,6 @@ from .data import Batch
 from .log import RunLog
 from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_LOGIT_SCALE = math.log(100)
 OBJECTIVE = "objective/"  # prefix of an objective's buffers among the optimizer's tensors
 
@@ -65,6 +64,7 @@ class Trainer:
         self.schedule = Schedule.from_settings(settings, self.total_steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()
+        self.autocast_dtype = autocast_dtype(settings.precision, world.device)
         if settings.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if settings.torchcompile:
@@ -78,8 +78,9 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The towers' arithmetic; the objective switches it off for itself."""
-        dtype = AUTOCAST[self.settings.precision]
-        return torch.autocast(self.world.device.type, dtype) if dtype else contextlib.nullcontext()
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, self.autocast_dtype)
 
     def choose_view(self, batch: Batch) -> Tensor:
         """(B, V, T) -> (B, T): one text per image, drawn by (seed, epoch, sample), or the first."""

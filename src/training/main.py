@@ -17,15 +17,16 @@ import tyro
 
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
-from rwkv_clip.dist import World, join_world, leave_world
+from rwkv_clip.dist import World, autocast_dtype, join_world, leave_world
 from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordError, RecordSet
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
+from .augment import Augmentation
 from .data import DataError, make_loader
 from .log import RunLog
-from .loop import AUTOCAST, NumericsError, Trainer, train
+from .loop import NumericsError, Trainer, train
 from .plot import plot_training
 
 
@@ -83,7 +84,7 @@ def make_validator(settings: Settings, model: torch.nn.Module, world: World) -> 
             tokenizer,
             device=world.device,
             batch_size=settings.batch_size,
-            autocast=AUTOCAST[settings.precision],
+            autocast=autocast_dtype(settings.precision, world.device),
             prefix=settings.val_prefix,
         ).metrics
         return {key: value for key, value in metrics.items() if isinstance(value, float)}

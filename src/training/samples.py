@@ -19,7 +19,7 @@ from PIL import Image
 from rwkv_clip.image import ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.recordio import RecordError, RecordSet
 
-from .augment import crop_windows, draw_flips
+from .augment import Augmentation, crop_windows, draw_flips
 from .order import Order
 
 SEARCH = 1000  # that many bad records in a row: the data set is broken, not a record
@@ -63,8 +63,15 @@ class SampleReader:
     """Reads and decodes samples by their position in `Order(len(records), seed)`; image_size is (height,
     width)."""
 
-    def __init__(self, records: RecordSet, seed: int, image_size: tuple[int, int]):
+    def __init__(
+        self,
+        records: RecordSet,
+        seed: int,
+        image_size: tuple[int, int],
+        augmentation: Augmentation = Augmentation(),
+    ):
         self.records, self.seed, self.image_size = records, seed, image_size
+        self.augmentation = augmentation
         self.order = Order(len(records), seed)
 
     def read(self, positions: np.ndarray) -> list[Sample]:
@@ -113,8 +120,10 @@ class SampleReader:
         epochs = np.array([sample.epoch for sample in samples], np.int64)
         widths = np.array([sample.info.width for sample in samples], np.int64)
         heights = np.array([sample.info.height for sample in samples], np.int64)
-        windows = crop_windows(widths, heights, self.seed, epochs, ids).tolist()
-        for sample, window, flip in zip(samples, windows, draw_flips(self.seed, epochs, ids).tolist()):
+        how = self.augmentation
+        windows = crop_windows(widths, heights, self.seed, epochs, ids, how.area, how.aspect).tolist()
+        flips = draw_flips(self.seed, epochs, ids, how.flip).tolist()
+        for sample, window, flip in zip(samples, windows, flips):
             sample.window, sample.flip = tuple(window), flip
 
 

@@ -1,7 +1,9 @@
 """The DALI loader gives the batches of the torch loader: same texts, ids and bad records, pixels within
 2/255."""
 
+import gc
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -101,6 +103,8 @@ def damage(images: list[bytes]) -> list[bytes]:
     images[4] = images[4][: len(images[4]) // 2]
     images[11] = b"this is not a picture"
     images[12] = images[12][:-300] + bytes(300)
+    middle = len(images[14]) // 2
+    images[14] = images[14][:middle] + b"\xff\xd8" + images[14][middle:]  # DALI would take it, PIL does not
     for i in (1, 29):  # Huffman table: plain by its headers, so DALI meets it and fails
         at = images[i].index(b"\xff\xc4") + 5
         images[i] = images[i][:at] + b"\xff" * 4 + images[i][at + 4 :]
@@ -114,7 +118,7 @@ def test_bad_pictures_are_replaced_alike(images, tmp_path):
     assert torch.equal(compare(loaders[0], loaders[2]), first)
     assert first.max() <= 2
     for loader in loaders:
-        assert loader.skipped == {"image unreadable": 10}  # five bad ones in each of two epochs
+        assert loader.skipped == {"image unreadable": 12}  # six bad ones in each of two epochs
         assert loader.bad == loaders[0].bad
     with pytest.raises(DataError, match="max_bad=3"):
         list(make(records, "dali", max_bad=3))
@@ -128,11 +132,11 @@ def test_pipeline_that_fails_on_good_pictures(images, tmp_path, monkeypatch):
     records = write_records(tmp_path / "train", images)
     take, calls = DaliLoader._take, []
 
-    def fail_sometimes(self, pipeline, step):
+    def fail_sometimes(self, step):
         calls.append(step.number)
         if step.number in (0, 1, 3):
             raise RuntimeError("broken device")
-        return take(self, pipeline, step)
+        return take(self, step)
 
     monkeypatch.setattr(DaliLoader, "_take", fail_sometimes)
     compare(make(records, "torch"), make(records, "dali"))
@@ -140,6 +144,29 @@ def test_pipeline_that_fails_on_good_pictures(images, tmp_path, monkeypatch):
     monkeypatch.setattr(DaliLoader, "_take", lambda *_: (_ for _ in ()).throw(RuntimeError("broken device")))
     with pytest.raises(RuntimeError, match="broken device"):
         list(make(records, "dali"))
+
+
+def test_pipelines_end_in_their_thread(images, tmp_path, monkeypatch):
+    from rwkv_clip.training import dali
+
+    records, build, alive = write_records(tmp_path / "train", damage(images)), dali.build_pipeline, []
+
+    def build_watched(*settings):
+        pipeline = build(*settings)
+        alive.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(dali, "build_pipeline", build_watched)
+    gc.disable()  # a pipeline that only the garbage collector ends would end anywhere, in a forked worker too
+    try:
+        list(make(records, "dali"))
+        with pytest.raises(DataError) as kept:
+            list(make(records, "dali", max_bad=0))
+        with pytest.raises(DataError):
+            list(make(write_records(tmp_path / "bad", [b"nothing"] * 3), "dali"))
+        assert kept and len(alive) > 3 and not any(pipeline() for pipeline in alive)
+    finally:
+        gc.enable()
 
 
 def test_leaving_early_ends_the_thread(images, tmp_path):
