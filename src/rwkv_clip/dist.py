@@ -105,3 +105,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(float(flag), device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """Numbers averaged over ranks; every rank passes the same keys."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    numbers = torch.tensor([float(value) for value in values.values()], dtype=dtype, device=device)
+    size = rank_and_size()[1]
+    if size > 1:
+        dist.all_reduce(numbers)
+    return dict(zip(values, (numbers / size).tolist()))

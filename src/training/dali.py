@@ -115,12 +115,7 @@ class DaliLoader(Loader):
         for _ in range(self.plan.steps):
             item = ready.get()
             if isinstance(item, BaseException):
-                try:
-                    raise item
-                finally:
-                    del (
-                        item
-                    )  # else this frame and the exception would hold each other, and all that they know
+                raise item
             if item[0].image.is_cuda:  # allocated on the thread's stream, used on the caller's
                 item[0].image.record_stream(torch.cuda.current_stream(self.device))
             yield item

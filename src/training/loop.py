@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.checkpoint import read_tensors, save_checkpoint
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.dist import World, any_rank, autocast_dtype
+from rwkv_clip.dist import World, any_rank, autocast_dtype, mean_over_ranks
 from rwkv_clip.image import normalize
 from rwkv_clip.model import load_checkpoint, spec_to_json
 
@@ -226,7 +226,7 @@ def train(
         if log:
             log.advance()
         if step % settings.log_every_n_steps == 0 or last:
-            numbers = {key: float(value) for key, value in values.items()}  # the one synchronisation with the device
+            numbers = mean_over_ranks(values, trainer.world.device)
             if log:
                 speed = meter.measure(trainer.total_steps - step)
                 epoch = trainer.progress.samples_seen / trainer.epoch_samples

@@ -1,5 +1,6 @@
-"""Train: `torchrun -m rwkv_clip.training.main --preset NAME [--setting value ..]`, or `python -m` for one process.
+"""Train: `torchrun -m rwkv_clip.training.main -- --preset NAME [--setting value ..]`, or `python -m` for one process.
 
+The lone `--` keeps torchrun from reading --logs as an abbreviation of its own --logs-specs.
 Exit codes: 0 done, 2 a setting, 3 the data, 4 numbers that are not finite.
 """
 
@@ -32,7 +33,7 @@ from .plot import plot_training
 
 def read_command_line(arguments: list[str]) -> Settings:
     """Preset (`--preset NAME or path`), then overrides. ConfigError lists every value that does not fit."""
-    arguments, preset = list(arguments), None
+    arguments, preset = [a for a in arguments if a != "--"], None  # some releases of torchrun pass it on
     for i, argument in enumerate(arguments):
         if argument == "--preset" or argument.startswith("--preset="):
             preset = argument.partition("=")[2] or arguments[i + 1 : i + 2][0] if i + 1 < len(arguments) else None
