@@ -12,11 +12,13 @@ import atexit
 import importlib.util
 import logging
 import math
+import multiprocessing
 import signal
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -234,13 +236,16 @@ class TorchLoader(Loader):
             generator=torch.Generator(),  # the default would draw from the global one and change the training
         )
         self._running: list[Iterator] = []
+        self._processes: list = []
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
-        self._running = [iter(self._loader)]  # the only reference, so that close() ends the workers
+        before = multiprocessing.active_children()
+        self._running = [iter(self._loader)]
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
         for step in range(self.plan.steps):
             chunks = []
             for _ in range(self._chunks.per_step):
-                chunk = next(self._running[0])
+                chunk = self._receive()
                 if isinstance(chunk, DataError):
                     raise chunk
                 chunks.append(chunk)
@@ -251,8 +256,31 @@ class TorchLoader(Loader):
             batch = Batch(whole, torch.cat(text), torch.cat(ids), torch.cat(epochs), self.plan.first(step))
             yield batch, [fault for part in faults for fault in part]
 
+    def _receive(self):
+        try:
+            return next(self._running[0])
+        except (RuntimeError, OSError, EOFError) as error:  # torch's words for it depend on the moment
+            wait([process.sentinel for process in self._processes], timeout=1)  # its pipes close first
+            dead = [process for process in self._processes if not process.is_alive()]
+            if not dead:
+                raise
+            raise RuntimeError(
+                f"data worker {dead[0].pid} died with exit code {dead[0].exitcode}; -9 is mostly "
+                f"a lack of memory: use fewer --workers"
+            ) from error
+
     def close(self) -> None:
+        # torch ends its workers when its iterator is deleted, which the traceback of an error in it delays to
+        # after the exit handlers. Private, but the same since torch 1.0; without workers there is no such
+        # method.
+        for iterator in self._running:
+            getattr(iterator, "_shutdown_workers", int)()
         self._running.clear()
+        for process in self._processes:  # one that is stuck would be waited for without end
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes.clear()
 
 
 def make_loader(

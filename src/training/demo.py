@@ -27,7 +27,7 @@ from .captions import VIEWS, write_texts
 from .pictures import draw_picture, encode_picture
 from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw_class_scenes, draw_test_scenes, draw_train_scene
 
-SCHEMA = 1  # of the generator: raise it when the same settings draw or say something else
+SCHEMA = 2  # of the generator: raise it when the same settings draw or say something else
 STAMP = "demo.json"
 ATTRIBUTES = ("shape", "color")
 

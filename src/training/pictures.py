@@ -25,7 +25,7 @@ PAINT: dict[str, RGB] = {
     "pink": (252, 128, 186),
     "black": (30, 30, 34),
 }
-RADIUS = {"small": 0.13, "large": 0.2}  # share of the picture's side
+RADIUS = {"small": 0.15, "large": 0.22}  # share of the picture's side
 OVERSAMPLING = 4
 JPEG_QUALITY = 92
 _DARK = {"night"}

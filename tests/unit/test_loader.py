@@ -270,7 +270,7 @@ def test_missing_dali_names_the_extra(records, monkeypatch):
 
 
 SCRIPT = """
-    import os, signal, sys
+    import multiprocessing, os, signal, sys
     from rwkv_clip.recordio import RecordSet
     from rwkv_clip.training.data import make_loader
 
@@ -280,24 +280,34 @@ SCRIPT = """
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
         batches = iter(loader)
-        next(batches)
-        os.killpg(0, signal.SIGTERM)
-        os.killpg(0, signal.SIGINT)
-        print(1 + sum(1 for _, batch in zip(range(38), batches)), "batches", flush=True)
+        next(batches), next(batches)  # both workers are at work
+        if sys.argv[2] == "signals":
+            os.killpg(0, signal.SIGTERM)
+            os.killpg(0, signal.SIGINT)
+        else:
+            multiprocessing.active_children()[0].kill()
+        print(2 + sum(1 for _, batch in zip(range(37), batches)), "batches", flush=True)
         # and end with the loader still open
 """
 
 
-def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
+def run_script(records, tmp_path, event: str) -> subprocess.CompletedProcess:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    prefix = str(records.files[0].prefix)
-    done = subprocess.run(
-        [sys.executable, str(script), prefix],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        start_new_session=True,
-    )
+    command = [sys.executable, str(script), str(records.files[0].prefix), event]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+
+
+def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
+    done = run_script(records, tmp_path, "signals")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "39 batches\n" and "Traceback" not in done.stderr
+
+
+def test_death_of_a_worker_ends_the_run(records, tmp_path):
+    # The traceback keeps torch's iterator alive until after the exit handlers; the other worker must end all
+    # the same.
+    done = run_script(records, tmp_path, "death")
+    assert done.returncode == 1 and done.stdout == ""
+    # torch itself may notice first, in a signal handler
+    assert "died with exit code -9" in done.stderr or "is killed by signal" in done.stderr
