@@ -105,8 +105,7 @@ KNOWN = {
     "stanford_cars": KnownSet(
         "StanfordCars",
         prompts.CARS,
-        "Stanford Cars: devkit, cars_test and cars_test_annos_withlabels.mat "
-        "in {root}/stanford_cars (needs scipy)",
+        "Stanford Cars: devkit, cars_test and cars_test_annos_withlabels.mat in {root}/stanford_cars (needs scipy)",
         _TEST,
     ),
     "dtd": KnownSet(
@@ -183,9 +182,7 @@ def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str]
     names = content.get("names", content.get("classes", {folder: _spoken(folder) for folder in folders}))
     if isinstance(names, list):
         if len(names) != len(folders):
-            raise ValueError(
-                f"{path}: {len(names)} names for {len(folders)} class folders; give one for each"
-            )
+            raise ValueError(f"{path}: {len(names)} names for {len(folders)} class folders; give one for each")
         names = dict(zip(folders, names))
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) and n for n in names.values()):
         raise ValueError(f'{path}: "names" must be {{folder: name}} or a list of names')
@@ -201,32 +198,24 @@ def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str]
 def _imagefolder(folder: Path, names: str | Path | None) -> ClassificationSet:
     folders = _subfolders(folder)
     if not folders:
-        raise ValueError(
-            f"data: {folder} holds no class folders; give a folder with one folder of pictures a class"
-        )
+        raise ValueError(f"data: {folder} holds no class folders; give a folder with one folder of pictures a class")
     spoken, templates = _names_for(folder, folders, names) or ({name: _spoken(name) for name in folders}, ())
     # Two levels of the path: "cifar10" alone would pass for the published set, and "test" says little.
     name = "/".join(folder.resolve().parts[-2:])
     return _from_folders(name, folder, spoken, templates or prompts.PLAIN, "-")
 
 
-def _known_folder(
-    dataset: str, folder: Path, folders: Sequence[str], names: str | Path | None
-) -> ClassificationSet:
+def _known_folder(dataset: str, folder: Path, folders: Sequence[str], names: str | Path | None) -> ClassificationSet:
     """A known set as class folders: its own names unless a names file says otherwise."""
     known, templates = KNOWN[dataset], KNOWN[dataset].templates
     foreign = sorted(set(_subfolders(folder)) - set(folders))
     if foreign:
-        raise ValueError(
-            f"data: {folder} holds {foreign[0]!r}, which is no class of {dataset}; give its classes only"
-        )
+        raise ValueError(f"data: {folder} holds {foreign[0]!r}, which is no class of {dataset}; give its classes only")
     if dataset == "imagenet":
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
         if len(folders) != len(IMAGENET_CLASSNAMES):
-            raise ValueError(
-                f"data: {folder} holds {len(folders)} of the 1000 ImageNet class folders; add the others"
-            )
+            raise ValueError(f"data: {folder} holds {len(folders)} of the 1000 ImageNet class folders; add the others")
         spoken = dict(zip(folders, IMAGENET_CLASSNAMES))
         templates = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     else:
@@ -263,9 +252,7 @@ def _from_folders(
         path, label = items[index]
         return open_picture(path), label
 
-    return ClassificationSet(
-        name, str(folder), split, len(items), read, list(spoken.values()), templates, headline
-    )
+    return ClassificationSet(name, str(folder), split, len(items), read, list(spoken.values()), templates, headline)
 
 
 def _torchvision(dataset: str, root: Path) -> ClassificationSet:

@@ -42,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and evaluate; returns the exit code."""
     import tyro
 
-    settings = tyro.extras.subcommand_cli_from_dict(
-        TASKS, args=arguments, prog="python -m rwkv_clip.eval.main"
-    )
+    settings = tyro.extras.subcommand_cli_from_dict(TASKS, args=arguments, prog="python -m rwkv_clip.eval.main")
     try:
         return evaluate(settings)
     except (ValueError, OSError) as error:

@@ -20,9 +20,7 @@ SHOWN = 5  # pictures for each query of the gallery
 def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
     """Evaluate retrieval as `settings` say with a model of `load_for_inference`."""
     report = start_report("retrieval", settings, loaded, device)
-    data = load_retrieval(
-        settings.data, split=settings.split, image_root=settings.image_root, views=settings.views
-    )
+    data = load_retrieval(settings.data, split=settings.split, image_root=settings.image_root, views=settings.views)
     result = evaluate_retrieval(
         loaded.model,
         data,
@@ -71,9 +69,7 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, querie
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for row, caption, owner, found, rank in zip(
-        grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()
-    ):
+    for row, caption, owner, found, rank in zip(grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()):
         text = textwrap.fill(textwrap.shorten(data.caption_text(caption), 180), 28)
         # A dollar sign would start a formula.
         row[0].text(0, 0.5, text.replace("$", r"\$"), va="center", fontsize=9, transform=row[0].transAxes)

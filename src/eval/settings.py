@@ -37,9 +37,7 @@ class EvalSettings:
         if self.batch_size < 1:
             raise ValueError(f"batch_size: {self.batch_size}; use at least 1")
         if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
-            raise ValueError(
-                f"name: {self.name!r} is no folder name; leave out slashes, `logs` sets the place"
-            )
+            raise ValueError(f"name: {self.name!r} is no folder name; leave out slashes, `logs` sets the place")
         if self.workers < 0:
             raise ValueError(f"workers: {self.workers}; use 0 (decode between the batches) or more")
 
@@ -92,6 +90,4 @@ def best_device(wanted: str | None) -> torch.device:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best"
-        ) from None
+        raise ValueError(f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best") from None

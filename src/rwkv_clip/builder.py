@@ -169,16 +169,12 @@ def build_records(
         overwrite: replace files that were made from other input or with other settings.
     """
     began = time.monotonic()
-    _check_numbers(
-        context=context, quality=quality, workers=workers, shard_size=shard_size, max_side=max_side
-    )
+    _check_numbers(context=context, quality=quality, workers=workers, shard_size=shard_size, max_side=max_side)
     rows = Source(source, images)
     conditions = [Condition.parse(text) for text in where]
     chosen = Views.parse(views) if views else guess_views(_first(rows, conditions), token_field, context)
     folder = Path(images) if images and rows.kind != "npy" else None
-    encoder = Encoder(
-        chosen, tokenizer, context, folder, image_field, token_field, max_side=max_side, quality=quality
-    )
+    encoder = Encoder(chosen, tokenizer, context, folder, image_field, token_field, max_side=max_side, quality=quality)
     report = Build(rows, conditions, encoder, split_path(prefix), shard_size).run(workers, overwrite)
     if verify:
         report.verified = verify_records([str(shard) for shard in report.shards], workers)
@@ -192,9 +188,7 @@ def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         if not least.get(name, 1) <= value <= most.get(name, 1 << 31):
             flag = name.replace("_", "-")
-            raise ValueError(
-                f"--{flag}: {value} is not from {least.get(name, 1)} to {most.get(name, 1 << 31)}"
-            )
+            raise ValueError(f"--{flag}: {value} is not from {least.get(name, 1)} to {most.get(name, 1 << 31)}")
 
 
 def _first(source: Source, conditions: list[Condition]) -> list[Row]:
@@ -284,9 +278,7 @@ class Build:
         """Make room: what this build left unfinished goes, other files only if the user says so."""
         shards = self.prefix.parent.glob(glob.escape(self.prefix.name) + "-[0-9][0-9][0-9][0-9][0-9].*")
         for name in sorted({self.prefix, *(shard.with_suffix("") for shard in shards)}):
-            files = [
-                file for ending in ENDINGS if (file := beside(name, ending)).exists() and file not in kept
-            ]
+            files = [file for ending in ENDINGS if (file := beside(name, ending)).exists() and file not in kept]
             if files and not overwrite and not self._ours(name):
                 raise ValueError(
                     f"{files[0]}: exists, but is not of this build (other input, other settings or another "

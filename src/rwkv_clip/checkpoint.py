@@ -6,8 +6,8 @@ A checkpoint is a folder `step-00000100/` with
     state.json          step, position, settings, model description
     MANIFEST.json       sha256 and size of each of these
 
-It is written under a temporary name, flushed to the disk and renamed; the scan for the newest one verifies every hash and
-falls back to the one before. Foreign `.pt` files are read as plain tensors (`weights_only=True`).
+It is written under a temporary name, flushed to the disk and renamed; the scan for the newest one verifies every hash
+and falls back to the one before. Foreign `.pt` files are read as plain tensors (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, weights: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    optim: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `folder/step-XXXXXXXX` atomically, then remove all but the `keep` newest. Returns the checkpoint's path.
 
@@ -74,8 +79,7 @@ def save_checkpoint(
         save_file(_plain(optim), temporary / "optim.safetensors")
         (temporary / "state.json").write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1))
         files = {
-            name: {"sha256": hash_file(temporary / name), "bytes": (temporary / name).stat().st_size}
-            for name in FILES
+            name: {"sha256": hash_file(temporary / name), "bytes": (temporary / name).stat().st_size} for name in FILES
         }
         (temporary / "MANIFEST.json").write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
         for name in (*FILES, "MANIFEST.json"):

@@ -30,7 +30,13 @@ def convert_config(data: dict[str, Any]) -> ModelConfig:
         if data.get(key, off) not in (off, False)
     ]
     known = {*_WITHOUT_EFFECT, *_UNUSED, *_REQUIRED, "input_size", "image_patch_size", "image_hidden_rate"}
-    known |= {"image_num_heads", "image_output_cls_token", "image_with_cls_token", "drop_path_rate", "ctx_len"}
+    known |= {
+        "image_num_heads",
+        "image_output_cls_token",
+        "image_with_cls_token",
+        "drop_path_rate",
+        "ctx_len",
+    }
     known |= {"vocab_size", "text_initialization", "head_size", "head_size_divisor", "dim_att", "dim_ffn"}
     problems += [f"{key}: unknown key in a released RWKV-CLIP configuration" for key in data if key not in known]
     if problems:

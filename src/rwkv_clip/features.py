@@ -27,9 +27,7 @@ def open_picture(source: bytes | Path, name: str | None = None) -> Image:
     try:
         return open_image(source, name)
     except ImageError as error:
-        raise ValueError(
-            f"{error}; an evaluation leaves nothing out: repair it or remove its entry"
-        ) from error
+        raise ValueError(f"{error}; an evaluation leaves nothing out: repair it or remove its entry") from error
 
 
 def read_ahead(read: Callable, keys: Iterable, workers: int, ahead: int) -> Iterator:
@@ -147,6 +145,4 @@ def _bar(count: int, unit: str, progress: bool):
     from tqdm import tqdm
 
     # disable=None: tqdm shows the bar where standard error is a terminal.
-    return tqdm(
-        total=count, unit=f" {unit}", desc=f"encode {unit}", disable=None if progress else True, leave=False
-    )
+    return tqdm(total=count, unit=f" {unit}", desc=f"encode {unit}", disable=None if progress else True, leave=False)

@@ -63,9 +63,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _check_bytes(size: int, name: str) -> None:
     if size > MAX_BYTES:
-        raise ImageError(
-            f"{name}: {size:,} bytes, more than {MAX_BYTES:,}; store it smaller", reason="image too large"
-        )
+        raise ImageError(f"{name}: {size:,} bytes, more than {MAX_BYTES:,}; store it smaller", reason="image too large")
 
 
 def open_header(source: io.BytesIO | str | Path, name: str) -> Image.Image:

@@ -33,9 +33,7 @@ def exact_features(features: Tensor, name: str = "features") -> Tensor:
     norms = features.norm(dim=1)
     bad = torch.nonzero(~torch.isfinite(norms)).flatten()
     if len(bad):
-        raise ValueError(
-            f"{name}: row {int(bad[0])} (of {len(bad)} such rows) is not finite; the model is broken"
-        )
+        raise ValueError(f"{name}: row {int(bad[0])} (of {len(bad)} such rows) is not finite; the model is broken")
     if len(norms) and norms.max() > _LARGEST_NORM:
         row = int(norms.argmax())
         raise ValueError(f"{name}: row {row} has norm {norms[row]:.4g}; normalise features to length 1 first")
@@ -57,9 +55,7 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = 2
     _check_indices("targets", targets, len(items))
     queries, items = exact_features(queries, "queries"), exact_features(items, "items")
     if queries.shape[1] != items.shape[1]:
-        raise ValueError(
-            f"queries have {queries.shape[1]} dimensions and items {items.shape[1]}; give equal ones"
-        )
+        raise ValueError(f"queries have {queries.shape[1]} dimensions and items {items.shape[1]}; give equal ones")
     items, targets = items.to(queries.device), targets.to(queries.device)
     positions = torch.arange(len(items), device=queries.device)
     ranks = []
@@ -91,9 +87,7 @@ def retrieval_ranks(
     """
     owner = torch.as_tensor(image_of_caption, dtype=torch.int64).cpu()
     if len(owner) != len(text):
-        raise ValueError(
-            f"image_of_caption: {len(owner)} entries for {len(text)} captions; give one per caption"
-        )
+        raise ValueError(f"image_of_caption: {len(owner)} entries for {len(text)} captions; give one per caption")
     _check_indices("image_of_caption", owner, len(image))
     text_to_image = target_ranks(text, image, owner, chunk)
     queries, best = _best_captions(image, text, owner)
@@ -123,14 +117,10 @@ def recall_at_k(
     """
     if not len(image) or not len(text):
         raise ValueError(f"{len(image)} images and {len(text)} captions: recall needs at least one of each")
-    by_direction = dict(
-        zip(("image_to_text", "text_to_image"), retrieval_ranks(image, text, image_of_caption, chunk))
-    )
+    by_direction = dict(zip(("image_to_text", "text_to_image"), retrieval_ranks(image, text, image_of_caption, chunk)))
     hits = {name: recall_hits(ranks, ks) for name, ranks in by_direction.items()}
     recalls = {
-        f"{name}_R@{k}": count / len(by_direction[name])
-        for name, counts in hits.items()
-        for k, count in counts.items()
+        f"{name}_R@{k}": count / len(by_direction[name]) for name, counts in hits.items() for k, count in counts.items()
     }
     return {
         **recalls,
@@ -177,9 +167,7 @@ def _best_captions(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, 
     """Images that have captions, and for each its most similar own caption (the first of equal ones)."""
     image, text = exact_features(image, "image"), exact_features(text, "text")
     # Caption by caption in slices: gathering the owners of all captions at once would double the features.
-    own = torch.cat(
-        [(image[o.to(image.device)] * t).sum(1).cpu() for o, t in zip(owner.split(4096), text.split(4096))]
-    )
+    own = torch.cat([(image[o.to(image.device)] * t).sum(1).cpu() for o, t in zip(owner.split(4096), text.split(4096))])
     best = torch.full((len(image),), -torch.inf, dtype=torch.float64).scatter_reduce(0, owner, own, "amax")
     first = torch.full((len(image),), len(text), dtype=torch.int64)
     candidates = torch.nonzero(own == best[owner]).flatten()

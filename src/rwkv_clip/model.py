@@ -147,7 +147,11 @@ def create_model(
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and name.rsplit(".", 1)[-1] not in ("time_decay", "time_faaaa", "logit_scale"):
+        if parameter.is_floating_point() and name.rsplit(".", 1)[-1] not in (
+            "time_decay",
+            "time_faaaa",
+            "logit_scale",
+        ):
             parameter.data = parameter.data.to(dtype)
     return model
 
@@ -238,7 +242,11 @@ class Loaded:
 
 
 def load_for_inference(
-    checkpoint: str | Path, *, model: str | None = None, device: str | torch.device = "cpu", precision: str = "fp32"
+    checkpoint: str | Path,
+    *,
+    model: str | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
 ) -> Loaded:
     """Open a run folder, checkpoint folder, weights file, or `open_clip:NAME[:TAG]`.
 
@@ -252,7 +260,14 @@ def load_for_inference(
         net = create_model(name, tag[0] if tag else None, precision, device)
         import hashlib
 
-        return Loaded(net, preprocess_of(net), get_tokenizer(name), text[10:], hashlib.sha256(text.encode()).hexdigest(), precision)
+        return Loaded(
+            net,
+            preprocess_of(net),
+            get_tokenizer(name),
+            text[10:],
+            hashlib.sha256(text.encode()).hexdigest(),
+            precision,
+        )
     path = find_checkpoint(checkpoint)
     described = read_description(path)
     if model is None:

@@ -1,7 +1,7 @@
 """Objectives: features in, losses and a report out. Their running statistics, where they have any, are buffers.
 
-An objective is a module called with this rank's normalised features; it gathers what it needs. It returns (losses, report):
-the losses are summed and differentiated, the report goes to the log as it is.
+An objective is a module called with this rank's normalised features; it gathers what it needs. It returns (losses,
+report): the losses are summed and differentiated, the report goes to the log as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .dist import gather, rank_and_size
 class InfoNCE(nn.Module):
     """Symmetric cross-entropy over the global batch.
 
-    Each rank scores its own rows against everybody's columns, so no rank ever holds the global matrix: B x N instead of
-    N x N numbers. Averaged over ranks, as DDP does with gradients, this is the loss of one process with the whole batch.
+    Each rank scores its own rows against everybody's columns, so no rank ever holds the global matrix: B x N instead
+    of N x N numbers. Averaged over ranks, as DDP does with gradients, this is the loss of one process with the whole
+    batch.
     """
 
     def forward(

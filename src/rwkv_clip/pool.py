@@ -30,9 +30,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
                 return
             yield from waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process died (out of memory?); run again: complete shards are kept"
-        ) from None
+        raise RuntimeError("a worker process died (out of memory?); run again: complete shards are kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -147,9 +147,7 @@ class RecordWriter:
         text = str(key)
         if isinstance(key, str):
             if not text or text != text.strip() or any(mark in text for mark in "\t\n\r"):
-                raise RecordError(
-                    f"key {key!r}: must not be empty, hold tabs or line ends, or begin or end in space"
-                )
+                raise RecordError(f"key {key!r}: must not be empty, hold tabs or line ends, or begin or end in space")
         elif isinstance(key, bool) or not isinstance(key, (int, np.integer)) or abs(int(key)) >= 10**18:
             raise RecordError(f"key {key!r}: must be an integer of at most 18 digits or a str")
         elif self._seen is None and (not self._increasing or key > self._increasing[-1]):
@@ -202,9 +200,7 @@ class RecordFile:
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["path"], state["index"])
         if (self._size, len(self)) != (state["size"], state["count"]):
-            raise RecordError(
-                f"{self.path}: changed since it was opened ({state['size']} -> {self._size} bytes)"
-            )
+            raise RecordError(f"{self.path}: changed since it was opened ({state['size']} -> {self._size} bytes)")
 
     @property
     def keys(self) -> list[int] | list[str]:
@@ -236,9 +232,7 @@ class RecordFile:
         if self._places is None:
             places = {key: i for i, key in enumerate(self.keys)}
             if len(places) != len(self):
-                raise RecordError(
-                    f"{self.index_path}: {len(self) - len(places)} keys occur twice; read by position"
-                )
+                raise RecordError(f"{self.index_path}: {len(self) - len(places)} keys occur twice; read by position")
             self._places = places
         return self.read(self._places[key])
 
@@ -271,9 +265,7 @@ class RecordFile:
             return offsets
         wrong = np.flatnonzero((offsets < 0) | (offsets > self._size - 8) | (offsets % 4 != 0))
         if len(wrong):
-            self._fail(
-                int(wrong[0]), int(offsets[wrong[0]]), f"no record can start here ({self._size} bytes in all)"
-            )
+            self._fail(int(wrong[0]), int(offsets[wrong[0]]), f"no record can start here ({self._size} bytes in all)")
         following = np.append(offsets[1:], self._size)
         if (following > offsets).all():
             return following
@@ -307,9 +299,7 @@ class RecordFile:
         if end == self._size:
             return
         if end > self._size - 8 or _FRAME.unpack_from(self._view, end)[0] != MAGIC:
-            self._fail(
-                last, start, f"the record ends at byte {end}, the file at {self._size}: cut or overwritten"
-            )
+            self._fail(last, start, f"the record ends at byte {end}, the file at {self._size}: cut or overwritten")
 
     def _join(self, i: int, start: int, limit: int) -> bytes:
         """The slow way: a record in parts, or a damaged one."""
@@ -321,9 +311,7 @@ class RecordFile:
         at = start
         while True:
             if at + 8 > limit:
-                self._fail(
-                    i, at, f"a part of the record should start here, but its room ends at byte {limit}"
-                )
+                self._fail(i, at, f"a part of the record should start here, but its room ends at byte {limit}")
             magic, word = _FRAME.unpack_from(self._view, at)
             cflag, length = word >> 29, word & MAX_LENGTH
             if magic != MAGIC:

@@ -96,15 +96,11 @@ def _expand(part: str) -> list[Path]:
     if path.suffix == ".rec" or not shards:
         return [whole] if whole.is_file() else []
     if whole.is_file():
-        raise ValueError(
-            f"records: {part!r} means {whole} and also {shards[0].name}, ...; name the one you want"
-        )
+        raise ValueError(f"records: {part!r} means {whole} and also {shards[0].name}, ...; name the one you want")
     summary = _read_json(beside(prefix, ".json"))
     if summary is None:  # shards by others have no .json at all
         if any(beside(split_path(shard), ".json").exists() for shard in shards):
-            raise ValueError(
-                f"records: {part!r}: the build is not finished; run it again, or name files by a glob"
-            )
+            raise ValueError(f"records: {part!r}: the build is not finished; run it again, or name files by a glob")
         return shards
     missing = {f"{name}.rec" for name in summary.get("shards", [])} - {shard.name for shard in shards}
     if missing:
@@ -216,17 +212,9 @@ class RecordSet:
         flag = HEADER.unpack_from(record)[0] if len(record) >= HEADER.size else 0
         start = HEADER.size + 4 * layout.width
         if flag != layout.width or len(record) < start:
-            raise RecordError(
-                f"{self.name(i)}: {flag} labels in {len(record)} bytes, should be {layout.width}"
-            )
-        if (
-            layout.checksum
-            and self.check
-            and checksum(record[HEADER.size :]) != HEADER.unpack_from(record)[3]
-        ):
-            raise RecordError(
-                f"{self.name(i)}: checksum does not fit, the record was altered; build the file again"
-            )
+            raise RecordError(f"{self.name(i)}: {flag} labels in {len(record)} bytes, should be {layout.width}")
+        if layout.checksum and self.check and checksum(record[HEADER.size :]) != HEADER.unpack_from(record)[3]:
+            raise RecordError(f"{self.name(i)}: checksum does not fit, the record was altered; build the file again")
         labels = np.frombuffer(record, "<f4", flag, HEADER.size)
         vocab = layout.vocab_size or EXACT
         if not (labels.min() >= 0 and labels.max() < vocab):  # also false for NaN

@@ -121,14 +121,10 @@ def caption_tokens(data: RetrievalSet, tokenizer: Callable, prefix: str = "") ->
     if data.tokens is None:
         return tokenizer([prefix + caption for caption in data.captions])
     if prefix:
-        raise ValueError(
-            f"prefix: {prefix!r} cannot be put before the finished tokens of {data.path}; leave it out"
-        )
+        raise ValueError(f"prefix: {prefix!r} cannot be put before the finished tokens of {data.path}; leave it out")
     name, context = getattr(tokenizer, "name", None), getattr(tokenizer, "context", None)
     if name and data.tokenizer and name != data.tokenizer:
-        raise ValueError(
-            f"{data.path}: tokens made by {data.tokenizer!r}, the model reads {name!r}; build it again"
-        )
+        raise ValueError(f"{data.path}: tokens made by {data.tokenizer!r}, the model reads {name!r}; build it again")
     if context and data.tokens.shape[1] > context:
         raise ValueError(f"{data.path}: {data.tokens.shape[1]} tokens a text, the model reads {context}")
     return torch.from_numpy(data.tokens)
@@ -166,9 +162,7 @@ def _read_rows(source: Path) -> tuple[str, list[_Row]]:
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{source}:{error.lineno}: not JSON ({error.msg}); JSON lines end in .jsonl"
-        ) from error
+        raise ValueError(f"{source}:{error.lineno}: not JSON ({error.msg}); JSON lines end in .jsonl") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     if isinstance(content, list):
@@ -177,9 +171,7 @@ def _read_rows(source: Path) -> tuple[str, list[_Row]]:
         entries = enumerate(content["images"])
         rows = [_karpathy_row(entry, f"{source}: images[{i}]") for i, entry in entries]
         return str(content.get("dataset") or name), rows
-    raise ValueError(
-        f'{source}: neither a list of entries nor {{"images": [...]}}; see load_retrieval for the forms'
-    )
+    raise ValueError(f'{source}: neither a list of entries nor {{"images": [...]}}; see load_retrieval for the forms')
 
 
 def _lines(source: Path) -> Iterator[_Row]:
@@ -214,9 +206,7 @@ def _karpathy_row(entry: object, where: str) -> _Row:
     image = _text(entry, "filename", where)
     if entry.get("filepath"):
         image = f"{_text(entry, 'filepath', where)}/{image}"
-    return _Row(
-        where, image, _texts([s.get("raw") for s in sentences], "sentences", where), _split_of(entry, where)
-    )
+    return _Row(where, image, _texts([s.get("raw") for s in sentences], "sentences", where), _split_of(entry, where))
 
 
 def _object(entry: object, where: str) -> dict:
@@ -237,9 +227,7 @@ def _texts(texts: list, field: str, where: str) -> list[str]:
         raise ValueError(f"{where}: field {field!r} is empty; give at least one text or remove the entry")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"{where}: field {field!r} holds {text!r}; every caption is a text that is not empty"
-            )
+            raise ValueError(f"{where}: field {field!r} holds {text!r}; every caption is a text that is not empty")
     return texts
 
 

@@ -64,9 +64,7 @@ class Source:
         self.images = Path(images) if images else None
         self.columns = columns  # parquet columns to read; None reads all
         if self.kind == "npy" and (len(self.files) > 1 or not self.images or not self.images.is_file()):
-            raise SourceError(
-                f"{self.files[0]}: token ids need --images FILE, one file that lists the images in order"
-            )
+            raise SourceError(f"{self.files[0]}: token ids need --images FILE, one file that lists the images in order")
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Rows from number `start` on; what lies before is passed over without reading images."""
@@ -121,9 +119,7 @@ def list_inputs(spec: str | Path) -> list[Path]:
         else:
             names = [path]
         if not names or not all(name.is_file() for name in names):
-            raise SourceError(
-                f"source: {part!r} names no file; give a manifest, tar, parquet, npy or a folder of them"
-            )
+            raise SourceError(f"source: {part!r} names no file; give a manifest, tar, parquet, npy or a folder of them")
         found += names
     kinds = {_kind(name) for name in found}
     if len(kinds) != 1:
@@ -210,9 +206,7 @@ def _read_csv(file: Path, skip: _Skip) -> Iterator[Row]:
                 if skip():
                     continue
                 if None in fields or None in fields.values():
-                    raise SourceError(
-                        f"{file}: line {table.line_num} does not have {len(table.fieldnames)} columns"
-                    )
+                    raise SourceError(f"{file}: line {table.line_num} does not have {len(table.fieldnames)} columns")
                 yield _row(file, f"line {table.line_num}", fields)
         except (csv.Error, UnicodeDecodeError) as error:
             raise SourceError(f"{file}: line {table.line_num} or the next is not valid ({error})") from None
@@ -239,9 +233,7 @@ def _read_tar(file: Path, skip: _Skip) -> Iterator[Row]:
                 yield _row(file, key, fields)
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile itself takes any rubbish for the end
-                raise SourceError(
-                    f"{file}: no valid header and no end mark after {key}; damaged or cut short"
-                )
+                raise SourceError(f"{file}: no valid header and no end mark after {key}; damaged or cut short")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise SourceError(f"{file}: not a complete tar file ({error})") from None
 
@@ -319,8 +311,6 @@ def _read_npy(file: Path, images: Path) -> Iterator[Row]:
         names = [line.strip() for line in images.read_text(encoding="utf-8").splitlines()]
         listed = [Row(name, {"image": name}, images.parent) for name in names if name]
     if len(listed) != len(ids):
-        raise SourceError(
-            f"{file} has {len(ids)} rows, but {images} lists {len(listed)} images; they must agree"
-        )
+        raise SourceError(f"{file} has {len(ids)} rows, but {images} lists {len(listed)} images; they must agree")
     for row, tokens in zip(listed, ids):
         yield row._replace(fields={**row.fields, "tokens": np.asarray(tokens).reshape(-1)})

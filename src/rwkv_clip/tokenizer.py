@@ -1,4 +1,4 @@
-"""Text -> token ids. The byte-pair tokenizer of CLIP comes from open_clip; a tokenizer here is a callable with a name."""
+"""Text -> token ids. CLIP's byte-pair tokenizer comes from open_clip; a tokenizer here is a callable with a name."""
 
 from __future__ import annotations
 

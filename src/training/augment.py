@@ -48,9 +48,7 @@ def hash64(*counters: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def uniforms(
-    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, draw: int | np.ndarray
-) -> np.ndarray:
+def uniforms(seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, draw: int | np.ndarray) -> np.ndarray:
     """Uniform float64 in [0, 1) per broadcast element of (epoch, sample, draw), 53 random bits each."""
     bits = hash64(seed, epoch, sample, draw) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53

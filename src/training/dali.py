@@ -26,9 +26,7 @@ from .samples import Fault, Sample, SampleReader
 
 log = logging.getLogger(__name__)
 
-FAILURES = (
-    3  # pipelines in a row that fail on pictures which the CPU decodes: the fault is not in the pictures
-)
+FAILURES = 3  # pipelines in a row that fail on pictures which the CPU decodes: the fault is not in the pictures
 
 
 def _import_dali():
@@ -95,9 +93,7 @@ class DaliLoader(Loader):
     def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, workers: int, device: torch.device):
         super().__init__(plan, tally)
         if device.type not in ("cuda", "cpu"):
-            raise ValueError(
-                f"loader: 'dali' decodes on cuda or cpu, not on {device.type}; use --loader torch"
-            )
+            raise ValueError(f"loader: 'dali' decodes on cuda or cpu, not on {device.type}; use --loader torch")
         _import_dali()
         self.reader, self.device, self.threads = reader, device, max(1, workers)
         self._placeholder = _placeholder()
@@ -162,9 +158,7 @@ class DaliLoader(Loader):
                 step.samples, image = decode_samples(self.reader, step.samples)
                 failures = 0 if any(sample.fault for sample in step.samples) else failures + 1
                 if failures == FAILURES:
-                    raise RuntimeError(
-                        f"DALI fails on pictures that PIL decodes; use --loader torch: {failure}"
-                    )
+                    raise RuntimeError(f"DALI fails on pictures that PIL decodes; use --loader torch: {failure}")
                 self._pipeline = None
                 image, self._pipeline = image.to(self.device), self._build()
             text, ids, epochs = stack_text(step.samples)

@@ -64,8 +64,7 @@ class Plan:
     def __post_init__(self):
         if self.global_batch < 1 or self.world < 1 or self.global_batch % self.world:
             raise ValueError(
-                f"global_batch: {self.global_batch} does not divide among {self.world} processes; "
-                f"use a multiple"
+                f"global_batch: {self.global_batch} does not divide among {self.world} processes; use a multiple"
             )
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank: {self.rank} is not in a world of {self.world}")
@@ -315,9 +314,7 @@ def make_loader(
     device = torch.device(device)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(
-            f"image_size: {image_size} is not a picture; use a positive number or (height, width)"
-        )
+        raise ValueError(f"image_size: {image_size} is not a picture; use a positive number or (height, width)")
     plan = Plan(start, steps, global_batch, rank, world)
     tally = Tally(world, max_bad, max_bad_share)
     reader = SampleReader(records, seed, size, augmentation)

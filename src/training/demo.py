@@ -54,9 +54,7 @@ class DemoSettings:
     def __post_init__(self):
         for name, least in (("train", 1), ("test", 1), ("per_class", 1), ("size", 16), ("context", 2)):
             if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}: {getattr(self, name)} is too small for a demo set; use at least {least}"
-                )
+                raise ValueError(f"{name}: {getattr(self, name)} is too small for a demo set; use at least {least}")
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,7 @@ def _is_finished(output: Path, settings: DemoSettings) -> bool:
             f"output: {output} exists and is not a finished demo set; name a new or empty folder"
         ) from None
     wanted = asdict(settings)
-    changes = [
-        f"{key} {made.get(key)!r} -> {value!r}" for key, value in wanted.items() if made.get(key) != value
-    ]
+    changes = [f"{key} {made.get(key)!r} -> {value!r}" for key, value in wanted.items() if made.get(key) != value]
     if found.get("schema") != SCHEMA:
         changes.append(f"schema {found.get('schema')!r} -> {SCHEMA!r}")
     if changes:

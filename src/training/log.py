@@ -1,4 +1,4 @@
-"""What a run says: log.jsonl always, a progress bar where a terminal is (lines elsewhere), TensorBoard and wandb on request."""
+"""What a run says: log.jsonl always, a progress bar on a terminal (else lines), TensorBoard and wandb on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunLog:
 
         self.path = folder / "log.jsonl"
         self._drop_future(first_step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         self._terminal = sys.stderr.isatty()
         self._total = total_steps
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self._terminal, leave=True)
@@ -88,7 +88,14 @@ def _wandb(folder: Path, settings: Settings):
     except ImportError:
         raise ValueError("report_to: wandb is not installed; pip install -e .[wandb]") from None
     # The folder's name is the run's identity, so that a resumed run goes on in the same chart.
-    run = wandb.init(project="rwkv-clip", name=folder.name, id=folder.name, dir=folder, resume="allow", config=to_dict(settings))
+    run = wandb.init(
+        project="rwkv-clip",
+        name=folder.name,
+        id=folder.name,
+        dir=folder,
+        resume="allow",
+        config=to_dict(settings),
+    )
 
     def write(step: int | None, values: dict[str, float]) -> None:
         if step is None:

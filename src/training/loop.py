@@ -33,11 +33,11 @@ MAX_LOGIT_SCALE = math.log(100)
 OBJECTIVE = "objective/"  # prefix of an objective's buffers among the optimizer's tensors
 
 # What may differ between a run and its resumption without making it another run.
-FREE_ON_RESUME = frozenset(
-    {"train_data", "val_data", "val_split", "val_prefix", "logs", "name", "resume", "pretrained", "device", "workers", "loader",
-     "torchcompile", "grad_checkpointing", "log_every_n_steps", "val_every_n_steps", "save_every_n_steps",
-     "keep_checkpoints", "report_to"}
-)  # fmt: skip
+FREE_ON_RESUME = {
+    *("train_data", "val_data", "val_split", "val_prefix", "pretrained", "logs", "name", "resume", "report_to"),
+    *("device", "workers", "loader", "torchcompile", "grad_checkpointing"),
+    *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
+}
 
 
 class NumericsError(RuntimeError):
@@ -105,7 +105,11 @@ class Trainer:
         grad_norm = self._update(loss.detach(), batch)
         self.progress.step += 1
         self.progress.samples_seen += self.global_batch
-        values = {"loss": loss.detach(), "grad_norm": grad_norm, "logit_scale": self.model.logit_scale.detach().exp()}
+        values = {
+            "loss": loss.detach(),
+            "grad_norm": grad_norm,
+            "logit_scale": self.model.logit_scale.detach().exp(),
+        }
         if len(losses) > 1:
             values |= {name: value.detach() for name, value in losses.items()}
         return values | report | {"lr": self.optimizer.param_groups[0]["lr"]}
@@ -145,9 +149,7 @@ class Trainer:
         optim = pack_state(self.optimizer, self.model)
         optim |= {f"{OBJECTIVE}{key}": value for key, value in self.objective.state_dict().items()}
         keep = self.settings.keep_checkpoints
-        return save_checkpoint(
-            folder / "checkpoints", self.progress.step, self.model.state_dict(), optim, state, keep
-        )
+        return save_checkpoint(folder / "checkpoints", self.progress.step, self.model.state_dict(), optim, state, keep)
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same run. ConfigError lists every setting that makes it another run."""

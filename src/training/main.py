@@ -43,7 +43,11 @@ def read_command_line(arguments: list[str]) -> Settings:
             break
     description = f"{__doc__}\nShipped presets (--preset): {', '.join(list_presets('recipes'))}."
     settings = tyro.cli(
-        Settings, args=arguments, default=load_settings(preset), prog="rwkv_clip.training.main", description=description
+        Settings,
+        args=arguments,
+        default=load_settings(preset),
+        prog="rwkv_clip.training.main",
+        description=description,
     )
     problems = check(settings)
     if settings.train_data is None:

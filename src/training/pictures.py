@@ -41,10 +41,7 @@ def _mix(a: RGB, b: RGB, share: float) -> RGB:
 def _regular(count: int, radii: tuple[float, ...], turn: float = 0.0) -> Points:
     """`count` points round the origin, radii in turn, the first one on top (turned by `turn` degrees)."""
     angles = (math.radians(turn) + 2 * math.pi * i / count for i in range(count))
-    return [
-        (radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a))
-        for i, a in enumerate(angles)
-    ]
+    return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
 
 
 def _heart() -> Points:
@@ -84,9 +81,7 @@ def _grain(rng: Random, width: int, soft: float) -> Image.Image:
 
 def _gradient(width: int, top: RGB, bottom: RGB) -> Image.Image:
     mask = Image.linear_gradient("L").resize((width, width))
-    return Image.composite(
-        Image.new("RGB", (width, width), bottom), Image.new("RGB", (width, width), top), mask
-    )
+    return Image.composite(Image.new("RGB", (width, width), bottom), Image.new("RGB", (width, width), top), mask)
 
 
 def _roughen(image: Image.Image, grain: Image.Image, share: float) -> Image.Image:
@@ -177,9 +172,7 @@ def _paint_body(thing: Thing, paint: RGB, width: int, unit: float) -> Image.Imag
         return body
     draw = ImageDraw.Draw(body)
     mark = _mix(paint, (70, 20, 20), 0.8) if thing.color in _BRIGHT_PAINT else (250, 250, 250)
-    step = unit * (
-        0.52 if thing.size == "large" else 0.66
-    )  # coarser on a small thing, or 64 pixels do not show it
+    step = unit * (0.52 if thing.size == "large" else 0.66)  # coarser on a small thing, or 64 pixels do not show it
     if thing.texture == "striped":
         for i in range(-1, 2 * int(width / step) + 2):
             x = i * step
@@ -214,9 +207,7 @@ def _draw_thing(canvas: Image.Image, thing: Thing, dark: bool, rng: Random) -> N
         ImageDraw.Draw(mask).polygon(points, fill=0 if level else 255)
     shift = round(side / 64)
     canvas.paste((0, 0, 0), (left + shift, top + shift * 2), mask.point(_SHADOW))
-    paint = _mix(
-        PAINT[thing.color], (255, 255, 255) if rng.random() < 0.5 else (0, 0, 0), rng.uniform(0, 0.1)
-    )
+    paint = _mix(PAINT[thing.color], (255, 255, 255) if rng.random() < 0.5 else (0, 0, 0), rng.uniform(0, 0.1))
     canvas.paste(_paint_body(thing, paint, width, unit), (left, top), mask)
     rim = _mix(paint, (255, 255, 255), 0.6) if dark else _mix(paint, (0, 0, 0), 0.45)
     draw = ImageDraw.Draw(canvas)

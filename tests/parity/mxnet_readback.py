@@ -24,9 +24,7 @@ def make_records() -> list[tuple[float | list[float], int, bytes]]:
             if rng.random() < 0.3
             else [float(rng.randrange(49408)) for _ in range(rng.choice([1, 3, 77, 154, 231]))]
         )
-        pieces = [
-            MAGIC if rng.random() < 0.3 else rng.randbytes(rng.randrange(9)) for _ in range(rng.randrange(12))
-        ]
+        pieces = [MAGIC if rng.random() < 0.3 else rng.randbytes(rng.randrange(9)) for _ in range(rng.randrange(12))]
         records.append((label, number + 1, b"".join(pieces)))
     return records
 

@@ -25,9 +25,7 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
     soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
     edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
     grain = random.normal(0, 4, (height, width, 1))
-    return Image.fromarray(
-        (0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8)
-    )
+    return Image.fromarray((0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8))
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -194,9 +192,7 @@ def test_crops_are_distributed_like_those_of_dali(width, height):
     pipeline = Pipeline(many, 1, None, seed=1, prefetch_queue_depth=1)
     with pipeline:
         shape = fn.external_source(name="shape", device="cpu")
-        pipeline.set_outputs(
-            *fn.random_crop_generator(shape, random_area=[0.7, 1.0], random_aspect_ratio=[0.8, 1.25])
-        )
+        pipeline.set_outputs(*fn.random_crop_generator(shape, random_area=[0.7, 1.0], random_aspect_ratio=[0.8, 1.25]))
     pipeline.build()
     pipeline.feed_input("shape", np.tile(np.array([height, width], np.int32), (many, 1)))
     place, size = (output.as_array()[:, ::-1] for output in pipeline.run())

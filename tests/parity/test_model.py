@@ -66,9 +66,7 @@ def test_released_file_with_prefixes_loads_and_a_wrong_one_names_its_keys(tiny, 
 def test_keys_and_shapes_of_released_models(shared, preset, patch):
     listed = json.loads((shared / "parity" / f"rwkv_clip_b{patch}_keys.json").read_text())
     model = rwkv_clip.create_model(preset)
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {
-        k["name"]: k["shape"] for k in listed["keys"]
-    }
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k["name"]: k["shape"] for k in listed["keys"]}
     assert sum(p.numel() for p in model.parameters()) == listed["params"]["total"]
     from_released = rwkv_clip.create_model(listed["config"])
     assert from_released.state_dict().keys() == model.state_dict().keys()
@@ -82,15 +80,9 @@ def test_initial_values(shared):
     for name, expected in listed.items():
         values = parameters[name].detach().double().flatten()
         if expected["deterministic"]:
-            torch.testing.assert_close(
-                values[:4].tolist(), expected["first4"], rtol=1e-5, atol=1e-6, msg=name
-            )
-            torch.testing.assert_close(
-                values[-4:].tolist(), expected["last4"], rtol=1e-5, atol=1e-6, msg=name
-            )
-            assert abs(float(values.abs().sum()) - expected["abs_sum"]) <= 1e-5 * max(
-                1, expected["abs_sum"]
-            ), name
+            torch.testing.assert_close(values[:4].tolist(), expected["first4"], rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(values[-4:].tolist(), expected["last4"], rtol=1e-5, atol=1e-6, msg=name)
+            assert abs(float(values.abs().sum()) - expected["abs_sum"]) <= 1e-5 * max(1, expected["abs_sum"]), name
         else:
             assert abs(float(values.std()) / expected["std"] - 1) < 0.05, name
             assert abs(float(values.mean())) < 5 * expected["std"] / len(values) ** 0.5, name

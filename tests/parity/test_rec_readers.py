@@ -20,9 +20,7 @@ def read_with_dali(prefix, count: int, decode: bool = False) -> list[tuple[np.nd
 
     @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def pipeline():
-        data, labels = dali.fn.readers.mxnet(
-            path=[f"{prefix}.rec"], index_path=[f"{prefix}.idx"], device="cpu"
-        )
+        data, labels = dali.fn.readers.mxnet(path=[f"{prefix}.rec"], index_path=[f"{prefix}.idx"], device="cpu")
         return (dali.fn.decoders.image(data, device="cpu") if decode else data), labels
 
     pipe = pipeline()

@@ -39,7 +39,10 @@ def test_short_runs_have_positive_finite_rates(kind, total):
 def model():
     image = {"image_size": [32, 32], "patch": 16, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64}
     return rwkv_clip.create_model(
-        {"image": image, "text": {"context": 8, "vocab": 50, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64}}
+        {
+            "image": image,
+            "text": {"context": 8, "vocab": 50, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64},
+        }
     )
 
 
@@ -51,7 +54,15 @@ def test_weight_decay_groups():
     matrices, spared = build_optimizer(net, Settings(decay="matrices", wd=0.2)).param_groups
     assert spared["weight_decay"] == 0
     kept = {names[p].rsplit(".", 1)[-1] for p in matrices["params"]}
-    assert kept == {"weight", "time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_faaaa", "pos_embed"}
+    assert kept == {
+        "weight",
+        "time_maa_w1",
+        "time_maa_w2",
+        "time_decay_w1",
+        "time_decay_w2",
+        "time_faaaa",
+        "pos_embed",
+    }
     assert not any("ln" in names[p] for p in matrices["params"])
 
 

@@ -193,9 +193,7 @@ def test_misuse_is_a_clear_error(message):
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(
-        ValueError, match="backend: 'magic' is not available on cpu; available: tree, reference"
-    ):
+    with pytest.raises(ValueError, match="backend: 'magic' is not available on cpu; available: tree, reference"):
         wkv6(*random_inputs(1, 2, 1, 4), backend="magic")
 
 

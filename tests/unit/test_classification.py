@@ -169,14 +169,10 @@ class FakeSet:
 
 
 def test_torchvision_sets_and_the_caltech_split(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(Caltech101=FakeSet))
-    )
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(Caltech101=FakeSet)))
     data = load_classification("caltech101", tmp_path)
     assert data.count == 5677 and data.class_names == ["car side", "sea horse"] and len(data.templates) == 34
-    _, second = torch.utils.data.random_split(
-        range(8677), [3000, 5677], generator=torch.Generator().manual_seed(3072)
-    )
+    _, second = torch.utils.data.random_split(range(8677), [3000, 5677], generator=torch.Generator().manual_seed(3072))
     assert [data.read(i)[1] for i in range(50)] == [index % 2 for index in second.indices[:50]]
     assert data.read(0)[0].mode == "RGB"
     with pytest.raises(ValueError, match="has its own names"):

@@ -96,9 +96,7 @@ def test_tables(tmp_path, name):
         path.write_text(json.dumps(rows))
     else:
         with open(path, "w", encoding="utf-8-sig", newline="") as file:
-            table = csv.DictWriter(
-                file, ["comment", "image", *TEXTS], delimiter="\t" if name == "c.tsv" else ","
-            )
+            table = csv.DictWriter(file, ["comment", "image", *TEXTS], delimiter="\t" if name == "c.tsv" else ",")
             table.writeheader()
             table.writerows(rows)
     build_records(str(path), str(tmp_path / "train"))
@@ -166,9 +164,7 @@ def test_parquet(tmp_path, layout):
         if layout == "bytes":
             row["image"] = picture(i)
         elif layout == "struct":
-            row["image"] = (
-                {"bytes": picture(i), "path": None} if i % 2 else {"bytes": None, "path": f"{i}.jpg"}
-            )
+            row["image"] = {"bytes": picture(i), "path": None} if i % 2 else {"bytes": None, "path": f"{i}.jpg"}
         elif layout == "yfcc15m":  # the columns of the published set: struct of bytes, float32 token ids
             tokens = make_tokenizer()([row[text] for text in TEXTS]).numpy().reshape(-1)
             row.clear()
@@ -177,9 +173,7 @@ def test_parquet(tmp_path, layout):
     for part in range(2):
         table = pa.Table.from_pylist(rows[3 * part : 3 * part + 3])
         if layout == "yfcc15m":
-            table = table.cast(
-                pa.schema([table.schema.field(name), pa.field("texts", pa.list_(pa.float32()))])
-            )
+            table = table.cast(pa.schema([table.schema.field(name), pa.field("texts", pa.list_(pa.float32()))]))
         pq.write_table(table, tmp_path / "data" / f"train-{part}.parquet", row_group_size=2)
     report = build_records(str(tmp_path / "data"), str(tmp_path / "train"))
     check_standard(tmp_path / "train")
@@ -248,17 +242,14 @@ def test_missing_views_fall_back_to_raw_and_are_counted(tmp_path):
 def test_raw_has_many_names(tmp_path, field):
     save_images(tmp_path, 1)
     text = ["raw text 0", "another"] if field == "captions" else "raw text 0"
-    build_records(
-        save_jsonl(tmp_path / "c.jsonl", [{"image": "0.jpg", field: text}]), str(tmp_path / "train")
-    )
+    build_records(save_jsonl(tmp_path / "c.jsonl", [{"image": "0.jpg", field: text}]), str(tmp_path / "train"))
     check_standard(tmp_path / "train", 1, ("raw",))
 
 
 def test_views_from_a_list_of_captions_and_where(tmp_path):
     save_images(tmp_path, 6)
     rows = [
-        {"image": f"{i}.jpg", "captions": [f"{text} text {i}" for text in TEXTS], "split": "train"}
-        for i in range(6)
+        {"image": f"{i}.jpg", "captions": [f"{text} text {i}" for text in TEXTS], "split": "train"} for i in range(6)
     ]
     odd = [{"image": "0.jpg", "captions": ["x"], "split": split} for split in ("val", "test", None)]
     path = save_jsonl(tmp_path / "c.jsonl", [odd[0], *rows[:3], odd[1], *rows[3:], odd[2]])
@@ -298,9 +289,7 @@ def test_pictures_are_kept_or_encoded_anew(tmp_path):
     rows = [{"image": name, "raw": "text"} for name in [*files, "absent.jpg", ""]]
     source = save_jsonl(tmp_path / "c.jsonl", rows)
     report = build_records(source, str(tmp_path / "train"), max_side=64, verify=True)
-    assert (
-        report.skipped == {"unreadable image": 3, "missing image": 2} and report.count == report.verified == 7
-    )
+    assert report.skipped == {"unreadable image": 3, "missing image": 2} and report.count == report.verified == 7
     assert report.counts.reencoded == 5
     stored = [RecordSet(tmp_path / "train").sample(i)[0] for i in range(7)]
     assert stored[0] == whole and stored[1] == files["grey.jpg"]
@@ -321,11 +310,7 @@ def test_output_does_not_depend_on_workers(tmp_path):
     source = save_jsonl(tmp_path / "c.jsonl", rows)
     for name, workers in (("one", 1), ("two", 2), ("again", 1)):
         build_records(source, str(tmp_path / name / "t"), shard_size=10, workers=workers, verify=workers == 2)
-    assert (
-        contents(tmp_path / "one" / "t")
-        == contents(tmp_path / "two" / "t")
-        == contents(tmp_path / "again" / "t")
-    )
+    assert contents(tmp_path / "one" / "t") == contents(tmp_path / "two" / "t") == contents(tmp_path / "again" / "t")
     assert len(contents(tmp_path / "one" / "t")) == 4 * 3 + 1
 
 

@@ -64,9 +64,7 @@ def test_test_scenes_and_captions_are_distinct():
 
 
 def test_twins_use_the_same_words():
-    pairs = [
-        (write_texts(a)["generated"], write_texts(b)["generated"]) for a, b in zip(TEST[:32:2], TEST[1:32:2])
-    ]
+    pairs = [(write_texts(a)["generated"], write_texts(b)["generated"]) for a, b in zip(TEST[:32:2], TEST[1:32:2])]
     kinds = [sorted(w for w in a.split() if w in SHAPES + COLORS) for pair in pairs for a in pair]
     assert kinds[::2] == kinds[1::2]
     assert all(a != b for a, b in pairs)
@@ -185,9 +183,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "field, value", [("train", 0), ("test", -1), ("per_class", 0), ("size", 8), ("context", 1)]
-)
+@pytest.mark.parametrize("field, value", [("train", 0), ("test", -1), ("per_class", 0), ("size", 8), ("context", 1)])
 def test_bad_settings_are_named(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"{field}: {value} is too small"):
         make_demo(tmp_path / "set", **{field: value})

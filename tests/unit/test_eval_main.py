@@ -25,9 +25,7 @@ def model(monkeypatch):
             raise ValueError("checkpoint: none does not exist;\nname a run folder")
         return found
 
-    monkeypatch.setitem(
-        sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=load_for_inference)
-    )
+    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=load_for_inference))
     return found
 
 
@@ -46,9 +44,7 @@ def retrieve(folder, *more) -> int:
 
 
 def classify(folder, *more) -> int:
-    return main(
-        ["classification", "--checkpoint", "run", "--logs", str(folder / "logs"), "--device", "cpu", *more]
-    )
+    return main(["classification", "--checkpoint", "run", "--logs", str(folder / "logs"), "--device", "cpu", *more])
 
 
 def only_result(folder) -> tuple:
@@ -59,11 +55,7 @@ def only_result(folder) -> tuple:
 def test_retrieval_writes_result_table_and_gallery(folder, model, capsys):
     assert retrieve(folder, "--batch-size", "3", "--prefix", "a photo of ") == 0
     path, result = only_result(folder)
-    assert (
-        result["model"] == "colors"
-        and result["checkpoint_sha256"] == "0" * 64
-        and result["task"] == "retrieval"
-    )
+    assert result["model"] == "colors" and result["checkpoint_sha256"] == "0" * 64 and result["task"] == "retrieval"
     assert result["settings"]["batch_size"] == 3 and result["seconds"] > 0
     (entry,) = result["results"]
     assert entry["dataset"] == f"{folder.name}/set"

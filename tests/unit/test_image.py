@@ -45,9 +45,7 @@ def png(width: int, height: int, bits: int, color: int, rows: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
 
 
 RGB = paint(60, 40)
@@ -161,9 +159,7 @@ def test_damaged_jpegs_are_not_plain():
 
 def test_any_damage_is_an_image_error():
     random = np.random.default_rng(0)
-    sources = [
-        MODES[name][0] for name in ("jpeg", "progressive jpeg", "palette png", "animated gif, first frame")
-    ]
+    sources = [MODES[name][0] for name in ("jpeg", "progressive jpeg", "palette png", "animated gif, first frame")]
     refused = 0
     for trial in range(1200):
         data = np.frombuffer(sources[trial % len(sources)], np.uint8).copy()

@@ -25,9 +25,7 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
     soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
     edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
     grain = random.normal(0, 4, (height, width, 1))
-    return Image.fromarray(
-        (0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8)
-    )
+    return Image.fromarray((0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8))
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -101,9 +99,7 @@ def test_pixels_are_the_documented_crop(records, images):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_do_not_matter(records, workers):
-    assert_same(
-        load(records, global_batch=70, steps=3), load(records, global_batch=70, steps=3, workers=workers)
-    )
+    assert_same(load(records, global_batch=70, steps=3), load(records, global_batch=70, steps=3, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -132,9 +128,7 @@ def test_seed_and_epoch_change_the_augmentation(records):
     assert first.ids.tolist() != other.ids.tolist()
     batches = load(records, global_batch=COUNT, steps=2)
     order = [batch.ids.argsort() for batch in batches]
-    same = [
-        torch.equal(a, b) for a, b in zip(batches[0].image[order[0]], batches[1].image[order[1]], strict=True)
-    ]
+    same = [torch.equal(a, b) for a, b in zip(batches[0].image[order[0]], batches[1].image[order[1]], strict=True)]
     assert sum(same) < 5
 
 

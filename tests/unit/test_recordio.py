@@ -44,9 +44,7 @@ def write_samples(prefix: Path, count: int, views=("raw",), context=4, vocab=100
         for key in range(count):
             labels = np.arange(len(views) * context, dtype=np.float32) + key
             image = b"image %d" % key
-            writer.write(
-                key, pack(Header(label=labels, id=key, id2=checksum(labels.tobytes() + image)), image)
-            )
+            writer.write(key, pack(Header(label=labels, id=key, id2=checksum(labels.tobytes() + image)), image))
     if side:
         content = {"schema": 1, "views": list(views), "context": context, "tokenizer": "clip-bpe"}
         content |= {"vocab_size": vocab, "count": count, "checksum": "crc32"}
@@ -56,9 +54,7 @@ def write_samples(prefix: Path, count: int, views=("raw",), context=4, vocab=100
 # ---- files written by mxnet
 
 
-@pytest.mark.parametrize(
-    "row", range(len(CONTENTS["items"])), ids=[item["name"] for item in CONTENTS["items"]]
-)
+@pytest.mark.parametrize("row", range(len(CONTENTS["items"])), ids=[item["name"] for item in CONTENTS["items"]])
 def test_reads_mxnet_record(row):
     file, item = RecordFile(REFERENCE / "a.rec"), CONTENTS["items"][row]
     packed = file.read(row)
@@ -104,8 +100,7 @@ def test_random_records_with_magic_words_round_trip(tmp_path):
     records = {}
     for key in range(300):
         pieces = [
-            MAGIC if rng.random() < 0.4 else rng.bytes(int(rng.integers(0, 9)))
-            for _ in range(rng.integers(0, 9))
+            MAGIC if rng.random() < 0.4 else rng.bytes(int(rng.integers(0, 9))) for _ in range(rng.integers(0, 9))
         ]
         records[key] = b"".join(pieces)
     records |= {
@@ -130,9 +125,7 @@ def packed_magics(packed: bytes) -> int:
     return int((np.frombuffer(packed[: len(packed) // 4 * 4], "<u4") == 0xCED7230A).sum())
 
 
-@pytest.mark.parametrize(
-    "label", [0.5, [1, 2, 3], np.zeros(0), np.arange(4.0), np.frombuffer(MAGIC * 2, "<f4")]
-)
+@pytest.mark.parametrize("label", [0.5, [1, 2, 3], np.zeros(0), np.arange(4.0), np.frombuffer(MAGIC * 2, "<f4")])
 def test_header_round_trip(label):
     packed = pack(Header(label=label, id=2**64 - 1, id2=7), b"payload")
     header, payload = unpack(packed)
@@ -387,11 +380,7 @@ def test_find_record_files(tmp_path):
     assert names(tmp_path / "a") == names(f"{tmp_path}/a.rec") == ["a.rec"]
     assert names(tmp_path / "odd.name") == ["odd.name.rec"]
     assert names(tmp_path / "s") == names(f"{tmp_path}/s-*") == ["s-00000.rec", "s-00001.rec"]
-    assert (
-        names(f"{tmp_path}/b,{tmp_path}/a.rec")
-        == names([f"{tmp_path}/b", f"{tmp_path}/a"])
-        == ["a.rec", "b.rec"]
-    )
+    assert names(f"{tmp_path}/b,{tmp_path}/a.rec") == names([f"{tmp_path}/b", f"{tmp_path}/a"]) == ["a.rec", "b.rec"]
     assert len(names(tmp_path)) == 5
     for spec in ("", tmp_path / "none", f"{tmp_path}/z*", f"{tmp_path}/a,{tmp_path}/c"):
         with pytest.raises(ValueError, match="records: "):
@@ -445,9 +434,7 @@ def test_bad_side_file_is_refused(tmp_path, extra):
     write_samples(tmp_path / "x", 3)
     side = json.loads((tmp_path / "x.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps({**side, **extra}))
-    with pytest.raises(
-        RecordError, match=r"x\.json: (schema|views|context|vocab_size|says 4 records|tokenizer)"
-    ):
+    with pytest.raises(RecordError, match=r"x\.json: (schema|views|context|vocab_size|says 4 records|tokenizer)"):
         RecordSet(tmp_path / "x")
 
 

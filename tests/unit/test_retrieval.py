@@ -26,9 +26,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def colors(folder):
-    return load_retrieval(
-        write_lines(folder / "set.jsonl", [{"image": f"{c}.png", "caption": c} for c in COLORS])
-    )
+    return load_retrieval(write_lines(folder / "set.jsonl", [{"image": f"{c}.png", "caption": c} for c in COLORS]))
 
 
 def evaluate(data, **changes):
@@ -79,9 +77,7 @@ def test_karpathy_file(folder):
 
 
 def test_split_must_be_chosen_where_there_are_several(folder):
-    rows = [
-        {"image": f"{c}.png", "caption": c, "split": s} for c, s in zip(COLORS, ["train", "test", "test"])
-    ]
+    rows = [{"image": f"{c}.png", "caption": c, "split": s} for c, s in zip(COLORS, ["train", "test", "test"])]
     path = write_lines(folder / "set.jsonl", rows)
     with pytest.raises(ValueError, match=r"several splits: train \(1\), test \(2\); choose one"):
         load_retrieval(path)
@@ -259,9 +255,7 @@ def test_a_model_that_gives_nan_is_refused(colors):
 
 
 def test_read_ahead_keeps_order_and_stops_early():
-    assert list(read_ahead(lambda key: key * key, range(50), workers=3, ahead=7)) == [
-        i * i for i in range(50)
-    ]
+    assert list(read_ahead(lambda key: key * key, range(50), workers=3, ahead=7)) == [i * i for i in range(50)]
     done = []
     results = read_ahead(lambda key: done.append(key) or key, range(1000), workers=1, ahead=5)
     assert next(results) == 0

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def settings(data, **changes) -> Settings:
 
 def state_of(folder):
     path = find_checkpoint(folder)
-    return {**read_weights(path), **read_tensors(path / "optim.safetensors")}, json.loads((path / "state.json").read_text())
+    return {**read_weights(path), **read_tensors(path / "optim.safetensors")}, json.loads(
+        (path / "state.json").read_text()
+    )
 
 
 def same_bits(a, b):
@@ -44,7 +47,16 @@ def test_run_folder(whole):
     records = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    keys = {"loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "wait_share", "peak_memory_mb", "epoch"}
+    keys = {
+        "loss",
+        "lr",
+        "logit_scale",
+        "grad_norm",
+        "samples_per_second",
+        "wait_share",
+        "peak_memory_mb",
+        "epoch",
+    }
     assert keys <= steps[0].keys() and steps[-1]["epoch"] == pytest.approx(STEPS * BATCH / COUNT)
     assert [r["step"] for r in records if "val_text_to_image_R@1" in r] == [5, 10]
     assert (whole / "training.png").stat().st_size > 10_000
@@ -150,16 +162,15 @@ def test_open_clip_towers_train(data):
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
     }
-    path = rwkv_path = settings(data).model.replace("model.json", "vit.json")
-    with open(path, "w") as file:
-        json.dump(model, file)
-    folder = run(settings(data, model=rwkv_path, name="vit", max_steps=2))
+    path = Path(data["model"]).with_name("vit.json")
+    path.write_text(json.dumps(model))
+    folder = run(settings(data, model=str(path), name="vit", max_steps=2))
     loaded = rwkv_clip.load_for_inference(folder)
     assert loaded.model.encode_image(torch.randn(1, 3, 32, 32)).shape == (1, 32)
 
 
 def test_records_of_a_longer_context_are_refused(data, tmp_path):
-    model = json.loads(open(data["model"]).read())
+    model = json.loads(Path(data["model"]).read_text())
     model["text"]["context"] = 6
     (tmp_path / "short.json").write_text(json.dumps(model))
     with pytest.raises(ConfigError, match="8 tokens a text, the model's context is 6"):
@@ -175,10 +186,12 @@ def test_command_line(data):
     assert len(error.value.problems) == 3  # and no records
 
 
-FLAGS = """batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay device drop-path epochs eps flip grad-checkpointing
-grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr max-steps model name objective precision pretrained
-report-to resume save-every-n-steps schedule seed torchcompile train-data val-data val-every-n-steps val-prefix val-split
-views warmup wd workers"""
+FLAGS = """
+batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay device drop-path epochs eps flip grad-
+checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr max-steps model name objective
+precision pretrained report-to resume save-every-n-steps schedule seed torchcompile train-data val-data val-
+every-n-steps val-prefix val-split views warmup wd workers
+"""
 
 
 def test_public_flags_are_frozen():
@@ -198,6 +211,9 @@ def test_public_flags_are_frozen():
 )
 def test_mistakes_end_with_a_code_and_no_traceback(arguments, code, message):
     done = subprocess.run(
-        [sys.executable, "-m", "rwkv_clip.training.main", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "rwkv_clip.training.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr

@@ -9,7 +9,15 @@ from PIL import Image
 from rwkv_clip.builder import build_records
 
 MODEL = {
-    "image": {"image_size": [32, 32], "patch": 16, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64, "drop_path": 0.2},
+    "image": {
+        "image_size": [32, 32],
+        "patch": 16,
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "ffn_width": 64,
+        "drop_path": 0.2,
+    },
     "text": {"context": 8, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64},
 }
 COUNT, STEPS, BATCH = 60, 10, 8
@@ -25,14 +33,22 @@ def make_tiny(folder: Path) -> dict[str, str]:
         pixels = np.full((40, 36, 3), rng.integers(0, 255, 3), np.uint8)
         pixels[:: 1 + i % 5] = rng.integers(0, 255, 3)
         Image.fromarray(pixels).save(images / f"{i}.jpg", quality=95)
-        texts = {"raw": f"picture {i}.jpg", "synthetic": f"stripes {i % 5}", "generated": f"a picture, stripes {i % 5}"}
+        texts = {
+            "raw": f"picture {i}.jpg",
+            "synthetic": f"stripes {i % 5}",
+            "generated": f"a picture, stripes {i % 5}",
+        }
         rows.append({"image": f"images/{i}.jpg", **texts})
     (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = [{"image": row["image"], "caption": row["generated"]} for row in rows[:20]]
     (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     (folder / "model.json").write_text(json.dumps(MODEL))
     build_records(
-        str(folder / "all.jsonl"), str(folder / "train"), views=("raw", "synthetic", "generated"), context=8, workers=1
+        str(folder / "all.jsonl"),
+        str(folder / "train"),
+        views=("raw", "synthetic", "generated"),
+        context=8,
+        workers=1,
     )
     return {
         "model": str(folder / "model.json"),

@@ -29,8 +29,6 @@ def shift_tokens(x: Tensor, heads: int, grid: tuple[int, ...]) -> Tensor:
     # (B, *grid, heads, parts, N / parts): unbind and stack cost one pass each, forward and backward, and a negative
     # padding crops, so that one F.pad is the whole shift of a part.
     cells = x[:, :count].view(b, *grid, heads, len(paddings), c // heads // len(paddings))
-    shifted = [
-        F.pad(part.flatten(-2), padding).view(part.shape) for part, padding in zip(cells.unbind(-2), paddings)
-    ]
+    shifted = [F.pad(part.flatten(-2), padding).view(part.shape) for part, padding in zip(cells.unbind(-2), paddings)]
     out = torch.stack(shifted, -2).view(b, count, c)
     return out if count == t else torch.cat([out, x[:, count:]], 1)

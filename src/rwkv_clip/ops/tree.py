@@ -11,9 +11,9 @@ One level costs two matrix products, (r f)(k f)^T and that times v, for both dir
 numbers in [0, 1]: nothing overflows, divides or cancels, whatever the decay; this also holds in the backward pass,
 where the gradient of log w_j is a plain sum over the pairs that straddle j.
 
-Levels below BLOCK share one masked BLOCK x BLOCK matrix; above it left halves meet right halves only. Tensors inside are
-(M, T', N) with M = B * H and T' the next power of two (r = k = v = 0, w = 1 behind T); a level touches no more than the
-blocks that T needs.
+Levels below BLOCK share one masked BLOCK x BLOCK matrix; above it left halves meet right halves only. Tensors inside
+are (M, T', N) with M = B * H and T' the next power of two (r = k = v = 0, w = 1 behind T); a level touches no more than
+the blocks that T needs.
 """
 
 from __future__ import annotations
@@ -193,7 +193,10 @@ def _cross_backward(left: tuple[Tensor, ...], right: tuple[Tensor, ...], fl: Ten
     rl, kl, vl, gyl, grl, gkl, gvl, glogl = left
     rr, kr, vr, gyr, grr, gkr, gvr, glogr = right
     rfl, kfl, rfr, kfr = rl * fl, kl * fl, rr * fr, kr * fr
-    to_right, to_left = gyr @ _transposed(vl), gyl @ _transposed(vr)  # gradients of both weight matrices (h, h)
+    to_right, to_left = (
+        gyr @ _transposed(vl),
+        gyl @ _transposed(vr),
+    )  # gradients of both weight matrices (h, h)
     gvl += (kfl @ _transposed(rfr)) @ gyr
     gvr += (kfr @ _transposed(rfl)) @ gyl
     grfr, gkfl = to_right @ kfl, _transposed(to_right) @ rfr

@@ -1,8 +1,8 @@
 """The bidirectional WKV6 operator: argument checks, choice of backend, registration with torch.
 
-The fast form is registered as `rwkv_clip::wkv6` and `rwkv_clip::wkv6_backward`, so that torch.compile, meta tensors and activation
-checkpointing see one opaque operator each. It has dtype rules of its own (the decay keeps its dtype, sums are float32
-or float64), therefore no autocast rule: ambient autocast neither casts its inputs nor its inside.
+The fast form is registered as `rwkv_clip::wkv6` and `rwkv_clip::wkv6_backward`, so that torch.compile, meta tensors and
+activation checkpointing see one opaque operator each. It has dtype rules of its own (the decay keeps its dtype, sums
+are float32 or float64), therefore no autocast rule: ambient autocast neither casts its inputs nor its inside.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
     """Bidirectional WKV6 (RWKV-6 linear attention, both directions, diagonal weighted by u once).
 
     r, k, v: (B, T, H, N), one dtype of float32, float64, bfloat16, float16; any strides; T >= 1; B may be 0.
-    w: (B, T, H, N), the RAW decay; the factor per step is exp(-exp(w)). u: (H, N). w and u may have another float dtype.
+    w: (B, T, H, N), the RAW decay; the factor per step is exp(-exp(w)). u: (H, N). Both may have another float dtype.
     Returns y (B, T, H, N), contiguous, in v's dtype; accumulated in float32 (float64 for float64 input).
     Differentiable once in all five. `backend`: a name of `available_backends(device)`; None takes the first.
     ValueError for wrong shapes, dtypes, devices or backend. Maths: `ops/reference.py`.
@@ -84,7 +84,10 @@ def _wkv6_backward(
     gy: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if r.shape[0] == 0:
-        return (*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, k, v, w)), torch.zeros_like(u))
+        return (
+            *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, k, v, w)),
+            torch.zeros_like(u),
+        )
     with torch.autocast(r.device.type, enabled=False):
         return tree_backward(gy, r, k, v, w, u)
 

@@ -91,9 +91,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         shifted = shift_tokens(x, self.heads, grid)
         start, end = (shifted, x) if self.style.mixes_own else (x, shifted)
-        for_k, for_r = (
-            start + (end - start) * getattr(self, f"{self.style.mix_name}_{name}") for name in "kr"
-        )
+        for_k, for_r = (start + (end - start) * getattr(self, f"{self.style.mix_name}_{name}") for name in "kr")
         return torch.sigmoid(self.receptance(for_r)) * self.value(torch.relu(self.key(for_k)).square())
 
 
@@ -118,7 +116,11 @@ class Block(nn.Module):
     """x += time mix; x += channel mix, each behind a LayerNorm. The first block of a tower normalises its input."""
 
     def __init__(
-        self, config: ImageTowerConfig | TextTowerConfig, style: BlockStyle, first: bool, drop_path: float = 0.0
+        self,
+        config: ImageTowerConfig | TextTowerConfig,
+        style: BlockStyle,
+        first: bool,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         width = config.width
@@ -241,7 +243,13 @@ class TextTower(nn.Module):
             getattr(att, name).uniform_(-0.01, 0.01)
         for linear in (att.output, ffn.value, ffn.receptance):
             linear.weight.zero_()
-        for linear, gain in ((att.receptance, 1), (att.value, 1), (att.key, 0.1), (att.gate, 0.1), (ffn.key, 0.5)):
+        for linear, gain in (
+            (att.receptance, 1),
+            (att.value, 1),
+            (att.key, 0.1),
+            (att.gate, 0.1),
+            (ffn.key, 0.5),
+        ):
             rows, columns = linear.weight.shape
             nn.init.orthogonal_(linear.weight, gain * math.sqrt(max(1, rows / columns)))
         att.ln_x.weight.fill_(depth_share**0.7)
