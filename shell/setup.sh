@@ -6,12 +6,14 @@ if [ -z "${EXTRAS+set}" ] && command -v nvidia-smi >/dev/null; then
   EXTRAS=$(nvidia-smi | grep -q 'CUDA Version: 1[3-9]' && echo dali || echo dali-cuda12)
 fi
 PROJECT=".${EXTRAS:+[$EXTRAS]}"
-STAMP="$(cat requirements.txt setup.py | cksum) $PROJECT $PWD"
-if [ "$(cat .venv/installed 2>/dev/null)" != "$STAMP" ]; then
-  echo "installing into .venv (some minutes, once) .."
+STAMP=".venv/installed-$( (cat requirements.txt setup.py; echo "$PROJECT $PWD") | cksum | cut -d' ' -f1)"
+if [ ! -e "$STAMP" ]; then
+  echo "installing $PROJECT into .venv (some minutes, once) .."
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv ||
     { echo "error: no virtual environment could be made; on Debian: apt-get install python3-venv" >&2; exit 2; }
   .venv/bin/python -m pip install --quiet --editable "$PROJECT"
-  echo "$STAMP" >.venv/installed
+  touch "$STAMP"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+# Threads that wait for each other by spinning make a step up to fifty times slower when another process wants the core.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

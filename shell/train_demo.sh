@@ -10,6 +10,7 @@ python -m rwkv_clip.training.main --preset demo --train-data "$DEMO_DATA/train" 
   --logs "$(dirname "$OUTPUT")" --name "$(basename "$OUTPUT")" --resume latest "$@"
 export CHECKPOINT=$OUTPUT
 bash shell/test_zero_shot_retrieval.sh
+cp "$(ls "$OUTPUT"/eval/*retrieval*/retrieval.png | tail -n 1)" "$OUTPUT"/
 bash shell/test_zero_shot_classificaiton.sh
 cat <<END
 

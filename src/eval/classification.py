@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rwkv_clip.dist import AUTOCAST
 from rwkv_clip.features import encode_images, encode_texts
 from rwkv_clip.metrics import accuracy, target_ranks
 
 from .datasets import ClassificationSet, MissingData, load_classification
 from .report import Report, start_report
-from .settings import AUTOCAST, ClassificationSettings
+from .settings import ClassificationSettings
 
 
 def class_weights(

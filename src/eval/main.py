@@ -11,9 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rwkv_clip.dist import choose_device
+
 from . import classification, retrieval
 from .report import markdown
-from .settings import ClassificationSettings, EvalSettings, RetrievalSettings, best_device
+from .settings import ClassificationSettings, EvalSettings, RetrievalSettings
 
 TASKS = {"retrieval": RetrievalSettings, "classification": ClassificationSettings}
 
@@ -23,7 +25,7 @@ def evaluate(settings: EvalSettings) -> int:
     from rwkv_clip.model import load_for_inference
 
     settings.check()
-    device = best_device(settings.device)
+    device = choose_device(settings.device)
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )

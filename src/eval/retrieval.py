@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from rwkv_clip.dist import AUTOCAST
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
 
 from .report import Report, start_report
-from .settings import AUTOCAST, RetrievalSettings
+from .settings import RetrievalSettings
 
 SHOWN = 5  # pictures for each query of the gallery
 

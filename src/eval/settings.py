@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
@@ -78,16 +74,3 @@ class ClassificationSettings(EvalSettings):
     names: str | None = None
     """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order
     of the sorted folders. Default: names.json in the data folder, else the folders and its own templates."""
-
-
-def best_device(wanted: str | None) -> torch.device:
-    """The device asked for, or the best present. ValueError where it does not exist."""
-    if wanted is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best") from None

@@ -26,11 +26,16 @@ class World:
         return self.rank == 0
 
 
-def best_device() -> str:
-    """cuda, mps or cpu, whichever is present first."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(wanted: str | None = None) -> torch.device:
+    """The device asked for, or the best present (cuda, mps, cpu). ValueError where it cannot be used."""
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+        return torch.device(wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best") from None
 
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,9 +54,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 def join_world(device: str | None = None) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere."""
-    kind = torch.device(device or best_device())
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} asked for, but torch sees no CUDA device; use --device cpu")
+    kind = choose_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if kind.type == "cuda" and kind.index is None:
         kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
