@@ -7,6 +7,7 @@ that is not ours goes to open_clip, so any of its models trains and evaluates he
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import find_checkpoint, read_description, read_weights
+from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
 from .convert import convert_config, is_released_config, strip_prefixes
 from .tokenizer import Tokenizer, make_tokenizer
@@ -84,7 +85,7 @@ def resolve_spec(model: str | Path | dict[str, Any] | ModelConfig) -> tuple[str,
         return "RWKV-CLIP", parse(ModelConfig, model)
     name = str(model).replace("/", "-")
     if name in list_models():
-        return name, parse(ModelConfig, load_json(CONFIGS / "models" / f"{name}.json"))
+        return name, resolve_spec(load_json(CONFIGS / "models" / f"{name}.json"))[1]
     if str(model).endswith(".json"):
         data = load_json(model)
         if not isinstance(data, dict):
@@ -252,22 +253,12 @@ def load_for_inference(
 
     Our checkpoints describe their model; a bare weights file needs `model` (a name or the path of a JSON).
     """
-    from .checkpoint import hash_file
-
     text = str(checkpoint)
     if text.startswith("open_clip:"):
         _, name, *tag = text.split(":")
         net = create_model(name, tag[0] if tag else None, precision, device)
-        import hashlib
-
-        return Loaded(
-            net,
-            preprocess_of(net),
-            get_tokenizer(name),
-            text[10:],
-            hashlib.sha256(text.encode()).hexdigest(),
-            precision,
-        )
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return Loaded(net, preprocess_of(net), get_tokenizer(name), text[10:], digest, precision)
     path = find_checkpoint(checkpoint)
     described = read_description(path)
     if model is None:

@@ -44,7 +44,7 @@ class DemoSettings:
     """Held-out scenes for retrieval."""
     per_class: int = 32
     """Pictures per class of the classification sets."""
-    size: int = 64
+    size: int = 48
     """Pixels on a side."""
     context: int = 32
     """Tokens per text; all texts fit in 32, with room for "a photo of "."""

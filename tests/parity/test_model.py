@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError
+from rwkv_clip.model import image_size_of
 from rwkv_clip.ops import shift_tokens
 
 
@@ -246,3 +247,12 @@ def test_open_clip_surface():
     assert tokens.shape == (2, 77) and tokens.dtype == torch.int64 and tokens[0, 0] == 49406
     features = model.encode_image(torch.randn(3, 3, 32, 48), normalize=True)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", rwkv_clip.list_models())
+def test_every_preset_runs(name):
+    model = rwkv_clip.create_model(name)
+    size, context = image_size_of(model), rwkv_clip.get_tokenizer(name).context
+    with torch.no_grad():
+        image, text, scale = model(torch.randn(1, 3, *size), torch.zeros(1, context, dtype=torch.int64))[:3]
+    assert image.shape == text.shape and image.isfinite().all() and text.isfinite().all() and scale > 1

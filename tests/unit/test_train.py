@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -129,15 +130,37 @@ def test_a_second_run_does_not_overwrite_the_first(data, whole):
         {"schedule": "cosine", "cycle_beta1": False, "decay": "all", "views": "first", "drop_path": 0.0},
         {"workers": 2, "val_data": None},
         {"report_to": ["tensorboard"]},
+        {"loader": "dali", "workers": 1},
     ],
     ids=str,
 )
 def test_variants_train(data, changes):
+    if changes.get("loader") == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e .[dali]")
     folder = run(settings(data, max_steps=2, name=f"variant {abs(hash(str(changes)))}", **changes))
     last = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]
     assert last["step"] == 2
     if "report_to" in changes:
         assert list((folder / "tensorboard").iterdir())
+
+
+def test_wandb_gets_every_record(data, monkeypatch):
+    class Run:
+        logged, finished = [], False
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            Run.finished = True
+
+    stub = types.SimpleNamespace(init=lambda **about: Run())
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    run(settings(data, name="charts", max_steps=2, report_to=["wandb"]))
+    assert [step for step, values in Run.logged if "loss" in values] == [1, 2] and Run.finished
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"wandb is not installed; pip install -e \.\[wandb\]"):
+        run(settings(data, name="no charts", max_steps=2, report_to=["wandb"]))
 
 
 def test_recomputation_changes_nothing(data, whole):
