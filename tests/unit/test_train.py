@@ -179,6 +179,19 @@ def test_non_finite_numbers_stop_before_the_weights(data, monkeypatch):
         run(settings(data, name="nan"))
 
 
+@pytest.mark.parametrize("start, bound", [(9.0, 100.0), (-3.0, 1.0)])
+def test_logit_scale_stays_between_1_and_100(data, monkeypatch, start, bound):
+    init = rwkv_clip.RWKVCLIP.__init__
+
+    def extreme(self, config):
+        init(self, config)
+        self.logit_scale.data.fill_(start)
+
+    monkeypatch.setattr(rwkv_clip.RWKVCLIP, "__init__", extreme)
+    folder = run(settings(data, name=f"scale {start}", max_steps=1))
+    assert read_weights(folder)["logit_scale"].exp().item() == pytest.approx(bound)
+
+
 def test_open_clip_towers_train(data):
     model = {
         "embed_dim": 32,
@@ -210,10 +223,10 @@ def test_command_line(data):
 
 
 FLAGS = """
-batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay device drop-path epochs eps flip grad-
-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr max-steps model name objective
-precision pretrained report-to resume save-every-n-steps schedule seed torchcompile train-data val-data val-
-every-n-steps val-prefix val-split views warmup wd workers
+batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay device drop-path epochs eps flip
+grad-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr max-steps model name
+objective precision pretrained report-to resume save-every-n-steps schedule seed torchcompile train-data
+val-data val-every-n-steps val-prefix val-split views warmup wd workers
 """
 
 

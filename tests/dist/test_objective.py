@@ -1,0 +1,77 @@
+"""InfoNCE on 2 and 4 gloo ranks equals one process with the whole batch: loss and every gradient."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rwkv_clip.objective import InfoNCE
+
+BATCH, WIDTH = 8, 6
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(5, WIDTH).double(), nn.Linear(7, WIDTH).double()
+        self.logit_scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, image, text):
+        features = [nn.functional.normalize(f, dim=-1) for f in (self.image(image), self.text(text))]
+        return *features, self.logit_scale.exp()
+
+
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(BATCH, n, generator=g, dtype=torch.float64) for n in (5, 7))
+
+
+def gradients(model, image, text):
+    loss = InfoNCE()(*model(image, text))[0]["contrastive"]
+    loss.backward()
+    return loss.detach(), {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+
+
+def work(rank, world, port, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    loss, grads = gradients(DistributedDataParallel(Pair()), *(x[part] for x in inputs()))
+    dist.all_reduce(loss)
+    if rank == 0:
+        torch.save({"loss": loss / world, **grads}, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_are_those_of_one_process(world, tmp_path, free_port):
+    mp.spawn(work, (world, free_port, tmp_path / "found.pt"), nprocs=world)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    loss, expected = gradients(Pair(), *inputs())
+    torch.testing.assert_close(found.pop("loss"), loss, rtol=1e-12, atol=0)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14, msg=name)
+
+
+def test_value_against_the_formula():
+    image, text, scale = Pair()(*inputs())
+    logits = scale * image @ text.T
+    rows = torch.stack([logits[i, i] - logits[i].logsumexp(0) for i in range(BATCH)])
+    columns = torch.stack([logits[i, i] - logits[:, i].logsumexp(0) for i in range(BATCH)])
+    loss = InfoNCE()(image, text, scale)[0]["contrastive"]
+    torch.testing.assert_close(loss, -(rows.mean() + columns.mean()) / 2)
+
+
+def test_half_precision_features_are_compared_in_float32():
+    image, text, scale = (x.detach() for x in Pair()(*inputs()))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = InfoNCE()(image.bfloat16(), text.bfloat16(), scale.float())[0]["contrastive"]
+    exact = InfoNCE()(image.bfloat16().float(), text.bfloat16().float(), scale.float())[0]["contrastive"]
+    assert loss.dtype == torch.float32 and torch.equal(loss, exact)
