@@ -14,7 +14,10 @@ from tiny import BATCH, COUNT, STEPS, make_tiny, to_arguments
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
 from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.dist import join_world
+from rwkv_clip.objective import make_objective
 from rwkv_clip.training import loop
+from rwkv_clip.training.data import Batch
 from rwkv_clip.training.main import read_command_line, run
 
 
@@ -71,6 +74,24 @@ def test_checkpoint_opens_for_inference_without_further_settings(whole):
     assert loaded.name == "model" and len(loaded.digest) == 64
     text = loaded.model.encode_text(loaded.tokenizer(["stripes 3"]), normalize=True)
     assert text.shape == (1, 32)
+
+
+def test_text_choice_depends_on_seed_epoch_and_sample_only(data):
+    text = torch.arange(3).expand(64, 3).unsqueeze(-1)  # view v of every sample is the token v
+
+    def chosen(seed=0, epoch=0, ids=range(64), **changes):
+        model = rwkv_clip.create_model(data["model"])
+        trainer = loop.Trainer(
+            model, make_objective("infonce"), settings(data, seed=seed, **changes), join_world("cpu"), 60
+        )
+        batch = Batch(torch.empty(0), text, torch.tensor(list(ids)), torch.full((64,), epoch), 0)
+        return trainer.choose_view(batch).flatten().tolist()
+
+    first = chosen()
+    assert sorted(set(first)) == [0, 1, 2] and chosen() == first
+    assert chosen(ids=reversed(range(64)))[::-1] == first, "the place in the batch does not matter"
+    assert chosen(seed=1) != first and chosen(epoch=1) != first and chosen(ids=range(64, 128)) != first
+    assert set(chosen(views="first")) == {0}
 
 
 class Crash(Exception):
