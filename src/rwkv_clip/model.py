@@ -147,12 +147,9 @@ def create_model(
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound."""
+    exact = {"time_decay", "time_faaaa", "logit_scale"}
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and name.rsplit(".", 1)[-1] not in (
-            "time_decay",
-            "time_faaaa",
-            "logit_scale",
-        ):
+        if parameter.is_floating_point() and name.rsplit(".", 1)[-1] not in exact:
             parameter.data = parameter.data.to(dtype)
     return model
 

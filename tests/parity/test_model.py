@@ -211,6 +211,8 @@ def test_compiled_model_equals_eager():
 def test_half_precision_weights(tiny, precision):
     model = rwkv_clip.create_model(tiny["config"], precision=precision)
     model.load_state_dict(tiny["state_dict"])
+    exact = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert exact == {"time_decay", "time_faaaa", "logit_scale"}
     image, text, _ = model(tiny["image"], tiny["tokens"])
     assert F.cosine_similarity(image.float(), tiny["image_features"]).min() > 0.99
     assert F.cosine_similarity(text.float(), tiny["text_features"]).min() > 0.99
