@@ -1,0 +1,1 @@
+"""Training: order, loaders, loop, schedules, log, and the embedded demo set."""

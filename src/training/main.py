@@ -35,11 +35,12 @@ def read_command_line(arguments: list[str]) -> Settings:
     """Preset (`--preset NAME or path`), then overrides. ConfigError lists every value that does not fit."""
     arguments, preset = [a for a in arguments if a != "--"], None  # some releases of torchrun pass it on
     for i, argument in enumerate(arguments):
-        if argument == "--preset" or argument.startswith("--preset="):
-            preset = argument.partition("=")[2] or arguments[i + 1 : i + 2][0] if i + 1 < len(arguments) else None
-            if preset is None:
+        flag, equals, value = argument.partition("=")
+        if flag == "--preset":
+            preset = value if equals else "".join(arguments[i + 1 : i + 2])
+            if not preset:
                 raise ConfigError([f"preset: needs a value; shipped: {', '.join(list_presets('recipes'))}"])
-            del arguments[i : i + (1 if "=" in argument else 2)]
+            del arguments[i : i + (1 if equals else 2)]
             break
     description = f"{__doc__}\nShipped presets (--preset): {', '.join(list_presets('recipes'))}."
     settings = tyro.cli(
