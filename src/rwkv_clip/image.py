@@ -222,14 +222,14 @@ def train_transform(size: int | tuple[int, int]):
     return T.Compose([_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
-def normalize(image: torch.Tensor) -> torch.Tensor:
-    """(B, 3, h, w) uint8 0..255, or float 0..1, on any device -> float32 with CLIP mean and standard
-    deviation."""
+def normalize(
+    image: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> torch.Tensor:
+    """(B, 3, h, w) uint8 0..255, or float 0..1, on any device -> float32, normalised per channel."""
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, height, width)")
     full = 255.0 if image.dtype == torch.uint8 else 1.0
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"image: dtype {image.dtype} is neither uint8 nor floating point")
-    mean = torch.tensor(CLIP_MEAN, device=image.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=image.device).view(3, 1, 1)
-    return (image.float() / full - mean) / std
+    centre = torch.tensor(mean, device=image.device).view(3, 1, 1)
+    return (image.float() / full - centre) / torch.tensor(std, device=image.device).view(3, 1, 1)

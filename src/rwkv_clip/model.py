@@ -193,13 +193,21 @@ def image_size_of(model: nn.Module) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel that a model's pixels are normalised with; CLIP's where it does not say."""
+    from .image import CLIP_MEAN, CLIP_STD
+
+    visual = getattr(model, "visual", None)
+    mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
+    return (tuple(mean), tuple(std)) if mean else (CLIP_MEAN, CLIP_STD)
+
+
 def preprocess_of(model: nn.Module) -> Callable:
     """Evaluation transform of a model: PIL image -> float (3, h, w)."""
     from .image import CLIP_MEAN, CLIP_STD, val_transform
 
-    visual = getattr(model, "visual", None)
-    mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
-    if mean is None or (tuple(mean), tuple(std)) == (CLIP_MEAN, CLIP_STD):
+    mean, std = pixel_statistics(model)
+    if (mean, std) == (CLIP_MEAN, CLIP_STD):
         return val_transform(image_size_of(model))
     import open_clip
 

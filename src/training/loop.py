@@ -22,7 +22,7 @@ from rwkv_clip.checkpoint import read_tensors, save_checkpoint
 from rwkv_clip.config import ConfigError, Settings, to_dict
 from rwkv_clip.dist import World, any_rank, autocast_dtype, mean_over_ranks
 from rwkv_clip.image import normalize
-from rwkv_clip.model import load_checkpoint, spec_to_json
+from rwkv_clip.model import load_checkpoint, pixel_statistics, spec_to_json
 
 from .augment import draw_views, hash64
 from .data import Batch
@@ -65,6 +65,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()
         self.autocast_dtype = autocast_dtype(settings.precision, world.device)
+        self.pixel_statistics = pixel_statistics(model)
         if settings.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if settings.torchcompile:
@@ -95,7 +96,7 @@ class Trainer:
         torch.manual_seed(int(hash64(self.settings.seed, self.progress.step, self.world.rank)[0] >> 1))
         set_step(self.optimizer, self.schedule, self.progress.step)
         text = self.choose_view(batch).to(device, non_blocking=True)
-        image = normalize(batch.image.to(device, non_blocking=True))
+        image = normalize(batch.image.to(device, non_blocking=True), *self.pixel_statistics)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             image_features, text_features, logit_scale = self.parallel(image, text)[:3]

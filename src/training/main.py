@@ -150,12 +150,13 @@ def run(settings: Settings) -> Path:
         )
     try:
         train(trainer, loader, folder, name, log, validate)
+        if log:
+            plot_training(folder)
+            log.say(f"run folder: {folder}")
     finally:
         loader.close()
         if log:
             log.close()
-    if world.is_lead:
-        plot_training(folder)
     return folder
 
 
@@ -163,8 +164,7 @@ def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        folder = run(read_command_line(sys.argv[1:]))
-        print(f"run folder: {folder}")
+        run(read_command_line(sys.argv[1:]))
     except (DataError, RecordError) as error:
         sys.exit(_explain(error, 3))
     except NumericsError as error:
