@@ -74,14 +74,14 @@ def _order_three(things: tuple[Thing, ...]) -> tuple[Thing, Thing, Thing]:
 
 
 def write_synthetic(scene: Scene, rng: Random) -> str:
-    """A terse caption: shapes and how they lie, in half of the scenes their colors, the background now and then.
+    """A terse caption: shapes and how they lie, in two scenes of five their colors, the background now and then.
 
     Without colors it says the same of many scenes, as a captioner's terse sentences do; and it can be matched by
     shape alone, which would otherwise hardly pay beside color, texture, place and background.
     """
     things = rng.sample(scene.things, len(scene.things))
     ground = f" {_ON[scene.background]}" if rng.random() < 0.4 else ""
-    colored = rng.random() < 0.5
+    colored = rng.random() < 0.4
     if len(things) == 1:
         return f"{_name_kind(things[0], colored)}{ground}"
     if len(things) == 2:

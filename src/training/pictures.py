@@ -25,6 +25,7 @@ PAINT: dict[str, RGB] = {
     "pink": (252, 128, 186),
     "black": (30, 30, 34),
 }
+CLOSE_UP = 1.6  # a thing alone in the middle has the picture to itself
 RADIUS = {"small": 0.15, "large": 0.22}  # share of the picture's side
 OVERSAMPLING = 4
 JPEG_QUALITY = 92
@@ -191,7 +192,7 @@ def _paint_body(thing: Thing, paint: RGB, width: int, unit: float) -> Image.Imag
 def _draw_thing(canvas: Image.Image, thing: Thing, dark: bool, rng: Random) -> None:
     """Shadow, textured body and rim of one thing, at its place give or take a few pixels."""
     side = canvas.width
-    unit = RADIUS[thing.size] * side * rng.uniform(0.93, 1.05)
+    unit = RADIUS[thing.size] * side * rng.uniform(0.93, 1.05) * (CLOSE_UP if thing.place == MIDDLE else 1)
     middle = [0.5 if thing.place == MIDDLE else 0.28 + 0.44 * at for at in reversed(thing.place)]  # x, y
     x0, y0 = (side * (m + rng.uniform(-0.03, 0.03)) for m in middle)
     turn = math.radians(rng.uniform(-7, 7))

@@ -86,7 +86,7 @@ def _draw_thing(rng: Random, place: tuple[int, int]) -> Thing:
 
 def _draw_scene(rng: Random, key: str, count: int) -> Scene:
     """A scene of `count` things of different kinds (shape, color), each in a quarter of its own."""
-    places = [rng.choice((MIDDLE, *CORNERS))] if count == 1 else rng.sample(CORNERS, count)
+    places = [MIDDLE if rng.random() < 0.6 else rng.choice(CORNERS)] if count == 1 else rng.sample(CORNERS, count)
     while True:
         things = tuple(_draw_thing(rng, place) for place in places)
         if len({(t.shape, t.color) for t in things}) == count:
@@ -97,7 +97,7 @@ def draw_train_scene(seed: int, index: int) -> Scene:
     """Training scene `index`, a pure function of both numbers: one to three things, no held-out group."""
     key = f"{seed}/train/{index}"
     rng = Random(f"{key}/scene")
-    count = rng.choice((1, 2, 2, 2, 3, 3))
+    count = rng.choice((1, 1, 2, 2, 3, 3))
     while True:
         scene = _draw_scene(rng, key, count)
         if not any(map(is_held_out, list_groups(scene))):
