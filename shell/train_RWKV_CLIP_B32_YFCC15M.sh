@@ -15,7 +15,7 @@ if [ -z "${TRAIN_DATA:-}" ]; then
   exec bash shell/train_demo.sh "$@"
 fi
 OUTPUT=${OUTPUT:-logs/RWKV_CLIP_B32_YFCC15M}
-GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 torchrun --nproc_per_node "${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
   --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" -m rwkv_clip.training.main \
   -- --preset rwkv-clip-b32-yfcc15m --train-data "$TRAIN_DATA" ${VAL_DATA:+--val-data "$VAL_DATA"} \
