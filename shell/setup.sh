@@ -15,5 +15,6 @@ if [ ! -e "$STAMP" ]; then
   touch "$STAMP"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
-# Threads that wait for each other by spinning make a step up to fifty times slower when another process wants the core.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# OpenMP threads wait for each other by spinning; the default is so long that a step takes up to twenty times as long while
+# another process wants the core. This many turns cost nothing when the cores are free.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
