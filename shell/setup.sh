@@ -15,6 +15,3 @@ if [ ! -e "$STAMP" ]; then
   touch "$STAMP"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
-# OpenMP threads wait for each other by spinning; the default is so long that a step takes up to twenty times as long while
-# another process wants the core. This many turns cost nothing when the cores are free.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
