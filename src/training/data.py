@@ -259,8 +259,11 @@ class TorchLoader(Loader):
         try:
             return next(self._running[0])
         except (RuntimeError, OSError, EOFError) as error:  # torch's words for it depend on the moment
-            wait([process.sentinel for process in self._processes], timeout=1)  # its pipes close first
-            dead = [process for process in self._processes if not process.is_alive()]
+            # A dying process closes its pipes, the sentinel among them, a moment before it can be waited for.
+            ended = wait([process.sentinel for process in self._processes], timeout=1)
+            dead = [process for process in self._processes if process.sentinel in ended]
+            for process in dead:
+                process.join(timeout=5)
             if not dead:
                 raise
             raise RuntimeError(
