@@ -1,6 +1,6 @@
 # Source this: creates .venv, installs the project and `EXTRAS` (default: DALI on a machine with an NVIDIA GPU) and
-# activates it. Fast when nothing changed. PYTHON names the interpreter (3.10 to 3.13). A torch that is already in .venv
-# stays, so a CPU-only build can be put there first.
+# activates it. Fast when nothing changed. PYTHON names the interpreter (3.10 to 3.13). A torch and
+# torchvision that are in .venv already stay, so CPU-only builds (both) can be put there first.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${EXTRAS+set}" ] && command -v nvidia-smi >/dev/null; then
   EXTRAS=$(nvidia-smi | grep -q 'CUDA Version: 1[3-9]' && echo dali || echo dali-cuda12)
