@@ -152,6 +152,7 @@ def test_a_second_run_does_not_overwrite_the_first(data, whole):
         {"workers": 2, "val_data": None},
         {"report_to": ["tensorboard"]},
         {"loader": "dali", "workers": 1},
+        {"torchcompile": True, "grad_checkpointing": True},
     ],
     ids=str,
 )
