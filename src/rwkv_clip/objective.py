@@ -2,37 +2,163 @@
 
 An objective is a module called with this rank's normalised features; it gathers what it needs. It returns (losses,
 report): the losses are summed and differentiated, the report goes to the log as it is.
+
+The scores of a batch are never held: `pair_losses` is an operator that walks over them in chunks of rows, forward
+and backward, so that memory grows with the batch and not with its square.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dist import gather, rank_and_size
+from .dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
+
+# Rows of scores at a time. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
+# exponentials read it. Elsewhere: a product with the texts yields only rows x D numbers, too few for a large GPU if the
+# rows are few.
+CPU_ROWS, ROWS = 512, 2048
+CHUNK = 2**26  # scores at a time for any number of columns; the two buffers hold 256 MiB each in float32
 
 
 class InfoNCE(nn.Module):
     """Symmetric cross-entropy over the global batch.
 
-    Each rank scores its own rows against everybody's columns, so no rank ever holds the global matrix: B x N instead
-    of N x N numbers. Averaged over ranks, as DDP does with gradients, this is the loss of one process with the whole
-    batch.
+    Each rank scores its own images against everybody's texts, once: B x N scores instead of N x N, four matrix products
+    instead of the six of two cross-entropies, and image features never travel. Averaged over ranks, as DDP does with
+    gradients, this is the loss of one process with the whole batch. Every rank must hold the same B.
     """
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """image_features, text_features: (B, D), normalised; logit_scale: scalar, already exponentiated."""
-        with torch.autocast(image_features.device.type, enabled=False):
-            dtype = torch.float64 if image_features.dtype == torch.float64 else torch.float32
-            image, text = image_features.to(dtype), text_features.to(dtype)
-            rank, _ = rank_and_size()
-            target = torch.arange(len(image), device=image.device) + rank * len(image)
-            of_images = F.cross_entropy(logit_scale * image @ gather(text).T, target)
-            of_texts = F.cross_entropy(logit_scale * text @ gather(image).T, target)
-            return {"contrastive": (of_images + of_texts) / 2}, {}
+        """image_features, text_features: (B, D), normalised; logit_scale: scalar, already exponentiated.
+
+        ValueError unless both have one shape."""
+        of_images, of_texts = contrastive_losses(image_features, text_features, logit_scale)
+        return {"contrastive": (of_images.mean() + of_texts.mean()) / 2}, {}
+
+
+def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each own image among all ranks' texts, and of each own text among all ranks' images.
+
+    image, text: (B, D), row i of one belongs to row i of the other; scale: scalar. -> (B,) and (B,), computed in
+    float32, or float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a
+    gradient is that of the sum over ranks of what each makes of its losses.
+    """
+    if image.dim() != 2 or image.shape != text.shape or not len(image):
+        raise ValueError(
+            f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
+            f"image, B at least 1"
+        )
+    with torch.autocast(image.device.type, enabled=False):
+        dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+        first = rank_and_size()[0] * len(image)
+        return pair_losses(image.to(dtype), gather(text.to(dtype)), scale.to(dtype), first)[:2]
+
+
+@torch.library.custom_op("rwkv_clip::pair_losses", mutates_args=())
+def pair_losses(image: Tensor, texts: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`contrastive_losses` with the texts of all ranks: image (B, D), texts (N, D), the text of image i is first + i.
+
+    One dtype, float32 or float64. -> losses of the images (B,) and of their texts (B,); for the backward pass, (2, B)
+    and (2, N): the largest score of every row and column, and the sum of the exponentials of what the others are below
+    it. The two are kept apart, because their log-sum-exp would be rounded at the size of the scores. Safe at any scale.
+    """
+    rows, matched = image.new_empty(2, len(image)), image.new_empty(len(image))
+    columns = torch.stack((image.new_full((len(texts),), float("-inf")), image.new_zeros(len(texts))))
+    for chunk, _, scores, work in _score_chunks(image, texts, scale):
+        matched[chunk] = scores.diagonal(first + chunk.start)
+        rows[:, chunk] = _sum_exp(scores, 1, work)
+        part = _sum_exp(scores, 0, work)
+        columns = _add_sums(columns, part, torch.maximum(columns[0], part[0]))
+    columns = _add_sums_of_ranks(columns)
+    own = columns[:, first : first + len(image)]
+    return rows[0] - matched + rows[1].log(), own[0] - matched + own[1].log(), rows, columns
+
+
+@torch.library.custom_op("rwkv_clip::pair_losses_backward", mutates_args=())
+def pair_losses_backward(
+    g_images: Tensor,
+    g_texts: Tensor,
+    image: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, of texts (this rank's part of them; `gather` sums the parts) and of scale.
+
+    d/d score = g_images * softmax over the row + g_texts * softmax over the column; less both weights on the pairs.
+    """
+    own = torch.zeros_like(columns[1])
+    own[first : first + len(image)] = g_texts
+    of_rows, of_columns, of_pairs = g_images / rows[1], sum_over_ranks(own) / columns[1], g_images + g_texts
+    d_image, d_texts = torch.empty_like(image), torch.zeros_like(texts)
+    for chunk, scaled, scores, work in _score_chunks(image, texts, scale):
+        torch.sub(scores, rows[0, chunk, None], out=work).exp_().mul_(of_rows[chunk, None])
+        d_scores = scores.sub_(columns[0]).exp_().mul_(of_columns).add_(work)
+        d_scores.diagonal(first + chunk.start).sub_(of_pairs[chunk])
+        torch.mm(d_scores, texts, out=d_image[chunk])
+        d_texts.addmm_(d_scores.T, scaled)
+    d_scale = (d_image * image).sum()  # scores are linear in the scale; no division, so 0 is a scale like any other
+    return d_image.mul_(scale), d_texts, d_scale
+
+
+def _score_chunks(image: Tensor, texts: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield (rows as a slice, their scaled images, their scores, room of the same size); the buffers are used again."""
+    wanted = CPU_ROWS if image.device.type == "cpu" else ROWS
+    height = max(1, min(wanted, CHUNK // len(texts), len(image)))
+    buffers = image.new_empty(2, height, len(texts))
+    for start in range(0, len(image), height):
+        chunk = slice(start, min(start + height, len(image)))
+        scores, work = buffers[:, : chunk.stop - start]
+        scaled = image[chunk] * scale
+        torch.mm(scaled, texts.T, out=scores)
+        yield chunk, scaled, scores, work
+
+
+def _sum_exp(scores: Tensor, dim: int, work: Tensor) -> Tensor:
+    """(2, ..): maxima over `dim`, sums of the exponentials below them."""
+    top = scores.amax(dim, keepdim=True)
+    return torch.stack((top.squeeze(dim), torch.sub(scores, top, out=work).exp_().sum(dim)))
+
+
+def _add_sums(a: Tensor, b: Tensor, top: Tensor) -> Tensor:
+    """The (2, ..) of `_sum_exp` for two parts together; top: the larger of their maxima."""
+    return torch.stack((top, a[1] * (a[0] - top).exp() + b[1] * (b[0] - top).exp()))
+
+
+def _add_sums_of_ranks(part: Tensor) -> Tensor:
+    """The same for the parts of all ranks."""
+    top = max_over_ranks(part[0])
+    return torch.stack((top, sum_over_ranks(part[1] * (part[0] - top).exp())))
+
+
+@pair_losses.register_fake
+def _(image, texts, scale, first):
+    batch = image.shape[0]
+    return *(image.new_empty(batch) for _ in range(2)), image.new_empty(2, batch), image.new_empty(2, texts.shape[0])
+
+
+@pair_losses_backward.register_fake
+def _(g_images, g_texts, image, texts, scale, rows, columns, first):
+    return torch.empty_like(image), torch.empty_like(texts), torch.empty_like(scale)
+
+
+def _save(ctx, inputs, output):
+    image, texts, scale, ctx.first = inputs
+    ctx.save_for_backward(image, texts, scale, *output[2:])
+
+
+def _differentiate(ctx, g_images, g_texts, _rows, _columns):
+    return *pair_losses_backward(g_images, g_texts, *ctx.saved_tensors, ctx.first), None
+
+
+pair_losses.register_autograd(_differentiate, setup_context=_save)
 
 
 _OBJECTIVES = {"infonce": InfoNCE}
