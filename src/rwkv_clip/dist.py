@@ -101,13 +101,22 @@ def gather(x: Tensor) -> Tensor:
     return x if rank_and_size()[1] == 1 else _Gather.apply(x)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on all ranks when it is true on one."""
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Elementwise sum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
     if rank_and_size()[1] == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+        return x
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
+    if rank_and_size()[1] == 1:
+        return x
+    top = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    return top
 
 
 def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:

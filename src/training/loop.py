@@ -2,6 +2,8 @@
 
 A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and every step seeds
 torch's generators from (seed, step, rank), so no random state has to be saved for an exact resume.
+
+A step only queues work: nothing in it waits for a GPU, which computes one step while the host prepares the next.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.checkpoint import read_tensors, save_checkpoint
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.dist import World, any_rank, autocast_dtype, mean_over_ranks
+from rwkv_clip.dist import World, autocast_dtype, mean_over_ranks
 from rwkv_clip.image import normalize
 from rwkv_clip.model import load_checkpoint, pixel_statistics, spec_to_json
 
 from .augment import draw_views, hash64
 from .data import Batch
 from .log import RunLog
-from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state
+from .numerics import NumericsError, Watch
+from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state, update_weights
+
+__all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
 
 MAX_LOGIT_SCALE = math.log(100)
 OBJECTIVE = "objective/"  # prefix of an objective's buffers among the optimizer's tensors
@@ -38,10 +43,6 @@ FREE_ON_RESUME = {
     *("device", "workers", "loader", "torchcompile", "grad_checkpointing"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
 }
-
-
-class NumericsError(RuntimeError):
-    """Loss or gradient is not finite. The weights of the step before are intact."""
 
 
 @dataclass
@@ -65,7 +66,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()
         self.autocast_dtype = autocast_dtype(settings.precision, world.device)
-        self.pixel_statistics = pixel_statistics(model)
+        # On the device from the start: a constant made in a step is a copy that the host waits for.
+        self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
+        self.watch = Watch(world)
+        self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         if settings.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if settings.torchcompile:
@@ -91,50 +95,65 @@ class Trainer:
         return batch.text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
 
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
-        """One optimizer step. Returns what the log shows; tensors stay on the device."""
-        device = self.world.device
+        """One optimizer step. Returns what the log shows; tensors stay on the device.
+
+        NumericsError when the step before was not finite; `watch.check` says it of this one.
+        """
         torch.manual_seed(int(hash64(self.settings.seed, self.progress.step, self.world.rank)[0] >> 1))
         set_step(self.optimizer, self.schedule, self.progress.step)
-        text = self.choose_view(batch).to(device, non_blocking=True)
-        image = normalize(batch.image.to(device, non_blocking=True), *self.pixel_statistics)
+        image, text = self._to_device(batch.image, self.choose_view(batch))
+        image = normalize(image, *self.pixel_statistics)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             image_features, text_features, logit_scale = self.parallel(image, text)[:3]
         losses, report = self.objective(image_features, text_features, logit_scale)
         loss = torch.stack(list(losses.values())).sum()
         self.scaler.scale(loss).backward()
-        grad_norm = self._update(loss.detach(), batch)
-        self.progress.step += 1
-        self.progress.samples_seen += self.global_batch
         values = {
             "loss": loss.detach(),
-            "grad_norm": grad_norm,
+            "grad_norm": self._update(loss.detach(), batch),
             "logit_scale": self.model.logit_scale.detach().exp(),
+            "lr": self.schedule.lr(self.progress.step),
         }
         if len(losses) > 1:
             values |= {name: value.detach() for name, value in losses.items()}
-        return values | report | {"lr": self.optimizer.param_groups[0]["lr"]}
+        self.progress.step += 1
+        self.progress.samples_seen += self.global_batch
+        return values | report
+
+    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies on a stream of their own: a GPU makes them while it still computes the step before."""
+        if self.copies is None:
+            return [tensor.to(self.world.device) for tensor in tensors]
+        now = torch.cuda.current_stream(self.world.device)
+        with torch.cuda.stream(self.copies):
+            pinned = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+            sent = [tensor.to(self.world.device, non_blocking=True) for tensor in pinned]
+        now.wait_stream(self.copies)
+        for tensor in sent:
+            tensor.record_stream(now)  # allocated on one stream, used on the other
+        return sent
 
     def _update(self, loss: Tensor, batch: Batch) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.grad_clip_norm or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | self.scaler.is_enabled())
-        if any_rank(not finite.item(), self.world.device):
-            raise NumericsError(
-                f"step {self.progress.step}: loss {loss.item():g}, gradient norm {grad_norm.item():g}; "
-                f"records {batch.ids[:8].tolist()}.. on rank {self.world.rank}. Try a lower --lr or --precision fp32"
-            )
-        self.scaler.step(self.optimizer)
+        skip = self.watch.judge(loss, grad_norm, may_overflow=self.scaler.is_enabled())
+        update_weights(self.optimizer, skip)
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.watch.report(self.progress.step, batch.ids, loss, grad_norm)
         return grad_norm
 
     # ---- saving and resuming -------------------------------------------------------------------------------------
 
     def save(self, folder: Path, name: str) -> Path | None:
-        """Write a checkpoint below `folder`; the lead rank does it, the others return None."""
+        """Write a checkpoint below `folder`; the lead rank does it, the others return None.
+
+        NumericsError, and no checkpoint, when the last step was not finite.
+        """
+        self.watch.check()
         if not self.world.is_lead:
             return None
         state = {
@@ -229,6 +248,7 @@ def train(
         if log:
             log.advance()
         if step % settings.log_every_n_steps == 0 or last:
+            trainer.watch.check()
             numbers = mean_over_ranks(values, trainer.world.device)
             if log:
                 speed = meter.measure(trainer.total_steps - step)
@@ -236,6 +256,7 @@ def train(
                 log.write(step, {"epoch": epoch, **numbers, **speed, "skipped": loader.skipped})
             meter.reset()
         if last or (settings.val_every_n_steps and step % settings.val_every_n_steps == 0):
+            trainer.watch.check()
             metrics = validate()
             if log and metrics:
                 log.write(step, {f"val_{key}": value for key, value in metrics.items()})

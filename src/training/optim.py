@@ -13,6 +13,7 @@ from rwkv_clip.config import Settings
 # torch's OneCycleLR, which the released recipe uses: start = peak / 25, end = start / 1e4, beta1 0.95 -> 0.85 -> 0.95.
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
 BETA1_HIGH, BETA1_LOW = 0.95, 0.85
+FUSED = ("cpu", "cuda")  # devices whose fused AdamW is used; it takes a rate and a skip flag that live on the device
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
             matrix = sum(side > 1 for side in parameter.shape) > 1
             (decayed if settings.decay == "all" or matrix else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.wd}, {"params": spared, "weight_decay": 0.0}]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in decayed)
+    device = next(model.parameters()).device
+    fused = device.type in FUSED
+    # As a tensor the rate changes without a new graph. Float64 on a CPU, the same bits as a number; GPUs read float32.
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=settings.lr,
+        lr=torch.tensor(settings.lr, dtype=dtype, device=device) if fused else settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=fused,
@@ -78,10 +82,26 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 
 def set_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
-    """Put a step's learning rate and beta1 into every group."""
+    """Put a step's learning rate and beta1 into every group. Fused kernels take beta1 as a number only."""
     for group in optimizer.param_groups:
-        group["lr"] = schedule.lr(step)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(schedule.lr(step))
+        else:
+            group["lr"] = schedule.lr(step)
         group["betas"] = (schedule.beta1_at(step), group["betas"][1])
+
+
+def update_weights(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+    """One step of the optimizer, or none at all, not even in its state, where `skip` is 1.
+
+    skip: float scalar on the device. Fused kernels read it there; without them the host waits for it.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = skip
+        optimizer.step()
+        del optimizer.found_inf  # GradScaler's way, too: it belongs to this step
+    elif not skip.item():
+        optimizer.step()
 
 
 def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
