@@ -1,0 +1,153 @@
+"""The native CPU kernels of `ops/pointwise.py`: built at the first call, bound with ctypes.
+
+`supports` says whether they take a tensor. Without a compiler they take none; the first question then warns, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .build import CSRC, BuildError, build_library, host_flags, load_library
+
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_WORTH_A_THREAD = 1 << 14  # elements; below, starting threads costs more than they save
+_LONG, _FLOAT, _INT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_int, ctypes.c_void_p
+_SIGNATURES = {
+    "mix": [_POINTER] * 4 + [_LONG] * 8 + [_INT],
+    "mix_backward": [_POINTER] * 8 + [_LONG] * 8 + [_INT],
+    "norm_gate": [_POINTER] * 5 + [_LONG] * 3 + [_FLOAT, _INT],
+    "norm_gate_backward": [_POINTER] * 9 + [_LONG] * 3 + [_FLOAT, _INT],
+    "relu_square": [_POINTER] * 2 + [_LONG, _INT],
+    "relu_square_backward": [_POINTER] * 3 + [_LONG, _INT],
+    "sigmoid_gate": [_POINTER] * 3 + [_LONG, _INT],
+    "sigmoid_gate_backward": [_POINTER] * 5 + [_LONG, _INT],
+}
+
+
+@lru_cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        path = build_library("block_cpu", [CSRC / "block_cpu.cpp"], flags=host_flags(), compiler="c++")
+        library = load_library(path)
+    except BuildError as error:
+        warnings.warn(f"RWKV blocks run on plain torch, several times slower here: {error}", stacklevel=2)
+        return None
+    for name, types in _SIGNATURES.items():
+        for suffix in _SUFFIXES.values():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = types, None
+    return library
+
+
+@torch.compiler.assume_constant_result  # torch.compile must not trace a build
+def _available() -> bool:
+    return _library() is not None
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the native kernels take a tensor of this dtype and device on this machine."""
+    return x.device.type == "cpu" and x.dtype in _SUFFIXES and _available()
+
+
+def _call(name: str, x: Tensor, *arguments: object) -> None:
+    """Run a kernel of x's dtype. Tensors become pointers: they are contiguous, and the caller holds them."""
+    threads = min(torch.get_num_threads(), max(1, x.numel() // _WORTH_A_THREAD))
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(_library(), f"{name}_{_SUFFIXES[x.dtype]}")(*values, threads)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+def _shape(x: Tensor, count: int, heads: int, grid: Sequence[int]) -> tuple[int, ...]:
+    """Integer arguments of the mixing kernels."""
+    b, t, c = x.shape
+    return count, b, t, grid[-1], math.prod(grid), c, heads, 2 if len(grid) == 1 else 4
+
+
+def mix(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
+    """`pointwise.mix_tokens`."""
+    x, coefficients = x.contiguous(), coefficients.float().contiguous()
+    shares = shares if shares is None else shares.to(x.dtype).contiguous()
+    outs = [torch.empty_like(x) for _ in coefficients]
+    _call("mix", x, x, coefficients, shares, _pointers(outs), *_shape(x, len(outs), heads, grid))
+    return outs
+
+
+def mix_backward(
+    grads: Sequence[Tensor], x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]
+) -> list[Tensor]:
+    """Gradients of `mix` in x, coefficients and, if there are any, shares."""
+    x, wide = x.contiguous(), coefficients.float().contiguous()
+    grads = [grad.to(x.dtype).contiguous() for grad in grads]
+    held = shares if shares is None else shares.to(x.dtype).contiguous()
+    scratch = torch.empty(2, *x.shape, dtype=torch.float32)
+    gx, gcoefficients = torch.empty_like(x), torch.empty_like(wide)
+    gshares = held if held is None else torch.empty_like(held)
+    shape = _shape(x, len(grads), heads, grid)
+    _call("mix_backward", x, _pointers(grads), x, wide, held, gx, gcoefficients, gshares, scratch, *shape)
+    out = [gx, gcoefficients.to(coefficients.dtype)]
+    return out if gshares is None else [*out, gshares.to(shares.dtype)]
+
+
+def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
+    """`pointwise.norm_gate`."""
+    y, gate = y.contiguous(), gate.to(y.dtype).contiguous()
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    out = torch.empty_like(y)
+    n = y.shape[-1] // heads
+    _call("norm_gate", y, y, gate, weight, bias, out, y.shape[:-1].numel(), heads, n, eps)
+    return out
+
+
+def norm_gate_backward(
+    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
+) -> list[Tensor]:
+    """Gradients of `norm_gate` in y, gate, weight and bias."""
+    y, held, grad = y.contiguous(), gate.to(y.dtype).contiguous(), grad.to(y.dtype).contiguous()
+    wide_weight, wide_bias = weight.float().contiguous(), bias.float().contiguous()
+    gy, ggate, gweight, gbias = (torch.empty_like(x) for x in (y, held, wide_weight, wide_bias))
+    n = y.shape[-1] // heads
+    _call("norm_gate_backward", y, grad, y, held, wide_weight, wide_bias, gy, ggate, gweight, gbias,
+          y.shape[:-1].numel(), heads, n, eps)  # fmt: skip
+    return [gy, ggate.to(gate.dtype), gweight.to(weight.dtype), gbias.to(bias.dtype)]
+
+
+def relu_square(x: Tensor) -> Tensor:
+    """`pointwise.relu_square`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _call("relu_square", x, x, out, x.numel())
+    return out
+
+
+def relu_square_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `relu_square`."""
+    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
+    out = torch.empty_like(x)
+    _call("relu_square_backward", x, grad, x, out, x.numel())
+    return out
+
+
+def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """`pointwise.sigmoid_gate`."""
+    gate, x = gate.to(x.dtype).contiguous(), x.contiguous()
+    out = torch.empty_like(x)
+    _call("sigmoid_gate", x, gate, x, out, x.numel())
+    return out
+
+
+def sigmoid_gate_backward(grad: Tensor, gate: Tensor, x: Tensor) -> list[Tensor]:
+    """Gradients of `sigmoid_gate` in gate and x."""
+    held, x, grad = gate.to(x.dtype).contiguous(), x.contiguous(), grad.to(x.dtype).contiguous()
+    ggate, gx = torch.empty_like(held), torch.empty_like(x)
+    _call("sigmoid_gate_backward", x, grad, held, x, ggate, gx, x.numel())
+    return [ggate.to(gate.dtype), gx]
