@@ -1,0 +1,143 @@
+"""InfoNCE forward + backward in float32: time and peak memory, ours beside plain forms and open_clip's ClipLoss.
+
+python tests/bench/loss.py [--sizes 2048 8192 32768 --width 640]
+
+Plain: two cross-entropies on two score matrices, as in the released code; plain, one matrix: the second one on the
+transpose of the first. Peak memory is what a step adds to its features, each contender in a process of its own. On a
+CPU the larger sizes are called less often; at 32,768 the one call whose memory is measured is the one that is timed.
+What does not fit the memory is not measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import Report, alternate, argument_parser, peak_memory
+from torch import Tensor
+
+from rwkv_clip.objective import InfoNCE
+
+try:
+    from open_clip.loss import ClipLoss
+except ImportError:
+    ClipLoss = None
+
+CPU_PAIRS = 2**15  # batch size times calls on a CPU: at most 16 calls at 2,048, 4 at 8,192, 1 at 32,768
+
+
+def plain(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    target = torch.arange(len(image), device=image.device)
+    of_images, of_texts = scale * image @ text.T, scale * text @ image.T
+    return (F.cross_entropy(of_images, target) + F.cross_entropy(of_texts, target)) / 2
+
+
+def plain_one_matrix(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    target, scores = torch.arange(len(image), device=image.device), scale * image @ text.T
+    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+
+
+def ours(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    return InfoNCE()(image, text, scale)[0]["contrastive"]
+
+
+LOSSES = {"plain": plain, "plain, one matrix": plain_one_matrix, "ours": ours}
+if ClipLoss is not None:
+    LOSSES["open_clip"] = ClipLoss()
+
+
+def make_features(batch: int, width: int, device: torch.device) -> list[Tensor]:
+    """Normalised pictures, texts that resemble them, and the initial scale of CLIP."""
+    g = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(batch, width, generator=g), dim=-1)
+    text = F.normalize(image + 1.5 * F.normalize(torch.randn(batch, width, generator=g), dim=-1), dim=-1)
+    return [x.to(device).requires_grad_() for x in (image, text, torch.tensor(1 / 0.07))]
+
+
+def step(name: str, leaves: list[Tensor]) -> list[Tensor]:
+    """Value and gradients."""
+    value = LOSSES[name](*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def prepare(name: str, batch: int, width: int, device: str, seconds):
+    """A call for `peak_memory`, which puts its time into `seconds`; a small one first starts threads and libraries."""
+    step(name, make_features(64, width, torch.device(device)))
+    leaves = make_features(batch, width, torch.device(device))
+
+    def call() -> None:
+        start = time.perf_counter()
+        step(name, leaves)
+        seconds.value = time.perf_counter() - start
+
+    return call
+
+
+def free_mib(device: torch.device) -> float:
+    """Memory that is free now, in MiB; without end where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    try:
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 2**10
+    except OSError:
+        return float("inf")
+
+
+def check(report: Report, width: int, device: torch.device) -> None:
+    """Every contender against the plain form in float64, at a size that is no multiple of a chunk."""
+    leaves = make_features(1100, width, device)
+    exact = step("plain", [x.detach().double().requires_grad_() for x in leaves])
+    for name in LOSSES:
+        errors = [(x.double() - y).norm() / y.norm() for x, y in zip(step(name, leaves), exact)]
+        report.gate(f"{name}: value and gradients against float64", float(max(errors)), 1e-6)
+
+
+def measure(
+    report: Report, batch: int, width: int, device: torch.device, per_score: dict[str, float], repeats: int
+) -> None:
+    """Memory and time of the contenders that fit, judged by per_score, their MiB per score at a smaller size."""
+    case, peaks, times = f"{batch} x {width}", {}, {}
+    for name in LOSSES:
+        need, free = per_score.get(name, 0) * batch**2, free_mib(device)
+        if need > 0.95 * free:
+            report.missing(case, name, f"needs {need / 1024:.1f} GiB, {free / 1024:.1f} are free")
+            continue
+        seconds = multiprocessing.get_context("spawn").Value("d")
+        peaks[name] = peak_memory(prepare, name, batch, width, str(device), seconds, device=device)
+        per_score[name], times[name] = peaks[name] / batch**2, seconds.value
+    if device.type == "cuda" or batch < CPU_PAIRS:
+        leaves = make_features(batch, width, device)
+        calls = {name: functools.partial(step, name, leaves) for name in peaks}
+        repeats = repeats if device.type == "cuda" else min(repeats, max(1, CPU_PAIRS // batch))
+        times = alternate(calls, repeats=repeats, warmup=2 if device.type == "cuda" else 1, device=device)
+    for name, seconds in times.items():
+        goal = 0.9 if name == "ours" else None
+        report.add(case, name, seconds=seconds, baseline="plain", goal=goal, peak_mib=peaks[name])
+    for name in [name for name in ("plain", "open_clip") if name in peaks and "ours" in peaks]:
+        goal = 10 if batch >= 32768 else None
+        report.ratio(case, f"peak memory of {name} / ours", peaks[name] / peaks["ours"], goal=goal)
+    if ClipLoss is None:
+        report.missing(case, "open_clip", "open_clip_torch is not installed")
+
+
+def main() -> None:
+    """Check, then memory and time at every size."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 8192, 32768], help="pairs in the global batch")
+    parser.add_argument("--width", type=int, default=640, help="numbers per feature (640, B/32's)")
+    args = parser.parse_args()
+    report = Report("loss", args.device, commit=args.commit)
+    check(report, args.width, args.device)
+    per_score: dict[str, float] = {}
+    for batch in sorted(args.sizes):
+        measure(report, batch, args.width, args.device, per_score, args.repeats)
+    report.finish(args.output)
+
+
+if __name__ == "__main__":
+    main()
