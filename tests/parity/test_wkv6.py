@@ -1,15 +1,23 @@
 """WKV6 against numbers computed with the released kernel in float64, and against its own specification."""
 
 import itertools
+import shutil
+import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_clip.ops import available_backends, wkv6
+from rwkv_clip.ops import available_backends, build, cpu, tree, wkv6
+from rwkv_clip.ops.build import BuildError
 from rwkv_clip.ops.reference import wkv6_reference
 
+DISPATCH = sys.modules["rwkv_clip.ops.wkv6"]  # the package's attribute of this name is the function
 BACKENDS = available_backends("cpu")
+EXACT = [name for name in BACKENDS if name != "cpp"]  # those that compute in float64
+needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="no C++ compiler")
 SMALL = Path(__file__).parent / "data" / "wkv6_small.pt"
 SHIPPED, LARGE = ["T1", "T2", "T3", "short", "extreme"], ["image_b32", "text", "image_b16"]
 
@@ -43,31 +51,88 @@ def check_case(path, name, dtype, bound, backend):
         assert relative(ours.flatten(), case[key].flatten()) <= bound, key
 
 
-PRECISIONS = pytest.mark.parametrize("dtype, bound", [(torch.float64, 2e-13), (torch.float32, 2e-6)])
+PRECISIONS = pytest.mark.parametrize(
+    "backend, dtype, bound",
+    [(name, torch.float64, 2e-13) for name in EXACT] + [(name, torch.float32, 2e-6) for name in BACKENDS],
+)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @PRECISIONS
 @pytest.mark.parametrize("name", SHIPPED)
-def test_matches_released_kernel(name, dtype, bound, backend):
+def test_matches_released_kernel(name, backend, dtype, bound):
     check_case(SMALL, name, dtype, bound, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @PRECISIONS
 @pytest.mark.parametrize("name", LARGE)
-def test_matches_released_kernel_at_real_sizes(shared, name, dtype, bound, backend):
+def test_matches_released_kernel_at_real_sizes(shared, name, backend, dtype, bound):
     check_case(shared / "parity" / "wkv6.pt", name, dtype, bound, backend)
 
 
-@pytest.mark.parametrize("n", [1, 3, 16, 80])
-@pytest.mark.parametrize("t", [1, 2, 5, 8, 9, 15, 16, 17, 31, 49, 50, 77, 130])
-def test_tree_equals_recurrence_at_odd_sizes(t, n):
-    inputs = random_inputs(2, t, 3, n, seed=t * 100 + n)
-    gy = torch.randn(inputs[2].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours = value_and_gradients(inputs, gy, "tree")
-    for name, a, b in zip(("y", "r", "k", "v", "w", "u"), ours, value_and_gradients(inputs, gy, "reference")):
-        assert relative(a, b) <= 1e-12, name
+def check_against(exact, backend, inputs, bound):
+    """Forward and all gradients of a backend, against another one in float64, for the same input values."""
+    gy = torch.randn(inputs[2].shape, generator=torch.Generator().manual_seed(1)).to(inputs[2].dtype)
+    ours = value_and_gradients(inputs, gy, backend)
+    theirs = value_and_gradients([x.double() for x in inputs], gy.double(), exact)
+    for name, a, b in zip(("y", "r", "k", "v", "w", "u"), ours, theirs):
+        assert relative(a, b) <= bound, name
+    assert (ours[4][:, 0] == 0).all() and (ours[4][:, -1] == 0).all()
+
+
+ODD_SIZES = [(t, n) for t in (1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 49, 50, 77, 130) for n in (1, 3, 16, 80)]
+LONG = [(196, 80), (255, 16), (256, 16), (257, 16), (257, 80), (500, 5), (1024, 16)]
+
+
+@pytest.mark.parametrize("t, n", ODD_SIZES + LONG)
+def test_tree_equals_recurrence(t, n):
+    b, h = (2, 3) if t < 150 else (1, 2)
+    check_against("reference", "tree", random_inputs(b, t, h, n, seed=t * 100 + n), 1e-12)
+
+
+@needs_cpp
+@pytest.mark.parametrize("low, high", [(-6.0, -1.0), (-8.0, 4.0), (3.0, 3.0)])
+@pytest.mark.parametrize(
+    "t, n", ODD_SIZES + LONG + [(t, n) for t in (49, 120, 300) for n in (32, 33, 64, 96, 127, 128)]
+)
+def test_cpp_equals_tree(t, n, low, high):
+    check_against("tree", "cpp", random_inputs(2, t, 2, n, low, high, torch.float32, seed=t * 100 + n), 1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
+@pytest.mark.parametrize("decay_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [1, 50, 300])
+def test_cpp_reads_and_writes_half_precision(t, decay_dtype, dtype, bound):
+    """The bound is the rounding of the result alone: 8 or 11 bits of mantissa."""
+    r, k, v, w, u = random_inputs(2, t, 2, 33, -6.0, 1.0, torch.float32)
+    inputs = [*(x.to(dtype) for x in (r, k, v)), w.to(decay_dtype), u.to(decay_dtype)]
+    check_against("tree", "cpp", inputs, max(bound, 3e-3 if decay_dtype == torch.bfloat16 else 0))
+    assert [x.dtype for x in value_and_gradients(inputs, inputs[2], "cpp")] == [dtype, *(x.dtype for x in inputs)]
+
+
+@needs_cpp
+def test_cpp_passes_not_a_number_on():
+    for position in range(5):
+        inputs = random_inputs(1, 20, 1, 16, dtype=torch.float32)
+        (inputs[position][0, 10] if position < 4 else inputs[position])[0, 5] = float("nan")
+        gradients = value_and_gradients(inputs, torch.ones_like(inputs[2]), "cpp")
+        expected = value_and_gradients(inputs, torch.ones_like(inputs[2]), "tree")
+        assert all(a.isnan().any() == b.isnan().any() for a, b in zip(gradients, expected)), position
+        half = [x.bfloat16() for x in inputs]
+        assert wkv6(*half, backend="cpp").isnan().any() == expected[0].isnan().any(), position
+
+
+@needs_cpp
+@pytest.mark.parametrize("t", [49, 300])
+def test_cpp_gives_the_same_bits_for_any_number_of_threads(t):
+    inputs = random_inputs(3, t, 3, 16, dtype=torch.float32)
+    one = value_and_gradients(inputs, inputs[2], "cpp")
+    torch.set_num_threads(3)
+    try:
+        three = value_and_gradients(inputs, inputs[2], "cpp")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three))
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 9, 18])
@@ -76,11 +141,13 @@ def test_gradcheck(t):
     assert torch.autograd.gradcheck(wkv6, inputs)
 
 
-def test_decay_gradient_is_exact_element_by_element():
+@pytest.mark.parametrize("t", [49, 300])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_decay_gradient_is_exact_element_by_element(backend, t):
     """Strongly decaying channels have tiny gradients; a formula that cancels gets them wrong by orders of magnitude."""
-    inputs = random_inputs(2, 49, 2, 16, low=0.0, high=3.0, dtype=torch.float32)
-    gy = torch.randn(2, 49, 2, 16, generator=torch.Generator().manual_seed(2))
-    ours = value_and_gradients(inputs, gy, "tree")[4].double()
+    inputs = random_inputs(1, t, 2, 16, low=0.0, high=3.0, dtype=torch.float32)
+    gy = torch.randn(1, t, 2, 16, generator=torch.Generator().manual_seed(2))
+    ours = value_and_gradients(inputs, gy, backend)[4].double()
     exact = value_and_gradients([x.double() for x in inputs], gy.double(), "reference")[4]
     seen = exact.abs() > 1e-30  # float32 has nothing below
     assert ((ours - exact).abs() / exact.abs())[seen].quantile(0.99) < 1e-3
@@ -88,7 +155,7 @@ def test_decay_gradient_is_exact_element_by_element():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_known_special_cases(backend):
-    r, k, v, w, u = random_inputs(2, 20, 2, 16)
+    r, k, v, w, u = random_inputs(2, 20, 2, 16, dtype=torch.float32 if backend == "cpp" else torch.float64)
     one = wkv6(r[:, :1], k[:, :1], v[:, :1], w[:, :1], u, backend)
     torch.testing.assert_close(one, (r * u * k)[:, :1].sum(-1, keepdim=True) * v[:, :1])
     flipped = wkv6(*(x.flip(1) for x in (r, k, v, w)), u, backend).flip(1)
@@ -103,9 +170,10 @@ def test_known_special_cases(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("decay", [-80.0, 5.0, 88.0, 1e4, float("inf")])
-def test_no_decay_makes_nan(decay, backend):
-    inputs = random_inputs(1, 33, 2, 16, dtype=torch.float32)
+@pytest.mark.parametrize("t", [33, 300])
+@pytest.mark.parametrize("decay", [float("-inf"), -1e4, -80.0, 5.0, 88.0, 1e4, float("inf")])
+def test_no_decay_makes_nan(decay, t, backend):
+    inputs = random_inputs(1, t, 2, 16, dtype=torch.float32)
     inputs[3] = torch.full_like(inputs[3], decay)
     found = value_and_gradients(inputs, torch.ones_like(inputs[2]), backend)
     assert all(torch.isfinite(x).all() for x in found)
@@ -131,11 +199,13 @@ def test_autocast_neither_casts_nor_breaks():
         assert all(torch.equal(a, b) for a, b in zip(inside, outside))
 
 
-def test_fresh_memory_is_fully_written(monkeypatch):
-    """torch.empty full of NaN: a result that was not written shows."""
-    inputs = random_inputs(2, 21, 2, 16)
-    gy = torch.ones(2, 21, 2, 16, dtype=torch.float64)
-    clean = value_and_gradients(inputs, gy, "tree")
+@pytest.mark.parametrize("t", [21, 300])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_fresh_memory_is_fully_written(backend, t, monkeypatch):
+    """torch.empty full of NaN, results and scratch memory alike: a place that was read or not written shows."""
+    inputs = random_inputs(2, t, 2, 18, dtype=torch.float32)
+    gy = torch.ones_like(inputs[2])
+    clean = value_and_gradients(inputs, gy, backend)
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -143,32 +213,44 @@ def test_fresh_memory_is_fully_written(monkeypatch):
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    assert all(torch.equal(a, b) for a, b in zip(value_and_gradients(inputs, gy, "tree"), clean))
+    found = value_and_gradients(inputs, gy, backend)
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found, clean))
 
 
-def test_strided_and_empty_inputs():
-    r, k, v, w, u = random_inputs(2, 10, 3, 16)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (r, k, v, w)]
-    assert torch.equal(wkv6(*strided, u.T.contiguous().T), wkv6(r, k, v, w, u))
-    for backend in BACKENDS:
-        leaves = [x[:0].clone().requires_grad_() for x in (r, k, v, w)] + [u.clone().requires_grad_()]
-        y = wkv6(*leaves, backend=backend)
-        assert y.shape == (0, 10, 3, 16)
-        y.sum().backward()
-        assert leaves[0].grad.shape == (0, 10, 3, 16)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_empty_inputs(backend):
+    inputs = random_inputs(2, 10, 3, 16, dtype=torch.float32)
+    r, k, v, w, u = inputs
+    views = [
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (r, k, v, w)],
+        [x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in (r, k, v, w)],
+        [torch.cat([x, x], -1)[..., 16:] for x in (r, k, v, w)],
+        [x.repeat_interleave(2, 1)[:, ::2] for x in (r, k, v, w)],
+    ]
+    dense = value_and_gradients(inputs, torch.ones_like(v), backend)
+    for strided in views:
+        found = value_and_gradients([*strided, u.T.contiguous().T], torch.ones(()).expand(v.shape), backend)
+        assert all(relative(a, b) <= (1e-6 if backend == "reference" else 0) for a, b in zip(found, dense))
+    leaves = [x[:0].clone().requires_grad_() for x in (r, k, v, w)] + [u.clone().requires_grad_()]
+    y = wkv6(*leaves, backend=backend)
+    assert y.shape == (0, 10, 3, 16)
+    y.sum().backward()
+    assert leaves[0].grad.shape == (0, 10, 3, 16)
 
 
 def test_operator_is_registered_completely():
     inputs = [x.requires_grad_() for x in random_inputs(1, 9, 2, 4, dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.rwkv_clip.wkv6.default, inputs)
+    for backend in ("", "tree"):
+        torch.library.opcheck(torch.ops.rwkv_clip.wkv6.default, (*inputs, backend))
     meta = wkv6(*(x.detach().to("meta") for x in inputs))
     assert meta.device.type == "meta" and meta.shape == (1, 9, 2, 4)
 
 
 def test_compiles_without_graph_break():
     inputs = random_inputs(1, 9, 2, 4, dtype=torch.float32)
-    compiled = torch.compile(lambda *x: wkv6(*x) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs), wkv6(*inputs) * 2)
+    for backend in (None, *BACKENDS):
+        compiled = torch.compile(partial(wkv6, backend=backend), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*inputs), wkv6(*inputs, backend=backend))
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
@@ -208,8 +290,75 @@ def test_misuse_is_a_clear_error(message):
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="backend: 'magic' is not available on cpu; available: tree, reference"):
-        wkv6(*random_inputs(1, 2, 1, 4), backend="magic")
+    inputs = random_inputs(1, 2, 1, 4)
+    with pytest.raises(ValueError, match=f"backend: 'magic' is not available on cpu; available: {', '.join(BACKENDS)}"):
+        wkv6(*inputs, backend="magic")
+    with pytest.raises(ValueError, match=r"backend: 'cpp' does not support torch\.float64 with N = 4; use 'tree'"):
+        wkv6(*inputs, backend="cpp")
+
+
+def test_backend_holds_for_forward_and_backward(monkeypatch):
+    called = []
+    for module in (cpu, tree):
+        for step in ("forward", "backward"):
+            monkeypatch.setattr(
+                module,
+                step,
+                lambda *x, name=f"{module.__name__.split('.')[-1]} {step}", run=getattr(module, step): (
+                    called.append(name) or run(*x)
+                ),
+            )
+    inputs = random_inputs(1, 5, 1, 4, dtype=torch.float32)
+    value_and_gradients(inputs, inputs[2], "tree")
+    assert called == ["tree forward", "tree backward"]
+    if "cpp" in BACKENDS:
+        value_and_gradients(inputs, inputs[2], None)
+        assert called[2:] == ["cpu forward", "cpu backward"]
+    called.clear()
+    value_and_gradients(random_inputs(1, 5, 1, 4), inputs[2].double(), None)  # float64
+    value_and_gradients(random_inputs(1, 5, 1, 129, dtype=torch.float32), torch.ones(1, 5, 1, 129), None)
+    assert called == ["tree forward", "tree backward"] * 2
+
+
+@pytest.fixture
+def fresh_start(tmp_path, monkeypatch):
+    """As in a process that has built nothing yet, with nothing in its cache."""
+    monkeypatch.setattr(DISPATCH, "_failed", set())
+    monkeypatch.setattr(build, "_cache_folder", lambda: tmp_path / "cache")
+    cpu._library.cache_clear()
+    yield
+    cpu._library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["missing", "broken"])
+def test_without_a_working_compiler_the_tree_takes_over_after_one_warning(compiler, fresh_start, tmp_path, monkeypatch):
+    inputs = random_inputs(1, 20, 2, 16, dtype=torch.float32)
+    expected = value_and_gradients(inputs, inputs[2], "tree")
+    message = r"slower form in PyTorch: no C\+\+ compiler on PATH.*apt-get install g\+\+"
+    if compiler == "broken":
+        (tmp_path / "ninja").symlink_to(shutil.which("ninja") or build._find_ninja())
+        (tmp_path / "c++").write_text("#!/bin/sh\n[ $1 = --version ] && echo c++ 0.1 || { echo error: no; exit 1; }\n")
+        (tmp_path / "c++").chmod(0o755)
+        message = r"(?s)slower form in PyTorch: .*c\+\+ cannot build wkv6_cpu:.*error: no"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere" if compiler == "missing" else f"{tmp_path}:/bin")
+    with pytest.warns(RuntimeWarning, match=message):
+        first = value_and_gradients(inputs, inputs[2], None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = value_and_gradients(inputs, inputs[2], None)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, first, again))
+    assert available_backends() == ("tree", "reference")
+    with pytest.raises(BuildError):
+        wkv6(*inputs, backend="cpp")
+
+
+@needs_cpp
+def test_listing_backends_compiles_nothing(fresh_start, monkeypatch):
+    monkeypatch.setattr(cpu, "build_library", lambda *_, **__: pytest.fail("compiled"))
+    assert available_backends() == ("cpp", "tree", "reference")
+    assert available_backends("meta") == ("tree", "reference")
+    with pytest.raises(RuntimeError, match="device"):
+        available_backends("toaster")
 
 
 def test_shapes_agree_over_all_small_sizes():

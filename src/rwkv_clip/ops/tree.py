@@ -130,7 +130,7 @@ class _Rows:
 
 
 @torch.no_grad()
-def tree_forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """r, k, v, w (B, T, H, N), w raw decay; u (H, N) -> y (B, T, H, N) in v's dtype. T >= 1, M >= 1."""
     x = _Rows(r, k, v, w, u)
     rb, kb, vb = x.blocks(x.r), x.blocks(x.k), x.blocks(x.v)
@@ -151,7 +151,7 @@ def tree_forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def tree_backward(
+def backward(
     gy: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, k, v, w (raw decay) and u, each in the dtype of its input. Recomputes every factor."""

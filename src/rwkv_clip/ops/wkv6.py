@@ -1,26 +1,42 @@
 """The bidirectional WKV6 operator: argument checks, choice of backend, registration with torch.
 
-The fast form is registered as `rwkv_clip::wkv6` and `rwkv_clip::wkv6_backward`, so that torch.compile, meta tensors and
-activation checkpointing see one opaque operator each. It has dtype rules of its own (the decay keeps its dtype, sums
-are float32 or float64), therefore no autocast rule: ambient autocast neither casts its inputs nor its inside.
+The fast forms are registered as `rwkv_clip::wkv6` and `rwkv_clip::wkv6_backward`, so that torch.compile, meta tensors
+and activation checkpointing see one opaque operator each; which backend runs is decided inside, at the call. The
+operator has dtype rules of its own (the decay keeps its dtype, sums are float32 or float64), therefore no autocast
+rule: ambient autocast neither casts its inputs nor its inside.
+
+A backend is a module with `supports(r) -> bool` (compiles nothing), `forward(r, k, v, w, u) -> y` and
+`backward(gy, r, k, v, w, u) -> (gr, gk, gv, gw, gu)`, called without gradients and with a batch of at least 1. A native
+one compiles at its first call; if that raises BuildError, the product tree takes over, after one warning.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from . import cpu, cuda, tree
+from .build import BuildError, find_compiler, find_nvcc
 from .reference import wkv6_reference
-from .tree import tree_backward, tree_forward
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_BACKENDS = ("tree", "reference")
+_NATIVE = {"cpu": ("cpp", cpu, find_compiler), "cuda": ("cuda", cuda, find_nvcc)}  # by device: name, module, tool
+_failed: set[str] = set()  # native backends that could not be built in this process
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
-    """Backends that run on `device` here, the default first."""
-    torch.device(device)  # an impossible device is an error, not an empty list
-    return _BACKENDS
+    """Backends that run on `device` here, the default first. Compiles nothing: a native backend is listed where its
+    compiler is, and no longer after its build has failed."""
+    name, _, find_tool = _NATIVE.get(torch.device(device).type, (None, None, None))
+    if name is None or name in _failed:
+        return ("tree", "reference")
+    try:
+        find_tool()
+    except BuildError:
+        return ("tree", "reference")
+    return (name, "tree", "reference")
 
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | None = None) -> Tensor:
@@ -29,18 +45,35 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
     r, k, v: (B, T, H, N), one dtype of float32, float64, bfloat16, float16; any strides; T >= 1; B may be 0.
     w: (B, T, H, N), the RAW decay; the factor per step is exp(-exp(w)). u: (H, N). Both may have another float dtype.
     Returns y (B, T, H, N), contiguous, in v's dtype; accumulated in float32 (float64 for float64 input).
-    Differentiable once in all five. `backend`: a name of `available_backends(device)`; None takes the first.
-    ValueError for wrong shapes, dtypes, devices or backend. Maths: `ops/reference.py`.
+    Differentiable once in all five. `backend`: a name of `available_backends(device)`, for forward and backward; None
+    takes the first that supports the input. ValueError for wrong shapes, dtypes, devices or backend. Maths:
+    `ops/reference.py`.
     """
     _check(r, k, v, w, u)
-    backends = available_backends(r.device)
-    if backend is None:
-        backend = backends[0]
-    elif backend not in backends:
-        raise ValueError(f"backend: {backend!r} is not available on {r.device}; available: {', '.join(backends)}")
     if backend == "reference":
         return wkv6_reference(r, k, v, w, u)
-    return _wkv6(r, k, v, w, u)
+    return _wkv6(r, k, v, w, u, backend or "")
+
+
+def _run(step: str, backend: str, r: Tensor, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """`step` ("forward", "backward") of a backend by name, or with "" of the first one that can; r tells the kind."""
+    name, module, _ = _NATIVE.get(r.device.type, (None, None, None))
+    if backend not in ("", "tree", name):
+        names = ", ".join(available_backends(r.device))
+        raise ValueError(f"backend: {backend!r} is not available on {r.device}; available: {names}")
+    native = backend != "tree" and module is not None and module.supports(r)
+    if backend == name and not native:
+        raise ValueError(f"backend: {name!r} does not support {r.dtype} with N = {r.shape[-1]}; use 'tree'")
+    with torch.autocast(r.device.type, enabled=False):
+        if native and (backend or name not in _failed):
+            try:
+                return getattr(module, step)(*tensors)
+            except BuildError as error:
+                if backend:
+                    raise
+                _failed.add(name)
+                warnings.warn(f"WKV6 runs on its slower form in PyTorch: {error}", RuntimeWarning, stacklevel=2)
+        return getattr(tree, step)(*tensors)
 
 
 def _check(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
@@ -67,42 +100,41 @@ def _check(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
 
 
 @torch.library.custom_op("rwkv_clip::wkv6", mutates_args=())
-def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str = "") -> Tensor:
     if r.shape[0] == 0:
         return torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    with torch.autocast(r.device.type, enabled=False):
-        return tree_forward(r, k, v, w, u)
+    return _run("forward", backend, r, r, k, v, w, u)
 
 
 @_wkv6.register_fake
-def _(r, k, v, w, u):
+def _(r, k, v, w, u, backend=""):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 @torch.library.custom_op("rwkv_clip::wkv6_backward", mutates_args=())
 def _wkv6_backward(
-    gy: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor
+    gy: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str = ""
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if r.shape[0] == 0:
         return (
             *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, k, v, w)),
             torch.zeros_like(u),
         )
-    with torch.autocast(r.device.type, enabled=False):
-        return tree_backward(gy, r, k, v, w, u)
+    return _run("backward", backend, r, gy, r, k, v, w, u)
 
 
 @_wkv6_backward.register_fake
-def _(gy, r, k, v, w, u):
+def _(gy, r, k, v, w, u, backend=""):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, k, v, w, u))
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, gy):
-    return _wkv6_backward(gy, *ctx.saved_tensors)
+    return *_wkv6_backward(gy, *ctx.saved_tensors, ctx.backend), None
 
 
 _wkv6.register_autograd(_differentiate, setup_context=_save)
