@@ -22,7 +22,7 @@ from .build import CSRC, architecture_flags, build_library, find_nvcc, load_libr
 
 HEAD_SIZES = tuple(range(16, 129, 16))
 OLDEST = (8, 0)  # the first with bfloat16 products and asynchronous copies
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+KINDS = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
 
 
 def supports(r: Tensor) -> bool:
@@ -30,7 +30,7 @@ def supports(r: Tensor) -> bool:
     return (
         r.device.type == "cuda"
         and torch.version.hip is None
-        and r.dtype in _KINDS
+        and r.dtype in KINDS
         and r.shape[-1] in HEAD_SIZES
         and torch.cuda.get_device_capability(r.device) >= OLDEST
     )
@@ -50,12 +50,12 @@ def backward(
         return _kernels_for(r).backward(gy, r, k, v, w, u)
 
 
-def compile_kernels(head_size: int, capabilities: Sequence[tuple[int, int]], verbose: bool = False) -> Path:
-    """Build the library of a head size for these compute capabilities. Needs nvcc, but no GPU. BuildError."""
+def compile_kernels(head_size: int, kind: str, capabilities: Sequence[tuple[int, int]]) -> Path:
+    """Build the library of a head size and kind of numbers for these compute capabilities. Needs nvcc, but no GPU."""
     nvcc = find_nvcc()
-    flags = ["-std=c++17", "-O3", f"-DHEAD_SIZE={head_size}", *architecture_flags(capabilities, nvcc)]
+    flags = ["-std=c++17", "-O3", f"-DHEAD_SIZE={head_size}", f"-DKIND={kind}", *architecture_flags(capabilities, nvcc)]
     return build_library(
-        f"wkv6_cuda_n{head_size}",
+        f"wkv6_cuda_n{head_size}_{kind.lower()}",
         [CSRC / "wkv6_cuda.cu"],
         flags=flags,
         compiler="nvcc",
@@ -64,12 +64,12 @@ def compile_kernels(head_size: int, capabilities: Sequence[tuple[int, int]], ver
 
 
 @lru_cache
-def _compiled(head_size: int, capability: tuple[int, int]) -> ctypes.CDLL:
-    return load_library(compile_kernels(head_size, [capability]))
+def _compiled(head_size: int, kind: str, capability: tuple[int, int]) -> ctypes.CDLL:
+    return load_library(compile_kernels(head_size, kind, [capability]))
 
 
 def _kernels_for(r: Tensor) -> Kernels:
-    library = _compiled(r.shape[-1], torch.cuda.get_device_capability(r.device))
+    library = _compiled(r.shape[-1], KINDS[r.dtype], torch.cuda.get_device_capability(r.device))
     shared_limit = torch.cuda.get_device_properties(r.device).shared_memory_per_block_optin
     return Kernels(library, shared_limit, torch.cuda.current_stream(r.device).cuda_stream)
 
@@ -94,7 +94,14 @@ class Kernels:
         self, gy: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         dtypes = w.dtype, u.dtype
-        gy, r, k, v, w, u = _ready(gy.to(r.dtype)), _ready(r), _ready(k), _ready(v), _ready(w.float()), _ready(u.float())
+        gy, r, k, v, w, u = (
+            _ready(gy.to(r.dtype)),
+            _ready(r),
+            _ready(k),
+            _ready(v),
+            _ready(w.float()),
+            _ready(u.float()),
+        )
         strips, chunks = self._plan(r, gradient=True)
         states = self._states(r, k, v, w, strips, chunks)
         gradient_states = self._states(r, r, gy, w, strips, chunks)
@@ -107,7 +114,7 @@ class Kernels:
     def _plan(self, r: Tensor, gradient: bool) -> tuple[int, int]:
         strips, chunks = ctypes.c_int(), ctypes.c_int()
         fits = self.library.wkv6_plan(
-            _KINDS[r.dtype], r.shape[1], gradient, self.shared_limit, ctypes.byref(strips), ctypes.byref(chunks)
+            r.shape[1], gradient, self.shared_limit, ctypes.byref(strips), ctypes.byref(chunks)
         )
         if not fits:
             raise RuntimeError(f"wkv6: {self.shared_limit} bytes of shared memory are too few for N = {r.shape[3]}")
@@ -127,7 +134,7 @@ class Kernels:
     def _call(self, name: str, like: Tensor, strips: int, chunks: int, *tensors: Tensor | None) -> None:
         b, t, h, _ = like.shape
         pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*tensors,)]
-        numbers = (_KINDS[like.dtype], b, t, h, strips, chunks)
+        numbers = (b, t, h, strips, chunks)
         error = getattr(self.library, name)(*numbers, *pointers, ctypes.c_void_p(self.stream))
         if error:
             raise RuntimeError(f"{name} failed on {tuple(like.shape)} {like.dtype}: {error.decode()}")

@@ -1,18 +1,21 @@
-// The C interface of the CUDA kernels for one head size, HEAD_SIZE; ops/cuda.py calls it. No torch, no pybind.
+// The C interface of the CUDA kernels for one head size, HEAD_SIZE, and one kind of numbers, KIND (Bf16, Fp16, Fp32) of r,
+// k, v, y and their gradients; w, u, gw, gu are float32. ops/cuda.py calls it. No torch, no pybind.
 //
 // Every call works on the given stream of the current device and returns null, or the text of the launch's error.
-// kind: 0 bfloat16, 1 float16, 2 float32 for r, k, v, y and their gradients; w, u, gw, gu are float32. Tensors are
-// contiguous, (B, T, H, N), and aligned to 16 bytes.
+// Tensors are contiguous, (B, T, H, N), and aligned to 16 bytes.
 #include "wkv6_kernels.cuh"
 
-#ifndef HEAD_SIZE
-#error "HEAD_SIZE must be defined: a multiple of 16, at most 128"
-#endif
-static_assert(HEAD_SIZE % 16 == 0 && HEAD_SIZE >= 16 && HEAD_SIZE <= 128);
+static_assert(HEAD_SIZE % 16 == 0 && HEAD_SIZE >= 16 && HEAD_SIZE <= 128, "a multiple of 16, at most 128");
 
+using Io = KIND;
+using T = Raw<Io>;
+using Element = Tile<Io>::Element;
 constexpr int N = HEAD_SIZE;
-constexpr int MAX_STRIPS = N <= 80 ? 13 : 8;  // of an unchunked block: registers and shared memory end there
 constexpr int CHUNK_STRIPS = 4;
+
+// Variants of the kernels by the most strips (warps) of a block: fewer warps may have more registers each. Behind the
+// widest, and where shared memory does not suffice, sequences are cut into chunks.
+constexpr int NARROW = 4, MIDDLE = 8, WIDE = N <= 80 ? 13 : 8;
 
 #ifdef WKV6_EMULATE
 #define KERNEL_MEMORY char* memory = static_cast<char*>(dynamic_shared())
@@ -38,112 +41,88 @@ const char* launch(Kernel kernel, long long blocks, int threads, long long share
 }
 #endif
 
-template <class Io, bool CHUNKED>
-__global__ void __launch_bounds__(32 * (CHUNKED ? CHUNK_STRIPS : MAX_STRIPS)) forward_kernel(Arguments<Io> a) {
+template <int STRIPS, bool CHUNKED>
+__global__ void __launch_bounds__(32 * STRIPS, STRIPS == NARROW && !CHUNKED ? 3 : 1) forward_kernel(Arguments<Io> a) {
   KERNEL_MEMORY;
   forward_block<Io, N, CHUNKED>(a, memory);
 }
 
-template <class Io, bool CHUNKED>
-__global__ void __launch_bounds__(32 * (CHUNKED ? CHUNK_STRIPS : MAX_STRIPS)) backward_kernel(Arguments<Io> a) {
+template <int STRIPS, bool CHUNKED>
+__global__ void __launch_bounds__(32 * STRIPS, STRIPS == NARROW && !CHUNKED ? 3 : 1) backward_kernel(Arguments<Io> a) {
   KERNEL_MEMORY;
   backward_block<Io, N, CHUNKED>(a, memory);
 }
 
-template <class Io>
 __global__ void __launch_bounds__(32 * CHUNK_STRIPS) summary_kernel(SummaryArguments<Io> a) {
   KERNEL_MEMORY;
   summarize_block<Io, N>(a, memory);
 }
 
-template <class Io>
 struct ScanArguments {
   const float *summaries, *wholes;
-  typename Tile<Io>::Element* states;
+  Element* states;
   int chunks;
 };
 constexpr int SCAN_THREADS = 128;
-template <class Io>
-__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(ScanArguments<Io> a) {
+__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(ScanArguments a) {
   constexpr int BLOCKS = 2 * N * N / SCAN_THREADS;  // per (sample, head)
   int rest = int(blockIdx.x % BLOCKS) * SCAN_THREADS + int(threadIdx.x);
   scan_element<Io, N>(a.summaries, a.wholes, a.states, a.chunks, blockIdx.x / BLOCKS, rest / (N * N), rest % (N * N));
 }
 
-template <class Io>
-long long shared_bytes(int strips, bool gradient, bool chunked) {
+static long long shared_bytes(int strips, bool gradient, bool chunked) {
   Room<Io, N> room;
   return Room<Io, N>::lay_out(room, nullptr, strips, gradient, chunked);
-}
-
-// Call `f` with the kind's tag.
-template <class F>
-auto with_kind(int kind, F f) {
-  return kind == 0 ? f(Bf16{}) : kind == 1 ? f(Fp16{}) : f(Fp32{});
 }
 
 extern "C" {
 
 // The way through a sequence: one block for all of it (chunks = 1), or chunks of `strips` x 16 tokens. Returns whether the
 // device's shared memory per block suffices.
-int wkv6_plan(int kind, int tokens, int gradient, int shared_limit, int* strips, int* chunks) {
-  return with_kind(kind, [&](auto io) {
-    using Io = decltype(io);
-    *strips = (tokens + 15) / 16, *chunks = 1;
-    if (*strips <= MAX_STRIPS && shared_bytes<Io>(*strips, gradient, false) <= shared_limit) return 1;
-    for (*strips = CHUNK_STRIPS; *strips > 0; *strips /= 2) {
-      *chunks = (tokens + *strips * 16 - 1) / (*strips * 16);
-      if (shared_bytes<Io>(*strips, gradient, true) <= shared_limit) return 1;
-    }
-    return 0;
-  });
+int wkv6_plan(int tokens, int gradient, int shared_limit, int* strips, int* chunks) {
+  *strips = (tokens + 15) / 16, *chunks = 1;
+  if (*strips <= WIDE && shared_bytes(*strips, gradient, false) <= shared_limit) return 1;
+  for (*strips = CHUNK_STRIPS; *strips > 0; *strips /= 2) {
+    *chunks = (tokens + *strips * 16 - 1) / (*strips * 16);
+    if (shared_bytes(*strips, gradient, true) <= shared_limit) return 1;
+  }
+  return 0;
 }
 
-const char* wkv6_forward(int kind, int samples, int tokens, int heads, int strips, int chunks, const void* r, const void* k,
-                         const void* v, const float* w, const float* u, const void* states, void* y, void* stream) {
-  return with_kind(kind, [&](auto io) {
-    using Io = decltype(io);
-    using T = Raw<Io>;
-    Arguments<Io> a = {};
-    a.r = (const T*)r, a.k = (const T*)k, a.v = (const T*)v, a.w = w, a.u = u, a.y = (T*)y;
-    a.states = (const typename Tile<Io>::Element*)states;
-    a.tokens = tokens, a.heads = heads, a.chunks = chunks, a.strips = strips;
-    auto kernel = chunks > 1 ? forward_kernel<Io, true> : forward_kernel<Io, false>;
-    return launch(kernel, (long long)samples * heads * chunks, 32 * strips, shared_bytes<Io>(strips, false, chunks > 1), stream, a);
-  });
+// states: of (k, v), by wkv6_states; null without chunks.
+const char* wkv6_forward(int samples, int tokens, int heads, int strips, int chunks, const T* r, const T* k, const T* v,
+                         const float* w, const float* u, const Element* states, T* y, void* stream) {
+  Arguments<Io> a = {};
+  a.r = r, a.k = k, a.v = v, a.w = w, a.u = u, a.y = y, a.states = states;
+  a.tokens = tokens, a.heads = heads, a.chunks = chunks, a.strips = strips;
+  auto kernel = chunks > 1          ? forward_kernel<CHUNK_STRIPS, true>
+                : strips <= NARROW ? forward_kernel<NARROW, false>
+                : strips <= MIDDLE ? forward_kernel<MIDDLE, false>
+                                   : forward_kernel<WIDE, false>;
+  return launch(kernel, (long long)samples * heads * chunks, 32 * strips, shared_bytes(strips, false, chunks > 1), stream, a);
 }
 
-// States of (y, z) at the borders of chunks. summaries: float32 (B H, chunks, 2, N, N), wholes: float32 (B H, chunks, N),
-// both scratch; states: as summaries, in bfloat16, or float32 for kind 2.
-const char* wkv6_states(int kind, int samples, int tokens, int heads, int strips, int chunks, const void* y, const void* z,
-                        const float* w, float* summaries, float* wholes, void* states, void* stream) {
-  return with_kind(kind, [&](auto io) {
-    using Io = decltype(io);
-    using T = Raw<Io>;
-    SummaryArguments<Io> a = {(const T*)y, (const T*)z, w, summaries, wholes, tokens, heads, chunks, strips};
-    long long rows = (long long)samples * heads;
-    const char* error = launch(summary_kernel<Io>, rows * chunks, 32 * strips, shared_bytes<Io>(strips, false, false), stream, a);
-    if (error) return error;
-    ScanArguments<Io> scan = {summaries, wholes, (typename Tile<Io>::Element*)states, chunks};
-    return launch(scan_kernel<Io>, rows * (2 * N * N / SCAN_THREADS), SCAN_THREADS, 0, stream, scan);
-  });
+// States of (y, z) at the borders of chunks, (B H, chunks, 2, N, N), bfloat16, or float32 for Fp32. summaries: of the same
+// shape, wholes: (B H, chunks, N), both float32 and scratch.
+const char* wkv6_states(int samples, int tokens, int heads, int strips, int chunks, const T* y, const T* z, const float* w,
+                        float* summaries, float* wholes, Element* states, void* stream) {
+  SummaryArguments<Io> a = {y, z, w, summaries, wholes, tokens, heads, chunks, strips};
+  long long rows = (long long)samples * heads;
+  const char* error = launch(summary_kernel, rows * chunks, 32 * strips, shared_bytes(strips, false, false), stream, a);
+  if (error) return error;
+  ScanArguments scan = {summaries, wholes, states, chunks};
+  return launch(scan_kernel, rows * (2 * N * N / SCAN_THREADS), SCAN_THREADS, 0, stream, scan);
 }
 
-// gu: float32 (B H, chunks, N), to be summed over samples and chunks.
-const char* wkv6_backward(int kind, int samples, int tokens, int heads, int strips, int chunks, const void* gy, const void* r,
-                          const void* k, const void* v, const float* w, const float* u, const void* states,
-                          const void* gradient_states, void* gr, void* gk, void* gv, float* gw, float* gu, void* stream) {
-  return with_kind(kind, [&](auto io) {
-    using Io = decltype(io);
-    using T = Raw<Io>;
-    using E = typename Tile<Io>::Element;
-    Arguments<Io> a = {};
-    a.r = (const T*)r, a.k = (const T*)k, a.v = (const T*)v, a.gy = (const T*)gy, a.w = w, a.u = u;
-    a.gr = (T*)gr, a.gk = (T*)gk, a.gv = (T*)gv, a.gw = gw, a.gu = gu;
-    a.states = (const E*)states, a.gradient_states = (const E*)gradient_states;
-    a.tokens = tokens, a.heads = heads, a.chunks = chunks, a.strips = strips;
-    auto kernel = chunks > 1 ? backward_kernel<Io, true> : backward_kernel<Io, false>;
-    return launch(kernel, (long long)samples * heads * chunks, 32 * strips, shared_bytes<Io>(strips, true, chunks > 1), stream, a);
-  });
+// states of (k, v), gradient_states of (r, gy). gu: (B H, chunks, N), to be summed over samples and chunks.
+const char* wkv6_backward(int samples, int tokens, int heads, int strips, int chunks, const T* gy, const T* r, const T* k,
+                          const T* v, const float* w, const float* u, const Element* states, const Element* gradient_states,
+                          T* gr, T* gk, T* gv, float* gw, float* gu, void* stream) {
+  Arguments<Io> a = {r, k, v, gy, w, u, nullptr, gr, gk, gv, gw, gu, states, gradient_states, tokens, heads, chunks, strips};
+  auto kernel = chunks > 1          ? backward_kernel<CHUNK_STRIPS, true>
+                : strips <= NARROW ? backward_kernel<NARROW, false>
+                : strips <= MIDDLE ? backward_kernel<MIDDLE, false>
+                                   : backward_kernel<WIDE, false>;
+  return launch(kernel, (long long)samples * heads * chunks, 32 * strips, shared_bytes(strips, true, chunks > 1), stream, a);
 }
 }

@@ -26,12 +26,13 @@ struct Room {
   Element* left;      // [16 strips][PITCH]: y scaled by suffix, for strips to the right
   Element* right;     // the same scaled by prefix, for strips to the left
   Element* partner;   // z
-  Element* states[2]; // [N][PITCH]: the state from the left, from the right; with chunks only
+  Element* states;    // [2][N][PITCH]: the state from the left, from the right; with chunks only
   float* whole;       // [strips][N]: product of w over a strip
   float* bonus;       // [strips][N]: a strip's part of gu
   float* through;     // [N]: gradient of log w by the pairs that enclose the chunk
   float* between;     // [2][strips][strips][16]: what pairs of strip i add to log w of strip m, before the factors between
-  Tile<Io>* weights;  // [strips][strips - 1][32 lanes]: zt z^T against the other strips; every lane reads its own only
+  Tile<Io>* own;      // [strips][own_tiles][32 lanes]: operands that each lane keeps for itself, see own_tile
+  int own_tiles;
 
   // Lays the room out from `base`; returns its size. A null base only measures.
   HOST_DEVICE static long long lay_out(Room& room, char* base, int strips, bool gradient, bool chunked) {
@@ -44,17 +45,19 @@ struct Room {
     take(room.left, 16 * strips * PITCH);
     take(room.right, 16 * strips * PITCH);
     take(room.partner, 16 * strips * PITCH);
-    if (chunked) take(room.states[0], N * PITCH);
-    if (chunked) take(room.states[1], N * PITCH);
+    if (chunked) take(room.states, 2 * N * PITCH);
     take(room.whole, strips * N);
     if (gradient) {
       take(room.bonus, strips * N);
       take(room.through, N);
       take(room.between, 2 * strips * strips * 16);
-      take(room.weights, strips * (strips - 1) * 32);
     }
+    room.own_tiles = gradient && strips - 1 > N / 8 ? strips - 1 : N / 8;
+    take(room.own, strips * room.own_tiles * 32);
     return at - base;
   }
+  // First sum: x scaled by prefix, N / 16 tiles, then by suffix. Second sum: zt z^T against the other strips.
+  DEVICE Tile<Io>* own_tile(int strip, int tile) const { return own + (strip * own_tiles + tile) * 32 + this_lane().index; }
   DEVICE Element* rows(Element* buffer, int strip) const { return buffer + strip * 16 * PITCH; }
 };
 
@@ -151,7 +154,7 @@ DEVICE void fetch_strip(const Room<Io, N>& room, const Roles<Io>& roles, const P
     constexpr int PER_COPY = 16 / sizeof(Element), COPIES = N / PER_COPY;
     for (int c = threadIdx.x; c < 2 * N * COPIES; c += 32 * at.strips) {
       int side = c / (N * COPIES), row = c / COPIES % N, column = c % COPIES * PER_COPY;
-      copy_16_async(room.states[side] + row * Room<Io, N>::PITCH + column,
+      copy_16_async(room.states + (side * N + row) * Room<Io, N>::PITCH + column,
                     roles.states + at.chunk * 2 * N * N + c * PER_COPY, true);
     }
   }
@@ -168,21 +171,21 @@ DEVICE void fetch_strip(const Room<Io, N>& room, const Roles<Io>& roles, const P
   }
 }
 
-// Publish y, scaled both ways, and the strip's products of w. With SUM, also start the first sum: x scaled both ways stays
-// in `mine`, and `inside` is the strip's own tile of A.
+// Publish y, scaled both ways, and the strip's products of w. With SUM, also start the first sum: leave x scaled both ways
+// in the room, and return the strip's own tile of A.
 template <class Io, int N, bool SUM>
-DEVICE void publish_strip(const Room<Io, N>& room, const float* w, const float* u, const Place& at, Tile<Io> (*mine)[N / 16],
-                          Tile<Io>& inside) {
+DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const float* u, const Place& at) {
   constexpr int PITCH = Room<Io, N>::PITCH;
   Lane lane = this_lane();
   Values levels[4];
   float bonus[2] = {0.f, 0.f};
 #pragma unroll
   for (int l = 0; l < 4; ++l) levels[l] = filled(0.f);
-#pragma unroll
-  for (int group = 0; group < N / 16; ++group) {
-    int column = 16 * group;
-    Factors f = first_factors<N>(w, at, column);
+  Values next = load_decay<N>(w, at, 0, NO_DECAY);
+#pragma unroll 1
+  for (int column = 0; column < N; column += 16) {
+    Factors f = first_factors(next);
+    if (column + 16 < N) next = load_decay<N>(w, at, column + 16, NO_DECAY);
     Values y = load_copied<Io, N>(room.left, at, column), x;
     if constexpr (SUM) x = load_copied<Io, N>(room.right, at, column);
 #pragma unroll
@@ -198,15 +201,15 @@ DEVICE void publish_strip(const Room<Io, N>& room, const float* w, const float* 
     store_tile(packed<Io>(y * f.prefix), room.rows(room.right, at.strip) + column, PITCH);
     store_channels(room.whole + at.strip * N + column, {f.whole.x[0], f.whole.x[1], f.whole.x[4], f.whole.x[5]});
     if constexpr (SUM) {
-      mine[0][group] = packed<Io>(x * f.prefix);
-      mine[1][group] = packed<Io>(x * f.suffix);
+      store_shared(room.own_tile(at.strip, column / 16), packed<Io>(x * f.prefix));
+      store_shared(room.own_tile(at.strip, (N + column) / 16), packed<Io>(x * f.suffix));
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         bonus[i / 2 & 1] += x.x[i] * y.x[i] * u[at.head * N + column + column_of(lane, i)];
     }
   }
+  Values inside = filled(0.f);
   if constexpr (SUM) {
-    Values a;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       bonus[half] += shuffle_xor(bonus[half], 1);
@@ -215,22 +218,24 @@ DEVICE void publish_strip(const Room<Io, N>& room, const float* w, const float* 
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int distance = row_of(lane, i) ^ column_of(lane, i);
-      a.x[i] = distance >= 8 ? levels[3].x[i]
-               : distance >= 4 ? levels[2].x[i]
-               : distance >= 2 ? levels[1].x[i]
-               : distance == 1 ? levels[0].x[i] : bonus[i / 2 & 1];
+      inside.x[i] = distance >= 8   ? levels[3].x[i]
+                    : distance >= 4 ? levels[2].x[i]
+                    : distance >= 2 ? levels[1].x[i]
+                    : distance == 1 ? levels[0].x[i]
+                                    : bonus[i / 2 & 1];
     }
-    pack(inside, a);
   }
+  return packed<Io>(inside);
 }
 
 // z' of the strip: other strips to the left (SIDE 0, nearest first) or to the right (SIDE 1), then the state beyond them.
 template <class Io, int N, bool CHUNKED>
-DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place& at, const Tile<Io> (&mine)[N / 16], int side) {
+DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place& at, int side) {
   constexpr int PITCH = Room<Io, N>::PITCH;
   Channels reach[N / 16];  // product of w over the strips between
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) reach[group] = {1.f, 1.f, 1.f, 1.f};
+  const Tile<Io>* mine = room.own_tile(at.strip, side * (N / 16));
   int step = side ? 1 : -1;
 #pragma unroll 1
   for (int j = at.strip + step; j >= 0 && j < at.strips; j += step) {
@@ -240,7 +245,7 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
     for (int group = 0; group < N / 16; ++group) {
       Tile<Io> other;
       load_tile(other, y + 16 * group, PITCH);
-      Values own = unpack(mine[group]);
+      Values own = unpack(load_shared(mine + group * 32));
       scale_columns(own, reach[group]);
       multiply(a, packed<Io>(own), other);
       Channels whole = load_channels(room.whole + j * N + 16 * group);
@@ -258,13 +263,13 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
   if constexpr (CHUNKED)
 #pragma unroll
     for (int inner = 0; inner < N / 16; ++inner) {
-      Values own = unpack(mine[inner]);
+      Values own = unpack(load_shared(mine + inner * 32));
       scale_columns(own, reach[inner]);
       Tile<Io> scaled = packed<Io>(own);
 #pragma unroll
       for (int group = 0; group < N / 16; ++group) {
         Tile<Io> state;
-        load_tile_transposed(state, room.states[side] + 16 * inner * PITCH + 16 * group, PITCH);
+        load_tile_transposed(state, room.states + (side * N + 16 * inner) * PITCH + 16 * group, PITCH);
         multiply(sum[group], scaled, state);
       }
     }
@@ -274,9 +279,9 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
 template <class Io, int N, bool CHUNKED>
 DEVICE void sum_values(const Room<Io, N>& room, const Roles<Io>& roles, const float* w, const float* u, const Place& at,
                        Raw<Io>* out) {
-  Tile<Io> mine[2][N / 16], inside;
   fetch_strip<Io, N, true>(room, roles, at, CHUNKED);
-  publish_strip<Io, N, true>(room, w, u, at, mine, inside);
+  Tile<Io> inside = publish_strip<Io, N, true>(room, w, u, at);
+  sync_warp();
   Values sum[N / 16];
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) {
@@ -286,8 +291,8 @@ DEVICE void sum_values(const Room<Io, N>& room, const Roles<Io>& roles, const fl
     multiply(sum[group], inside, z);
   }
   sync_block();
-  add_side<Io, N, CHUNKED>(sum, room, at, mine[0], 0);
-  add_side<Io, N, CHUNKED>(sum, room, at, mine[1], 1);
+  add_side<Io, N, CHUNKED>(sum, room, at, 0);
+  add_side<Io, N, CHUNKED>(sum, room, at, 1);
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) store_values<Io, N>(out, at, 16 * group, sum[group]);
 }
@@ -307,7 +312,7 @@ DEVICE Tile<Io> weigh_strips(const Room<Io, N>& room, const Tile<Io> (&zt)[N / 1
       multiply(a, zt[group], z);
     }
     if (j != at.strip) {
-      store_shared(&room.weights[(at.strip * (at.strips - 1) + j - (j > at.strip)) * 32 + lane.index], packed<Io>(a));
+      store_shared(room.own_tile(at.strip, j - (j > at.strip)), packed<Io>(a));
       continue;
     }
     pack(own, a);
@@ -353,7 +358,7 @@ DEVICE void add_far(Group& at, const Room<Io, N>& room, const Tile<Io> (&zt)[N /
 #pragma unroll
     for (int inner = 0; inner < N / 16; ++inner) {
       Tile<Io> state;
-      load_tile(state, room.states[side] + at.column * PITCH + 16 * inner, PITCH);
+      load_tile(state, room.states + (side * N + at.column) * PITCH + 16 * inner, PITCH);
       multiply(sum, zt[inner], state);
     }
   int first = side ? place.strips - 1 : 0, step = side ? -1 : 1;
@@ -362,7 +367,7 @@ DEVICE void add_far(Group& at, const Room<Io, N>& room, const Tile<Io> (&zt)[N /
     scale_columns(sum, load_channels(room.whole + j * N + at.column));
     if (FIRST ? CHUNKED || j != first : CHUNKED && j == first)
       store_channels(between + (place.strip * place.strips + j) * 16, sum_rows(at.x * factor * sum));
-    Tile<Io> weights = load_shared(&room.weights[(place.strip * (place.strips - 1) + j - side) * 32 + this_lane().index]), y;
+    Tile<Io> weights = load_shared(room.own_tile(place.strip, j - side)), y;
     load_tile_transposed(y, room.rows(side ? room.right : room.left, j) + at.column, PITCH);
     multiply(sum, weights, y);
   }
@@ -432,7 +437,7 @@ DEVICE void sum_gradients(const Room<Io, N>& room, const Roles<Io>& roles, const
     at.column = 16 * group;
     at.x = load_values<Io, N>(roles.x, place, at.column);
     at.y = load_values<Io, N>(roles.y, place, at.column);
-    at.f = first_factors<N>(w, place, at.column);
+    at.f = first_factors(load_decay<N>(w, place, at.column, NO_DECAY));
     at.log = filled(0.f);
     Values by_bonus;
 #pragma unroll
@@ -518,9 +523,8 @@ DEVICE void backward_block(const Arguments<Io>& a, char* memory) {
   Room<Io, N> room;
   Room<Io, N>::lay_out(room, memory, a.strips, true, CHUNKED);
   Roles<Io> first = {a.r, a.k, a.v, a.gy, a.states}, second = {a.k, a.r, a.gy, a.v, a.gradient_states};
-  Tile<Io> unused;
   fetch_strip<Io, N, false>(room, first, at, CHUNKED);
-  publish_strip<Io, N, false>(room, a.w, a.u, at, nullptr, unused);
+  publish_strip<Io, N, false>(room, a.w, a.u, at);
   if constexpr (CHUNKED) sum_through<Io, N>(room, first, second, a.w, at);
   sync_block();
   sum_gradients<Io, N, CHUNKED, true>(room, first, a.w, a.u, at, a.gr, a.gw);
@@ -550,9 +554,8 @@ DEVICE void summarize_block(const SummaryArguments<Io>& a, char* memory) {
   Lane lane = this_lane();
   Room<Io, N> room;
   Room<Io, N>::lay_out(room, memory, a.strips, false, false);
-  Tile<Io> unused;
   fetch_strip<Io, N, false>(room, {a.y, a.y, a.z, nullptr, nullptr}, at, false);
-  publish_strip<Io, N, false>(room, a.w, nullptr, at, nullptr, unused);
+  publish_strip<Io, N, false>(room, a.w, nullptr, at);
   sync_block();
 #pragma unroll 1
   for (int tile = at.strip; tile < 2 * (N / 16) * (N / 16); tile += at.strips) {

@@ -3,6 +3,7 @@
 #include "wkv6_tile.cuh"
 
 constexpr float MAX_RAW_DECAY = 80.f;  // as in reference.py: keeps 0 * inf away, changes no result
+constexpr float NO_DECAY = -1e30f;     // exp(-exp(.)) = 1, the factor of tokens that do not exist
 
 // A chunk of tokens of one sample and head, one strip per warp. Tensors are (B, T, H, N).
 struct Place {
@@ -78,13 +79,11 @@ DEVICE Values load_decay(const float* w, const Place& at, int column, float outs
   return y;
 }
 
-template <int N>
-DEVICE Factors first_factors(const float* w, const Place& at, int column) {
+DEVICE Factors first_factors(const Values& raw_decay) {
   Factors f;
   f.prefix = f.suffix = filled(1.f);
-  f.whole = load_decay<N>(w, at, column, -1e30f);  // exp(-exp(-1e30)) = 1
 #pragma unroll
-  for (int i = 0; i < 8; ++i) f.whole.x[i] = expf(-expf(fminf(f.whole.x[i], MAX_RAW_DECAY)));
+  for (int i = 0; i < 8; ++i) f.whole.x[i] = expf(-expf(fminf(raw_decay.x[i], MAX_RAW_DECAY)));
   return f;
 }
 
