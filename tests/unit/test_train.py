@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import BATCH, COUNT, STEPS, make_tiny, to_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
@@ -19,6 +20,8 @@ from rwkv_clip.objective import make_objective
 from rwkv_clip.training import loop
 from rwkv_clip.training.data import Batch
 from rwkv_clip.training.main import read_command_line, run
+from rwkv_clip.training.numerics import Watch
+from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +192,138 @@ def test_recomputation_changes_nothing(data, whole):
     assert same_bits(state_of(run(settings(data, name="lean", grad_checkpointing=True)))[0], state_of(whole)[0])
 
 
-def test_non_finite_numbers_stop_before_the_weights(data, monkeypatch):
-    forward = rwkv_clip.RWKVCLIP.forward
+def bits_of(trainer):
+    """Copies of weights and optimizer state."""
+    tensors = {**trainer.model.state_dict(), **pack_state(trainer.optimizer, trainer.model)}
+    return {key: value.clone() for key, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def history(data):
+    """Weights and optimizer state of a good run after 0, 1, .. steps."""
+    bits, step = [], loop.Trainer.step
+
+    def recorded(self, batch):
+        if not bits:
+            bits.append(bits_of(self))
+        values = step(self, batch)
+        bits.append(bits_of(self))
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "step", recorded)
+        run(settings(data, name="history"))
+    return bits
+
+
+@pytest.mark.parametrize("every", [1, 4], ids="logged every {}".format)
+@pytest.mark.parametrize("at", [0, 4, 5, STEPS - 1])  # 5 and the last one are to be saved
+def test_non_finite_numbers_stop_before_the_weights(data, history, monkeypatch, at, every):
+    """The run stops at the bad step or one later, names it, and holds the bits of the step before."""
+    forward, calls, trainers = rwkv_clip.RWKVCLIP.forward, iter(range(STEPS)), []
 
     def poisoned(self, image, text):
         features, *rest = forward(self, image, text)
-        return features * float("nan"), *rest
+        return features * (float("nan") if next(calls) == at else 1.0), *rest
+
+    class Trainer(loop.Trainer):
+        def step(self, batch):
+            trainers.append(self)
+            return super().step(batch)
 
     monkeypatch.setattr(rwkv_clip.RWKVCLIP, "forward", poisoned)
-    with pytest.raises(loop.NumericsError, match=r"step 0: loss nan.*records \["):
-        run(settings(data, name="nan"))
+    monkeypatch.setattr("rwkv_clip.training.main.Trainer", Trainer)
+    name = f"nan {at} {every}"
+    with pytest.raises(loop.NumericsError, match=rf"^step {at}: loss nan, gradient norm .*records \[\d+, .* on rank 0"):
+        run(settings(data, name=name, log_every_n_steps=every))
+    assert len(trainers) == at + (1 if every == 1 or at in (5, STEPS - 1) else 2), "one step later at most"
+    bits = bits_of(trainers[0])
+    slots = {key: torch.zeros_like(value) for key, value in bits.items() if key not in history[at]}
+    assert same_bits(bits, history[at] | slots)  # the first step makes the optimizer's slots, which stay 0
+    folder = Path(data["logs"]) / name
+    saved = sorted(path.name for path in folder.glob("checkpoints/step-*"))
+    assert saved == [f"step-{step:08d}" for step in range(3, at + 1, 3)][-2:]
+    assert "NaN" not in (folder / "log.jsonl").read_text()
+
+
+def test_a_bad_rank_stops_all(monkeypatch):
+    watch = Watch(join_world("cpu"))
+    good, ids = torch.tensor(1.0), torch.arange(3)
+    assert watch.judge(good, good, False).item() == 0
+    watch.report(0, ids, good, good)
+    monkeypatch.setattr("rwkv_clip.training.numerics.max_over_ranks", torch.ones_like)  # another rank's flag
+    assert watch.judge(good, good, False).item() == 1
+    monkeypatch.undo()
+    watch.report(1, ids, good, good)
+    with pytest.raises(loop.NumericsError, match=r"^step 1: loss 1, gradient norm 1; records \[0, 1, 2\]"):
+        watch.check()
+    assert watch.judge(good, good, False).item() == 1, "no step after a bad one"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_changes_nothing(data, fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr("rwkv_clip.training.optim.FUSED", ())
+    layer = torch.nn.Linear(3, 3)
+    optimizer = build_optimizer(layer, settings(data))
+    before, nothing = [p.clone() for p in layer.parameters()], torch.tensor(1.0)
+    for skip, moved in ((nothing, False), (torch.tensor(0.0), True)):
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan") if skip else 1.0)
+        update_weights(optimizer, skip)
+        for parameter, old in zip(layer.parameters(), before):
+            assert parameter.isfinite().all() and torch.equal(parameter, old) != moved
+    assert [slots["step"].item() for slots in optimizer.state.values()] == [1, 1]
+
+
+def test_fp16_overflow_is_skipped_and_the_scale_falls(data, monkeypatch):
+    """A scale that makes gradients infinite: the first step is skipped, the next has a scale that fits."""
+    trainers, init = [], loop.Trainer.__init__
+
+    def start(self, *arguments):
+        init(self, *arguments)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110)
+        trainers.append(self)
+
+    monkeypatch.setattr(loop.Trainer, "__init__", start)
+    run(settings(data, name="overflow", precision="fp16", max_steps=4))
+    steps = {slots["step"].item() for slots in trainers[0].optimizer.state.values()}
+    assert steps == {3.0} and trainers[0].scaler.get_scale() == 2.0**10
+    assert all(p.isfinite().all() for p in trainers[0].model.parameters())
+
+
+class HostReads(TorchDispatchMode):
+    """Operations that make the host wait for a device's number."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.removeprefix("aten::").rstrip("2").rstrip("_") in self.NAMES:
+            self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_the_device(data, monkeypatch, precision):
+    """Between logs a step reads no number back. (On a CPU this is how it can be told; a GPU would wait there.)"""
+    seen, step = [], loop.Trainer.step
+
+    def watched(self, batch):
+        with HostReads() as reads:
+            values = step(self, batch)
+        seen.append(reads.seen)
+        return values
+
+    monkeypatch.setattr(loop.Trainer, "step", watched)
+    run(settings(data, name=f"waits {precision}", precision=precision, max_steps=5, val_data=None, drop_path=0.2))
+    assert seen == [[]] * 5
+    with HostReads() as reads:
+        bool(torch.ones(1) > 0), torch.ones(()).item(), float(torch.ones(1))
+    assert len(reads.seen) == 3, "they are seen when they happen"
 
 
 @pytest.mark.parametrize("start, bound", [(9.0, 100.0), (-3.0, 1.0)])
