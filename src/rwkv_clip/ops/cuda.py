@@ -1,11 +1,11 @@
 """WKV6 on CUDA: tensor-core kernels (csrc/wkv6_*.cuh), compiled for the head size and the GPU at their first use.
 
-r, k, v in bfloat16 or float16 are multiplied as bfloat16 with float32 sums (relative error about 3e-3, the rounding of the
-result itself); in float32 every product is made of bfloat16 parts to float32's precision. Factors of the decay are float32
-throughout. Results do not depend on timing: no atomics, sums in a fixed order.
+r, k, v in bfloat16 or float16 are multiplied as bfloat16 with float32 sums (relative error about 3e-3, the rounding of
+the result itself); in float32 every product is made of bfloat16 parts to float32's precision. Factors of the decay are
+float32 throughout. Results do not depend on timing: no atomics, sums in a fixed order.
 
-A sequence of up to 208 tokens (128 for N > 80) is one thread block per sample and head; a longer one is cut into chunks of
-64 that meet in states, so that time and memory are linear in T.
+A sequence of up to 208 tokens (128 for N > 80) is one thread block per sample and head; a longer one is cut into chunks
+of 64 that meet in states, so that time and memory are linear in T. tests/emulator runs the same source on a CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .build import CSRC, architecture_flags, build_library, find_nvcc, load_libr
 
 HEAD_SIZES = tuple(range(16, 129, 16))
 OLDEST = (8, 0)  # the first with bfloat16 products and asynchronous copies
+SOURCE = CSRC / "wkv6_cuda.cu"
+HEADERS = sorted(CSRC.glob("wkv6_*.cuh"))
 KINDS = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
 
 
@@ -50,26 +52,26 @@ def backward(
         return _kernels_for(r).backward(gy, r, k, v, w, u)
 
 
-def compile_kernels(head_size: int, kind: str, capabilities: Sequence[tuple[int, int]]) -> Path:
-    """Build the library of a head size and kind of numbers for these compute capabilities. Needs nvcc, but no GPU."""
-    nvcc = find_nvcc()
-    flags = ["-std=c++17", "-O3", f"-DHEAD_SIZE={head_size}", f"-DKIND={kind}", *architecture_flags(capabilities, nvcc)]
-    return build_library(
-        f"wkv6_cuda_n{head_size}_{kind.lower()}",
-        [CSRC / "wkv6_cuda.cu"],
-        flags=flags,
-        compiler="nvcc",
-        depends=sorted(CSRC.glob("wkv6_*.cuh")),
-    )
+def compiler_flags(head_size: int, kind: str, capabilities: Sequence[tuple[int, int]], nvcc: Path) -> list[str]:
+    """nvcc's flags for the kernels of one head size and kind of numbers (a value of KINDS) on these GPUs."""
+    return ["-std=c++17", "-O3", f"-DHEAD_SIZE={head_size}", f"-DKIND={kind}", *architecture_flags(capabilities, nvcc)]
 
 
 @lru_cache
-def _compiled(head_size: int, kind: str, capability: tuple[int, int]) -> ctypes.CDLL:
-    return load_library(compile_kernels(head_size, kind, [capability]))
+def _library(head_size: int, kind: str, capability: tuple[int, int]) -> ctypes.CDLL:
+    return load_library(
+        build_library(
+            f"wkv6_cuda_n{head_size}_{kind.lower()}",
+            [SOURCE],
+            flags=compiler_flags(head_size, kind, [capability], find_nvcc()),
+            compiler="nvcc",
+            depends=HEADERS,
+        )
+    )
 
 
 def _kernels_for(r: Tensor) -> Kernels:
-    library = _compiled(r.shape[-1], KINDS[r.dtype], torch.cuda.get_device_capability(r.device))
+    library = _library(r.shape[-1], KINDS[r.dtype], torch.cuda.get_device_capability(r.device))
     shared_limit = torch.cuda.get_device_properties(r.device).shared_memory_per_block_optin
     return Kernels(library, shared_limit, torch.cuda.current_stream(r.device).cuda_stream)
 
