@@ -163,7 +163,7 @@ def test_a_planted_fault_is_seen(tmp_path, old, new, complaint):
 
 # ---- nvcc ----------------------------------------------------------------------------------------------------------
 
-# Most bytes of registers that a kernel may spill to memory: forward, backward. What spills is the backward of 13 strips,
+# Most bytes of registers that a kernel may spill: forward, backward. What spills is the backward of 13 strips,
 # where 128 registers a thread are all there are.
 AMPERE_AND_HOPPER, HOPPER = [(8, 0), (9, 0)], [(9, 0)]
 SPILLS = {

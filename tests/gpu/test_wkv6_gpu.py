@@ -1,4 +1,4 @@
-"""WKV6 on a real GPU: the kernels against float64, against each other, and under autograd, streams and torch.compile."""
+"""WKV6 on a real GPU: the kernels against float64, and under autograd, streams, graphs and torch.compile."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_same_bits_every_time_and_on_another_stream():
 
 
 def test_in_a_cuda_graph_and_compiled():
-    gy, inputs = make_inputs(8, 49, 8, 80, BF16)
+    _, inputs = make_inputs(8, 49, 8, 80, BF16)
     expected = wkv6(*inputs)
     compiled = torch.compile(lambda *x: wkv6(*x) * 2, fullgraph=True)
     assert torch.equal(compiled(*inputs), expected * 2)
@@ -80,7 +80,7 @@ def test_in_a_cuda_graph_and_compiled():
 
 
 def test_other_head_sizes_take_the_tree():
-    gy, inputs = make_inputs(2, 20, 2, 24, F32)
+    _, inputs = make_inputs(2, 20, 2, 24, F32)
     with pytest.raises(ValueError, match="does not support"):
         wkv6(*inputs, backend="cuda")
     exact = wkv6(*(x.double() for x in inputs), backend="tree")
