@@ -1,10 +1,12 @@
-"""Operators: the bidirectional WKV6, the token shifts and the pointwise parts of a block."""
+"""Operators: the bidirectional WKV6, token shifts, the pointwise parts of a block, and its linear maps."""
 
+from .linear import Linear
 from .pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
 from .shift import shift_tokens
 from .wkv6 import available_backends, wkv6
 
 __all__ = [
+    "Linear",
     "available_backends",
     "mix_tokens",
     "norm_gate",

@@ -20,10 +20,10 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _WORTH_A_THREAD = 1 << 14  # elements; below, starting threads costs more than they save
 _LONG, _FLOAT, _INT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_int, ctypes.c_void_p
 _SIGNATURES = {
-    "mix": [_POINTER] * 4 + [_LONG] * 8 + [_INT],
-    "mix_backward": [_POINTER] * 8 + [_LONG] * 8 + [_INT],
-    "norm_gate": [_POINTER] * 5 + [_LONG] * 3 + [_FLOAT, _INT],
-    "norm_gate_backward": [_POINTER] * 9 + [_LONG] * 3 + [_FLOAT, _INT],
+    "mix": [_POINTER] * 4 + [_LONG] * 8 + [_INT] * 2,
+    "mix_backward": [_POINTER] * 8 + [_LONG] * 8 + [_INT] * 2,
+    "norm_gate": [_POINTER] * 5 + [_LONG] * 3 + [_FLOAT, _INT, _INT],
+    "norm_gate_backward": [_POINTER] * 9 + [_LONG] * 3 + [_FLOAT, _INT, _INT],
     "relu_square": [_POINTER] * 2 + [_LONG, _INT],
     "relu_square_backward": [_POINTER] * 3 + [_LONG, _INT],
     "sigmoid_gate": [_POINTER] * 3 + [_LONG, _INT],
@@ -67,6 +67,12 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
     return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
+def _weights(*tensors: Tensor) -> tuple[list[Tensor], bool]:
+    """Small vectors as the kernels read them, and whether they are bfloat16 (all of them)."""
+    narrow = all(x.dtype == torch.bfloat16 for x in tensors)
+    return [(x if narrow else x.float()).contiguous() for x in tensors], narrow
+
+
 def _shape(x: Tensor, count: int, heads: int, grid: Sequence[int]) -> tuple[int, ...]:
     """Integer arguments of the mixing kernels."""
     b, t, c = x.shape
@@ -75,10 +81,10 @@ def _shape(x: Tensor, count: int, heads: int, grid: Sequence[int]) -> tuple[int,
 
 def mix(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
     """`pointwise.mix_tokens`."""
-    x, coefficients = x.contiguous(), coefficients.float().contiguous()
+    x, ([held], narrow) = x.contiguous(), _weights(coefficients)
     shares = shares if shares is None else shares.to(x.dtype).contiguous()
-    outs = [torch.empty_like(x) for _ in coefficients]
-    _call("mix", x, x, coefficients, shares, _pointers(outs), *_shape(x, len(outs), heads, grid))
+    outs = [torch.empty_like(x) for _ in range(coefficients.shape[0])]
+    _call("mix", x, x, held, shares, _pointers(outs), *_shape(x, len(outs), heads, grid), narrow)
     return outs
 
 
@@ -86,25 +92,23 @@ def mix_backward(
     grads: Sequence[Tensor], x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]
 ) -> list[Tensor]:
     """Gradients of `mix` in x, coefficients and, if there are any, shares."""
-    x, wide = x.contiguous(), coefficients.float().contiguous()
+    x, ([held], narrow) = x.contiguous(), _weights(coefficients)
     grads = [grad.to(x.dtype).contiguous() for grad in grads]
-    held = shares if shares is None else shares.to(x.dtype).contiguous()
+    same = shares if shares is None else shares.to(x.dtype).contiguous()
     scratch = torch.empty(2, *x.shape, dtype=torch.float32)
-    gx, gcoefficients = torch.empty_like(x), torch.empty_like(wide)
-    gshares = held if held is None else torch.empty_like(held)
+    gx, gcoefficients = torch.empty_like(x), torch.empty(coefficients.shape, dtype=torch.float32)
+    gshares = same if same is None else torch.empty_like(same)
     shape = _shape(x, len(grads), heads, grid)
-    _call("mix_backward", x, _pointers(grads), x, wide, held, gx, gcoefficients, gshares, scratch, *shape)
+    _call("mix_backward", x, _pointers(grads), x, held, same, gx, gcoefficients, gshares, scratch, *shape, narrow)
     out = [gx, gcoefficients.to(coefficients.dtype)]
     return out if gshares is None else [*out, gshares.to(shares.dtype)]
 
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
     """`pointwise.norm_gate`."""
-    y, gate = y.contiguous(), gate.to(y.dtype).contiguous()
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    y, gate, (held, narrow) = y.contiguous(), gate.to(y.dtype).contiguous(), _weights(weight, bias)
     out = torch.empty_like(y)
-    n = y.shape[-1] // heads
-    _call("norm_gate", y, y, gate, weight, bias, out, y.shape[:-1].numel(), heads, n, eps)
+    _call("norm_gate", y, y, gate, *held, out, *_rows(y, heads), eps, narrow)
     return out
 
 
@@ -112,13 +116,18 @@ def norm_gate_backward(
     grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> list[Tensor]:
     """Gradients of `norm_gate` in y, gate, weight and bias."""
-    y, held, grad = y.contiguous(), gate.to(y.dtype).contiguous(), grad.to(y.dtype).contiguous()
-    wide_weight, wide_bias = weight.float().contiguous(), bias.float().contiguous()
-    gy, ggate, gweight, gbias = (torch.empty_like(x) for x in (y, held, wide_weight, wide_bias))
-    n = y.shape[-1] // heads
-    _call("norm_gate_backward", y, grad, y, held, wide_weight, wide_bias, gy, ggate, gweight, gbias,
-          y.shape[:-1].numel(), heads, n, eps)  # fmt: skip
+    y, same, (held, narrow) = y.contiguous(), gate.to(y.dtype).contiguous(), _weights(weight, bias)
+    grad = grad.to(y.dtype).contiguous()
+    gy, ggate = torch.empty_like(y), torch.empty_like(same)
+    gweight, gbias = (torch.empty(x.shape, dtype=torch.float32) for x in held)
+    outs = (gy, ggate, gweight, gbias)
+    _call("norm_gate_backward", y, grad, y, same, *held, *outs, *_rows(y, heads), eps, narrow)
     return [gy, ggate.to(gate.dtype), gweight.to(weight.dtype), gbias.to(bias.dtype)]
+
+
+def _rows(y: Tensor, heads: int) -> tuple[int, int, int]:
+    """Integer arguments of the norm's kernels."""
+    return y.shape[0] * y.shape[1], heads, y.shape[2] // heads
 
 
 def relu_square(x: Tensor) -> Tensor:

@@ -20,29 +20,39 @@ from .shift import shift_tokens
 def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
     """J mixtures of every token with its shifted self: x + (shift(x) - x) * (coefficients[j] + shares[j]).
 
-    x: (B, T, C). coefficients: (J, C). shares: (J, B, T, C) in x's dtype, or None for none. heads, grid: as
-    for `shift_tokens`. Returns J tensors like x.
+    x: (B, T, C). coefficients: (J, C). shares: (J, B, T, C) in x's dtype, or None for none. heads, grid: as for
+    `shift_tokens`. Returns J tensors like x.
     """
-    if block_cpu.supports(x):
-        return _mix(x, coefficients, shares, heads, grid)
-    return _mix_formula(x, coefficients, shares, heads, grid)
+    if not block_cpu.supports(x):
+        return _mix_formula(x, coefficients, shares, heads, grid)
+    return (block_cpu.mix if _plain(x) else _mix)(x, coefficients, shares, heads, grid)
 
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
     """Group norm over every head of y, times silu(gate). y, gate: (B, T, C), one dtype; weight, bias: (C,)."""
-    if block_cpu.supports(y):
-        return _norm_gate(y, gate, weight, bias, heads, eps)
-    return _norm_gate_formula(y, gate, weight, bias, heads, eps)
+    if not block_cpu.supports(y):
+        return _norm_gate_formula(y, gate, weight, bias, heads, eps)
+    return (block_cpu.norm_gate if _plain(y) else _norm_gate)(y, gate, weight, bias, heads, eps)
 
 
 def relu_square(x: Tensor) -> Tensor:
     """relu(x) ** 2."""
-    return _relu_square(x) if block_cpu.supports(x) else _relu_square_formula(x)
+    if not block_cpu.supports(x):
+        return _relu_square_formula(x)
+    return (block_cpu.relu_square if _plain(x) else _relu_square)(x)
 
 
 def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
     """sigmoid(gate) * x, both of one shape and dtype."""
-    return _sigmoid_gate(gate, x) if block_cpu.supports(x) else _sigmoid_gate_formula(gate, x)
+    if not block_cpu.supports(x):
+        return _sigmoid_gate_formula(gate, x)
+    return (block_cpu.sigmoid_gate if _plain(x) else _sigmoid_gate)(gate, x)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing but the value is wanted: then the kernel is called as it is, for a registered operator's way
+    through the dispatcher costs as much as the kernel at batch 1."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
 
 
 # ---- formulas ---------------------------------------------------------------------------------------------------

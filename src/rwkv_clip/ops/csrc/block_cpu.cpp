@@ -54,6 +54,16 @@ inline float exponential(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// Small vectors of weights, float32 or (narrow) bfloat16, as floats.
+std::vector<float> widen(const void* x, long size, int narrow) {
+    std::vector<float> out(size);
+    if (narrow)
+        for (long i = 0; i < size; i++) out[i] = load(static_cast<const bf16*>(x)[i]);
+    else
+        std::memcpy(out.data(), x, size * sizeof(float));
+    return out;
+}
+
 // Where the parts of a token's heads come from: grid of height x width tokens (a text line has height 1), `count` of
 // them, out of `tokens` per sample; the rest is not shifted.
 struct Shift {
@@ -303,26 +313,30 @@ void sigmoid_gate_backward(const T* grad, const T* gate, const T* x, T* ggate, T
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                                \
-    extern "C" void mix_##NAME(const T* x, const float* coefficients, const T* shares, T** outs, long count,           \
+    extern "C" void mix_##NAME(const T* x, const void* coefficients, const T* shares, T** outs, long count,            \
                                long batch, long tokens, long width, long grid, long channels, long heads, long parts,  \
-                               int threads) {                                                                          \
-        mix(x, coefficients, shares, outs, count, batch, Shift{tokens, width, grid, channels, heads, parts}, threads); \
+                               int narrow, int threads) {                                                              \
+        mix(x, widen(coefficients, count * channels, narrow).data(), shares, outs, count, batch,                       \
+            Shift{tokens, width, grid, channels, heads, parts}, threads);                                              \
     }                                                                                                                  \
-    extern "C" void mix_backward_##NAME(const T** grads, const T* x, const float* coefficients, const T* shares,       \
+    extern "C" void mix_backward_##NAME(const T** grads, const T* x, const void* coefficients, const T* shares,        \
                                         T* gx, float* gcoefficients, T* gshares, float* scratch, long count,           \
                                         long batch, long tokens, long width, long grid, long channels, long heads,     \
-                                        long parts, int threads) {                                                     \
-        mix_backward(grads, x, coefficients, shares, gx, gcoefficients, gshares, scratch, count, batch,                \
-                     Shift{tokens, width, grid, channels, heads, parts}, threads);                                     \
+                                        long parts, int narrow, int threads) {                                         \
+        mix_backward(grads, x, widen(coefficients, count * channels, narrow).data(), shares, gx, gcoefficients,        \
+                     gshares, scratch, count, batch, Shift{tokens, width, grid, channels, heads, parts}, threads);     \
     }                                                                                                                  \
-    extern "C" void norm_gate_##NAME(const T* y, const T* gate, const float* weight, const float* bias, T* out,        \
-                                     long rows, long heads, long n, float eps, int threads) {                          \
-        norm_gate(y, gate, weight, bias, out, rows, heads, n, eps, threads);                                           \
+    extern "C" void norm_gate_##NAME(const T* y, const T* gate, const void* weight, const void* bias, T* out,          \
+                                     long rows, long heads, long n, float eps, int narrow, int threads) {              \
+        norm_gate(y, gate, widen(weight, heads * n, narrow).data(), widen(bias, heads * n, narrow).data(), out, rows,  \
+                  heads, n, eps, threads);                                                                             \
     }                                                                                                                  \
-    extern "C" void norm_gate_backward_##NAME(const T* grad, const T* y, const T* gate, const float* weight,           \
-                                              const float* bias, T* gy, T* ggate, float* gweight, float* gbias,        \
-                                              long rows, long heads, long n, float eps, int threads) {                 \
-        norm_gate_backward(grad, y, gate, weight, bias, gy, ggate, gweight, gbias, rows, heads, n, eps, threads);      \
+    extern "C" void norm_gate_backward_##NAME(const T* grad, const T* y, const T* gate, const void* weight,            \
+                                              const void* bias, T* gy, T* ggate, float* gweight, float* gbias,         \
+                                              long rows, long heads, long n, float eps, int narrow, int threads) {     \
+        norm_gate_backward(grad, y, gate, widen(weight, heads * n, narrow).data(),                                     \
+                           widen(bias, heads * n, narrow).data(), gy, ggate, gweight, gbias, rows, heads, n, eps,      \
+                           threads);                                                                                   \
     }                                                                                                                  \
     extern "C" void relu_square_##NAME(const T* x, T* out, long size, int threads) {                                   \
         relu_square(x, out, size, threads);                                                                            \
