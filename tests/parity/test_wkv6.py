@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from rwkv_clip.ops import available_backends, build, cpu, tree, wkv6
+from rwkv_clip.ops import available_backends, build, chunked, cpu, wkv6
 from rwkv_clip.ops.build import BuildError
 from rwkv_clip.ops.reference import wkv6_reference
 
@@ -87,6 +89,32 @@ LONG = [(196, 80), (255, 16), (256, 16), (257, 16), (257, 80), (500, 5), (1024, 
 def test_tree_equals_recurrence(t, n):
     b, h = (2, 3) if t < 150 else (1, 2)
     check_against("reference", "tree", random_inputs(b, t, h, n, seed=t * 100 + n), 1e-12)
+
+
+@pytest.mark.parametrize("t, n", [(257, 80), (1024, 16)])
+def test_tree_keeps_its_precision_on_long_sequences(t, n):
+    check_against("reference", "tree", random_inputs(1, t, 2, n, dtype=torch.float32), 1e-6)
+
+
+def test_tree_is_linear_on_long_sequences():
+    """Elements that all operations write, forward and backward: twice the length, twice the work."""
+
+    class Count(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.elements += sum(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    counts = []
+    for t in (512, 1024, 2048):
+        inputs = random_inputs(1, t, 1, 16, dtype=torch.float32)
+        with Count() as count:
+            chunked.forward(*inputs)
+            chunked.backward(inputs[2], *inputs)
+        counts.append(count.elements)
+    assert counts[1] < 2.02 * counts[0] and counts[2] < 2.02 * counts[1]
 
 
 @needs_cpp
@@ -299,7 +327,7 @@ def test_unknown_backend_is_named():
 
 def test_backend_holds_for_forward_and_backward(monkeypatch):
     called = []
-    for module in (cpu, tree):
+    for module in (cpu, chunked):
         for step in ("forward", "backward"):
             monkeypatch.setattr(
                 module,
@@ -310,14 +338,14 @@ def test_backend_holds_for_forward_and_backward(monkeypatch):
             )
     inputs = random_inputs(1, 5, 1, 4, dtype=torch.float32)
     value_and_gradients(inputs, inputs[2], "tree")
-    assert called == ["tree forward", "tree backward"]
+    assert called == ["chunked forward", "chunked backward"]
     if "cpp" in BACKENDS:
         value_and_gradients(inputs, inputs[2], None)
         assert called[2:] == ["cpu forward", "cpu backward"]
     called.clear()
     value_and_gradients(random_inputs(1, 5, 1, 4), inputs[2].double(), None)  # float64
     value_and_gradients(random_inputs(1, 5, 1, 129, dtype=torch.float32), torch.ones(1, 5, 1, 129), None)
-    assert called == ["tree forward", "tree backward"] * 2
+    assert called == ["chunked forward", "chunked backward"] * 2
 
 
 @pytest.fixture

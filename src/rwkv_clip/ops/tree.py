@@ -1,4 +1,4 @@
-"""WKV6 in matrix-product form: the product tree. Default backend on a CPU.
+"""WKV6 in matrix-product form: the product tree, for sequences that are not long (chunked.py cuts the others).
 
 The decay between t and s, D[t,s] = product of w strictly between them, is symmetric in (t, s) and splits at any border
 between them. Aligned blocks of 2h tokens are cut into a left and a right half for h = 1, 2, 4, ..; each pair t != s is

@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, tree
+from . import chunked, cpu, cuda
 from .build import BuildError, find_compiler, find_nvcc
 from .reference import wkv6_reference
 
@@ -73,7 +73,7 @@ def _run(step: str, backend: str, r: Tensor, *tensors: Tensor) -> Tensor | tuple
                     raise
                 _failed.add(name)
                 warnings.warn(f"WKV6 runs on its slower form in PyTorch: {error}", RuntimeWarning, stacklevel=2)
-        return getattr(tree, step)(*tensors)
+        return getattr(chunked, step)(*tensors)
 
 
 def _check(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
