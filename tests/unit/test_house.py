@@ -91,6 +91,7 @@ def test_import_needs_no_heavy_package():
     code = (
         "import sys, rwkv_clip; "
         "heavy = {'open_clip', 'torchvision', 'nvidia.dali', 'pyarrow', 'wandb', 'matplotlib', 'tyro', 'timm'}; "
+        "heavy |= {'torch._dynamo', 'torch._inductor'}; "
         "bad = heavy & set(sys.modules); "
         "sys.exit(str(bad) if bad else 0)"
     )

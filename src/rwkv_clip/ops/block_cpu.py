@@ -46,9 +46,13 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not trace a build
 def _available() -> bool:
     return _library() is not None
+
+
+# torch.compile must not trace a build. This is torch.compiler.assume_constant_result, which imports all of dynamo: one
+# second more for every `import rwkv_clip`.
+_available._dynamo_marked_constant = True
 
 
 def supports(x: Tensor) -> bool:
