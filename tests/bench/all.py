@@ -1,0 +1,77 @@
+"""Run the benches of this folder one after the other, then write the summary and the plot.
+
+python tests/bench/all.py [loss loader ..] [--minutes 15] [what else the named benches take, e.g. --device cpu]
+
+Each bench is a process of its own with a time limit: what fails or takes too long is named and the others still run.
+The exit code is 1 when one failed. Without names: all that are here, within 15 minutes on a CPU, 10 on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from summary import write_summary
+
+FOLDER = Path(__file__).resolve().parent
+SHARED = {"all", "harness", "summary"}
+CLOSING = 10  # seconds kept for the summary
+
+
+def find_benches() -> list[str]:
+    """Names of the benches here, the most important first, the rest by name."""
+    first = ["wkv6", "encode", "train_step", "block", "loss", "loader", "resolution"]
+    here = {path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text()} - SHARED
+    return [name for name in first if name in here] + sorted(here - set(first))
+
+
+def run_bench(name: str, options: list[str], limit: float) -> str | None:
+    """Run one; None, or what went wrong."""
+    print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
+    start = time.monotonic()
+    try:
+        code = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return f"took longer than {limit:.0f} s"
+    print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    return None if code == 0 else f"ended with exit code {code}"
+
+
+def run_all(names: list[str], options: list[str], minutes: float) -> dict[str, str]:
+    """Run them within `minutes`; each may take twice its even share of what is left -> name: what went wrong."""
+    end = time.monotonic() + 60 * minutes - CLOSING
+    failures = {}
+    for place, name in enumerate(names):
+        left = end - time.monotonic()
+        if left < 1:
+            failures[name] = f"not started, the {minutes:g} minutes were over; give more --minutes"
+            continue
+        problem = run_bench(name, options, min(left, 2 * left / (len(names) - place)))
+        if problem:
+            failures[name] = problem
+    return failures
+
+
+def main() -> int:
+    """Command line; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=", ".join(find_benches()))
+    parser.add_argument("--minutes", type=float, default=10 if torch.cuda.is_available() else 15)
+    args, options = parser.parse_known_args()
+    unknown = sorted(set(args.names) - set(find_benches()))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: no such bench; there are {', '.join(find_benches())}")
+    failures = run_all(args.names or find_benches(), options, args.minutes)
+    for path in write_summary():
+        print(path)
+    for name, problem in failures.items():
+        print(f"error: {name} {problem}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
