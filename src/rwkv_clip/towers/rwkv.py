@@ -2,17 +2,24 @@
 
 Parameter names and shapes are those of the released RWKV-CLIP checkpoints, which therefore load as they are. What
 differs between the towers besides shift and embedding is written down as data in `BlockStyle`.
+
+Mixed precision: the residual stream has the dtype of the embeddings, float32 with float32 weights (autocast or not),
+bfloat16 with bfloat16 weights. LayerNorm reads it; from there every product, mixture and gate of a block has autocast's
+dtype (or the stream's), with float32 inside each pointwise step and sum. The raw decay is float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..config import ImageTowerConfig, TextTowerConfig
 from ..ops import Linear, mix_tokens, norm_gate, relu_square, sigmoid_gate, wkv6
@@ -98,17 +105,31 @@ class ChannelMix(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch per sample while training, and scales the kept ones up."""
+    """Drops a residual branch per sample while training, and scales the kept ones up by 1 / (1 - rate)."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x + branch(x), the branch dropped for some samples. x: (B, T, C)."""
         if not self.training or self.rate == 0:
-            return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-        return x * (kept / (1 - self.rate)).to(x.dtype)
+            return x + branch(x)
+        if torch.compiler.is_compiling():  # a graph has one shape: everything is computed, and some of it times 0
+            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
+            return x + branch(x) * (kept / (1 - self.rate)).to(x.dtype)
+        kept, scale = self._draw(x.shape[0])
+        if x.is_cuda:
+            kept = kept.pin_memory().to(x.device, non_blocking=True)
+        part = branch(x.index_select(0, kept))
+        return x.index_add(0, kept, part.to(x.dtype), alpha=scale)
+
+    def _draw(self, batch: int) -> tuple[Tensor, float]:
+        """Samples that keep the branch, and its factor. From the CPU's generator: a GPU's would make the host wait."""
+        kept = (torch.rand(batch) >= self.rate).nonzero().flatten()
+        if len(kept) or not batch:
+            return kept, 1 / (1 - self.rate)
+        return torch.zeros(1, dtype=torch.int64), 0.0  # gradients of 0: a parameter without one stops DDP
 
     def extra_repr(self) -> str:
         return f"{self.rate:.3f}"
@@ -139,16 +160,30 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        dtype = _compute_dtype(x)
         if self.ln0 is not None:
             x = self.ln0(x)
-        dtype = _compute_dtype(x)
-        x = x + self.drop_path(self.att(self.ln1(x).to(dtype), grid))
-        return x + self.drop_path(self.ffn(self.ln2(x).to(dtype), grid))
+        x = self.drop_path(x, lambda z: self.att(self.ln1(z).to(dtype), grid))
+        return self.drop_path(x, lambda z: self.ffn(self.ln2(z).to(dtype), grid))
+
+
+def _keep_narrow(width: int, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What activation checkpointing keeps of a block: WKV6 and the matrix products whose result is as wide as a token
+    (its inputs r, k, v, decay; the gates; the branches' ends). They hold two thirds of a block's arithmetic in a
+    quarter of its activations; the rest - mixing, norms, the wide half of the channel mix - is computed again."""
+    narrow = op is torch.ops.aten.mm.default and args[1].shape[1] == width
+    keep = narrow or op is torch.ops.rwkv_clip.wkv6.default
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _run(blocks: nn.ModuleList, x: Tensor, grid: tuple[int, ...], recompute: bool) -> Tensor:
+    if not recompute:
+        for block in blocks:
+            x = block(x, grid)
+        return x
+    contexts = partial(create_selective_checkpoint_contexts, partial(_keep_narrow, x.shape[-1]))
     for block in blocks:
-        x = checkpoint(block, x, grid, use_reentrant=False) if recompute else block(x, grid)
+        x = checkpoint(block, x, grid, use_reentrant=False, context_fn=contexts)
     return x
 
 
