@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SCHEMA = 1
@@ -68,6 +66,8 @@ def save_checkpoint(
 
     When anything fails, the temporary folder is removed, older checkpoints stay, and the error is raised.
     """
+    from safetensors.torch import save_file  # here and below: the library and its benches need only torch and numpy
+
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{final.name}.tmp"
@@ -176,6 +176,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
