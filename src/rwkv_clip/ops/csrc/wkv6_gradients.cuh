@@ -71,7 +71,7 @@ DEVICE void add_far(Group& at, const Room<Io, N>& room, const Tile<Io> (&zt)[N /
   for (int j = first; j != place.strip; j += step) {
     scale_columns(sum, load_channels(room.whole + j * N + at.column));
     if (FIRST ? CHUNKED || j != first : CHUNKED && j == first)
-      store_channels(between + (place.strip * place.strips + j) * 16, sum_rows(at.x * factor * sum));
+      store_channels(between + (place.strip * place.strips + j) * 16, sum_rows<Io>(at.x * factor * sum));
     Tile<Io> weights = load_shared(room.own_tile(place.strip, j - side)), y;
     load_tile_transposed(y, room.rows(side ? room.right : room.left, j) + at.column, PITCH);
     multiply(sum, weights, y);
@@ -142,7 +142,8 @@ DEVICE void sum_gradients(const Room<Io, N>& room, const Roles<Io>& roles, const
     at.column = 16 * group;
     at.x = load_values<Io, N>(roles.x, place, at.column);
     at.y = load_values<Io, N>(roles.y, place, at.column);
-    at.f = first_factors(load_decay<N>(w, place, at.column, NO_DECAY));
+    Values raw = load_decay<N>(w, place, at.column, NO_DECAY);
+    at.f = first_factors(raw);
     at.log = filled(0.f);
     Values by_bonus;
 #pragma unroll
@@ -150,7 +151,7 @@ DEVICE void sum_gradients(const Room<Io, N>& room, const Roles<Io>& roles, const
       by_bonus.x[i] = diagonal[i / 2 & 1] * at.x.x[i] * at.y.x[i];
       at.sum.x[i] = diagonal[i / 2 & 1] * at.y.x[i] * u[place.head * N + at.column + column_of(lane, i)];
     }
-    if constexpr (FIRST) store_channels(room.bonus + place.strip * N + at.column, sum_rows(by_bonus));
+    if constexpr (FIRST) store_channels(room.bonus + place.strip * N + at.column, sum_rows_exactly(by_bonus));
     float* between = room.between + (group & 1) * place.strips * place.strips * 16;
     add_inside<Io>(at, own, masks);
     add_far<Io, N, CHUNKED, FIRST>(at, room, zt, place, between, masks, 0);
@@ -161,7 +162,6 @@ DEVICE void sum_gradients(const Room<Io, N>& room, const Roles<Io>& roles, const
       add_enclosing<Io, N, CHUNKED, FIRST>(at, room, place, between);
     }
     // The first pass leaves its part of gw there, and the same thread completes it: d log w / d raw = -exp(raw).
-    Values raw = load_decay<N>(w, place, at.column, 0.f);
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       int row = place.strip * 16 + row_of(lane, i);

@@ -47,24 +47,22 @@ struct Room {
   DEVICE Element* rows(Element* buffer, int strip) const { return buffer + strip * 16 * PITCH; }
 };
 
-// Four numbers of a per-channel table, for the lane's columns; `spread` lays them over a tile's values.
+// Four numbers of a per-channel table: those of the lane's columns.
 struct Channels {
   float x[4];
 };
-DEVICE int channel_of(Lane lane, int c) { return 2 * lane.q + (c & 1) + 8 * (c >> 1); }
 DEVICE Channels load_channels(const float* table) {
   Lane lane = this_lane();
-  Channels y;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) y.x[c] = load_shared(table + channel_of(lane, c));
-  return y;
+  float2 left = load_shared(reinterpret_cast<const float2*>(table + 2 * lane.q));
+  float2 right = load_shared(reinterpret_cast<const float2*>(table + 2 * lane.q + 8));
+  return {left.x, left.y, right.x, right.y};
 }
 DEVICE void scale_columns(Values& v, const Channels& by) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) v.x[i] *= by.x[(i & 1) + 2 * (i / 4)];
 }
-// Sum over the tile's 16 rows, in every lane.
-DEVICE Channels sum_rows(const Values& v) {
+// Sums over the tile's 16 rows, in every lane: exact, by shuffles, or on the tensor cores, from numbers rounded as operands.
+DEVICE Channels sum_rows_exactly(const Values& v) {
   Channels y;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
@@ -75,11 +73,17 @@ DEVICE Channels sum_rows(const Values& v) {
   }
   return y;
 }
+template <class Io>
+DEVICE Channels sum_rows(const Values& v) {
+  Values sums = filled(0.f);
+  multiply(sums, packed<Io>(filled(1.f)), transposed(packed<Io>(v)));
+  return {sums.x[0], sums.x[1], sums.x[4], sums.x[5]};
+}
 DEVICE void store_channels(float* table, const Channels& v) {
   Lane lane = this_lane();
-  if (lane.g == 0)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) store_shared(table + channel_of(lane, c), v.x[c]);
+  if (lane.g) return;
+  store_shared(reinterpret_cast<float2*>(table + 2 * lane.q), float2{v.x[0], v.x[1]});
+  store_shared(reinterpret_cast<float2*>(table + 2 * lane.q + 8), float2{v.x[2], v.x[3]});
 }
 
 // ---- level masks -------------------------------------------------------------------------------------------------
