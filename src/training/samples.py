@@ -146,11 +146,17 @@ def _hopeless(fault: Fault) -> DataError:
 def decode_crop(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
     """Crop, resize (linear, antialiased) and mirror one sample: contiguous uint8 (3, h, w). ImageError if
     damaged."""
+    return fit_pixels(decode_window(sample, size), size, sample.flip)
+
+
+def decode_window(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
+    """The pixels in the sample's window, uint8 (3, H, W), any strides; of `size` already where the picture is so large
+    that it was decoded at a fraction of its size. ImageError if damaged."""
     x, y, width, height = sample.window
     whole = _decode_plain(sample, size)
     if whole is None:
-        return fit_pixels(_decode_with_pil(sample, size), size, sample.flip)
-    return fit_pixels(whole[:, y : y + height, x : x + width], size, sample.flip)
+        return _decode_with_pil(sample, size)
+    return whole[:, y : y + height, x : x + width]
 
 
 def fit_pixels(pixels: torch.Tensor, size: tuple[int, int], flip: bool) -> torch.Tensor:
@@ -186,7 +192,6 @@ def _decode_plain(sample: Sample, size: tuple[int, int]) -> torch.Tensor | None:
 
 
 def _decode_with_pil(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    """The crop of any picture, uint8 (3, H, W), resized already where it was decoded at a fraction of its size."""
     x, y, width, height = sample.window
     image = open_header(io.BytesIO(sample.data), sample.name)
     if sample.info.plain:  # libjpeg decodes at 1/2, 1/4 or 1/8 of the size where that leaves enough

@@ -42,7 +42,7 @@ def run_bench(name: str, options: list[str], limit: float) -> str | None:
 
 
 def run_all(names: list[str], options: list[str], minutes: float) -> dict[str, str]:
-    """Run them within `minutes`; each may take twice its even share of what is left -> name: what went wrong."""
+    """Run them within `minutes`; each may take 1.5 even shares of what is left -> name: what went wrong."""
     end = time.monotonic() + 60 * minutes - CLOSING
     failures = {}
     for place, name in enumerate(names):
@@ -50,7 +50,7 @@ def run_all(names: list[str], options: list[str], minutes: float) -> dict[str, s
         if left < 1:
             failures[name] = f"not started, the {minutes:g} minutes were over; give more --minutes"
             continue
-        problem = run_bench(name, options, min(left, 2 * left / (len(names) - place)))
+        problem = run_bench(name, options, left * min(1, 1.5 / (len(names) - place)))
         if problem:
             failures[name] = problem
     return failures

@@ -1,0 +1,268 @@
+"""What limits a run: `python -m rwkv_clip.training.bench_data --train-data PREFIX [--model NAME] [--workers 8 ..]`.
+
+Each stage between a record and a training step is timed by itself, then the loader as a whole and, with --model, the
+training step on one of its batches. The last line says in plain words which of them limits a run, and what helps.
+Exit codes: 0 done, 2 a setting, 3 the data.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from rwkv_clip.config import ConfigError, Precision, Settings
+from rwkv_clip.dist import World, join_world, leave_world
+from rwkv_clip.image import ImageError, normalize
+from rwkv_clip.model import create_model, image_size_of, resolve_spec
+from rwkv_clip.objective import make_objective
+from rwkv_clip.recordio import RecordError, RecordSet
+
+from .data import CHUNK, Batch, DataError, TorchLoader, make_loader
+from .loop import Trainer
+from .main import check_records
+from .samples import Sample, SampleReader, decode_window, fit_pixels
+
+ENDLESS = 1 << 40  # steps of a loader that is stopped by the clock
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """The settings of training that decide how fast data flow, under the same names."""
+
+    train_data: str
+    """Records: prefix, .rec file, folder, glob or comma-separated list."""
+    model: str | None = None
+    """Preset, model JSON or open_clip name: times its training step, too, and takes its image size."""
+    image_size: int = 224
+    """Pixels on a side, without --model."""
+    batch_size: int = 64
+    """Pairs per step."""
+    workers: int = 4
+    """Decoding processes (torch) or threads (DALI); 0 decodes in the training process."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    device: str | None = None
+    """cpu, cuda or mps; default: the best present."""
+    precision: Precision = "auto"
+    """Of the training step."""
+    torchcompile: bool = False
+    """Compile the towers for the training step."""
+    seconds: float = 3.0
+    """How long each stage is timed."""
+
+    def __post_init__(self):
+        for name, least in (("image_size", 1), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError([f"{name}: {getattr(self, name)} is below {least}"])
+        if not self.seconds > 0:
+            raise ConfigError([f"seconds: {self.seconds}; needs a time above 0"])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images per second of each stage: read, decode and resize in one process, collate in the training process."""
+
+    read: float
+    decode: float
+    resize: float
+    collate: float
+    loader: float
+    step: float | None
+    workers: int
+    cores: int
+    dali: bool = False
+
+
+REMEDIES = {
+    "read": "put the records on a faster disk, or build them with smaller pictures (data2rec.py --max-side)",
+    "decode": "build the records with smaller pictures (data2rec.py --max-side), or decode on a GPU (--loader dali)",
+    "resize": "build the records with smaller pictures (data2rec.py --max-side), or use a GPU (--loader dali)",
+    "collate": "more workers do not help; keep other work off the core of the training process, or train on a GPU",
+}
+STAGES = {
+    "read": "reading records",
+    "decode": "decoding",
+    "resize": "crop and resize",
+    "collate": "collating and copying batches",
+}
+
+
+def slowest_stage(rates: Rates) -> str:
+    """Which stage of the loader holds the others up: the training process, or what the workers spend most time in."""
+    at_work = min(max(rates.workers, 1), rates.cores)
+    together = at_work / (1 / rates.read + 1 / rates.decode + 1 / rates.resize)
+    if rates.collate < together:
+        return "collate"
+    return min(("read", "decode", "resize"), key=lambda stage: getattr(rates, stage))
+
+
+def find_limit(rates: Rates) -> str:
+    """One sentence: what limits a run, and the remedy."""
+    if rates.step is not None and rates.step <= rates.loader:
+        return (
+            f"The training step limits this run: {rates.step:,.0f} images/s; the loader gives {rates.loader:,.0f}, "
+            f"{rates.loader / rates.step:.1f} times as many: the data are fast enough, fewer --workers may do."
+        )
+    against = "" if rates.step is None else f", while the training step takes {rates.step:,.0f}"
+    stage = "decode" if rates.dali else slowest_stage(rates)
+    more = rates.workers < rates.cores and stage != "collate"
+    remedy = f"raise --workers, {rates.workers} of {rates.cores} cores are in use" if more else REMEDIES[stage]
+    name = "DALI (decoding and resizing)" if rates.dali else STAGES[stage]
+    which = "this run" if rates.step is not None else "the loader"
+    return f"The data limit {which}: {rates.loader:,.0f} images/s{against}; most of it is {name}: {remedy}."
+
+
+def measure(run: Callable[[], int], seconds: float) -> float:
+    """Images per second of `run`, which does some and returns how many; the first call is not counted."""
+    run()
+    images, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds or not images:
+        images += run()
+    return images / passed
+
+
+def measure_stages(reader: SampleReader, seconds: float) -> tuple[dict[str, float], float]:
+    """(images per second of read, decode and resize in this process, mean bytes of a record's picture)."""
+    places, taken = iter(range(ENDLESS)), []
+
+    def read() -> int:
+        start = next(places) * CHUNK
+        taken[:] = reader.read(np.arange(start, start + CHUNK))
+        return len(taken)
+
+    rates = {"read": measure(read, seconds)}
+    size, samples = reader.image_size, [sample for sample in taken if _decodes(sample, reader.image_size)]
+    if not samples:
+        raise DataError(f"none of {len(taken)} records holds a picture that decodes; check the training data")
+    windows = [decode_window(sample, size) for sample in samples]
+    rates["decode"] = measure(lambda: sum(decode_window(s, size) is not None for s in samples), seconds)
+    flips = [sample.flip for sample in samples]
+    rates["resize"] = measure(
+        lambda: sum(fit_pixels(w, size, flip) is not None for w, flip in zip(windows, flips)), seconds
+    )
+    return rates, sum(len(sample.data) for sample in samples) / len(samples)
+
+
+def _decodes(sample: Sample, size: tuple[int, int]) -> bool:
+    try:
+        decode_window(sample, size)
+    except ImageError:
+        return False
+    return True
+
+
+def measure_collate(size: tuple[int, int], batch: int, device: torch.device, seconds: float) -> float:
+    """Chunks of the workers -> one normalised batch on the device."""
+    chunks = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8).split(CHUNK)
+
+    def collate() -> int:
+        whole = torch.empty(batch, 3, *size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        normalize(torch.cat(chunks, out=whole).to(device, non_blocking=True))
+        _wait(device)
+        return batch
+
+    return measure(collate, seconds)
+
+
+def measure_loader(batches: Iterator[Batch], seconds: float) -> tuple[float, Batch]:
+    """The loader as a whole, once the queues that filled while it started are empty, and a batch of it."""
+    end = time.perf_counter() + seconds / 2
+    while time.perf_counter() < end:
+        batch = next(batches)
+    return measure(lambda: len(next(batches).ids), seconds), batch
+
+
+def measure_step(settings: BenchSettings, model: torch.nn.Module, batch: Batch, world: World, records: int) -> float:
+    """Training steps (forward, loss, backward, optimizer) on one batch again and again."""
+    train = Settings(batch_size=settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
+    trainer = Trainer(model, make_objective(train.objective), train, world, records)
+
+    def step() -> int:
+        trainer.step(batch)
+        _wait(world.device)
+        return len(batch.ids)
+
+    step()  # the first of all may compile
+    return measure(step, settings.seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
+    """Measure every stage, print each as soon as it is known, then the sentence."""
+    records = RecordSet(settings.train_data)
+    model = None
+    world = join_world(settings.device)
+    size = (settings.image_size, settings.image_size)
+    if settings.model is not None:
+        _, spec = resolve_spec(settings.model)
+        check_records(records, spec, settings.train_data)
+        model = create_model(spec, device=world.device)
+        size = tuple(image_size_of(model))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    say(f"{len(records):,} records, {size[1]} x {size[0]} px, batches of {settings.batch_size}, {cores} cores")
+    reader = SampleReader(records, 0, size)
+    rates, length = measure_stages(reader, settings.seconds)
+    megabytes = rates["read"] * (length + 4 * records.layout.width) / 1e6
+    say(f"read            {rates['read']:10,.0f} images/s per process ({megabytes:,.0f} MB/s, cached or not)")
+    say(f"decode          {rates['decode']:10,.0f} images/s per process")
+    say(f"crop, resize    {rates['resize']:10,.0f} images/s per process")
+    rates["collate"] = measure_collate(size, settings.batch_size, world.device, settings.seconds)
+    say(f"collate, copy   {rates['collate']:10,.0f} images/s")
+    loader = make_loader(
+        records,
+        image_size=size,
+        global_batch=settings.batch_size,
+        steps=ENDLESS,
+        workers=settings.workers,
+        loader=settings.loader,
+        device=world.device,
+    )
+    try:
+        rates["loader"], batch = measure_loader(iter(loader), settings.seconds)
+    finally:
+        loader.close()
+    dali = not isinstance(loader, TorchLoader)
+    say(
+        f"loader          {rates['loader']:10,.0f} images/s ({'DALI' if dali else 'torch'}, {settings.workers} workers)"
+    )
+    step = None
+    if model is not None:
+        step = measure_step(settings, model, batch, world, len(records))
+        say(f"training step   {step:10,.0f} images/s ({settings.model})")
+    found = Rates(**rates, step=step, workers=settings.workers, cores=cores, dali=dali)
+    say(find_limit(found))
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        run(tyro.cli(BenchSettings, prog="rwkv_clip.training.bench_data", description=__doc__))
+    except (DataError, RecordError) as error:
+        sys.exit(_explain(error, 3))
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        sys.exit(_explain(error, 2))
+    finally:
+        leave_world()
+
+
+def _explain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()
