@@ -1,0 +1,120 @@
+"""Time and memory per token of the B/16 image towers from 224 to 2048 px, with a plot: ours is linear.
+
+python tests/bench/resolution.py [--sizes 224 448 1024 2048 --tokens 4096]
+
+Every size encodes about the same number of tokens (at least one picture), so that a small batch does not flatter the
+larger sizes. bfloat16 weights, open_clip's ViT-B/16 with positions resized to the size. Peak memory is what a call adds
+to weights and pixels, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from harness import Report, alternate, argument_parser, peak_memory
+from models import NO_PEER, check, has_open_clip, make_inputs, make_open_clip, make_ours
+
+NAMES = {"ours": "RWKV-CLIP-B-16", "open_clip ViT-B-16": "ViT-B-16"}
+LIMIT = 1.3  # per token at any size over per token at the smallest
+
+
+def tokens_of(size: int) -> int:
+    return (size // 16) ** 2
+
+
+def prepare(label: str, size: int, batch: int, device: str) -> Callable[[], torch.Tensor]:
+    """Model and pixels; the call encodes them. Something small has run before: threads and libraries are there."""
+    where = torch.device(device)
+    if label == "ours":
+        model = make_ours(NAMES[label], where, "bf16").eval()
+        model.pack()
+    else:
+        model = make_open_clip(NAMES[label], where, "bf16", size)
+    image, _ = make_inputs(batch, size, where, torch.bfloat16)
+    warm = image[:1, :, :64, :64] if label == "ours" else image[:1, :, :size, :size] if size <= 224 else None
+
+    @torch.inference_mode()
+    def call(pixels: torch.Tensor = image) -> torch.Tensor:
+        return model.encode_image(pixels)
+
+    if warm is not None:
+        call(warm.contiguous())
+    return call
+
+
+def measure(report: Report, size: int, args) -> dict[str, tuple[float, float]]:
+    """Rows of a size; (seconds, MiB) per token by contender."""
+    batch = max(1, args.tokens // tokens_of(size))
+    labels = list(NAMES) if has_open_clip() else ["ours"]
+    calls = {label: prepare(label, size, batch, str(args.device)) for label in labels}
+    repeats = args.repeats if batch * tokens_of(size) <= 2 * args.tokens else 1
+    times = alternate(calls, repeats=repeats, warmup=min(repeats - 1, 1), device=args.device)
+    del calls
+    found, case = {}, f"{size} px, batch {batch}"
+    for label in NAMES:
+        if label not in labels:
+            report.missing(case, label, NO_PEER)
+            continue
+        peak = peak_memory(prepare, label, size, batch, str(args.device), device=args.device)
+        seconds, tokens = statistics.median(times[label]), batch * tokens_of(size)
+        figures = {
+            "microseconds_per_token": 1e6 * seconds / tokens,
+            "peak_mib": peak,
+            "kib_per_token": 1024 * peak / tokens,
+        }
+        beside = {"baseline": "open_clip ViT-B-16"} if label == "ours" and len(labels) > 1 else {}
+        report.add(case, label, seconds=times[label], **beside, **per_token, peak_mib=peak)
+        found[label] = seconds / tokens, peak / tokens
+    return found
+
+
+def plot(found: dict[int, dict[str, tuple[float, float]]], path: Path) -> None:
+    """Two panels, logarithmic: time and memory per token over the size."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"no plot at {path}: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for column, (axes, what) in enumerate(zip(panels, ("microseconds per token", "KiB per token"))):
+        for label, color in zip(NAMES, ("tab:red", "tab:gray")):
+            points = [(size, rows[label][column]) for size, rows in found.items() if label in rows]
+            scale = (1e6, 1024)[column]
+            axes.plot([x for x, _ in points], [scale * y for _, y in points], "o-", color=color, label=label)
+        axes.set(xscale="log", yscale="log", xlabel="image side, px", title=what)
+        axes.set_xticks(list(found), [str(size) for size in found])
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.3)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, repeats=3)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 1024, 2048], help="image sides in px")
+    parser.add_argument("--tokens", type=int, help="tokens per call (CPU: 4096; GPU: 65536)")
+    parser.add_argument("--plot", type=Path, help="picture of the result (beside the JSON)")
+    args = parser.parse_args()
+    args.tokens = args.tokens or (4096 if args.device.type == "cpu" else 65536)
+    report = Report("resolution", args.device, commit=args.commit)
+    model = make_ours(NAMES["ours"], args.device, "bf16").eval()
+    check(report, NAMES["ours"], model, 224)
+    check(report, f"{NAMES['ours']} at 272 px", model, 272)
+    del model
+    found = {size: measure(report, size, args) for size in sorted(args.sizes)}
+    first = min(found)
+    for size in list(found)[1:]:
+        for column, what in enumerate(("time", "peak memory")):
+            value = found[first]["ours"][column] / found[size]["ours"][column]
+            report.ratio(f"{size} px", f"{what} per token, {first} px over here", value, goal=1 / LIMIT)
+    path = report.finish(args.output)
+    plot(found, args.plot or path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
