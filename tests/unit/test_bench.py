@@ -86,14 +86,15 @@ def test_peak_memory_of_a_call_that_fails():
 
 
 def test_summary_takes_the_newest_and_says_what_is_missing(tmp_path):
-    for date, commit, value in (("2026-01-02", "new", 7.0), ("2026-01-01", "old", 3.0)):
+    results = ("2026-01-01", "a-old", 3.0), ("2026-01-02", "new", 7.0), ("2026-01-01", "z-old", 5.0)  # by file name
+    for date, commit, value in results:
         report = report_of()
         report.facts |= {"date": date, "commit": commit}
         report.ratio("large", "memory", value)
         report.finish(tmp_path)
     page, figure = summary.write_summary(tmp_path, tmp_path / "figure" / "bench.png")
     text = page.read_text()
-    assert "commit new" in text and "commit old" not in text and "| large | memory | 7.00 |  |" in text
+    assert "commit new" in text and "-old" not in text and "| large | memory | 7.00 |  |" in text
     assert "GPU: not measured." in text and "CPU: not measured." not in text
     assert "| small | peer | not measured: not installed |" in text
     assert figure.read_bytes()[:4] == b"\x89PNG"
