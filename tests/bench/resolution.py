@@ -60,11 +60,7 @@ def measure(report: Report, size: int, args) -> dict[str, tuple[float, float]]:
             continue
         peak = peak_memory(prepare, label, size, batch, str(args.device), device=args.device)
         seconds, tokens = statistics.median(times[label]), batch * tokens_of(size)
-        figures = {
-            "microseconds_per_token": 1e6 * seconds / tokens,
-            "peak_mib": peak,
-            "kib_per_token": 1024 * peak / tokens,
-        }
+        per_token = {"microseconds_per_token": 1e6 * seconds / tokens, "kib_per_token": 1024 * peak / tokens}
         beside = {"baseline": "open_clip ViT-B-16"} if label == "ours" and len(labels) > 1 else {}
         report.add(case, label, seconds=times[label], **beside, **per_token, peak_mib=peak)
         found[label] = seconds / tokens, peak / tokens

@@ -118,18 +118,13 @@ class DropPath(nn.Module):
         if torch.compiler.is_compiling():  # a graph has one shape: everything is computed, and some of it times 0
             kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
             return x + branch(x) * (kept / (1 - self.rate)).to(x.dtype)
-        kept, scale = self._draw(x.shape[0])
+        # Drawn by the CPU's generator: the host would wait for a GPU's. Where no sample keeps the branch it runs on an
+        # empty batch, and its parameters get gradients of 0: one without a gradient would stop DDP.
+        kept = (torch.rand(x.shape[0]) >= self.rate).nonzero().flatten()
         if x.is_cuda:
             kept = kept.pin_memory().to(x.device, non_blocking=True)
         part = branch(x.index_select(0, kept))
-        return x.index_add(0, kept, part.to(x.dtype), alpha=scale)
-
-    def _draw(self, batch: int) -> tuple[Tensor, float]:
-        """Samples that keep the branch, and its factor. From the CPU's generator: a GPU's would make the host wait."""
-        kept = (torch.rand(batch) >= self.rate).nonzero().flatten()
-        if len(kept) or not batch:
-            return kept, 1 / (1 - self.rate)
-        return torch.zeros(1, dtype=torch.int64), 0.0  # gradients of 0: a parameter without one stops DDP
+        return x.index_add(0, kept, part.to(x.dtype), alpha=1 / (1 - self.rate))
 
     def extra_repr(self) -> str:
         return f"{self.rate:.3f}"
