@@ -136,7 +136,8 @@ def test_dtypes_of_decay_and_bonus_are_kept():
     "old, new, complaint",
     [
         ("  sync_block();\n  add_side", "  add_side", "without a barrier between"),
-        ("  wait_copies();\n  sync_warp();", "  sync_warp();", "without a barrier|wrong result"),
+        ("  wait_copies();\n  sync_warp();\n  if constexpr", "  sync_warp();\n  if constexpr", "barrier|wrong result"),
+        ("  sync_warp();\n  if (kept) copy_strip", "  if (kept) copy_strip", "may still read"),
         ("sync_block();\n      add_enclosing", "add_enclosing", "without a barrier between"),
         ("constexpr int PAD = 8;", "constexpr int PAD = 0;", "meet in one bank"),
         ("    take(room.whole, strips * N);", "    take(room.whole, 0);", "outside of shared|barrier|may still read"),

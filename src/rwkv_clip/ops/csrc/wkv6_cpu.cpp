@@ -1,11 +1,11 @@
 // Bidirectional WKV6 on a CPU, forward and backward, float32 inside. Maths: ../reference.py and ../tree.py.
 //
-// Tokens go in blocks of 16, the width of a vector. Within a block every pair (t, s) gets its decay as a running product,
-// channel by channel. Between two blocks the decay splits at the borders, r_t R_t . (product of the blocks between) .
-// L_s k_s with R, L the products of w from the block's start and to its end, so that a pair of blocks is a 16 x 16
-// matrix product. Sequences longer than about twice the head size replace the pairs of blocks by N x N states that pass
-// from block to block (linear in T). As in the product tree all factors are products of numbers in [0, 1] and every
-// gradient is a plain sum: nothing overflows, divides or cancels.
+// Tokens go in blocks of 16, the width of a vector. Within a block every pair (t, s) gets its decay as a running
+// product, channel by channel. Between two blocks the decay splits at the borders, r_t R_t . (product of the blocks
+// between) . L_s k_s with R, L the products of w from the block's start and to its end, so that a pair of blocks is a
+// 16 x 16 matrix product. Sequences longer than about twice the head size replace the pairs of blocks by N x N states
+// that pass from block to block (linear in T). As in the product tree all factors are products of numbers in [0, 1] and
+// every gradient is a plain sum: nothing overflows, divides or cancels.
 //
 // One sample and head is one task of a thread; results do not depend on the number of threads.
 

@@ -1,6 +1,7 @@
 // Vectors of 16 floats, matrix products of them, and the way of tensors into packed rows and back.
 //
-// Vectors are GCC's and clang's portable ones: AVX-512 where the processor has it, several smaller ones elsewhere.
+// Vectors are GCC's and clang's portable ones: one of AVX-512 where the processor has it, elsewhere several smaller
+// ones, because compilers pass vectors that are larger than the processor's through memory.
 
 #pragma once
 
@@ -12,8 +13,35 @@ namespace {
 
 constexpr int BLOCK = 16;  // tokens of a block = lanes of a vector
 
-typedef float Vec __attribute__((vector_size(64), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(64), may_alias));
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Part __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t IntPart __attribute__((vector_size(4 * LANES), may_alias));
+
+#ifdef __AVX512F__
+typedef Part Vec;
+#else
+struct __attribute__((may_alias, aligned(64))) Vec {
+  Part part[BLOCK / LANES];
+#define EACH(left, right) \
+  for (int i = 0; i < BLOCK / LANES; i++) left right; \
+  return *this
+  Vec& operator+=(const Vec& x) { EACH(part[i], += x.part[i]); }
+  Vec& operator*=(const Vec& x) { EACH(part[i], *= x.part[i]); }
+  Vec& operator+=(float x) { EACH(part[i], += x); }
+  Vec& operator*=(float x) { EACH(part[i], *= x); }
+#undef EACH
+};
+inline Vec operator+(Vec a, const Vec& b) { return a += b; }
+inline Vec operator*(Vec a, const Vec& b) { return a *= b; }
+inline Vec operator+(Vec a, float b) { return a += b; }
+inline Vec operator*(float a, Vec b) { return b *= a; }
+#endif
 
 inline Vec& vec(float* p) { return *reinterpret_cast<Vec*>(p); }
 inline const Vec& vec(const float* p) { return *reinterpret_cast<const Vec*>(p); }
@@ -86,29 +114,29 @@ void store(const float* in, const Shape& s, int64_t b, int64_t h, const View& x)
 }
 
 // exp(x) for x <= 80, zero below -88; about one unit in the last place (polynomial of Cephes). NaN stays NaN.
-inline Vec exponential(Vec x) {
-  x = x < -88.0f ? Vec{} - 88.0f : x;
-  const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const Vec shifted = x * 1.44269504f + magic;
-  const Vec n = shifted - magic;
-  const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+inline Part exponential(Part x) {
+  x = x < -88.0f ? Part{} - 88.0f : x;
+  const Part magic = Part{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Part shifted = x * 1.44269504f + magic;
+  const Part n = shifted - magic;
+  const Part f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Part p = f * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  const IntVec power = (reinterpret_cast<const IntVec&>(shifted) - 0x4b400000 + 127) << 23;
-  return p * reinterpret_cast<const Vec&>(power);
+  const IntPart power = (reinterpret_cast<const IntPart&>(shifted) - 0x4b400000 + 127) << 23;
+  return p * reinterpret_cast<const Part&>(power);
 }
 
 // Raw decays -> w = exp(-exp(.)), in place, and log w if wanted. Capped at 80: 0 long before, and never 0 * inf.
 void decay(float* w, float* log_w, const Shape& s) {
-  for (int64_t i = 0; i < s.size(); i += BLOCK) {
-    const Vec raw = vec(w + i);
-    const Vec negative = -exponential(raw > 80.0f ? Vec{} + 80.0f : raw);
-    vec(w + i) = exponential(negative);
-    if (log_w) vec(log_w + i) = negative;
+  for (int64_t i = 0; i < s.size(); i += LANES) {
+    Part& x = *reinterpret_cast<Part*>(w + i);
+    const Part negative = -exponential(x > 80.0f ? Part{} + 80.0f : x);
+    x = exponential(negative);
+    if (log_w) *reinterpret_cast<Part*>(log_w + i) = negative;
   }
 }
 
@@ -147,20 +175,23 @@ inline int64_t tiles(float* out, int64_t out_row, int64_t first, int64_t rows, c
 // out (+)= a b with a: rows x count, b: count x 16 * vectors. Rows are rounded up to 4: every matrix here has them.
 void product(float* out, int64_t out_row, int64_t rows, int64_t vectors, const float* a, int64_t a_row, int64_t a_col,
              const float* b, int64_t b_row, int64_t count, bool add) {
-  for (; vectors >= 2; vectors -= 2, out += 2 * BLOCK, b += 2 * BLOCK) {
+  constexpr bool wide = LANES == BLOCK;  // 32 registers of 16 lanes; else 16 of at most 8
+  for (; wide && vectors >= 2; vectors -= 2, out += 2 * BLOCK, b += 2 * BLOCK) {
     const int64_t done = tiles<8, 2>(out, out_row, 0, rows, a, a_row, a_col, b, b_row, count, add);
     tiles<4, 2>(out, out_row, done, rows + 2, a, a_row, a_col, b, b_row, count, add);
   }
-  if (vectors) {
-    const int64_t done = tiles<16, 1>(out, out_row, 0, rows, a, a_row, a_col, b, b_row, count, add);
+  for (; vectors; vectors--, out += BLOCK, b += BLOCK) {
+    const int64_t done = wide ? tiles<16, 1>(out, out_row, 0, rows, a, a_row, a_col, b, b_row, count, add) : 0;
     tiles<4, 1>(out, out_row, done, rows + 2, a, a_row, a_col, b, b_row, count, add);
   }
 }
 
+#ifdef __AVX512F__
+
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else  // GCC has that one only since 12
-#define MIX(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
+#define MIX(a, b, ...) __builtin_shuffle(a, b, IntPart{__VA_ARGS__})
 #endif
 
 // 16 x 16, from rows `in_row` apart to rows `out_row` apart.
@@ -181,16 +212,6 @@ void transpose16(const float* in, int64_t in_row, float* out, int64_t out_row) {
   for (int i = 0; i < 16; i++) vec(out + i * out_row) = y[i];
 }
 
-// Rows of 16 tokens (16, width) -> (width, 16).
-void transpose_block(const float* in, int64_t width, float* out) {
-  for (int64_t n = 0; n < width; n += BLOCK) transpose16(in + n, width, out + n * BLOCK, BLOCK);
-}
-
-void transpose_state(const float* in, int64_t width, float* out) {
-  for (int64_t i = 0; i < width; i += BLOCK)
-    for (int64_t j = 0; j < width; j += BLOCK) transpose16(in + i * width + j, width, out + j * width + i, width);
-}
-
 // Lane i of the result is the sum of all lanes of x[i].
 inline Vec sums(const Vec* x) {
   Vec a[8], b[4], c[2];
@@ -208,6 +229,36 @@ inline Vec sums(const Vec* x) {
 }
 
 #undef MIX
+
+#else
+
+void transpose16(const float* in, int64_t in_row, float* out, int64_t out_row) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[j * out_row + i] = in[i * in_row + j];
+}
+
+inline Vec sums(const Vec* x) {
+  alignas(64) float out[BLOCK];
+  for (int i = 0; i < BLOCK; i++) {
+    Part sum = x[i].part[0];
+    for (int part = 1; part < BLOCK / LANES; part++) sum += x[i].part[part];
+    out[i] = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) out[i] += sum[lane];
+  }
+  return vec(out);
+}
+
+#endif
+
+// Rows of 16 tokens (16, width) -> (width, 16).
+void transpose_block(const float* in, int64_t width, float* out) {
+  for (int64_t n = 0; n < width; n += BLOCK) transpose16(in + n, width, out + n * BLOCK, BLOCK);
+}
+
+void transpose_state(const float* in, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += BLOCK)
+    for (int64_t j = 0; j < width; j += BLOCK) transpose16(in + i * width + j, width, out + j * width + i, width);
+}
 
 // rows x 16 * vectors, every row times the same channels.
 void scale_rows(float* x, const float* factor, int64_t rows, int64_t width) {

@@ -17,7 +17,7 @@ DEVICE Tile<Io> weigh_strips(const Room<Io, N>& room, const Tile<Io> (&zt)[N / 1
       multiply(a, zt[group], z);
     }
     if (j != at.strip) {
-      store_shared(room.own_tile(at.strip, j - (j > at.strip)), packed<Io>(a));
+      store_shared(room.weights(at.strip, j - (j > at.strip)), packed<Io>(a));
       continue;
     }
     pack(own, a);
@@ -72,7 +72,7 @@ DEVICE void add_far(Group& at, const Room<Io, N>& room, const Tile<Io> (&zt)[N /
     scale_columns(sum, load_channels(room.whole + j * N + at.column));
     if (FIRST ? CHUNKED || j != first : CHUNKED && j == first)
       store_channels(between + (place.strip * place.strips + j) * 16, sum_rows<Io>(at.x * factor * sum));
-    Tile<Io> weights = load_shared(room.own_tile(place.strip, j - side)), y;
+    Tile<Io> weights = load_shared(room.weights(place.strip, j - side)), y;
     load_tile_transposed(y, room.rows(side ? room.right : room.left, j) + at.column, PITCH);
     multiply(sum, weights, y);
   }
@@ -131,17 +131,32 @@ DEVICE void sum_gradients(const Room<Io, N>& room, const Roles<Io>& roles, const
                           Raw<Io>* out, float* gw) {
   Lane lane = this_lane();
   Masks masks = make_masks();
+  // Whole rows by way of the room, where it has a place for them: each is then one access of global memory, not eight.
+  bool kept = room.kept_bytes > 0;
+  auto *kept_x = room.kept(place.strip, 0), *kept_y = room.kept(place.strip, 1);
+  sync_warp();  // the first sum's reads of the place
+  if (kept) {
+    copy_strip<Io, N>(kept_x, roles.zt, place);
+    copy_strip<Io, N>(kept_y, roles.y, place);
+    wait_copies();
+    sync_warp();
+  }
   Tile<Io> zt[N / 16];
 #pragma unroll
-  for (int group = 0; group < N / 16; ++group) zt[group] = packed<Io>(load_values<Io, N>(roles.zt, place, 16 * group));
+  for (int group = 0; group < N / 16; ++group)
+    zt[group] = packed<Io>(kept ? load_copied<Io, N>(kept_x, 16 * group) : load_values<Io, N>(roles.zt, place, 16 * group));
+  sync_warp();
+  if (kept) copy_strip<Io, N>(kept_x, roles.x, place);
   float diagonal[2];
   Tile<Io> own = weigh_strips<Io, N>(room, zt, place, diagonal);
+  wait_copies();
+  sync_warp();
 #pragma unroll 1
   for (int group = 0; group < N / 16; ++group) {
     Group at;
     at.column = 16 * group;
-    at.x = load_values<Io, N>(roles.x, place, at.column);
-    at.y = load_values<Io, N>(roles.y, place, at.column);
+    at.x = kept ? load_copied<Io, N>(kept_x, at.column) : load_values<Io, N>(roles.x, place, at.column);
+    at.y = kept ? load_copied<Io, N>(kept_y, at.column) : load_values<Io, N>(roles.y, place, at.column);
     Values raw = load_decay<N>(w, place, at.column, NO_DECAY);
     at.f = first_factors(raw);
     at.log = filled(0.f);

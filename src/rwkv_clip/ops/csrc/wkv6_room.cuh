@@ -17,8 +17,11 @@ struct Room {
   float* bonus;       // [strips][N]: a strip's part of gu
   float* through;     // [N]: gradient of log w by the pairs that enclose the chunk
   float* between;     // [2][strips][strips][16]: what pairs of strip i add to log w of strip m, before the factors between
-  Tile<Io>* own;      // [strips][own_tiles][32 lanes]: operands that each lane keeps for itself, see own_tile
-  int own_tiles;
+  char* own;          // [strips][own_bytes]: what a warp keeps for itself, in turn:
+                      //   first sum: x scaled by prefix, then by suffix, 2 N / 16 tiles
+                      //   second sum: x and y as they are, 2 [16][PITCH], if there is room; then zt z^T against the other strips
+  int own_bytes, kept_bytes;
+  static constexpr int TILE_BYTES = 32 * sizeof(Tile<Io>), MOST_KEPT = 8;  // strips: shared memory ends there
 
   // Lays the room out from `base`; returns its size. A null base only measures.
   HOST_DEVICE static long long lay_out(Room& room, char* base, int strips, bool gradient, bool chunked) {
@@ -38,12 +41,23 @@ struct Room {
       take(room.through, N);
       take(room.between, 2 * strips * strips * 16);
     }
-    room.own_tiles = gradient && strips - 1 > N / 8 ? strips - 1 : N / 8;
-    take(room.own, strips * room.own_tiles * 32);
+    bool keeps = gradient && strips <= MOST_KEPT && sizeof(Element) == 2;
+    room.kept_bytes = keeps ? 2 * 16 * PITCH * sizeof(Element) : 0;
+    int first = N / 8 * TILE_BYTES, second = gradient ? room.kept_bytes + (strips - 1) * TILE_BYTES : 0;
+    room.own_bytes = first > second ? first : second;
+    take(room.own, (long long)strips * room.own_bytes);
     return at - base;
   }
-  // First sum: x scaled by prefix, N / 16 tiles, then by suffix. Second sum: zt z^T against the other strips.
-  DEVICE Tile<Io>* own_tile(int strip, int tile) const { return own + (strip * own_tiles + tile) * 32 + this_lane().index; }
+  DEVICE char* own_place(int strip) const { return own + strip * own_bytes; }
+  DEVICE Tile<Io>* scaled(int strip, int tile) const {  // this lane's part
+    return reinterpret_cast<Tile<Io>*>(own_place(strip) + tile * TILE_BYTES) + this_lane().index;
+  }
+  DEVICE Tile<Io>* weights(int strip, int tile) const {
+    return reinterpret_cast<Tile<Io>*>(own_place(strip) + kept_bytes + tile * TILE_BYTES) + this_lane().index;
+  }
+  DEVICE Element* kept(int strip, int which) const {
+    return reinterpret_cast<Element*>(own_place(strip)) + which * 16 * PITCH;
+  }
   DEVICE Element* rows(Element* buffer, int strip) const { return buffer + strip * 16 * PITCH; }
 };
 

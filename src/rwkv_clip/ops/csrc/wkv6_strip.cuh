@@ -150,24 +150,23 @@ DEVICE void store_values(Raw<Io>* to, const Place& at, int column, const Values&
   }
 }
 
-// The strip's rows to its rows of a buffer in shared memory, zeros behind the end. Ends with wait_copies and sync_warp.
+// The strip's 16 rows to `rows` in shared memory, in the background, zeros behind the end.
 template <class Io, int N>
-DEVICE void copy_strip(void* buffer, const Raw<Io>* from, const Place& at) {
+DEVICE void copy_strip(void* rows, const Raw<Io>* from, const Place& at) {
   constexpr int PER_COPY = 16 / sizeof(Raw<Io>), PITCH = N + Tile<Io>::PAD, COPIES = N / PER_COPY;
   for (int c = this_lane().index; c < 16 * COPIES; c += 32) {
-    int row = at.strip * 16 + c / COPIES, column = c % COPIES * PER_COPY;
-    bool valid = row < at.tokens;
-    const Raw<Io>* p = from + at.row0 * N + (valid ? (long long)row * at.stride + column : 0);
-    copy_16_async(static_cast<Raw<Io>*>(buffer) + row * PITCH + column, p, valid);
+    int row = c / COPIES, token = at.strip * 16 + row, column = c % COPIES * PER_COPY;
+    bool valid = token < at.tokens;
+    const Raw<Io>* p = from + at.row0 * N + (valid ? (long long)token * at.stride + column : 0);
+    copy_16_async(static_cast<Raw<Io>*>(rows) + row * PITCH + column, p, valid);
   }
 }
 
-// A tile of the strip's rows as they came from global memory.
+// A tile of rows as copy_strip left them.
 template <class Io, int N>
-DEVICE Values load_copied(const void* buffer, const Place& at, int column) {
-  constexpr int PITCH = N + Tile<Io>::PAD;
+DEVICE Values load_copied(const void* rows, int column) {
   Tile<Io> t;
-  load_tile(t, static_cast<const typename Tile<Io>::Element*>(buffer) + at.strip * 16 * PITCH + column, PITCH);
+  load_tile(t, static_cast<const typename Tile<Io>::Element*>(rows) + column, N + Tile<Io>::PAD);
   if constexpr (sizeof(Raw<Io>) == 2) {
     Values y;
 #pragma unroll

@@ -10,9 +10,9 @@ struct Roles {
 
 template <class Io, int N, bool SUM>
 DEVICE void fetch_strip(const Room<Io, N>& room, const Roles<Io>& roles, const Place& at, bool chunked) {
-  copy_strip<Io, N>(room.left, roles.y, at);
-  if constexpr (SUM) copy_strip<Io, N>(room.right, roles.x, at);
-  copy_strip<Io, N>(room.partner, roles.z, at);
+  copy_strip<Io, N>(room.rows(room.left, at.strip), roles.y, at);
+  if constexpr (SUM) copy_strip<Io, N>(room.rows(room.right, at.strip), roles.x, at);
+  copy_strip<Io, N>(room.rows(room.partner, at.strip), roles.z, at);
   if (chunked) {
     using Element = typename Tile<Io>::Element;
     constexpr int PER_COPY = 16 / sizeof(Element), COPIES = N / PER_COPY;
@@ -27,7 +27,7 @@ DEVICE void fetch_strip(const Room<Io, N>& room, const Roles<Io>& roles, const P
   if constexpr (std::is_same_v<Io, Fp16>) {  // operands of products are bfloat16
 #pragma unroll 1
     for (int column = 0; column < N; column += 16) {
-      Values z = load_copied<Io, N>(room.partner, at, column);
+      Values z = load_copied<Io, N>(room.rows(room.partner, at.strip), column);
       sync_warp();
       store_tile(packed<Io>(z), room.rows(room.partner, at.strip) + column, Room<Io, N>::PITCH);
     }
@@ -50,8 +50,8 @@ DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const flo
   for (int column = 0; column < N; column += 16) {
     Factors f = first_factors(next);
     if (column + 16 < N) next = load_decay<N>(w, at, column + 16, NO_DECAY);
-    Values y = load_copied<Io, N>(room.left, at, column), x;
-    if constexpr (SUM) x = load_copied<Io, N>(room.right, at, column);
+    Values y = load_copied<Io, N>(room.rows(room.left, at.strip), column), x;
+    if constexpr (SUM) x = load_copied<Io, N>(room.rows(room.right, at.strip), column);
 #pragma unroll
     for (int l = 0; l < 4; ++l) {
       if constexpr (SUM) {
@@ -65,8 +65,8 @@ DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const flo
     store_tile(packed<Io>(y * f.prefix), room.rows(room.right, at.strip) + column, PITCH);
     store_channels(room.whole + at.strip * N + column, {f.whole.x[0], f.whole.x[1], f.whole.x[4], f.whole.x[5]});
     if constexpr (SUM) {
-      store_shared(room.own_tile(at.strip, column / 16), packed<Io>(x * f.prefix));
-      store_shared(room.own_tile(at.strip, (N + column) / 16), packed<Io>(x * f.suffix));
+      store_shared(room.scaled(at.strip, column / 16), packed<Io>(x * f.prefix));
+      store_shared(room.scaled(at.strip, (N + column) / 16), packed<Io>(x * f.suffix));
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         bonus[i / 2 & 1] += x.x[i] * y.x[i] * u[at.head * N + column + column_of(lane, i)];
@@ -99,7 +99,7 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
   Channels reach[N / 16];  // product of w over the strips between
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) reach[group] = {1.f, 1.f, 1.f, 1.f};
-  const Tile<Io>* mine = room.own_tile(at.strip, side * (N / 16));
+  const Tile<Io>* mine = room.scaled(at.strip, side * (N / 16));
   int step = side ? 1 : -1;
 #pragma unroll 1
   for (int j = at.strip + step; j >= 0 && j < at.strips; j += step) {
