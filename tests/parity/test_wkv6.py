@@ -381,6 +381,14 @@ def test_without_a_working_compiler_the_tree_takes_over_after_one_warning(compil
 
 
 @needs_cpp
+def test_cpp_for_processors_without_wide_vectors(fresh_start, monkeypatch):
+    """The code that a compiler without -march=native makes: smaller vectors, other shuffles."""
+    monkeypatch.setattr(cpu, "host_flags", lambda: ["-std=c++17", "-O2"])
+    for t, n in ((17, 33), (49, 80), (257, 16)):
+        check_against("tree", "cpp", random_inputs(2, t, 2, n, -8.0, 4.0, torch.float32), 1e-6)
+
+
+@needs_cpp
 def test_listing_backends_compiles_nothing(fresh_start, monkeypatch):
     monkeypatch.setattr(cpu, "build_library", lambda *_, **__: pytest.fail("compiled"))
     assert available_backends() == ("cpp", "tree", "reference")
