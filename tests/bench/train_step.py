@@ -10,8 +10,10 @@ product measured in the same run stands beside it. Ours drops paths at the relea
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from harness import Report, alternate, argument_parser
@@ -26,6 +28,7 @@ from models import (
     make_open_clip,
     make_ours,
 )
+from released import load_released
 from torch import nn
 
 DATA_SHEET = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12}  # dense bfloat16 FLOP/s, SXM
@@ -69,6 +72,23 @@ def check_gradients(report: Report, name: str, drop_path: float, device: torch.d
     report.gate(f"{name}: direction of the gradient under autocast", error, 2e-2)
 
 
+def add_released(report: Report, name: str, ours: nn.Module, inputs: tuple, args) -> nn.Module | None:
+    """The released model, checked against ours with its weights; None, and a row that says why, where it cannot run."""
+    case = f"{name}, batch {args.batch}"
+    if args.upstream is None or args.device.type != "cuda":
+        why = "needs an NVIDIA GPU" if args.upstream else "no checkout given: --upstream PATH"
+        return report.missing(case, "released", why)
+    model = load_released(args.upstream, name, args.drop_path, args.device)
+    twin = copy.deepcopy(ours).eval()
+    twin.load_state_dict(model.inner.state_dict())
+    with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16):
+        pairs = list(zip(("image", "text"), twin(*(x[:8] for x in inputs)), model.eval()(*(x[:8] for x in inputs))))
+    for what, own, other in pairs:
+        error = (own.float() - other.float()).norm() / other.float().norm()
+        report.gate(f"{name}: {what} features against the released code's", error, 3e-2)
+    return model
+
+
 def measure(report: Report, name: str, args) -> None:
     """Rows of one model."""
     inputs = make_inputs(args.batch, 224, args.device, torch.float32)
@@ -78,6 +98,7 @@ def measure(report: Report, name: str, args) -> None:
     check_gradients(report, name, args.drop_path, args.device)
     if has_open_clip():
         models[peer] = make_open_clip(PEERS[name], args.device)
+    released = add_released(report, name, models["ours"], inputs, args)
     steps, flops = {}, {}
     for label, model in models.items():
         flops[label] = 3 * args.batch * count_flops(model, 224)
@@ -85,6 +106,8 @@ def measure(report: Report, name: str, args) -> None:
         if args.compile or args.device.type == "cuda":
             flops[f"{label}, compiled"] = flops[label]
             steps[f"{label}, compiled"] = make_step(model, inputs, args.device, True)
+    if released is not None:  # the same FLOPs as ours
+        steps["released"], flops["released"] = make_step(released, inputs, args.device, False), flops["ours"]
     times = alternate(steps, repeats=args.repeats, device=args.device)
     medians = {label: statistics.median(seconds) for label, seconds in times.items()}
     best_peer = min((label for label in times if label.startswith(peer)), key=medians.get, default=None)
@@ -96,6 +119,8 @@ def measure(report: Report, name: str, args) -> None:
             case, label, seconds=seconds, baseline=best_peer if own else None, goal=1.0 if own else None, **figures
         )
     best = min((label for label in times if label.startswith("ours")), key=medians.get)
+    if released is not None:
+        report.ratio(case, f"{best} over released", medians["released"] / medians[best], goal=3.3)
     if best_peer is None:
         report.missing(case, peer, NO_PEER)
     else:
@@ -114,8 +139,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PEERS), help="presets (CPU: B-32; GPU: both)")
     parser.add_argument("--batch", type=int, help="pairs per step (CPU: 8; GPU: 512)")
     parser.add_argument("--drop-path", type=float, default=0.0, help="of the image tower")
+    parser.add_argument("--upstream", type=Path, help="checkout of the released code (GPU; one model at a time)")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU too (minutes)")
     args = parser.parse_args()
+    if args.upstream and args.models is None:
+        args.models = ["RWKV-CLIP-B-32"]  # the released code takes its sizes from the environment, once per process
     args.batch = args.batch or (8 if args.device.type == "cpu" else 512)
     report = Report("train_step", args.device, commit=args.commit)
     for name in args.models or (["RWKV-CLIP-B-32"] if args.device.type == "cpu" else list(PEERS)):
