@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from harness import ROOT
 from summary import write_summary
 
 FOLDER = Path(__file__).resolve().parent
@@ -67,7 +68,7 @@ def main() -> int:
         parser.error(f"{', '.join(unknown)}: no such bench; there are {', '.join(find_benches())}")
     failures = run_all(args.names or find_benches(), options, args.minutes)
     for path in write_summary():
-        print(path)
+        print(path.relative_to(ROOT))
     for name, problem in failures.items():
         print(f"error: {name} {problem}", file=sys.stderr)
     return 1 if failures else 0
