@@ -1,6 +1,6 @@
 """Time and memory per token of the B/16 image towers from 224 to 2048 px, with a plot: ours is linear.
 
-python tests/bench/resolution.py [--sizes 224 448 1024 2048 --tokens 4096]
+python tests/bench/resolution.py [--sizes 224 448 1024 2048 --tokens 3136]
 
 Every size encodes about the same number of tokens (at least one picture), so that a small batch does not flatter the
 larger sizes. bfloat16 weights, open_clip's ViT-B/16 with positions resized to the size. Peak memory is what a call adds
@@ -91,12 +91,12 @@ def plot(found: dict[int, dict[str, tuple[float, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, repeats=3)
+    parser = argument_parser(__doc__, repeats=2)
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 1024, 2048], help="image sides in px")
-    parser.add_argument("--tokens", type=int, help="tokens per call (CPU: 4096; GPU: 65536)")
+    parser.add_argument("--tokens", type=int, help="tokens per call (CPU: 3136; GPU: 65536)")
     parser.add_argument("--plot", type=Path, help="picture of the result (beside the JSON)")
     args = parser.parse_args()
-    args.tokens = args.tokens or (4096 if args.device.type == "cpu" else 65536)
+    args.tokens = args.tokens or (3136 if args.device.type == "cpu" else 65536)
     report = Report("resolution", args.device, commit=args.commit)
     model = make_ours(NAMES["ours"], args.device, "bf16").eval()
     check(report, NAMES["ours"], model, 224)
