@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.dist import choose_device
 
 from . import classification, retrieval
@@ -26,6 +27,8 @@ def evaluate(settings: EvalSettings) -> int:
 
     settings.check()
     device = choose_device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import tyro
 
+from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.config import ConfigError, Precision, Settings
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.image import ImageError, normalize
@@ -204,6 +205,8 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
     records = RecordSet(settings.train_data)
     model = None
     world = join_world(settings.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     size = (settings.image_size, settings.image_size)
     if settings.model is not None:
         _, spec = resolve_spec(settings.model)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
 from rwkv_clip.dist import World, autocast_dtype, join_world, leave_world
@@ -117,6 +118,8 @@ def run(settings: Settings) -> Path:
     records = RecordSet(settings.train_data)
     check_records(records, spec, settings.train_data)
     world = join_world(settings.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     folder, checkpoint = open_run(settings, world, name)
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     model = create_model(spec, settings.pretrained, device=world.device, drop_path=settings.drop_path)

@@ -41,6 +41,7 @@ SCHEMA = 1
 
 sys.path.insert(0, str(ROOT / "src"))
 import rwkv_clip  # noqa: E402
+from rwkv_clip.allocator import keep_freed_memory  # noqa: E402
 
 rwkv_clip.__path__.append(str(ROOT / "src"))  # src/training and src/eval are rwkv_clip.training and rwkv_clip.eval
 
@@ -214,6 +215,8 @@ class Report:
     """Checks, rows and ratios of one bench run on one device."""
 
     def __init__(self, name: str, device: torch.device, *, commit: str | None = None):
+        if device.type == "cpu":
+            keep_freed_memory()  # as training and evaluation do
         found, changed = find_commit()
         self.name = name
         self.facts = {
