@@ -9,6 +9,9 @@ The exit code is 1 when one failed. Without names: all that are here, within 15 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,10 +37,15 @@ def run_bench(name: str, options: list[str], limit: float) -> str | None:
     """Run one; None, or what went wrong."""
     print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
     start = time.monotonic()
+    process = subprocess.Popen([sys.executable, str(FOLDER / f"{name}.py"), *options], start_new_session=True)
     try:
-        code = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], timeout=limit).returncode
+        code = process.wait(limit)
     except subprocess.TimeoutExpired:
         return f"took longer than {limit:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with its own children, or they would run beside the next
+        process.wait()
     print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
     return None if code == 0 else f"ended with exit code {code}"
 

@@ -92,10 +92,11 @@ def plot(found: dict[int, dict[str, tuple[float, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=2)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 1024, 2048], help="image sides in px")
+    parser.add_argument("--sizes", nargs="+", type=int, help="image sides in px (224 448 1024, on a GPU 2048 too)")
     parser.add_argument("--tokens", type=int, help="tokens per call (CPU: 3136; GPU: 65536)")
     parser.add_argument("--plot", type=Path, help="picture of the result (beside the JSON)")
     args = parser.parse_args()
+    args.sizes = args.sizes or ([224, 448, 1024] if args.device.type == "cpu" else [224, 448, 1024, 2048])
     args.tokens = args.tokens or (3136 if args.device.type == "cpu" else 65536)
     report = Report("resolution", args.device, commit=args.commit)
     model = make_ours(NAMES["ours"], args.device, "bf16").eval()
