@@ -9,15 +9,17 @@ to weights and pixels, in a process of its own.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import Report, alternate, argument_parser, peak_memory
+from harness import ROOT, Report, alternate, argument_parser, peak_memory
 from models import NO_PEER, check, has_open_clip, make_inputs, make_open_clip, make_ours
 
 NAMES = {"ours": "RWKV-CLIP-B-16", "open_clip ViT-B-16": "ViT-B-16"}
+FIGURE = ROOT / "figure" / "resolution.png"
 LIMIT = 1.3  # per token at any size over per token at the smallest
 
 
@@ -67,24 +69,30 @@ def measure(report: Report, size: int, args) -> dict[str, tuple[float, float]]:
     return found
 
 
-def plot(found: dict[int, dict[str, tuple[float, float]]], path: Path) -> None:
-    """Two panels, logarithmic: time and memory per token over the size."""
+def plot(result: dict, path: Path) -> None:
+    """Two panels, logarithmic: time and memory per token over the size, from a result's JSON."""
     try:
         import matplotlib
     except ImportError:
-        return print(f"no plot at {path}: pip install matplotlib")
+        return print(f"no plot at {path.name}: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for column, (axes, what) in enumerate(zip(panels, ("microseconds per token", "KiB per token"))):
+    for axes, (key, title) in zip(
+        panels, (("microseconds_per_token", "us per token"), ("kib_per_token", "KiB per token"))
+    ):
         for label, color in zip(NAMES, ("tab:red", "tab:gray")):
-            points = [(size, rows[label][column]) for size, rows in found.items() if label in rows]
-            scale = (1e6, 1024)[column]
-            axes.plot([x for x, _ in points], [scale * y for _, y in points], "o-", color=color, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="image side, px", title=what)
-        axes.set_xticks(list(found), [str(size) for size in found])
+            rows = [row for row in result["rows"] if row["contender"] == label and "figures" in row]
+            sizes = [int(row["case"].split()[0]) for row in rows]
+            axes.plot(sizes, [row["figures"][key] for row in rows], "o-", color=color, label=label)
+        axes.set(xscale="log", yscale="log", xlabel="image side, px", title=f"{title}, B/16, {result['device']}")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.minorticks_off()
+        axes.title.set_fontsize(9)
         axes.grid(True, alpha=0.3)
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -94,7 +102,7 @@ def main() -> None:
     parser = argument_parser(__doc__, repeats=2)
     parser.add_argument("--sizes", nargs="+", type=int, help="image sides in px (224 448 1024, on a GPU 2048 too)")
     parser.add_argument("--tokens", type=int, help="tokens per call (CPU: 3136; GPU: 65536)")
-    parser.add_argument("--plot", type=Path, help="picture of the result (beside the JSON)")
+    parser.add_argument("--plot", type=Path, default=FIGURE, help="picture of the result (figure/resolution.png)")
     args = parser.parse_args()
     args.sizes = args.sizes or ([224, 448, 1024] if args.device.type == "cpu" else [224, 448, 1024, 2048])
     args.tokens = args.tokens or (3136 if args.device.type == "cpu" else 65536)
@@ -110,7 +118,7 @@ def main() -> None:
             value = found[first]["ours"][column] / found[size]["ours"][column]
             report.ratio(f"{size} px", f"{what} per token, {first} px over here", value, goal=1 / LIMIT)
     path = report.finish(args.output)
-    plot(found, args.plot or path.with_suffix(".png"))
+    plot(json.loads(path.read_text()), args.plot)
 
 
 if __name__ == "__main__":
