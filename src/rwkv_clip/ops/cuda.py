@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import chunked
 from .build import CSRC, architecture_flags, build_library, find_nvcc, load_library
 
 HEAD_SIZES = tuple(range(16, 129, 16))
@@ -41,7 +42,8 @@ def supports(r: Tensor) -> bool:
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """r, k, v, w (B, T, H, N), w the raw decay; u (H, N) -> y (B, T, H, N) in v's dtype. BuildError without nvcc."""
     with torch.cuda.device(r.device):
-        return _kernels_for(r).forward(r, k, v, w, u)
+        kernels = _kernels_for(r)
+        return (kernels if kernels.fit(r) else chunked).forward(r, k, v, w, u)
 
 
 def backward(
@@ -49,7 +51,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, k, v, w (raw decay) and u, each in the dtype of its input."""
     with torch.cuda.device(r.device):
-        return _kernels_for(r).backward(gy, r, k, v, w, u)
+        kernels = _kernels_for(r)
+        return (kernels if kernels.fit(r) else chunked).backward(gy, r, k, v, w, u)
 
 
 def compiler_flags(head_size: int, kind: str, capabilities: Sequence[tuple[int, int]], nvcc: Path) -> list[str]:
@@ -84,6 +87,10 @@ class Kernels:
             getattr(library, name).restype = ctypes.c_char_p
         self.library, self.shared_limit, self.stream = library, shared_limit, stream
 
+    def fit(self, r: Tensor) -> bool:
+        """Whether the GPU's shared memory suffices; some have too little for large heads in float32."""
+        return all(self._plan(r, gradient) is not None for gradient in (False, True))
+
     def forward(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         r, k, v, w, u = _ready(r), _ready(k), _ready(v), _ready(w.float()), _ready(u.float())
         strips, chunks = self._plan(r, gradient=False)
@@ -113,14 +120,13 @@ class Kernels:
         self._call("wkv6_backward", r, strips, chunks, *inputs, gr, gk, gv, gw, gu)
         return gr, gk, gv, gw.to(dtypes[0]), gu.sum((0, 2)).to(dtypes[1])
 
-    def _plan(self, r: Tensor, gradient: bool) -> tuple[int, int]:
+    def _plan(self, r: Tensor, gradient: bool) -> tuple[int, int] | None:
+        """(strips of 16 tokens in a block, chunks of the sequence); None where not even one strip fits."""
         strips, chunks = ctypes.c_int(), ctypes.c_int()
-        fits = self.library.wkv6_plan(
-            r.shape[1], gradient, self.shared_limit, ctypes.byref(strips), ctypes.byref(chunks)
-        )
-        if not fits:
-            raise RuntimeError(f"wkv6: {self.shared_limit} bytes of shared memory are too few for N = {r.shape[3]}")
-        return strips.value, chunks.value
+        numbers = (r.shape[1], gradient, self.shared_limit)
+        if self.library.wkv6_plan(*numbers, ctypes.byref(strips), ctypes.byref(chunks)):
+            return strips.value, chunks.value
+        return None
 
     def _states(self, like: Tensor, y: Tensor, z: Tensor, w: Tensor, strips: int, chunks: int) -> Tensor | None:
         """States of the pair (y, z) at the chunks' borders; None for an uncut sequence."""
@@ -135,7 +141,7 @@ class Kernels:
 
     def _call(self, name: str, like: Tensor, strips: int, chunks: int, *tensors: Tensor | None) -> None:
         b, t, h, _ = like.shape
-        pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*tensors,)]
+        pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
         numbers = (b, t, h, strips, chunks)
         error = getattr(self.library, name)(*numbers, *pointers, ctypes.c_void_p(self.stream))
         if error:
