@@ -13,7 +13,7 @@ from harness import RESULTS, ROOT, SCHEMA, table_of
 
 FIGURE = ROOT / "figure" / "bench.png"
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
-REACHED, SHORT, FREE = "#2a7f62", "#c8553d", "#8d99ae"
+REACHED, SHORT = "#2a7f62", "#c8553d"
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -80,12 +80,11 @@ def plot_bars(axis, ratios: list[tuple[str, dict]], title: str, ends: tuple[floa
     """One bar per ratio with its goal as a tick, on a logarithmic axis that starts at 1 (equal to the peer)."""
     for place, (_, ratio) in enumerate(ratios):
         value, goal = ratio["value"], ratio["goal"]
-        color = FREE if goal is None else REACHED if value >= goal else SHORT
+        color = REACHED if value >= goal else SHORT
         axis.barh(place, value - 1, left=1, color=color, height=0.7)
         text = f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
         axis.text(max(value, 1) * 1.04, place, text, va="center", fontsize=7)
-        if goal is not None:
-            axis.plot([goal, goal], [place - 0.45, place + 0.45], color="black", linewidth=1.6)
+        axis.plot([goal, goal], [place - 0.45, place + 0.45], color="black", linewidth=1.6)
     axis.set_xscale("log")
     axis.set_xlim(ends)
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if ends[0] <= t <= ends[1]]
@@ -101,7 +100,7 @@ def plot_bars(axis, ratios: list[tuple[str, dict]], title: str, ends: tuple[floa
 
 
 def plot_ratios(results: list[dict], path: Path) -> Path | None:
-    """All ratios to peers, one panel per bench and device, goals as ticks; None where there is no ratio."""
+    """All ratios that have a goal, one panel per bench and device, goals as ticks; None where there is none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,12 +116,12 @@ def plot_ratios(results: list[dict], path: Path) -> Path | None:
     heights = [len(ratios) + 2.2 for _, ratios in panels]
     size = (9.5, 0.19 * sum(heights) + 0.9)
     figure, axes = plt.subplots(len(panels), figsize=size, layout="constrained", height_ratios=heights, squeeze=False)
-    values = [1, *(n for _, ratios in panels for _, ratio in ratios for n in (ratio["value"], ratio["goal"]) if n)]
+    values = [1, *(n for _, ratios in panels for _, ratio in ratios for n in (ratio["value"], ratio["goal"]))]
     for axis, (title, ratios) in zip(axes[:, 0], panels):
         plot_bars(axis, ratios, title, (min(values) / 1.15, max(values) * 1.35))
     kinds = {result["kind"] for result in results}
     absent = "".join(f" {KINDS[kind]}: not measured." for kind in KINDS if kind not in kinds)
-    what = "Times faster (or smaller) than the peer. Ticks: goals. Green: reached, red: not reached, grey: no goal."
+    what = "Times faster (or smaller) than the peer. Ticks: goals. Green: reached, red: not reached."
     figure.suptitle(what + absent, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -131,7 +130,7 @@ def plot_ratios(results: list[dict], path: Path) -> Path | None:
 
 
 def _can_draw(ratio: dict) -> bool:
-    return math.isfinite(ratio["value"]) and ratio["value"] > 0
+    return ratio["goal"] is not None and math.isfinite(ratio["value"]) and ratio["value"] > 0
 
 
 def write_summary(folder: Path = RESULTS, figure: Path = FIGURE) -> list[Path]:
