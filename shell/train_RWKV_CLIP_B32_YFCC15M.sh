@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RWKV-CLIP B/32 on YFCC15M (published: COCO R@1 50.3 / 34.0, zero-shot mean over eleven sets 44.4; 8 GPUs x 512 pairs, 32 epochs).
-# Without settings: trains the small demo model on the embedded demo set (5 minutes on 2 CPU cores).
+# Without settings: trains the small demo model on the embedded demo set (3 minutes on 2 CPU cores).
 #
 #   TRAIN_DATA=prefix-or-glob [OUTPUT=logs/name] [VAL_DATA=file.jsonl] [NPROC_PER_NODE=gpus here] [NNODES=1]
 #   [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [MASTER_PORT=29500] [EXTRAS=..] bash shell/train_RWKV_CLIP_B32_YFCC15M.sh [--setting value ..]
