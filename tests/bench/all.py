@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -67,14 +68,19 @@ def run_all(names: list[str], options: list[str], minutes: float) -> dict[str, s
 
 def main() -> int:
     """Command line; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=", ".join(find_benches()))
+    # Names come first; behind them an option that only the benches know may take a word, which is no name.
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        usage="all.py [names ..] [--minutes M] [options of the benches ..]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--minutes", type=float, default=10 if torch.cuda.is_available() else 15)
-    args, options = parser.parse_known_args()
-    unknown = sorted(set(args.names) - set(find_benches()))
+    args, options = parser.parse_known_args(sys.argv[1 + len(names) :])
+    unknown = sorted(set(names) - set(find_benches()))
     if unknown:
         parser.error(f"{', '.join(unknown)}: no such bench; there are {', '.join(find_benches())}")
-    failures = run_all(args.names or find_benches(), options, args.minutes)
+    failures = run_all(names or find_benches(), options, args.minutes)
     for path in write_summary():
         print(path.relative_to(ROOT))
     for name, problem in failures.items():

@@ -133,3 +133,19 @@ def test_loader_bench_runs_where_only_our_loader_is(tmp_path):
     measured = {row["contender"]: row["figures"]["images_per_second"] for row in result["rows"] if "figures" in row}
     assert set(measured) == {"ours, torch"} and measured["ours, torch"] > 0
     assert {row["contender"] for row in result["rows"] if "missing" in row} == {"ours, DALI", "plain DALI", "open_clip"}
+
+
+@pytest.mark.parametrize(
+    "arguments, names, options",
+    [
+        ("--device cpu", None, ["--device", "cpu"]),
+        ("loss wkv6 --repeats 3 --minutes 2", ["loss", "wkv6"], ["--repeats", "3"]),
+    ],
+)
+def test_words_behind_options_are_no_names(monkeypatch, arguments, names, options):
+    seen = []
+    monkeypatch.setattr(everything, "run_all", lambda *given: seen.append(given) or {})
+    monkeypatch.setattr(everything, "write_summary", list)
+    monkeypatch.setattr("sys.argv", ["all.py", *arguments.split()])
+    assert everything.main() == 0
+    assert seen[0][:2] == (names or everything.find_benches(), options)
