@@ -7,4 +7,4 @@ RUN=${RUN:-$(ls -d logs/demo-*/ | tail -n 1)}
 python -m rwkv_clip.training.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
 cp "$RUN/training.png" figure/demo_training.png
 cp "$RUN/retrieval.png" figure/demo_retrieval.png
-python tests/bench/summary.py # figure/bench.png, from the results that are there
+python tests/bench/summary.py # figure/bench.png, from the results that are there; tests/bench/resolution.py draws resolution.png
