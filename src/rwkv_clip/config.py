@@ -112,6 +112,8 @@ class Settings:
     """Run folder name; default: model and time."""
     resume: str | None = None
     """`latest` (go on in the run folder, start if there is nothing yet) or a checkpoint folder."""
+    allow_change: tuple[str, ...] = ()
+    """Names of settings that may differ from those of the run that is resumed; the change is noted in its checkpoints."""
 
     seed: int = ranged(0, minimum=0)
     epochs: int = ranged(32, minimum=1)
@@ -119,7 +121,10 @@ class Settings:
     max_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """End (and end the schedule) after this many steps instead of --epochs."""
     batch_size: int = ranged(512, minimum=1)
-    """Pairs per rank and step; all ranks' pairs are negatives of each other."""
+    """Pairs per rank that the towers hold at a time; the pairs of all ranks and accumulations are negatives of each
+    other."""
+    accum_freq: int = ranged(1, minimum=1)
+    """Batches per rank and step: a global batch is batch_size x accum_freq x ranks pairs, in the memory of batch_size."""
     precision: Precision = "bf16"
     """Autocast dtype; weights, optimizer and loss stay float32. fp16 brings a gradient scaler; auto is bf16 where the
     device computes in it, else fp32."""
@@ -129,6 +134,18 @@ class Settings:
     """Compile the towers with torch.compile."""
     grad_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """Several ranks: every rank holds the whole model (ddp), a share of it (fsdp), or a share within its node (hsdp)."""
+    deterministic: bool = False
+    """The same bits on 1, 2, 4, .. --max-ranks ranks: the batch is computed in pieces and summed in a fixed order."""
+    max_ranks: int = ranged(8, minimum=1)
+    """With --deterministic: the largest number of ranks, a power of two."""
+    timeout: float = ranged(120.0, above=0)
+    """Seconds without a sign of life of a rank after which all ranks end."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite never reaches the weights: stop the run, or leave that step out and go on."""
+    max_nonfinite: int = ranged(3, minimum=1)
+    """--on-nonfinite skip: stop when more than this many steps in a row are not finite."""
 
     objective: Literal["infonce"] = "infonce"
     views: Literal["one", "first"] = "one"
@@ -161,6 +178,10 @@ class Settings:
     """Width / height of a random crop, relative to the picture's pixels."""
     flip: float = ranged(0.5, minimum=0, maximum=1)
     """Probability of a mirrored picture."""
+    max_bad: int = ranged(100, minimum=0)
+    """Replaced (damaged) records that are always tolerated."""
+    max_bad_share: float = ranged(0.001, minimum=0, maximum=1)
+    """The run ends when more than --max-bad records and more than this share of those seen are damaged."""
 
     log_every_n_steps: int = ranged(10, minimum=1)
     val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
@@ -174,6 +195,10 @@ class Settings:
         found = []
         if self.cycle_beta1 and self.schedule != "onecycle":
             found.append(f"cycle_beta1: needs schedule onecycle, not {self.schedule}")
+        if self.max_ranks & (self.max_ranks - 1):
+            found.append(f"max_ranks: {self.max_ranks} is not a power of two (1, 2, 4, 8, ..)")
+        if self.deterministic and self.parallel != "ddp":
+            found.append(f"deterministic: needs parallel ddp, not {self.parallel}")
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):

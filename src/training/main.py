@@ -139,6 +139,8 @@ def run(settings: Settings) -> Path:
         workers=settings.workers,
         loader=settings.loader,
         device=world.device,
+        max_bad=settings.max_bad,
+        max_bad_share=settings.max_bad_share,
         augmentation=Augmentation(settings.crop_area, settings.crop_aspect, settings.flip),
     )
     log = None
