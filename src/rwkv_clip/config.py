@@ -113,7 +113,7 @@ class Settings:
     resume: str | None = None
     """`latest` (go on in the run folder, start if there is nothing yet) or a checkpoint folder."""
     allow_change: tuple[str, ...] = ()
-    """Names of settings that may differ from those of the run that is resumed; the change is noted in its checkpoints."""
+    """Names of settings that may differ from those of the run to resume; checkpoints note the change."""
 
     seed: int = ranged(0, minimum=0)
     epochs: int = ranged(32, minimum=1)
@@ -124,7 +124,7 @@ class Settings:
     """Pairs per rank that the towers hold at a time; the pairs of all ranks and accumulations are negatives of each
     other."""
     accum_freq: int = ranged(1, minimum=1)
-    """Batches per rank and step: a global batch is batch_size x accum_freq x ranks pairs, in the memory of batch_size."""
+    """Batches per rank and step: batch_size x accum_freq x ranks pairs a step, in the memory of batch_size."""
     precision: Precision = "bf16"
     """Autocast dtype; weights, optimizer and loss stay float32. fp16 brings a gradient scaler; auto is bf16 where the
     device computes in it, else fp32."""
@@ -135,7 +135,7 @@ class Settings:
     grad_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """Several ranks: every rank holds the whole model (ddp), a share of it (fsdp), or a share within its node (hsdp)."""
+    """What a rank holds of the model: all (ddp), a share (fsdp), a share within its node (hsdp)."""
     deterministic: bool = False
     """The same bits on 1, 2, 4, .. --max-ranks ranks: the batch is computed in pieces and summed in a fixed order."""
     max_ranks: int = ranged(8, minimum=1)
@@ -143,7 +143,7 @@ class Settings:
     timeout: float = ranged(120.0, above=0)
     """Seconds without a sign of life of a rank after which all ranks end."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite never reaches the weights: stop the run, or leave that step out and go on."""
+    """A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step."""
     max_nonfinite: int = ranged(3, minimum=1)
     """--on-nonfinite skip: stop when more than this many steps in a row are not finite."""
 
