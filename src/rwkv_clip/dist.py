@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -72,8 +74,8 @@ def leave_world() -> None:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(rank, world size) of the current process group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, world size) of the current process group; (0, 1) without one and inside `alone()`."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _alone else (0, 1)
 
 
 class _Gather(torch.autograd.Function):
@@ -127,3 +129,20 @@ def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> 
     if size > 1:
         dist.all_reduce(numbers)
     return dict(zip(values, (numbers / size).tolist()))
+
+
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is a world of one: `gather` and the sums over ranks return what they get.
+
+    So an objective can be computed by every rank on everybody's features, in one order whatever the number of ranks.
+    """
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before

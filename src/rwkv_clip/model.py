@@ -58,6 +58,16 @@ class RWKVCLIP(nn.Module):
         """Recompute block activations in the backward pass while training."""
         self.image_model.recompute = self.text_model.recompute = enable
 
+    @property
+    def drop_branches(self) -> int:
+        """Residual branches that training drops at random: numbers a sample needs in `set_drop_numbers`."""
+        return 2 * self.config.image.depth if self.config.image.drop_path else 0
+
+    def set_drop_numbers(self, numbers: Tensor | None) -> None:
+        """Decide what the coming forward passes drop: uniform numbers in [0, 1), (drop_branches, B) on the CPU, or None
+        to draw anew each time. With numbers that belong to samples, a sample's drops are the same in every batch."""
+        self.image_model.drop_numbers = numbers
+
     def pack(self) -> None:
         """Hold bfloat16 weights on a CPU a second time, as it multiplies them fastest: for inference, see `Linear`."""
         for module in self.modules():

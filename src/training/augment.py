@@ -18,6 +18,7 @@ ATTEMPTS = 10
 # Which draw of a sample serves which purpose. A new purpose takes a new number, so that old runs stay as they
 # were.
 FLIP, VIEW, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
+DROP_PATH = 1 << 20  # and the following: one for every residual branch that may be dropped
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray, share: float = 0.
 def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, views: int) -> np.ndarray:
     """Which of `views` texts a sample shows, uniform: int64 (B,)."""
     return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)
+
+
+def draw_drops(seed: int, epochs: np.ndarray, ids: np.ndarray, branches: int) -> np.ndarray:
+    """Uniform numbers by which stochastic depth drops branches: float64 (branches, B)."""
+    return uniforms(seed, epochs, ids, DROP_PATH + np.arange(branches)[:, None])
 
 
 def crop_windows(

@@ -1,14 +1,13 @@
 """The training loop. It knows no method by name: model, objective, view rule and schedule are what the settings say.
 
-A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and every step seeds
-torch's generators from (seed, step, rank), so no random state has to be saved for an exact resume.
+A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and what is random
+in it from the samples or from (seed, step, piece of the batch), so no random state has to be saved for an exact resume.
 
 A step only queues work: nothing in it waits for a GPU, which computes one step while the host prepares the next.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -16,21 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.checkpoint import read_tensors, save_checkpoint
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.dist import World, autocast_dtype, mean_over_ranks
+from rwkv_clip.dist import World, mean_over_ranks
 from rwkv_clip.image import normalize
 from rwkv_clip.model import load_checkpoint, pixel_statistics, spec_to_json
 
-from .augment import draw_views, hash64
+from .augment import draw_drops, draw_views
 from .data import Batch
 from .log import RunLog
 from .numerics import NumericsError, Watch
 from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state, update_weights
+from .step import GradientStep, Inputs
 
 __all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
 
@@ -65,7 +66,6 @@ class Trainer:
         self.schedule = Schedule.from_settings(settings, self.total_steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()
-        self.autocast_dtype = autocast_dtype(settings.precision, world.device)
         # On the device from the start: a constant made in a step is a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
         self.watch = Watch(world)
@@ -75,17 +75,17 @@ class Trainer:
         if settings.torchcompile:
             model.compile()  # in place: parameter names stay as they are
         device_ids = [world.device] if world.device.type == "cuda" else None
-        self.parallel = DistributedDataParallel(model, device_ids=device_ids) if world.size > 1 else model
+        replicate = world.size > 1 and not settings.deterministic
+        parallel = DistributedDataParallel(model, device_ids=device_ids) if replicate else model
+        self.gradients = GradientStep(model, parallel, self.objective, settings, world, self.normalize)
 
     @property
     def global_batch(self) -> int:
-        return self.settings.batch_size * self.world.size
+        return self.settings.batch_size * self.settings.accum_freq * self.world.size
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The towers' arithmetic; the objective switches it off for itself."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, self.autocast_dtype)
+    def normalize(self, image: Tensor) -> Tensor:
+        """Stored pixels, uint8, as the model takes them."""
+        return normalize(image, *self.pixel_statistics)
 
     def choose_view(self, batch: Batch) -> Tensor:
         """(B, V, T) -> (B, T): one text per image, drawn by (seed, epoch, sample), or the first."""
@@ -94,32 +94,37 @@ class Trainer:
         drawn = draw_views(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), batch.text.shape[1])
         return batch.text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
 
+    def draw_drops(self, batch: Batch) -> Tensor | None:
+        """Stochastic depth's numbers for every branch and sample, float32 (branches, B); None for a model without."""
+        branches = getattr(self.model, "drop_branches", 0)
+        if not branches:
+            return None
+        return torch.from_numpy(
+            draw_drops(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), branches).astype(np.float32)
+        )
+
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
 
         NumericsError when the step before was not finite; `watch.check` says it of this one.
         """
-        torch.manual_seed(int(hash64(self.settings.seed, self.progress.step, self.world.rank)[0] >> 1))
         set_step(self.optimizer, self.schedule, self.progress.step)
-        image, text = self._to_device(batch.image, self.choose_view(batch))
-        image = normalize(image, *self.pixel_statistics)
+        inputs = Inputs(*self._to_device(batch.image, self.choose_view(batch)), self.draw_drops(batch))
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            image_features, text_features, logit_scale = self.parallel(image, text)[:3]
-        losses, report = self.objective(image_features, text_features, logit_scale)
+        computed = self.gradients.run(self.progress.step, inputs, self.scaler.scale)
+        losses = {name: value.detach() for name, value in computed.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
-        self.scaler.scale(loss).backward()
         values = {
-            "loss": loss.detach(),
-            "grad_norm": self._update(loss.detach(), batch),
+            "loss": loss,
+            "grad_norm": self._update(loss, batch),
             "logit_scale": self.model.logit_scale.detach().exp(),
             "lr": self.schedule.lr(self.progress.step),
         }
         if len(losses) > 1:
-            values |= {name: value.detach() for name, value in losses.items()}
+            values |= losses
         self.progress.step += 1
         self.progress.samples_seen += self.global_batch
-        return values | report
+        return values | computed.report
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copies on a stream of their own: a GPU makes them while it still computes the step before."""

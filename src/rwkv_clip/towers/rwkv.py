@@ -111,16 +111,20 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + branch(x), the branch dropped for some samples. x: (B, T, C)."""
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], numbers: Tensor | None = None) -> Tensor:
+        """x + branch(x), the branch dropped where `numbers` is below the rate. x: (B, T, C); numbers: (B,), uniform in
+        [0, 1), drawn here where there are none; on the CPU, or on x's device while compiling."""
         if not self.training or self.rate == 0:
             return x + branch(x)
-        if torch.compiler.is_compiling():  # a graph has one shape: everything is computed, and some of it times 0
-            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-            return x + branch(x) * (kept / (1 - self.rate)).to(x.dtype)
-        # Drawn by the CPU's generator: the host would wait for a GPU's. Where no sample keeps the branch it runs on an
-        # empty batch, and its parameters get gradients of 0: one without a gradient would stop DDP.
-        kept = (torch.rand(x.shape[0]) >= self.rate).nonzero().flatten()
+        compiling = torch.compiler.is_compiling()
+        if numbers is None:  # by the CPU's generator: the host would wait for a GPU's
+            numbers = torch.rand(x.shape[0], device=x.device if compiling else None)
+        if compiling:  # a graph has one shape: everything is computed, and some of it times 0
+            kept = (numbers >= self.rate).to(x.dtype) / (1 - self.rate)
+            return x + branch(x) * kept.view(-1, 1, 1)
+        # Where no sample keeps the branch it runs on an empty batch, and its parameters get gradients of 0: one without
+        # a gradient would stop DDP.
+        kept = (numbers >= self.rate).nonzero().flatten()
         if x.is_cuda:
             kept = kept.pin_memory().to(x.device, non_blocking=True)
         part = branch(x.index_select(0, kept))
@@ -154,12 +158,14 @@ class Block(nn.Module):
         self.ffn = ChannelMix(width, config.ffn_width, config.heads, style)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, ...], drop_numbers: Tensor | None = None) -> Tensor:
+        """x: (B, T, C) -> the same. drop_numbers: (2, B), what `DropPath` decides by in the two branches."""
         dtype = _compute_dtype(x)
+        first, second = (None, None) if drop_numbers is None else drop_numbers.unbind()
         if self.ln0 is not None:
             x = self.ln0(x)
-        x = self.drop_path(x, lambda z: self.att(self.ln1(z).to(dtype), grid))
-        return self.drop_path(x, lambda z: self.ffn(self.ln2(z).to(dtype), grid))
+        x = self.drop_path(x, lambda z: self.att(self.ln1(z).to(dtype), grid), first)
+        return self.drop_path(x, lambda z: self.ffn(self.ln2(z).to(dtype), grid), second)
 
 
 def _keep_narrow(width: int, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -171,14 +177,18 @@ def _keep_narrow(width: int, context: Any, op: Any, *args: Any, **kwargs: Any) -
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _run(blocks: nn.ModuleList, x: Tensor, grid: tuple[int, ...], recompute: bool) -> Tensor:
+def _run(
+    blocks: nn.ModuleList, x: Tensor, grid: tuple[int, ...], recompute: bool, drop_numbers: Tensor | None = None
+) -> Tensor:
+    # Numbers are arguments, not state: recomputation, perhaps behind the next batch's forward, gets the same again.
+    numbers = [None] * len(blocks) if drop_numbers is None else drop_numbers.unflatten(0, (len(blocks), 2)).unbind()
     if not recompute:
-        for block in blocks:
-            x = block(x, grid)
+        for block, own in zip(blocks, numbers):
+            x = block(x, grid, own)
         return x
     contexts = partial(create_selective_checkpoint_contexts, partial(_keep_narrow, x.shape[-1]))
-    for block in blocks:
-        x = checkpoint(block, x, grid, use_reentrant=False, context_fn=contexts)
+    for block, own in zip(blocks, numbers):
+        x = checkpoint(block, x, grid, own, use_reentrant=False, context_fn=contexts)
     return x
 
 
@@ -215,6 +225,7 @@ class ImageTower(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
         self.layers = nn.ModuleList(Block(config, IMAGE_STYLE, i == 0, rate) for i, rate in enumerate(rates))
+        self.drop_numbers: Tensor | None = None  # see RWKVCLIP.set_drop_numbers
         self.ln1 = nn.LayerNorm(config.width)
         self._init_values()
 
@@ -243,7 +254,10 @@ class ImageTower(nn.Module):
         x = self.patch_embed(image) + self._positions(grid)
         if self.cls_token is not None:
             x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
-        return self.ln1(_run(self.layers, x, grid, self.recompute and self.training))
+        numbers = self.drop_numbers if self.training else None
+        if numbers is not None and torch.compiler.is_compiling():
+            numbers = numbers.to(x.device)
+        return self.ln1(_run(self.layers, x, grid, self.recompute and self.training, numbers))
 
     def forward(self, image: Tensor) -> Tensor:
         tokens = self.forward_tokens(image)

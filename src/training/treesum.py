@@ -1,0 +1,73 @@
+"""Sums in an order that does not depend on the number of ranks: what --deterministic adds gradients with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rwkv_clip.dist import rank_and_size
+
+BUCKET = 2**23  # elements that travel at a time: 32 MiB in float32
+
+
+def sum_in_order(tensors: list[Tensor]) -> None:
+    """Sum over a power of two of ranks, in place, as a balanced binary tree: ((0 + 1) + (2 + 3)) + ..
+
+    An all-reduce adds in an order of its own that depends on the number of ranks. Here each rank adds the ranks' parts
+    of its share of the numbers; with partial sums that are such trees themselves (`TreeSum`), the result is the same
+    bits for 1, 2, 4, .. ranks. It sends and holds no more than an all-reduce of `BUCKET` elements does.
+    """
+    size = rank_and_size()[1]
+    if size == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        share = -(-len(flat) // size)
+        sent = torch.nn.functional.pad(flat, (0, share * size - len(flat)))
+        parts = torch.empty_like(sent)
+        dist.all_to_all_single(parts, sent)
+        level = list(parts.view(size, share))
+        while len(level) > 1:
+            level = [a + b for a, b in zip(level[::2], level[1::2])]
+        dist.all_gather_into_tensor(sent, level[0])
+        for tensor, total in zip(bucket, sent[: len(flat)].split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, about BUCKET elements together."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+class TreeSum:
+    """Sums lists of tensors, added one list at a time, as a balanced binary tree over their places.
+
+    The count must be a power of two in the end. Holds one list per level: log2(count) + 1 at most.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[tuple[int, list[Tensor]]] = []
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """The tensors become this object's own; it adds to them in place."""
+        level = 0
+        while self._levels and self._levels[-1][0] == level:
+            left = self._levels.pop()[1]
+            torch._foreach_add_(left, tensors)
+            level, tensors = level + 1, left
+        self._levels.append((level, tensors))
+
+    def total(self) -> list[Tensor]:
+        """The sum of all lists added."""
+        (level,) = self._levels
+        return level[1]
