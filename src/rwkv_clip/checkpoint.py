@@ -6,52 +6,54 @@ A checkpoint is a folder `step-00000100/` with
     state.json          step, position, settings, model description
     MANIFEST.json       sha256 and size of each of these
 
-It is written under a temporary name, flushed to the disk and renamed; the scan for the newest one verifies every hash
-and falls back to the one before. Foreign `.pt` files are read as plain tensors (`weights_only=True`).
+A save takes nothing away before something better is proven to be there: it writes a folder under a temporary name,
+hashing on the way, flushes it to the disk, renames it, reads it back and compares; only then older ones go, and each
+loses its name before its files. Whenever a process dies, the newest checkpoint is whole or the one before is there;
+from the second save on two are. Beside checkpoints there may be
+
+    step-00000100.old    a checkpoint too: what another save of the same step replaced; goes at that save's end
+    step-00000100.tmp    half written or half deleted; goes at the next start or save
+    step-00000100.aside  a step that the run had not reached again when it saved an earlier one: damaged, or given up
+
+The scan for the newest one verifies every hash and falls back to the one before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from .tensorfile import CHUNK, MAX_HEADER, CheckpointError, encode_tensors, read_tensors, read_torch
 
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
-_STEP = re.compile(r"^step-(\d{8})$")
+_STEP = re.compile(r"step-(\d{8})(\.old)?")
+_FIELDS = {  # of state.json: what its readers take for granted
+    **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
+    **dict.fromkeys(("spec", "settings", "scaler"), dict),
+    "model": str,
+}
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is absent, incomplete, damaged or of another kind; names the file."""
+class NewerCheckpointError(CheckpointError):
+    """An intact checkpoint of a later version of this library: no reason to fall back to an older one."""
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
-
-
-def _hash(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders in `folder` (or its `checkpoints/`), oldest first; not verified."""
-    inner = folder / "checkpoints"
-    folder = inner if inner.is_dir() else folder
-    return sorted(path for path in folder.iterdir() if _STEP.match(path.name) and path.is_dir())
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -62,68 +64,225 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` atomically, then remove all but the `keep` newest. Returns the checkpoint's path.
+    """Write `folder/step-XXXXXXXX`, verify it, then remove all but the `keep` newest. Returns the checkpoint's path.
 
-    When anything fails, the temporary folder is removed, older checkpoints stay, and the error is raised.
+    OSError or CheckpointError when it cannot be written or does not read back as written; then nothing of it is left
+    and older checkpoints are as they were. An intact checkpoint of the same content is left as it is.
     """
-    from safetensors.torch import save_file  # here and below: the library and its benches need only torch and numpy
-
-    folder.mkdir(parents=True, exist_ok=True)
+    assert keep >= 2 and 0 <= step < 10**8
+    text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
+    encoders = functools.partial(encode_tensors, weights), functools.partial(encode_tensors, optim), lambda: [text]
+    contents = dict(zip(FILES, encoders))
+    _make_folder(folder)
+    clean_folder(folder)
     final = folder / f"step-{step:08d}"
-    temporary = folder / f"{final.name}.tmp"
-    for stale in folder.glob("step-*.tmp"):
-        shutil.rmtree(stale)
-    temporary.mkdir()
+    if not (final.exists() and _holds(final, contents)):
+        temporary = folder / f"{final.name}.tmp"
+        try:
+            _write_folder(temporary, contents)
+            _publish(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     try:
-        save_file(_plain(weights), temporary / "model.safetensors")
-        save_file(_plain(optim), temporary / "optim.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1))
-        files = {
-            name: {"sha256": hash_file(temporary / name), "bytes": (temporary / name).stat().st_size} for name in FILES
-        }
-        (temporary / "MANIFEST.json").write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
-        for name in (*FILES, "MANIFEST.json"):
-            _flush(temporary / name)
-        _flush(temporary)
-        if final.exists():  # the same step again, after a resume: same content
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        _flush(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _prune(folder, final, keep)
+    except OSError as error:  # the checkpoint is there all the same
+        log.warning("%s: older checkpoints could not be removed (%s)", folder, error)
     return final
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+def clean_folder(folder: Path) -> None:
+    """Remove what a process left that died while it saved. Only for the one process that writes here."""
+    for stale in folder.glob("step-*.tmp"):
+        _remove(stale)
 
 
-def _flush(path: Path) -> None:
-    """fsync a file or folder: only then does a rename survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+def _make_folder(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush(path.parent)
+
+
+def _write_folder(folder: Path, contents: dict[str, Callable[[], Iterable[bytes]]]) -> None:
+    """Files and their manifest, on the disk when this returns."""
+    os.mkdir(folder)
+    files = {name: _write_file(folder / name, make()) for name, make in contents.items()}
+    manifest = json.dumps({"schema": SCHEMA, "files": files}, indent=1).encode()
+    _write_file(folder / "MANIFEST.json", [manifest])
+    _flush(folder)
+
+
+def _write_file(path: Path, pieces: Iterable[bytes]) -> dict[str, Any]:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        measured = _measure(pieces, functools.partial(_write_all, handle))
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+    return measured
+
+
+def _write_all(handle: int, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:  # a full disk takes a part first
+        view = view[os.write(handle, view) :]
+
+
+def _measure(pieces: Iterable[bytes], write: Callable[[bytes], object] = len) -> dict[str, Any]:
+    """A manifest's entry for a file of these pieces, each handed to `write` on the way."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        write(piece)
+        size += len(piece)
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def _holds(path: Path, contents: dict[str, Callable[[], Iterable[bytes]]]) -> bool:
+    """Whether this checkpoint is intact and has just these contents."""
+    try:
+        verify_checkpoint(path)
+        return _read_json(path / "MANIFEST.json")["files"] == {k: _measure(make()) for k, make in contents.items()}
+    except CheckpointError:
+        return False
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give the written folder its name and prove that it is good; an intact one of this name makes way, but stays."""
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():
+        if _is_intact(final):
+            if old.exists():
+                _discard(old)
+            os.rename(final, old)
+        else:
+            _discard(final)
+    try:
+        os.rename(temporary, final)
+        _flush(final.parent)
+        verify_checkpoint(final)
+    except (OSError, CheckpointError):
+        if final.exists():
+            _discard(final)
+        if old.exists():
+            os.rename(old, final)
+        raise
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Keep `newest`, just verified, and the keep - 1 before it; nothing goes unless one of these is good as well."""
+    others = [path for path in reversed(list_checkpoints(folder)) if path != newest]
+    later = [path for path in others if path.name[:13] > newest.name]
+    for path in later:  # or the next start would take it for the newest
+        aside = path.with_name(f"{path.name}.aside")
+        log.warning("%s: is later than the step saved now and makes way as %s", path, aside.name)
+        if aside.exists():
+            _discard(aside)
+        os.rename(path, aside)
+    older = [path for path in others if path not in later]
+    spared = [path for path in older if not path.name.endswith(".old")][: keep - 1]
+    gone = [path for path in older if path not in spared]
+    if gone and any(map(_is_intact, spared)):
+        for path in gone:
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Take a checkpoint's name first: a half-deleted one must not look like one."""
+    gone = path.with_name(f"{path.name}.gone.tmp")
+    os.rename(path, gone)
+    _remove(gone)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+    else:
+        shutil.rmtree(path)
+
+
+def _flush(folder: Path) -> None:
+    """fsync a folder: only then does a new name in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no fsync of folders
+            raise
     finally:
         os.close(handle)
 
 
+# ---- finding and verifying -------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in `folder` (or its `checkpoints/`), oldest first; not verified."""
+    inner = folder / "checkpoints"
+    folder = inner if inner.is_dir() else folder
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (path.name[:13], not path.suffix))
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
 def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest; CheckpointError names the first that differs."""
+    manifest = _read_json(path / "MANIFEST.json")
+    schema, files = manifest.get("schema"), manifest.get("files")
+    if schema != SCHEMA:
+        # A newer version's state.json says the same; a flipped bit in the manifest does not reach it.
+        if isinstance(schema, int) and schema > SCHEMA and _read_json(path / "state.json").get("schema") == schema:
+            raise NewerCheckpointError(f"{path}: has schema {schema}, this version reads {SCHEMA}; update rwkv_clip")
+        raise CheckpointError(f"{path / 'MANIFEST.json'}: damaged (schema {str(schema)[:40]})")
+    if not isinstance(files, dict) or files.keys() != set(FILES):
+        raise CheckpointError(f"{path / 'MANIFEST.json'}: damaged; it has to list {', '.join(FILES)}")
+    for name in FILES:
+        file, entry = path / name, files[name]
+        try:
+            good = isinstance(entry, dict) and _size(file) == entry.get("bytes")
+            good = good and hash_file(file) == entry.get("sha256")
+        except OSError as error:
+            raise CheckpointError(f"{file}: missing or not readable ({error.strerror})") from None
+        if not good:
+            raise CheckpointError(f"{file}: damaged (differs from MANIFEST.json)")
+
+
+def _is_intact(path: Path) -> bool:
+    with contextlib.suppress(CheckpointError):
+        verify_checkpoint(path)
+        return True
+    return False
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file; OSError for links, pipes and devices, which no checkpoint holds."""
+    about = os.lstat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return about.st_size
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())
-        files = manifest["files"]
-        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'MANIFEST.json'}: missing or not readable ({error})") from None
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path}: schema {manifest.get('schema')}, this version reads {SCHEMA}; update rwkv_clip")
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size or hash_file(file) != digest:
-            raise CheckpointError(f"{file}: missing or damaged (differs from MANIFEST.json)")
+        if _size(path) > MAX_HEADER:
+            raise ValueError(f"larger than {MAX_HEADER:,} bytes")
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a JSON object is expected, not a {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: missing, damaged or not readable ({error})") from None
+    return content
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -136,23 +295,35 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    if (path / "MANIFEST.json").exists() or _STEP.match(path.name):
+    if (path / "MANIFEST.json").exists() or _STEP.fullmatch(path.name):
         verify_checkpoint(path)
         return path
     for candidate in reversed(list_checkpoints(path)):
         try:
             verify_checkpoint(candidate)
             return candidate
+        except NewerCheckpointError:
+            raise
         except CheckpointError as error:
             log.warning("%s; trying the checkpoint before it", error)
     raise CheckpointError(f"{path}: holds no intact checkpoint (folders named step-00000000)")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
     """state.json of a checkpoint folder; None for a bare weights file."""
     if not path.is_dir():
         return None
-    return json.loads((path / "state.json").read_text())
+    state = _read_json(path / "state.json")
+    for key, kind in _FIELDS.items():
+        value = state.get(key, kind())
+        if type(value) is not kind or (kind is int and value < 0):
+            raise CheckpointError(f"{path / 'state.json'}: {key} is {str(value)[:40]!r}, expected {kind.__name__}")
+    if "step" not in state:
+        raise CheckpointError(f"{path / 'state.json'}: has no step")
+    return state
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -162,24 +333,4 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return read_tensors(path / "model.safetensors")
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds here; each means: not a file of plain tensors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: is not a readable file of plain tensors ({reason})") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected a dict of tensors, with or without a `state_dict` key")
-    return state
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is not a readable safetensors file ({error})") from None
+    return read_torch(path)
