@@ -168,6 +168,7 @@ def _start_worker(_worker: int) -> None:
     # itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _close(reference: weakref.ref) -> None:

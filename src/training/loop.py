@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ from rwkv_clip.model import load_checkpoint, pixel_statistics, spec_to_json
 from .augment import draw_drops, draw_views
 from .data import Batch
 from .log import RunLog
-from .numerics import NumericsError, Watch
+from .numerics import NumericsError, Statistics, Watch, gradient_norms
 from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state, update_weights
-from .step import GradientStep, Inputs
+from .preempt import Interrupted, Preempted, Preemption
+from .step import Computed, GradientStep, Inputs
 
 __all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
 
@@ -52,6 +54,7 @@ class Progress:
 
     step: int = 0
     samples_seen: int = 0
+    validated: int = 0  # the step of the last validation
 
 
 class Trainer:
@@ -68,7 +71,7 @@ class Trainer:
         self.progress = Progress()
         # On the device from the start: a constant made in a step is a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
-        self.watch = Watch(world)
+        self.watch = Watch(world, settings.max_nonfinite if settings.on_nonfinite == "skip" else 0)
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         if settings.grad_checkpointing:
             model.set_grad_checkpointing(True)
@@ -111,12 +114,13 @@ class Trainer:
         set_step(self.optimizer, self.schedule, self.progress.step)
         inputs = Inputs(*self._to_device(batch.image, self.choose_view(batch)), self.draw_drops(batch))
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = Statistics(self.model, self.objective)
         computed = self.gradients.run(self.progress.step, inputs, self.scaler.scale)
         losses = {name: value.detach() for name, value in computed.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         values = {
             "loss": loss,
-            "grad_norm": self._update(loss, batch),
+            "grad_norm": self._update(loss, batch, computed, statistics),
             "logit_scale": self.model.logit_scale.detach().exp(),
             "lr": self.schedule.lr(self.progress.step),
         }
@@ -139,16 +143,21 @@ class Trainer:
             tensor.record_stream(now)  # allocated on one stream, used on the other
         return sent
 
-    def _update(self, loss: Tensor, batch: Batch) -> Tensor:
+    def _update(self, loss: Tensor, batch: Batch, computed: Computed, statistics: Statistics) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.grad_clip_norm or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        towers = gradient_norms(self.model)
+        grad_norm = torch.linalg.vector_norm(torch.stack(list(towers.values())))
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, grad_norm)
         skip = self.watch.judge(loss, grad_norm, may_overflow=self.scaler.is_enabled())
         update_weights(self.optimizer, skip)
+        statistics.restore(skip)
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        self.watch.report(self.progress.step, batch.ids, loss, grad_norm)
+        features = (computed.image_features, computed.text_features)
+        epoch = self.progress.samples_seen // self.epoch_samples
+        self.watch.report(self.progress.step, batch.ids, loss, grad_norm, towers, features, epoch)
         return grad_norm
 
     # ---- saving and resuming -------------------------------------------------------------------------------------
@@ -156,9 +165,11 @@ class Trainer:
     def save(self, folder: Path, name: str) -> Path | None:
         """Write a checkpoint below `folder`; the lead rank does it, the others return None.
 
-        NumericsError, and no checkpoint, when the last step was not finite.
+        NumericsError, and no checkpoint, when the last step or what is to be saved is not finite.
         """
         self.watch.check()
+        optim = pack_state(self.optimizer, self.model)
+        self.watch.check_finite(dict(self.model.named_parameters()) | optim)
         if not self.world.is_lead:
             return None
         state = {
@@ -169,9 +180,10 @@ class Trainer:
             "spec": spec_to_json(self.model.spec),
             "settings": to_dict(self.settings),
             "scaler": self.scaler.state_dict(),
+            "validated": self.progress.validated,
+            **self.watch.state_dict(),
             "versions": {"torch": torch.__version__},
         }
-        optim = pack_state(self.optimizer, self.model)
         optim |= {f"{OBJECTIVE}{key}": value for key, value in self.objective.state_dict().items()}
         keep = self.settings.keep_checkpoints
         return save_checkpoint(folder / "checkpoints", self.progress.step, self.model.state_dict(), optim, state, keep)
@@ -192,7 +204,9 @@ class Trainer:
         self.objective.load_state_dict({key.removeprefix(OBJECTIVE): value for key, value in buffers.items()})
         unpack_state(self.optimizer, self.model, optim)
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(state["step"], state["samples_seen"])
+        self.watch.load_state_dict(state)
+        validated = state.get("validated", state["step"])  # absent before version 0.3
+        self.progress = Progress(state["step"], state["samples_seen"], validated)
 
 
 class Meter:
@@ -235,38 +249,66 @@ def train(
     name: str,
     log: RunLog | None,
     validate: Callable[[], dict[str, float]],
+    preemption: Preemption,
 ) -> None:
     """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log.
 
-    `validate()` returns metrics on the lead rank and an empty dict elsewhere.
+    `validate()` returns metrics on the lead rank and an empty dict elsewhere; Interrupted when a signal ends it early.
+    Preempted, on all ranks after the same step and with it saved, when one of them has got a signal.
     """
-    settings, meter = trainer.settings, Meter()
-    batches = iter(loader)
-    while trainer.progress.step < trainer.total_steps:
+    settings, progress, meter = trainer.settings, trainer.progress, Meter()
+    trainer.watch.open(folder, progress.step, preemption)
+    batches, saved = iter(loader), progress.step
+    signal = preemption.agree(trainer.world)
+    while not signal:
+        step, last = progress.step, progress.step == trainer.total_steps
+        # First what is due after the last step, which a resumed run may have to make up for.
+        if progress.validated < step and (last or _is_due(step, settings.val_every_n_steps)):
+            trainer.watch.check()
+            _validate(progress, log, validate)
+            meter.reset()
+            signal = preemption.agree(trainer.world)
+        if not signal and saved < step and (last or _is_due(step, settings.save_every_n_steps)):
+            trainer.save(folder, name)
+            saved = step
+            meter.reset()
+        if signal or last:
+            break
         waiting = time.monotonic()
         batch = next(batches)
         meter.waited += time.monotonic() - waiting
         values = trainer.step(batch)
-        step, last = trainer.progress.step, trainer.progress.step == trainer.total_steps
         meter.samples += trainer.global_batch
         meter.steps += 1
         if log:
             log.advance()
-        if step % settings.log_every_n_steps == 0 or last:
+        if _is_due(progress.step, settings.log_every_n_steps) or progress.step == trainer.total_steps:
             trainer.watch.check()
             numbers = mean_over_ranks(values, trainer.world.device)
             if log:
-                speed = meter.measure(trainer.total_steps - step)
-                epoch = trainer.progress.samples_seen / trainer.epoch_samples
-                log.write(step, {"epoch": epoch, **numbers, **speed, "skipped": loader.skipped})
+                numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}  # a skipped step's
+                speed = meter.measure(trainer.total_steps - progress.step)
+                epoch = progress.samples_seen / trainer.epoch_samples
+                log.write(progress.step, {"epoch": epoch, **numbers, **speed, "skipped": loader.skipped})
             meter.reset()
-        if last or (settings.val_every_n_steps and step % settings.val_every_n_steps == 0):
-            trainer.watch.check()
-            metrics = validate()
-            if log and metrics:
-                log.write(step, {f"val_{key}": value for key, value in metrics.items()})
-                log.say(f"step {step}: " + " ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
-            meter.reset()
-        if last or step % settings.save_every_n_steps == 0:
+        signal = trainer.watch.signal
+    if signal:
+        if saved < progress.step:
             trainer.save(folder, name)
-            meter.reset()
+        preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the lead has to be done
+        raise Preempted(f"{Signals(signal).name} after step {progress.step}")
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _validate(progress: Progress, log: RunLog | None, validate: Callable[[], dict[str, float]]) -> None:
+    try:
+        metrics = validate()
+    except Interrupted:
+        return
+    progress.validated = progress.step
+    if log and metrics:
+        log.write(progress.step, {f"val_{key}": value for key, value in metrics.items()})
+        log.say(f"step {progress.step}: " + " ".join(f"{key} {value:.3f}" for key, value in metrics.items()))

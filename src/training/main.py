@@ -1,7 +1,8 @@
 """Train: `torchrun -m rwkv_clip.training.main -- --preset NAME [--setting value ..]`, or `python -m` for one process.
 
 The lone `--` keeps torchrun from reading --logs as an abbreviation of its own --logs-specs.
-Exit codes: 0 done, 2 a setting, 3 the data, 4 numbers that are not finite.
+Exit codes: 0 done, 2 a setting or a checkpoint, 3 the data, 4 numbers that are not finite, 75 stopped by a signal with
+everything saved (the same command goes on); 1 and a traceback: an error of ours.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .data import DataError, make_loader
 from .log import RunLog
 from .loop import NumericsError, Trainer, train
 from .plot import plot_training
+from .preempt import Preempted, Preemption, ignore_signals
 
 
 def read_command_line(arguments: list[str]) -> Settings:
@@ -76,12 +78,17 @@ def check_records(records: RecordSet, spec: object, path: str) -> None:
         raise ConfigError(problems)
 
 
-def make_validator(settings: Settings, model: torch.nn.Module, world: World) -> Callable[[], dict[str, float]]:
-    """Retrieval on --val-data by the lead rank; reads the set now, so that a wrong path fails before training."""
+def make_validator(
+    settings: Settings, model: torch.nn.Module, world: World, preemption: Preemption
+) -> Callable[[], dict[str, float]]:
+    """Retrieval on --val-data by the lead rank; reads the set now, so that a wrong path fails before training.
+
+    A signal ends it at the next picture (Interrupted): the time until the process is killed is for saving.
+    """
     if settings.val_data is None or not world.is_lead:
         return dict
     data = load_retrieval(settings.val_data, split=settings.val_split)
-    preprocess, tokenizer = preprocess_of(model), tokenizer_of(model.spec)
+    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), tokenizer_of(model.spec)
 
     def validate() -> dict[str, float]:
         metrics = evaluate_retrieval(
@@ -121,9 +128,28 @@ def run(settings: Settings) -> Path:
     if world.device.type == "cpu":
         keep_freed_memory()
     folder, checkpoint = open_run(settings, world, name)
+    with Preemption() as preemption:  # until now a signal just ends the process
+        try:
+            _train(settings, name, spec, records, world, folder, checkpoint, preemption)
+        except Preempted as stop:
+            again = "the same command" if settings.resume == "latest" else f"--name {folder.name} --resume latest"
+            raise Preempted(f"{stop}: all saved in {folder}; {again} goes on") from None
+    return folder
+
+
+def _train(
+    settings: Settings,
+    name: str,
+    spec: object,
+    records: RecordSet,
+    world: World,
+    folder: Path,
+    checkpoint: Path | None,
+    preemption: Preemption,
+) -> None:
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     model = create_model(spec, settings.pretrained, device=world.device, drop_path=settings.drop_path)
-    validate = make_validator(settings, model, world)
+    validate = make_validator(settings, model, world, preemption)
     trainer = Trainer(model, make_objective(settings.objective), settings, world, len(records))
     if checkpoint is not None:
         trainer.resume(checkpoint, read_description(checkpoint))
@@ -154,7 +180,7 @@ def run(settings: Settings) -> Path:
             f"{len(records):,} records, {trainer.total_steps:,} steps of {trainer.global_batch}; {begin} in {folder}"
         )
     try:
-        train(trainer, loader, folder, name, log, validate)
+        train(trainer, loader, folder, name, log, validate, preemption)
         if log:
             plot_training(folder)
             log.say(f"run folder: {folder}")
@@ -162,7 +188,6 @@ def run(settings: Settings) -> Path:
         loader.close()
         if log:
             log.close()
-    return folder
 
 
 def main() -> None:
@@ -170,6 +195,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         run(read_command_line(sys.argv[1:]))
+    except Preempted as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        sys.exit(75)
     except (DataError, RecordError) as error:
         sys.exit(_explain(error, 3))
     except NumericsError as error:
@@ -177,6 +205,7 @@ def main() -> None:
     except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(_explain(error, 2))
     finally:
+        ignore_signals()
         leave_world()
 
 

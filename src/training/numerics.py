@@ -1,53 +1,99 @@
 """Non-finite numbers: kept from the weights on the device, reported one step later, so that no step waits for a GPU.
 
-From the first bad step on the optimizer is told to skip, on all ranks, until the host has read the verdict and stops
-the run. The steps queued in between change nothing: the weights stay those before the bad step.
+A step whose loss or gradient is not finite is skipped by the optimizer, on all ranks. When more of them follow each
+other than are tolerated (none with --on-nonfinite stop), the optimizer goes on skipping until the host has read the
+verdict and stops the run: the weights stay those before the first of the bad steps.
+
+The verdict travels in one small all-reduce per step, and with it the signals that the ranks have got (`preempt.py`), so
+that all ranks know both at the same step.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rwkv_clip.dist import World, max_over_ranks
+from rwkv_clip.dist import World, gather, max_over_ranks
+
+from .preempt import Preemption
 
 NAMED = 8  # records that an error names
+REPORT = "nonfinite.jsonl"
+log = logging.getLogger(__name__)
 
 
 class NumericsError(RuntimeError):
     """Loss or gradient is not finite. The weights of the step before are intact."""
 
 
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Gradient norm of each tower: parameters by the first word of their names."""
+    towers: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            towers.setdefault(name.partition(".")[0], []).append(parameter.grad)
+    return {name: nn.utils.get_total_norm(gradients) for name, gradients in towers.items()}
+
+
+class Statistics:
+    """What a forward pass itself changes, such as running means, as it was before a step."""
+
+    def __init__(self, *modules: nn.Module):
+        self._kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+    def restore(self, skip: Tensor) -> None:
+        """Put it back where `skip` is 1: a skipped step leaves nothing behind."""
+        for buffer, before in self._kept:
+            buffer.copy_(torch.where(skip > 0, before, buffer))
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """One step's numbers on their way to the host: failed (0 or 1), loss, gradient norm."""
+    """What there is to say about a step, should it be bad. Its numbers (bad steps in a row, signal, loss, gradient
+    norm, norms of `towers`) are on their way to the host."""
 
     step: int
-    records: list[int]
-    rank: int
+    epoch: int
+    ids: Tensor
+    finite: Tensor  # bool (B,), on the device: ids whose features are finite
+    towers: list[str]
     numbers: Tensor
     arrival: torch.cuda.Event | None
 
-    def check(self) -> None:
-        """Wait for the numbers. NumericsError if they are not finite on some rank."""
+    def read(self) -> list[float]:
+        """Wait for the numbers."""
         if self.arrival is not None:
             self.arrival.synchronize()
-        failed, loss, grad_norm = self.numbers.tolist()
-        if failed:
-            raise NumericsError(
-                f"step {self.step}: loss {loss:g}, gradient norm {grad_norm:g}; "
-                f"records {self.records}.. on rank {self.rank}. Try a lower --lr or --precision fp32"
-            )
+        return self.numbers.tolist()
 
 
 class Watch:
-    """Judges every step on the device; `report` and `check` tell the host."""
+    """Judges every step on the device; `report` and `check` tell the host.
 
-    def __init__(self, world: World):
-        self._world, self._failed = world, torch.zeros((), device=world.device)
+    tolerated: bad steps in a row that the run survives; 0 stops at the first. `signal` is what `check` last knew of
+    the signals that ranks have got, `in_a_row` of the bad steps up to now: both equal on all ranks.
+    """
+
+    def __init__(self, world: World, tolerated: int = 0):
+        self.signal, self.in_a_row = 0, 0
+        self._world, self._tolerated = world, tolerated
+        self._row = torch.zeros((), device=world.device)
+        self._preemption, self._path = Preemption(), None
         self._pending: Verdict | None = None
+
+    def open(self, folder: Path, first_step: int, preemption: Preemption) -> None:
+        """Pass on signals, and report bad steps in a file of `folder`; there the steps that come again are removed."""
+        self._preemption, self._path = preemption, folder / REPORT
+        if self._world.is_lead and self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] < first_step))
 
     def judge(self, loss: Tensor, grad_norm: Tensor, may_overflow: bool) -> Tensor:
         """1. where the optimizer must skip this step, else 0.: float scalar on the device, equal on all ranks.
@@ -57,24 +103,120 @@ class Watch:
         """
         overflow = ~grad_norm.isfinite()
         failed = ~loss.isfinite() if may_overflow else ~loss.isfinite() | overflow
-        self._failed = max_over_ranks(torch.maximum(self._failed, failed.float()))
-        return torch.maximum(self._failed, overflow.float())
+        signal = torch.full((), float(self._preemption.signal), device=self._world.device)  # a fill, not a copy
+        failed, overflow, self._signal = max_over_ranks(torch.stack((failed.float(), overflow.float(), signal)))
+        failed = torch.maximum(failed, (self._row > self._tolerated).float())  # once too many, nothing is learnt
+        self._row = failed * (self._row + 1)
+        return torch.maximum(failed, overflow)
 
-    def report(self, step: int, ids: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
-        """Send this step's verdict to the host and check the one of the step before."""
-        numbers = torch.stack((self._failed, loss.float(), grad_norm.float()))
+    def report(
+        self,
+        step: int,
+        ids: Tensor,
+        loss: Tensor,
+        grad_norm: Tensor,
+        towers: Mapping[str, Tensor] | None = None,
+        features: Iterable[Tensor] = (),
+        epoch: int = 0,
+    ) -> None:
+        """Send this step's verdict to the host and check the one of the step before.
+
+        towers: what `gradient_norms` says. features: this rank's, (B, D) each in the order of `ids`.
+        """
+        towers = towers or {}
+        numbers = torch.stack([x.float() for x in (self._row, self._signal, loss, grad_norm, *towers.values())])
         arrival = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)  # pinned, so the host goes on
             arrival = torch.cuda.Event()
             arrival.record()
-        verdict = Verdict(step, ids[:NAMED].tolist(), self._world.rank, numbers.cpu(), arrival)
+        finite = torch.ones(len(ids), dtype=torch.bool, device=self._world.device)
+        for part in features:
+            finite &= part.isfinite().all(1)
+        verdict = Verdict(step, epoch, ids, finite, list(towers), numbers.cpu(), arrival)
         before, self._pending = self._pending, verdict
         if before is not None:
-            before.check()
+            self._examine(before)
 
     def check(self) -> None:
         """Wait for the last step. Before anything that leaves the device for good: a log line, a checkpoint."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.check()
+            self._examine(pending)
+
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """NumericsError on all ranks when a tensor that is to be saved is not finite on one of them."""
+        names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        if not names:
+            return
+        bad = max_over_ranks(torch.stack([~tensors[name].isfinite().all() for name in names]).float()).tolist()
+        if any(bad):
+            found = [name for name, flag in zip(names, bad) if flag]
+            raise NumericsError(f"{found[0]} and {len(found) - 1} others are not finite; nothing is saved")
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumption has to know. After `check`."""
+        return {"nonfinite_in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with the count of a checkpoint; those of versions before 0.3 have none."""
+        self.in_a_row = min(state.get("nonfinite_in_a_row", 0), self._tolerated)
+        self._row.fill_(self.in_a_row)
+
+    def _examine(self, verdict: Verdict) -> None:
+        """Learn a step's verdict. All ranks come here at the same step, and those of a bad one put together what they
+        know of it. NumericsError when it is one too many."""
+        row, signal, *_ = verdict.read()
+        self.in_a_row, self.signal = int(row), max(self.signal, int(signal))
+        if not row:
+            return
+        record = self._describe(verdict)
+        rank, ids = next(iter(record["records"].items()))
+        text = (
+            f"step {verdict.step}: loss {float(record['loss']):g}, gradient norm {float(record['grad_norm']):g}; "
+            f"records {ids[:NAMED]}{'..' if len(ids) > NAMED else ''} on rank {rank}"
+        )
+        if self._path is not None:
+            text += f" (all: {self._path})"
+            if self._world.is_lead:
+                self._write(record)
+        if self.in_a_row > self._tolerated:
+            reason = f"; {self.in_a_row} steps in a row, --max-nonfinite {self._tolerated}" if self._tolerated else ""
+            raise NumericsError(f"{text}{reason}. Try a lower --lr or --precision fp32")
+        if self._world.is_lead:
+            log.warning("%s; skipped, %d of at most %d in a row", text, self.in_a_row, self._tolerated)
+
+    def _describe(self, verdict: Verdict) -> dict:
+        """A line of the report. Numbers are means over ranks, records those with features that are not finite, on their
+        ranks; where all features are finite, all records of the step."""
+        device = self._world.device
+        numbers = gather(verdict.numbers[None, 2:].to(device)).cpu()
+        ids, finite = gather(torch.stack((verdict.ids.to(device), verdict.finite.long()))[None]).cpu().unbind(1)
+        named = [rank[mask == 0].tolist() for rank, mask in zip(ids, finite)]
+        by_features = any(named)
+        named = named if by_features else ids.tolist()
+        loss, grad_norm, *towers = (_plain(x) for x in numbers.mean(0).tolist())
+        return {
+            "step": verdict.step,
+            "epoch": verdict.epoch,
+            "policy": "skip" if self._tolerated else "stop",
+            "in_a_row": self.in_a_row,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "towers": dict(zip(verdict.towers, towers)),
+            "ranks": [rank for rank, row in enumerate(numbers) if not row.isfinite().all()],
+            "found_by": "features" if by_features else "step",
+            "records": {str(rank): found for rank, found in enumerate(named) if found},
+        }
+
+    def _write(self, record: dict) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk must not hide the reason
+            log.warning("%s: cannot be written (%s)", self._path, error.strerror)
+
+
+def _plain(number: float) -> float | str:
+    """JSON has no word for what is not finite: "nan", "inf", "-inf"."""
+    return number if math.isfinite(number) else str(number)
