@@ -1,0 +1,217 @@
+"""A big batch means a big batch (promise P4): accumulated and distributed gradients are those of one batch, drop path
+and dropout included."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
+from ranks import run_ranks
+from tiny import MODEL
+
+import rwkv_clip
+from rwkv_clip import objective
+from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.dist import World, join_world, leave_world
+from rwkv_clip.image import normalize
+from rwkv_clip.objective import make_objective
+from rwkv_clip.training.augment import draw_drops
+from rwkv_clip.training.step import GradientStep, Inputs
+
+BATCH = 16
+MEAN = torch.full((3,), 0.4)
+
+
+def build(dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = rwkv_clip.create_model({**MODEL, "image": {**MODEL["image"], "drop_path": 0.4}})
+    with torch.no_grad():  # away from the initial zeros, so that every parameter has a gradient
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        model.logit_scale.fill_(2.0)
+    if dropout:
+        model.image_model.ln1 = nn.Sequential(model.image_model.ln1, nn.Dropout(dropout))
+    return model.to(dtype).train()
+
+
+def inputs(model: nn.Module, rows: slice = slice(None)) -> Inputs:
+    g = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=g, dtype=torch.uint8)
+    text = torch.randint(1, 1000, (BATCH, 8), generator=g)
+    drops = draw_drops(0, np.zeros(BATCH, np.int64), np.arange(BATCH), model.drop_branches).astype(np.float32)
+    return Inputs(image[rows], text[rows], torch.from_numpy(drops)[:, rows])
+
+
+def gradients(
+    dtype: torch.dtype = torch.float64,
+    world: World | None = None,
+    loss_scale: float = 1.0,
+    backend="aot_eager",
+    **changes,
+) -> dict[str, torch.Tensor]:
+    world = world or World(0, 1, torch.device("cpu"))
+    settings = parse(Settings, {"precision": "fp32", "batch_size": BATCH, **changes})
+    model = build(dtype)
+    model.set_grad_checkpointing(settings.grad_checkpointing)
+    if settings.torchcompile:
+        model.compile(backend=backend)
+    parallel = DistributedDataParallel(model) if world.size > 1 and not settings.deterministic else model
+    objective_ = make_objective("infonce")
+    step = GradientStep(model, parallel, objective_, settings, world, lambda x: normalize(x, MEAN, MEAN).to(dtype))
+    share = BATCH // world.size
+    own = inputs(model, slice(world.rank * share, (world.rank + 1) * share))
+    computed = step.run(3, own, lambda loss: loss * loss_scale)
+    assert computed.image_features.shape == (share, 32) and computed.losses["contrastive"] > 0
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def one_batch():
+    """Gradients of one batch, and that they are what plain autograd says."""
+    found = gradients()
+    model = build(torch.float64)
+    data = inputs(model)
+    model.set_drop_numbers(data.drop_numbers)
+    image, text, scale = model(normalize(data.image, MEAN, MEAN).double(), data.text)
+    make_objective("infonce")(image, text, scale)[0]["contrastive"].backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-15, msg=name)
+        assert parameter.grad.abs().max() > 0, name
+    return found
+
+
+def largest_gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest difference, relative to the largest gradient of its parameter."""
+    assert found.keys() == expected.keys()
+    return max(float((found[k] - g).abs().max() / g.abs().max()) for k, g in expected.items())
+
+
+WAYS = [
+    {"batch_size": 4, "accum_freq": 4},
+    {"batch_size": 1, "accum_freq": 16},
+    {"batch_size": 4, "accum_freq": 4, "grad_checkpointing": True},
+    {"batch_size": 4, "accum_freq": 4, "torchcompile": True},
+    {"batch_size": 8, "accum_freq": 2, "torchcompile": True, "grad_checkpointing": True},
+    {"deterministic": True, "max_ranks": 4},
+    {"deterministic": True, "max_ranks": 8, "batch_size": 4, "accum_freq": 4},
+]
+
+
+@pytest.mark.parametrize("changes", WAYS, ids=str)
+def test_accumulation_in_float64(one_batch, changes):
+    assert largest_gap(gradients(**changes), one_batch) <= 1e-12
+
+
+@pytest.mark.parametrize("changes", WAYS[:3] + WAYS[5:], ids=str)
+def test_accumulation_in_float32(changes):
+    expected, found = gradients(torch.float32), gradients(torch.float32, **changes)
+    largest = max(g.abs().max() for g in expected.values())
+    assert max((found[k] - g).abs().max() for k, g in expected.items()) / largest <= 1e-6
+
+
+def work(folder: str, changes: dict) -> None:
+    world = join_world("cpu")
+    objective.CPU_ROWS = 3  # chunks of the loss that end within a rank's share
+    torch.save(gradients(world=world, backend="inductor", **changes), f"{folder}/rank{world.rank}")
+    leave_world()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 8},
+        {"batch_size": 4, "accum_freq": 2},
+        {"batch_size": 2, "accum_freq": 4, "grad_checkpointing": True},
+        {"batch_size": 4, "accum_freq": 2, "torchcompile": True},
+        {"batch_size": 4, "accum_freq": 2, "deterministic": True},
+    ],
+    ids=str,
+)
+def test_two_ranks_with_accumulation(one_batch, tmp_path, changes):
+    run_ranks(2, tmp_path, work, str(tmp_path), changes)
+    for rank in range(2):
+        assert largest_gap(torch.load(tmp_path / f"rank{rank}", weights_only=True), one_batch) <= 1e-12
+
+
+def test_negatives_matter(one_batch):
+    """What it would be without them: four batches of four on their own."""
+    model = build(torch.float64)
+    for part in range(4):
+        data = inputs(model, slice(4 * part, 4 * part + 4))
+        model.set_drop_numbers(data.drop_numbers)
+        image, text, scale = model(normalize(data.image, MEAN, MEAN).double(), data.text)
+        (make_objective("infonce")(image, text, scale)[0]["contrastive"] / 4).backward()
+    total = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert largest_gap(total, one_batch) > 0.1
+
+
+def test_a_scaled_loss_scales_gradients(one_batch):
+    scaled = gradients(batch_size=4, accum_freq=4, loss_scale=2.0**12)
+    assert largest_gap({k: g / 2.0**12 for k, g in scaled.items()}, one_batch) <= 1e-12
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_checkpointing": True}, {"deterministic": True}], ids=str)
+def test_the_second_pass_repeats_dropout_and_drop_path(changes):
+    """Features of the pass that is differentiated have the bits of those that the objective saw."""
+    settings = parse(Settings, {"precision": "fp32", "batch_size": 4, "accum_freq": 4, **changes})
+    model = build(torch.float64, dropout=0.5)
+    model.set_grad_checkpointing(settings.grad_checkpointing)
+    world = World(0, 1, torch.device("cpu"))
+    step = GradientStep(
+        model, model, make_objective("infonce"), settings, world, lambda x: normalize(x, MEAN, MEAN).double()
+    )
+    seen, encode = [], step._encode
+
+    def recorded(*arguments):
+        output = encode(*arguments)
+        seen.append([part.detach().clone() for part in output[:2]])
+        return output
+
+    step._encode = recorded
+    step.run(3, inputs(model), lambda loss: loss)
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for before, after in zip(first, second):
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
+    seen.clear()
+    step.run(4, inputs(model), lambda loss: loss)
+    assert not torch.equal(seen[0][0], first[0][0]), "another step draws other numbers"
+
+
+def test_memory_is_that_of_a_piece(monkeypatch):
+    """With accumulation no two pieces' graphs live at a time."""
+    alive, most = [0], [0]
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            alive[0] -= 1
+            return grad
+
+    forward = rwkv_clip.RWKVCLIP.forward
+
+    def counted(self, image, text):
+        image_features, *rest = forward(self, image, text)
+        return (Counted.apply(image_features) if image_features.requires_grad else image_features), *rest
+
+    monkeypatch.setattr(rwkv_clip.RWKVCLIP, "forward", counted)
+    gradients(batch_size=2, accum_freq=8)
+    assert most == [1] and alive == [0]
+
+
+def test_batch_norms_are_refused_where_they_would_depend_on_ranks():
+    model = nn.Module()
+    model.logit_scale, model.norm = nn.Parameter(torch.zeros(())), nn.BatchNorm1d(3)
+    settings = parse(Settings, {"deterministic": True})
+    with pytest.raises(ConfigError, match="batch norms"):
+        GradientStep(model, model, make_objective("infonce"), settings, World(0, 1, torch.device("cpu")), lambda x: x)
