@@ -1,18 +1,30 @@
-"""The world of processes: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. One process is a world of one."""
+"""The world of processes: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. One process is a world of one.
+
+torchrun's store outlives the processes that it starts again, and with it what they wrote there. So the ranks of each
+start agree on a name first (`_agree_on_name`), and everything goes below it. Without this, gloo and NCCL of a restarted
+run find the addresses of processes that are gone, and `--max-restarts` never works (torch 2.5 and later).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=10)  # a silent rank ends the run after this long; validation on rank 0 fits in
+TIMEOUT = timedelta(minutes=10)  # of a collective, where nobody says otherwise
+JOINING = timedelta(minutes=5)  # for all ranks to be there: imports from a slow disk differ by minutes
+
+
+class PeerLost(RuntimeError):
+    """Another rank is dead, silent or stuck, so this one cannot go on; names it and when it was last seen."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, repr=False, compare=False)  # for small facts; None alone
+    restarted: bool = False  # torchrun started this run again after a failure
 
     @property
     def is_lead(self) -> bool:
@@ -54,17 +68,75 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cpu" and native() else None
 
 
-def join_world(device: str | None = None) -> World:
-    """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere."""
+def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
+    """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere.
+
+    timeout: of every collective. PeerLost when a rank does not come within five minutes.
+    """
     kind = choose_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if kind.type == "cuda" and kind.index is None:
         kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if kind.type == "cuda":
         torch.cuda.set_device(kind)
-    if size > 1:
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return World(rank, size, kind)
+    if size == 1:
+        return World(rank, size, kind, restarted=restarted)
+    store = next(dist.rendezvous("env://", rank, size, timeout=JOINING))[0]
+    try:
+        name = _agree_on_name(store, rank, size)
+        dist.init_process_group(
+            "nccl" if kind.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"{name}/group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise PeerLost(f"rank {rank} waited {JOINING} for the other {size - 1} ranks ({first_line(error)})") from None
+    # A connection of its own: torch's is blocked while a collective waits for a key.
+    own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOINING)
+    # Each torchrun counts its own restarts: of several nodes, the one that failed knows, and the others may not.
+    count = torch.tensor(float(restarted), device=kind)
+    return World(rank, size, kind, dist.PrefixStore(name, own), bool(max_over_ranks(count).item()))
+
+
+def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:
+    """A name that all ranks of this start share and no earlier start on the same store had.
+
+    The lead answers every word that it finds, those that earlier processes left behind included; only who still waits
+    for the answer counts itself.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"rwkv_clip/word/{rank}", word)
+        name = store.get(f"rwkv_clip/answer/{word}").decode()
+        store.add(name, 1)
+        return name
+    answered: set[bytes] = set()
+    until = time.monotonic() + JOINING.total_seconds()
+    while store.add(word, 0) < size - 1:
+        if time.monotonic() > until:
+            raise dist.DistStoreError("not all of them came")
+        for other in set(store.multi_get([f"rwkv_clip/word/{r}" for r in range(1, size)])) - answered:
+            store.set(f"rwkv_clip/answer/{other.decode()}", word)
+            answered.add(other)
+        time.sleep(0.01)
+    return word
+
+
+def tell(world: World, what: str, text: str) -> str:
+    """The lead's `text` on every rank. `what` names the question; each is asked once."""
+    if world.store is None:
+        return text
+    if world.is_lead:
+        world.store.set(f"told/{what}", text)
+    return world.store.get(f"told/{what}").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for people."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def leave_world() -> None:

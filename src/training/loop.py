@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -21,31 +21,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_clip.checkpoint import read_tensors, save_checkpoint
-from rwkv_clip.config import ConfigError, Settings, to_dict
+from rwkv_clip.config import Settings
 from rwkv_clip.dist import World, mean_over_ranks
 from rwkv_clip.image import normalize
-from rwkv_clip.model import load_checkpoint, pixel_statistics, spec_to_json
+from rwkv_clip.model import pixel_statistics
 
 from .augment import draw_drops, draw_views
 from .data import Batch
+from .heartbeat import Heartbeat
 from .log import RunLog
 from .numerics import NumericsError, Statistics, Watch, gradient_norms
-from .optim import Schedule, build_optimizer, pack_state, set_step, unpack_state, update_weights
+from .optim import Schedule, build_optimizer, set_step, update_weights
 from .preempt import Interrupted, Preempted, Preemption
+from .saver import Saver
+from .snapshot import take_snapshot
 from .step import Computed, GradientStep, Inputs
 
 __all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
 
 MAX_LOGIT_SCALE = math.log(100)
-OBJECTIVE = "objective/"  # prefix of an objective's buffers among the optimizer's tensors
-
-# What may differ between a run and its resumption without making it another run.
-FREE_ON_RESUME = {
-    *("train_data", "val_data", "val_split", "val_prefix", "pretrained", "logs", "name", "resume", "report_to"),
-    *("device", "workers", "loader", "torchcompile", "grad_checkpointing"),
-    *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
-}
 
 
 @dataclass
@@ -55,6 +49,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     validated: int = 0  # the step of the last validation
+    changes: list[dict[str, Any]] = field(default_factory=list)  # settings that --allow-change let differ, and when
 
 
 class Trainer:
@@ -160,53 +155,17 @@ class Trainer:
         self.watch.report(self.progress.step, batch.ids, loss, grad_norm, towers, features, epoch)
         return grad_norm
 
-    # ---- saving and resuming -------------------------------------------------------------------------------------
+    def save(self, saver: Saver | None, name: str, last: bool = False) -> None:
+        """Have a checkpoint written by the lead rank, which has a saver; `last`: wait until it is on the disk.
 
-    def save(self, folder: Path, name: str) -> Path | None:
-        """Write a checkpoint below `folder`; the lead rank does it, the others return None.
-
-        NumericsError, and no checkpoint, when the last step or what is to be saved is not finite.
+        NumericsError, and no checkpoint, when the last step or what is to be saved is not finite. StorageError as by
+        the saver.
         """
         self.watch.check()
-        optim = pack_state(self.optimizer, self.model)
+        weights, optim, state = take_snapshot(self, name)
         self.watch.check_finite(dict(self.model.named_parameters()) | optim)
-        if not self.world.is_lead:
-            return None
-        state = {
-            "samples_seen": self.progress.samples_seen,
-            "total_steps": self.total_steps,
-            "global_batch": self.global_batch,
-            "model": name,
-            "spec": spec_to_json(self.model.spec),
-            "settings": to_dict(self.settings),
-            "scaler": self.scaler.state_dict(),
-            "validated": self.progress.validated,
-            **self.watch.state_dict(),
-            "versions": {"torch": torch.__version__},
-        }
-        optim |= {f"{OBJECTIVE}{key}": value for key, value in self.objective.state_dict().items()}
-        keep = self.settings.keep_checkpoints
-        return save_checkpoint(folder / "checkpoints", self.progress.step, self.model.state_dict(), optim, state, keep)
-
-    def resume(self, path: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same run. ConfigError lists every setting that makes it another run."""
-        now, then = to_dict(self.settings), state["settings"]
-        changes = [f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now
-                   if key not in FREE_ON_RESUME | {"batch_size"} and then.get(key) != now[key]]  # fmt: skip
-        for key, own in (("global_batch", self.global_batch), ("total_steps", self.total_steps)):
-            if state[key] != own:
-                changes.append(f"{key}: {state[key]} -> {own}")
-        if changes:
-            raise ConfigError([f"resume: {path} belongs to a run with other settings", *changes])
-        load_checkpoint(self.model, path)
-        optim = read_tensors(path / "optim.safetensors")
-        buffers = {key: optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
-        self.objective.load_state_dict({key.removeprefix(OBJECTIVE): value for key, value in buffers.items()})
-        unpack_state(self.optimizer, self.model, optim)
-        self.scaler.load_state_dict(state["scaler"])
-        self.watch.load_state_dict(state)
-        validated = state.get("validated", state["step"])  # absent before version 0.3
-        self.progress = Progress(state["step"], state["samples_seen"], validated)
+        if saver:
+            saver.save(self.progress.step, weights, optim, state, last)
 
 
 class Meter:
@@ -250,6 +209,7 @@ def train(
     log: RunLog | None,
     validate: Callable[[], dict[str, float]],
     preemption: Preemption,
+    heart: Heartbeat,
 ) -> None:
     """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log.
 
@@ -257,6 +217,7 @@ def train(
     Preempted, on all ranks after the same step and with it saved, when one of them has got a signal.
     """
     settings, progress, meter = trainer.settings, trainer.progress, Meter()
+    heart.follow(lambda: progress.step)
     trainer.watch.open(folder, progress.step, preemption)
     batches, saved = iter(loader), progress.step
     signal = preemption.agree(trainer.world)
@@ -269,7 +230,8 @@ def train(
             meter.reset()
             signal = preemption.agree(trainer.world)
         if not signal and saved < step and (last or _is_due(step, settings.save_every_n_steps)):
-            trainer.save(folder, name)
+            with heart.busy("saving"):
+                trainer.save(folder, name)
             saved = step
             meter.reset()
         if signal or last:
@@ -294,7 +256,8 @@ def train(
         signal = trainer.watch.signal
     if signal:
         if saved < progress.step:
-            trainer.save(folder, name)
+            with heart.busy("saving"):
+                trainer.save(folder, name)
         preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the lead has to be done
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
 

@@ -1,14 +1,16 @@
 """Train: `torchrun -m rwkv_clip.training.main -- --preset NAME [--setting value ..]`, or `python -m` for one process.
 
 The lone `--` keeps torchrun from reading --logs as an abbreviation of its own --logs-specs.
-Exit codes: 0 done, 2 a setting or a checkpoint, 3 the data, 4 numbers that are not finite, 75 stopped by a signal with
-everything saved (the same command goes on); 1 and a traceback: an error of ours.
+Exit codes: 0 done, 2 a setting or a checkpoint, 3 the data, 4 numbers that are not finite, 5 another rank is lost, 75
+stopped by a signal with everything saved (the same command goes on), 76 the run folder is in use; 1 and a traceback: an
+error of ours.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ import tyro
 from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
-from rwkv_clip.dist import World, autocast_dtype, join_world, leave_world
+from rwkv_clip.dist import PeerLost, World, autocast_dtype, join_world, leave_world, tell
 from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordError, RecordSet
@@ -28,10 +30,12 @@ from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .augment import Augmentation
 from .data import DataError, make_loader
+from .heartbeat import COLLECTIVES, Heartbeat, end_process, watch_peers
 from .log import RunLog
 from .loop import NumericsError, Trainer, train
 from .plot import plot_training
 from .preempt import Preempted, Preemption, ignore_signals
+from .runlock import RunInUse, hold_run
 
 
 def read_command_line(arguments: list[str]) -> Settings:
@@ -108,8 +112,11 @@ def make_validator(
 
 def open_run(settings: Settings, world: World, name: str) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None). ConfigError when the folder holds another run already."""
-    folder = Path(settings.logs) / (settings.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    own_name = settings.name or tell(world, "name", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(settings.logs) / own_name
     has_run = folder.is_dir() and bool(list_checkpoints(folder))
+    if world.restarted and settings.name and has_run:  # by torchrun, with the arguments of the first start
+        return folder, find_checkpoint(folder)
     if settings.resume not in (None, "latest"):
         return folder, find_checkpoint(settings.resume)
     if settings.resume == "latest":
@@ -119,18 +126,35 @@ def open_run(settings: Settings, world: World, name: str) -> tuple[Path, Path | 
     return folder, None
 
 
+def check_same_run(world: World, checkpoint: Path | None) -> None:
+    """ConfigError where this rank does not go on from what the lead goes on from."""
+    lead = tell(world, "checkpoint", checkpoint.name if checkpoint else "")
+    if lead != (checkpoint.name if checkpoint else ""):
+        own = f"{checkpoint}" if checkpoint else "no checkpoint"
+        raise ConfigError(
+            [
+                f"logs: rank {world.rank} on {socket.gethostname()} sees {own}, rank 0 {lead or 'none'}; all nodes "
+                f"have to share the storage of the run folder"
+            ]
+        )
+
+
 def run(settings: Settings) -> Path:
     """Train as the settings say; returns the run folder."""
     name, spec = resolve_spec(settings.model)
     records = RecordSet(settings.train_data)
     check_records(records, spec, settings.train_data)
-    world = join_world(settings.device)
+    world = join_world(settings.device, COLLECTIVES)
     if world.device.type == "cpu":
         keep_freed_memory()
     folder, checkpoint = open_run(settings, world, name)
-    with Preemption() as preemption:  # until now a signal just ends the process
+    check_same_run(world, checkpoint)
+    with hold_run(folder, world), Preemption() as preemption:  # until now a signal just ends the process
         try:
-            _train(settings, name, spec, records, world, folder, checkpoint, preemption)
+            with watch_peers(world, settings.timeout) as heart:
+                _train(settings, name, spec, records, world, folder, checkpoint, preemption, heart)
+        except PeerLost as lost:
+            end_process(lost)
         except Preempted as stop:
             again = "the same command" if settings.resume == "latest" else f"--name {folder.name} --resume latest"
             raise Preempted(f"{stop}: all saved in {folder}; {again} goes on") from None
@@ -146,13 +170,14 @@ def _train(
     folder: Path,
     checkpoint: Path | None,
     preemption: Preemption,
+    heart: Heartbeat,
 ) -> None:
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     model = create_model(spec, settings.pretrained, device=world.device, drop_path=settings.drop_path)
-    validate = make_validator(settings, model, world, preemption)
+    validate = heart.busy("validation")(make_validator(settings, model, world, preemption))
     trainer = Trainer(model, make_objective(settings.objective), settings, world, len(records))
     if checkpoint is not None:
-        trainer.resume(checkpoint, read_description(checkpoint))
+        restore_snapshot(trainer, checkpoint, read_description(checkpoint))
     loader = make_loader(
         records,
         image_size=image_size_of(model),
@@ -180,7 +205,7 @@ def _train(
             f"{len(records):,} records, {trainer.total_steps:,} steps of {trainer.global_batch}; {begin} in {folder}"
         )
     try:
-        train(trainer, loader, folder, name, log, validate, preemption)
+        train(trainer, loader, folder, name, log, validate, preemption, heart)
         if log:
             plot_training(folder)
             log.say(f"run folder: {folder}")
@@ -202,6 +227,10 @@ def main() -> None:
         sys.exit(_explain(error, 3))
     except NumericsError as error:
         sys.exit(_explain(error, 4))
+    except PeerLost as error:
+        sys.exit(_explain(error, 5))
+    except RunInUse as error:
+        sys.exit(_explain(error, 76))
     except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(_explain(error, 2))
     finally:

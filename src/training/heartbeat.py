@@ -1,0 +1,286 @@
+"""Signs of life: a dead, silent or stuck rank ends all ranks within seconds, and each says which rank it was.
+
+About once a second every rank publishes, through the store and not by a collective, what it is doing: its step, its
+process, where its main thread stands. Two threads do it: one talks to the store, one judges and never waits for
+anything. A step costs nothing, the loop knows nothing of it, and one process alone has no thread.
+
+    dead     the process is gone: seen in /proc by the ranks of its host, or by silence after torch reported an error
+    silent   no sign of life for `timeout` seconds: stopped, or its host is gone
+    stuck    alive, but in the same step for `timeout` seconds; waiting for data counts, too
+
+Starting (loading, compiling, the first step), validation and saving may take any time: then nobody is stuck, but a rank
+may still be dead or silent. So the collectives' own time limit is long (`COLLECTIVES`) and only the last resort.
+
+The peers of a lost rank have `GRACE` to end by an error of their own, then a thread ends the process with code 5: a
+collective of NCCL that waits for a dead rank cannot be interrupted. Who saves may finish that first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from rwkv_clip.dist import PeerLost, World, first_line
+
+EXIT_CODE = 5
+COLLECTIVES = timedelta(hours=2)  # of process groups in a watched run: the lead validates while the others wait in one
+BEAT = 1.0  # seconds between signs of life
+MISSED = 2.5  # beats without a sign of life after which a rank is gone, once torch has reported an error
+GRACE = 1.0  # seconds that the main thread has to end by itself
+START, TRAINING, LEFT = "starting", "training", "left"
+SILENT = "no sign of life since"
+
+
+def start_time(pid: int) -> str | None:
+    """When a process began, in clock ticks since boot; None when it is gone, or where there is no /proc to ask."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
+def own_host() -> str | None:
+    """A name that two processes share exactly when each can see the other by its process number; None without /proc."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def place_of(thread: int | None) -> str:
+    """Where a thread stands: file, line and function of its innermost frame."""
+    frame = sys._current_frames().get(thread)
+    return f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno}" if frame else "?"
+
+
+class Heartbeat:
+    """This rank's signs of life and its view of the others. Made and ended by `watch_peers`."""
+
+    def __init__(self, world: World, timeout: float):
+        self.world, self.timeout = world, timeout
+        self.interval = min(BEAT, timeout / 4) * max(1, world.size / 256)  # every rank reads every other's
+        self.cause = ""  # why this rank must end
+        self._step: Callable[[], int] = lambda: 0
+        self._first = 0  # step from which this start goes on
+        self._busy: list[str] = []
+        self._main = threading.get_ident()
+        self._count, self._failed, self._left = 0, False, False
+        self._error = ""  # by which this rank ended itself
+        self._progress, self._since = (0, START), time.monotonic()
+        self._answered = time.monotonic()  # when the store last answered
+        self._seen: dict[int, tuple[dict, float]] = {}  # rank -> its newest sign of life and when it came
+        self._end = threading.Event()
+        if world.store is None:
+            return
+        self._self = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._self |= {"where": own_host(), "began": start_time(os.getpid())}
+        self._publish()
+        for work in (self._talk, self._judge):
+            threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True).start()
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """Take `step()`, the number of finished steps, for progress; the first one may take any time."""
+        self._step, self._first = step, step()
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Inside (validation, saving) time does not count: neither this rank nor who waits for it is stuck.
+
+        A decorator, too.
+        """
+        self._busy.append(what)
+        try:
+            yield
+        finally:
+            self._busy.pop()
+
+    # ---- one thread talks to the store -----------------------------------------------------------------------------
+
+    @property
+    def _state(self) -> str:
+        if self._left:
+            return LEFT
+        if self._busy:
+            return self._busy[-1]
+        return START if self._step() == self._first else TRAINING
+
+    def _publish(self) -> None:
+        self._count += 1
+        sign = {"count": self._count, "step": self._step(), "state": self._state, "place": place_of(self._main)}
+        sign |= {"failed": self._failed, "cause": self.cause, "error": self._error}
+        self.world.store.set(f"beat/{self.world.rank}", json.dumps(self._self | sign))
+
+    def _exchange(self) -> None:
+        """Tell and hear once."""
+        self._publish()
+        signs = self.world.store.multi_get([f"beat/{rank}" for rank in range(self.world.size)])
+        now = self._answered = time.monotonic()
+        for rank, sign in enumerate(map(json.loads, signs)):
+            if rank not in self._seen or self._seen[rank][0]["count"] != sign["count"]:
+                self._seen[rank] = sign, now
+
+    def _talk(self) -> None:
+        while not self._end.wait(0.1 if self._failed or self.cause else self.interval):
+            try:
+                self._exchange()
+            except dist.DistError:
+                # The store is gone, with the lead or with torchrun. That is how some runs end, so give ours the time.
+                if not self._end.wait(GRACE):
+                    self.cause = self.cause or self._no_answer("is gone")
+                return
+
+    # ---- the other judges ------------------------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        tick = min(0.25, self.interval / 2)
+        before = time.monotonic()
+        while not self._end.wait(tick):
+            now = time.monotonic()
+            if now - before > 1 + tick:  # this process stood still itself: that says nothing of the others
+                self._forgive(now - before)
+            before = now
+            lost = self._find_lost(now) or self._find_stuck(now)
+            if not self.cause:
+                told = [sign["cause"] for sign, _ in self._seen.values() if sign["cause"]]
+                mute = self._answered + self.timeout < now
+                self.cause = "; ".join(self._describe(rank, why) for rank, why in lost.items()) or "".join(told[:1])
+                self.cause = self.cause or (self._no_answer("does not answer") if mute else "")
+            if self.cause:
+                self._stop([rank for rank, why in lost.items() if why == SILENT])
+
+    def _forgive(self, seconds: float) -> None:
+        self._since += seconds
+        self._answered += seconds
+        self._seen = {rank: (sign, when + seconds) for rank, (sign, when) in self._seen.items()}
+
+    def _find_lost(self, now: float) -> dict[int, str]:
+        """Ranks that died, ended by an error or are silent, each with the reason."""
+        hurry = any(sign["failed"] for sign, _ in self._seen.values()) or self._failed
+        patience = min(self.timeout, MISSED * self.interval) if hurry else self.timeout
+        heard = now - self._answered < 2 * self.interval + 0.5  # else it is the store that is silent
+        lost = {}
+        for rank, (sign, when) in self._seen.items():
+            if rank == self.world.rank:
+                continue
+            if sign["state"] == LEFT:
+                if sign["error"]:
+                    lost[rank] = sign["error"]
+            elif self._is_neighbour(sign) and start_time(sign["pid"]) != sign["began"]:
+                lost[rank] = "its process is gone (killed, or out of memory?)"
+            elif heard and now - when > patience:
+                lost[rank] = SILENT
+        return lost
+
+    def _is_neighbour(self, sign: dict) -> bool:
+        """Whether that process is on this host and can be seen from here."""
+        return sign["where"] is not None and sign["where"] == self._self["where"]
+
+    def _find_stuck(self, now: float) -> dict[int, str]:
+        """Ranks that this one waits for in vain: those behind, or among equals those that do not wait for others."""
+        signs = {rank: sign for rank, (sign, _) in self._seen.items()}
+        at_rest = any(sign["state"] not in (TRAINING, LEFT) for sign in signs.values())
+        here = self._step(), self._state
+        if here != self._progress or at_rest or here[1] != TRAINING:
+            self._progress, self._since = here, now
+        if now - self._since <= self.timeout + 1:  # a silent rank is found first
+            return {}
+        behind = [rank for rank, sign in signs.items() if sign["step"] == min(s["step"] for s in signs.values())]
+        guilty = [rank for rank in behind if "distributed/" not in signs[rank]["place"]] or behind
+        return {rank: f"stuck at {signs[rank]['place']} for {now - self._since:.0f} s" for rank in guilty}
+
+    def _describe(self, rank: int, why: str) -> str:
+        sign, when = self._seen[rank]
+        # All take part in every step: who finished one has seen the others in it.
+        step, ago = max(sign["step"], self._step()), time.monotonic() - when
+        return f"rank {rank} last seen at step {step}, {ago:.1f} s ago ({sign['host']}, pid {sign['pid']}): {why}"
+
+    def _no_answer(self, how: str) -> str:
+        lead = self._describe(0, "its host, or the torchrun there, is lost") if 0 in self._seen else "no rank came"
+        return f"{lead}; the store {how}"
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def explain(self, error: BaseException) -> str:
+        """What is behind a collective that failed; takes some beats when the others must be listened to."""
+        self._failed = True
+        until = time.monotonic() + (MISSED + 1) * self.interval + 0.5
+        while not self.cause and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.cause or f"a collective failed, although all ranks give signs of life: {first_line(error)}"
+
+    def leave(self, error: BaseException | None) -> None:
+        """No more signs of life from here, and none expected. An error is told to the others."""
+        if self.world.store is None:
+            return
+        if isinstance(error, PeerLost):
+            self.cause = str(error)
+        elif error is not None:
+            self._error = f"{type(error).__name__}: {first_line(error)}"
+        self._left = True
+        with contextlib.suppress(dist.DistError):
+            self._publish()
+        self._end.set()
+
+    def _stop(self, silent: list[int]) -> None:
+        """End this process unless its main thread does within the grace, or still saves."""
+        for rank in silent:
+            sign, when = self._seen[rank]
+            # A stopped process keeps its GPU, and torchrun waiting for 30 s. Its start time tells it from a namesake.
+            if (
+                self._is_neighbour(sign)
+                and start_time(sign["pid"]) == sign["began"]
+                and time.monotonic() - when > self.timeout
+            ):
+                with contextlib.suppress(OSError):
+                    os.kill(sign["pid"], signal.SIGKILL)
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until or "saving" in self._busy:
+            if self._end.wait(0.05):
+                return
+        end_process(PeerLost(self.cause))
+
+
+def end_process(error: PeerLost) -> NoReturn:
+    """Say it in one line and end at once, with the data workers: communicators that failed may never be torn down."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(EXIT_CODE)
+
+
+def is_of_collective(error: BaseException) -> bool:
+    """Whether torch means that other ranks, or the way to them, failed. gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+@contextlib.contextmanager
+def watch_peers(world: World, timeout: float) -> Iterator[Heartbeat]:
+    """Inside, ranks watch each other. PeerLost, naming the rank, instead of the error of a collective that failed.
+
+    timeout: seconds without a sign of life, or in one step, after which a rank is lost.
+    """
+    heart = Heartbeat(world, timeout)
+    try:
+        yield heart
+    except BaseException as error:
+        if world.store is not None and is_of_collective(error):
+            lost = PeerLost(heart.explain(error))
+            heart.leave(lost)
+            raise lost from error
+        heart.leave(error)
+        raise
+    heart.leave(None)
