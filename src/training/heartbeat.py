@@ -39,9 +39,9 @@ EXIT_CODE = 5
 COLLECTIVES = timedelta(hours=2)  # of process groups in a watched run: the lead validates while the others wait in one
 BEAT = 1.0  # seconds between signs of life
 MISSED = 2.5  # beats without a sign of life after which a rank is gone, once torch has reported an error
-GRACE = 1.0  # seconds that the main thread has to end by itself
+GRACE = 3.0  # seconds that the main thread has to end by itself, with what it was about to say
 START, TRAINING, LEFT = "starting", "training", "left"
-SILENT = "no sign of life since"
+SILENT, STUCK = "no sign of life since", "stuck"
 
 
 def start_time(pid: int) -> str | None:
@@ -160,7 +160,7 @@ class Heartbeat:
                 self.cause = "; ".join(self._describe(rank, why) for rank, why in lost.items()) or "".join(told[:1])
                 self.cause = self.cause or (self._no_answer("does not answer") if mute else "")
             if self.cause:
-                self._stop([rank for rank, why in lost.items() if why == SILENT])
+                self._stop({rank: why for rank, why in lost.items() if why == SILENT or why.startswith(STUCK)})
 
     def _forgive(self, seconds: float) -> None:
         self._since += seconds
@@ -200,7 +200,7 @@ class Heartbeat:
             return {}
         behind = [rank for rank, sign in signs.items() if sign["step"] == min(s["step"] for s in signs.values())]
         guilty = [rank for rank in behind if "distributed/" not in signs[rank]["place"]] or behind
-        return {rank: f"stuck at {signs[rank]['place']} for {now - self._since:.0f} s" for rank in guilty}
+        return {rank: f"{STUCK} at {signs[rank]['place']} for {now - self._since:.0f} s" for rank in guilty}
 
     def _describe(self, rank: int, why: str) -> str:
         sign, when = self._seen[rank]
@@ -235,9 +235,12 @@ class Heartbeat:
             self._publish()
         self._end.set()
 
-    def _stop(self, silent: list[int]) -> None:
-        """End this process unless its main thread does within the grace, or still saves."""
-        for rank in silent:
+    def _stop(self, alive: dict[int, str]) -> None:
+        """End this process unless its main thread does within the grace, or still saves.
+
+        alive: lost ranks that have not ended. Nobody waits for these by a call that would fail and end the main thread.
+        """
+        for rank in [rank for rank, why in alive.items() if why == SILENT]:
             sign, when = self._seen[rank]
             # A stopped process keeps its GPU, and torchrun waiting for 30 s. Its start time tells it from a namesake.
             if (
@@ -247,7 +250,7 @@ class Heartbeat:
             ):
                 with contextlib.suppress(OSError):
                     os.kill(sign["pid"], signal.SIGKILL)
-        until = time.monotonic() + GRACE
+        until = time.monotonic() + (0 if alive else GRACE)
         while time.monotonic() < until or "saving" in self._busy:
             if self._end.wait(0.05):
                 return

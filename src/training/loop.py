@@ -8,6 +8,7 @@ A step only queues work: nothing in it waits for a GPU, which computes one step 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -214,8 +215,24 @@ def train(
     """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log.
 
     `validate()` returns metrics on the lead rank and an empty dict elsewhere; Interrupted when a signal ends it early.
-    Preempted, on all ranks after the same step and with it saved, when one of them has got a signal.
+    Preempted, on all ranks after the same step and with it saved, when one of them has got a signal. StorageError when
+    checkpoints cannot be written.
     """
+    with Saver(folder / "checkpoints", trainer.settings.keep_checkpoints) if log else contextlib.nullcontext() as saver:
+        _run_steps(trainer, loader, folder, name, log, validate, preemption, heart, saver)
+
+
+def _run_steps(
+    trainer: Trainer,
+    loader: Iterable[Batch],
+    folder: Path,
+    name: str,
+    log: RunLog | None,
+    validate: Callable[[], dict[str, float]],
+    preemption: Preemption,
+    heart: Heartbeat,
+    saver: Saver | None,
+) -> None:
     settings, progress, meter = trainer.settings, trainer.progress, Meter()
     heart.follow(lambda: progress.step)
     trainer.watch.open(folder, progress.step, preemption)
@@ -231,7 +248,7 @@ def train(
             signal = preemption.agree(trainer.world)
         if not signal and saved < step and (last or _is_due(step, settings.save_every_n_steps)):
             with heart.busy("saving"):
-                trainer.save(folder, name)
+                trainer.save(saver, name, last)
             saved = step
             meter.reset()
         if signal or last:
@@ -255,9 +272,8 @@ def train(
             meter.reset()
         signal = trainer.watch.signal
     if signal:
-        if saved < progress.step:
-            with heart.busy("saving"):
-                trainer.save(folder, name)
+        with heart.busy("saving"):
+            trainer.save(saver, name, last=True)
         preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the lead has to be done
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
 

@@ -2,8 +2,8 @@
 
 The lone `--` keeps torchrun from reading --logs as an abbreviation of its own --logs-specs.
 Exit codes: 0 done, 2 a setting or a checkpoint, 3 the data, 4 numbers that are not finite, 5 another rank is lost, 75
-stopped by a signal with everything saved (the same command goes on), 76 the run folder is in use; 1 and a traceback: an
-error of ours.
+stopped by a signal with everything saved (the same command goes on), 76 the run folder is in use or checkpoints cannot
+be written; 1 and a traceback: an error of ours.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from .loop import NumericsError, Trainer, train
 from .plot import plot_training
 from .preempt import Preempted, Preemption, ignore_signals
 from .runlock import RunInUse, hold_run
+from .saver import StorageError
+from .snapshot import restore_snapshot
 
 
 def read_command_line(arguments: list[str]) -> Settings:
@@ -229,7 +231,7 @@ def main() -> None:
         sys.exit(_explain(error, 4))
     except PeerLost as error:
         sys.exit(_explain(error, 5))
-    except RunInUse as error:
+    except (RunInUse, StorageError) as error:
         sys.exit(_explain(error, 76))
     except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(_explain(error, 2))
