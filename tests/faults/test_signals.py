@@ -1,0 +1,233 @@
+"""A signal saves and ends a run on all ranks, whenever it comes and to whom, and the same command goes on (P11)."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from ranks import digest, read_ids, start_ranks
+from tiny import BATCH, make_tiny, to_arguments
+
+from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
+from rwkv_clip.training import loop, preempt
+from rwkv_clip.training.main import main
+
+STEPS, SIGNALS = 40, 20
+TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    settings = make_tiny(tmp_path_factory.mktemp("tiny"))
+    often = {"save_every_n_steps": 4, "val_every_n_steps": 6, "log_every_n_steps": 5}
+    return settings | often | {"batch_size": BATCH // 2, "max_steps": STEPS, "resume": "latest"}
+
+
+def train_rank(settings: dict, folder: str, pauses: dict) -> None:
+    """On a rank: the command line, with a file when signals are noted and one with the record ids of every step.
+
+    pauses: seconds that `step` number n, validation or saving takes longer, by `("step", n)`, `("validate", n)`, ..
+    """
+    rank = os.environ["RANK"]
+    messages = os.open(f"{folder}/messages{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(messages, 1), os.dup2(messages, 2)
+    sys.argv[1:] = to_arguments(settings)
+    patch = pytest.MonkeyPatch()
+    enter, step, save = preempt.Preemption.__enter__, loop.Trainer.step, loop.Trainer.save
+    train, trainers = loop.train, []
+
+    def entered(self):
+        enter(self)
+        Path(folder, f"ready{rank}").touch()
+        pause("start", 0)
+        return self
+
+    def pause(what, number):
+        if (what, number) in pauses:
+            Path(folder, f"paused{rank}").touch()
+            time.sleep(pauses[what, number])
+
+    def noted(trainer, *arguments, **options):
+        trainers.append(trainer)
+        train(trainer, *arguments, **options)
+
+    def logged(self, batch):
+        number = self.progress.step
+        with open(f"{folder}/ids.{number:03}.{rank}", "a") as file:
+            file.write(" ".join(map(str, [*batch.ids.tolist(), ""])))
+        pause("step", number)
+        return step(self, batch)
+
+    def saved(self, *arguments, **options):
+        pause("save", self.progress.step)
+        return save(self, *arguments, **options)
+
+    def interrupts(self, function):
+        def call(*arguments):
+            pause("validate", trainers[0].progress.step)
+            if self.signal:
+                raise preempt.Interrupted
+            return function(*arguments)
+
+        return call
+
+    patch.setattr(preempt.Preemption, "__enter__", entered)
+    patch.setattr(preempt.Preemption, "interrupts", interrupts)
+    patch.setattr(loop.Trainer, "step", logged)
+    patch.setattr(loop.Trainer, "save", saved)
+    patch.setattr("rwkv_clip.training.main.train", noted)
+    patch.setattr("rwkv_clip.training.main.plot_training", lambda folder: None)
+    main()
+
+
+class Run:
+    """A run on two ranks that is started again and again."""
+
+    def __init__(self, data: dict, name: str, **changes):
+        self.folder = Path(data["logs"]) / name
+        self.folder.mkdir(parents=True)
+        self.settings = {**data, "name": name, **changes}
+
+    def start(self, pauses: dict | None = None, ready: str = "ready") -> None:
+        """Start, and wait until both ranks note signals (or one is at its pause)."""
+        for path in [*self.folder.glob("ready*"), *self.folder.glob("paused*"), *self.folder.glob("messages*")]:
+            path.unlink()
+        self.ranks = start_ranks(2, self.folder, train_rank, self.settings, str(self.folder), pauses or {})
+        wanted = 2 if ready == "ready" else 1
+        while len(list(self.folder.glob(f"{ready}*"))) < wanted:
+            assert all(process.is_alive() for process in self.ranks), self.messages()
+            time.sleep(0.005)
+
+    def tell(self, number: int, ranks: tuple[int, ...] = (0, 1)) -> None:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.ranks[rank].pid, number)
+
+    def end(self) -> list[int]:
+        """Exit codes."""
+        for process in self.ranks:
+            process.join(60)
+        assert not list(self.folder.glob("error*")) and "Traceback" not in "".join(self.messages()), self.messages()
+        return [process.exitcode for process in self.ranks]
+
+    def messages(self) -> list[str]:
+        return [path.read_text() for kind in ("messages*", "error*") for path in sorted(self.folder.glob(kind))]
+
+    def steps(self) -> int:
+        """Steps in the newest checkpoint."""
+        return int(find_checkpoint(self.folder).name[5:]) if list(self.folder.glob("checkpoints/step-*")) else 0
+
+    def started(self) -> int:
+        """Steps that were begun, each once: a repeated one would have its ids twice in its file."""
+        ids = read_ids(str(self.folder / "ids"))
+        assert all(len(step) == BATCH for step in ids)
+        return len(ids)
+
+    def outcome(self) -> tuple:
+        """All that must not depend on interruptions: bits, record ids, logged steps and validations."""
+        records = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        logged = [(r["step"], r.get("loss"), r.get("val_text_to_image_R@1")) for r in records]
+        return digest(find_checkpoint(self.folder)), read_ids(str(self.folder / "ids")), logged
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    run = Run(data, "whole")
+    run.start()
+    assert run.end() == [0, 0]
+    assert run.started() == run.steps() == STEPS
+    return run.outcome()
+
+
+def test_signals_at_random_times(data, whole):
+    """Twenty signals: of three kinds, to one rank or both, between the noting of signals and the end of the run."""
+    rng, told, chains, run = random.Random(4), 0, 0, None
+    while told < SIGNALS:
+        if run is None:
+            run, chains = Run(data, f"chain{chains}"), chains + 1
+        before = run.steps()
+        run.start()
+        time.sleep(rng.uniform(0, 0.4))
+        number, ranks = rng.choice(TOLD), rng.choice([(0,), (1,), (0, 1)])
+        run.tell(number, ranks)
+        codes = run.end()
+        if codes == [0, 0]:  # it was done before
+            assert run.steps() == STEPS and run.outcome() == whole
+            run = None
+            continue
+        told += 1
+        assert codes == [75, 75], run.messages()
+        assert run.started() == run.steps() >= before, "all steps begun are saved"
+        line = f"stopped by {number.name} after step {run.steps()}: all saved in {run.folder}; the same command goes on"
+        assert [message.splitlines()[-1] for message in run.messages()] == [line] * 2
+    if run is not None:
+        run.start()
+        assert run.end() == [0, 0] and run.outcome() == whole
+
+
+@pytest.mark.parametrize(
+    "at, ranks, after",
+    [
+        (("start", 0), (1,), 0),
+        (("validate", 6), (0,), 6),
+        (("save", 8), (1,), 10),
+        (("step", STEPS - 1), (1,), STEPS),
+    ],
+    ids=str,
+)
+def test_signals_at_certain_places(data, whole, at, ranks, after):
+    """Before the first step, during validation (which the resumed run makes up for), while saving, in the last step."""
+    run = Run(data, f"at {at}")
+    run.start({at: 0.3}, ready="paused")
+    run.tell(signal.SIGTERM, ranks)
+    assert run.end() == [75, 75] and run.steps() == after
+    run.start()
+    assert run.end() == [0, 0] and run.outcome() == whole
+
+
+def test_a_second_signal_ends_at_once(data):
+    """Not so its echo: who signals all processes reaches a rank twice, by itself and by torchrun."""
+    run = Run(data, "second")
+    run.start({("step", 2): 1.5}, ready="paused")
+    for _ in range(3):
+        run.tell(signal.SIGTERM)
+        time.sleep(0.05)
+    assert run.end() == [75, 75] and run.steps() == 4
+    run.start({("step", 5): 30.0}, ready="paused")
+    run.tell(signal.SIGINT)
+    time.sleep(preempt.ECHO + 0.2)
+    begin = time.monotonic()
+    run.tell(signal.SIGTERM)
+    assert run.end() == [-signal.SIGTERM] * 2 and time.monotonic() - begin < 5
+    assert [path.name for path in list_checkpoints(run.folder)][-1] == "step-00000004"
+
+
+def test_torchrun_passes_a_signal_on(data, whole, free_port):
+    """The agent gets SIGTERM; both ranks and their data workers with it. The same command then ends the run."""
+    folder = Path(data["logs"]) / "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
+    command += ["-m", "rwkv_clip.training.main", "--", *to_arguments({**data, "name": "torchrun", "workers": 1})]
+    agent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        while not list(folder.glob("checkpoints/step-*")):
+            assert agent.poll() is None, agent.communicate()[1]
+            time.sleep(0.01)
+        begin = time.monotonic()
+        agent.send_signal(signal.SIGTERM)
+        messages = agent.communicate(timeout=60)[1]
+        assert time.monotonic() - begin < 20
+    finally:
+        agent.kill()
+    step = int(find_checkpoint(folder).name[5:])
+    line = f"stopped by SIGTERM after step {step}: all saved in {folder}; the same command goes on"
+    assert messages.count(line) == 2 and 0 < step < STEPS and agent.returncode == 1
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert digest(find_checkpoint(folder)) == whole[0]
