@@ -36,10 +36,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .tensorfile import CHUNK, MAX_HEADER, CheckpointError, encode_tensors, read_tensors, read_torch
+from .tensorfile import CHUNK, CheckpointError, encode_tensors, read_tensors, read_torch
 
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
+MAX_JSON = 2**20  # bytes of state.json or a manifest that are read; real ones have a few thousand
 _STEP = re.compile(r"step-(\d{8})(\.old)?")
 _FIELDS = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
@@ -275,8 +276,8 @@ def _size(path: Path) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if _size(path) > MAX_HEADER:
-            raise ValueError(f"larger than {MAX_HEADER:,} bytes")
+        if _size(path) > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON:,} bytes")
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"a JSON object is expected, not a {type(content).__name__}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**20  # bytes that are hashed and written at a time: they stay in the cache, and Python's lock is let go
-MAX_HEADER = 4 * 2**20  # bytes of JSON, of a safetensors header, of a .pt's pickle; real ones have 1 MB at most
+MAX_HEADER = 4 * 2**20  # bytes of a safetensors header or of a .pt's pickle; real ones have 1 MB at most
 SAFE_TORCH = (2, 10)  # weights_only=True could be made to run code before: CVE-2025-32434 (2.6), CVE-2026-24747 (2.10)
 _DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
