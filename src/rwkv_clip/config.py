@@ -195,6 +195,11 @@ class Settings:
         found = []
         if self.cycle_beta1 and self.schedule != "onecycle":
             found.append(f"cycle_beta1: needs schedule onecycle, not {self.schedule}")
+        names = [*(f.name for f in dataclasses.fields(self)), "global_batch", "total_steps"]
+        for name in self.allow_change:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                found.append(f"allow_change: {name!r} is no setting" + (f"; did you mean {near[0]!r}?" if near else ""))
         if self.max_ranks & (self.max_ranks - 1):
             found.append(f"max_ranks: {self.max_ranks} is not a power of two (1, 2, 4, 8, ..)")
         if self.deterministic and self.parallel != "ddp":

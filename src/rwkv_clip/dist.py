@@ -218,3 +218,18 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+def fix_arithmetic(device: torch.device) -> None:
+    """From now on the same operations give the same bits, in every process and in processes of any world.
+
+    On a CPU sums depend on the number of threads, and torchrun gives every rank one but a single process all: so it is
+    one, unless OMP_NUM_THREADS says how many. CUDA gets its deterministic algorithms.
+    """
+    if device.type == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against reading what nobody wrote; it costs

@@ -22,7 +22,7 @@ import tyro
 from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
-from rwkv_clip.dist import PeerLost, World, autocast_dtype, join_world, leave_world, tell
+from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, tell
 from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordError, RecordSet
@@ -149,6 +149,8 @@ def run(settings: Settings) -> Path:
     world = join_world(settings.device, COLLECTIVES)
     if world.device.type == "cpu":
         keep_freed_memory()
+    if settings.deterministic:
+        fix_arithmetic(world.device)
     folder, checkpoint = open_run(settings, world, name)
     check_same_run(world, checkpoint)
     with hold_run(folder, world), Preemption() as preemption:  # until now a signal just ends the process

@@ -13,6 +13,7 @@ from rwkv_clip.config import Settings
 # torch's OneCycleLR, which the released recipe uses: start = peak / 25, end = start / 1e4, beta1 0.95 -> 0.85 -> 0.95.
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
 BETA1_HIGH, BETA1_LOW = 0.95, 0.85
+SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 FUSED = ("cpu", "cuda")  # devices whose fused AdamW is used; it takes a rate and a skip flag that live on the device
 
 
@@ -125,6 +126,7 @@ def unpack_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: di
         # AdamW's step counters are float32 and live with the parameter when the fused kernel is used.
         dtype = torch.float32 if slot == "step" else parameter.dtype
         optimizer.state[parameter][slot] = value.to(parameter.device, dtype)
-    lacking = [n for n, p in parameters.items() if p.requires_grad and p not in optimizer.state]
+    wanted = [f"{name}/{slot}" for name, p in parameters.items() if p.requires_grad for slot in SLOTS]
+    lacking = [key for key in wanted if key not in tensors]
     if tensors and lacking:
-        raise ValueError(f"optim.safetensors: no state for {len(lacking)} parameters, first {lacking[0]}")
+        raise ValueError(f"optim.safetensors: {len(lacking)} tensors are missing, the first is {lacking[0]}")
