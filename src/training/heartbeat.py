@@ -42,6 +42,7 @@ MISSED = 2.5  # beats without a sign of life after which a rank is gone, once to
 GRACE = 3.0  # seconds that the main thread has to end by itself, with what it was about to say
 START, TRAINING, LEFT = "starting", "training", "left"
 SILENT, STUCK = "no sign of life since", "stuck"
+NO_STORE = "the store on its host, torchrun's or its own, does not answer"
 
 
 def start_time(pid: int) -> str | None:
@@ -140,7 +141,7 @@ class Heartbeat:
             except dist.DistError:
                 # The store is gone, with the lead or with torchrun. That is how some runs end, so give ours the time.
                 if not self._end.wait(GRACE):
-                    self.cause = self.cause or self._no_answer("is gone")
+                    self.cause = self.cause or self._describe(0, NO_STORE)
                 return
 
     # ---- the other judges ------------------------------------------------------------------------------------------
@@ -154,13 +155,14 @@ class Heartbeat:
                 self._forgive(now - before)
             before = now
             lost = self._find_lost(now) or self._find_stuck(now)
+            if lost and not self.cause:  # ranks that die together are found together
+                time.sleep(tick)
+                lost = self._find_lost(time.monotonic()) or lost
             if not self.cause:
                 told = [sign["cause"] for sign, _ in self._seen.values() if sign["cause"]]
-                mute = self._answered + self.timeout < now
                 self.cause = "; ".join(self._describe(rank, why) for rank, why in lost.items()) or "".join(told[:1])
-                self.cause = self.cause or (self._no_answer("does not answer") if mute else "")
             if self.cause:
-                self._stop({rank: why for rank, why in lost.items() if why == SILENT or why.startswith(STUCK)})
+                self._stop({rank: why for rank, why in lost.items() if why.startswith((SILENT, NO_STORE, STUCK))})
 
     def _forgive(self, seconds: float) -> None:
         self._since += seconds
@@ -183,7 +185,7 @@ class Heartbeat:
                 lost[rank] = "its process is gone (killed, or out of memory?)"
             elif heard and now - when > patience:
                 lost[rank] = SILENT
-        return lost
+        return lost or ({0: NO_STORE} if now - self._answered > self.timeout else {})
 
     def _is_neighbour(self, sign: dict) -> bool:
         """Whether that process is on this host and can be seen from here."""
@@ -203,14 +205,12 @@ class Heartbeat:
         return {rank: f"{STUCK} at {signs[rank]['place']} for {now - self._since:.0f} s" for rank in guilty}
 
     def _describe(self, rank: int, why: str) -> str:
+        if rank not in self._seen:
+            return f"rank {rank} was never seen: {why}"
         sign, when = self._seen[rank]
         # All take part in every step: who finished one has seen the others in it.
         step, ago = max(sign["step"], self._step()), time.monotonic() - when
         return f"rank {rank} last seen at step {step}, {ago:.1f} s ago ({sign['host']}, pid {sign['pid']}): {why}"
-
-    def _no_answer(self, how: str) -> str:
-        lead = self._describe(0, "its host, or the torchrun there, is lost") if 0 in self._seen else "no rank came"
-        return f"{lead}; the store {how}"
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -240,11 +240,12 @@ class Heartbeat:
 
         alive: lost ranks that have not ended. Nobody waits for these by a call that would fail and end the main thread.
         """
-        for rank in [rank for rank, why in alive.items() if why == SILENT]:
+        for rank in [rank for rank, why in alive.items() if why in (SILENT, NO_STORE) and rank in self._seen]:
             sign, when = self._seen[rank]
             # A stopped process keeps its GPU, and torchrun waiting for 30 s. Its start time tells it from a namesake.
             if (
-                self._is_neighbour(sign)
+                rank != self.world.rank
+                and self._is_neighbour(sign)
                 and start_time(sign["pid"]) == sign["began"]
                 and time.monotonic() - when > self.timeout
             ):
