@@ -19,6 +19,7 @@ from ranks import digest, start_ranks
 from tiny import make_tiny, to_arguments
 
 TIMEOUT, STEPS = 3.0, 20
+WAYS = ["rank 0", "rank 1", "rank 0 with the store"]
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +103,9 @@ def store():
     del server
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("own_store", [True, False], ids=["torchrun", "bare"])
-def test_a_killed_rank_ends_the_others_at_once(data, tmp_path, store, victim, own_store):
-    port = store.port if own_store else None
+@pytest.mark.parametrize("victim, agent", [(0, True), (1, True), (0, False)], ids=WAYS)
+def test_a_killed_rank_ends_the_others_at_once(data, tmp_path, store, victim, agent):
+    port = store.port if agent else None
     ranks = start_ranks(2, tmp_path, work, str(tmp_path), f"{victim}:13:SIGKILL", data | {"name": tmp_path.name}, port)
     codes = [5, 5]
     codes[victim] = -signal.SIGKILL
@@ -125,10 +125,9 @@ def test_two_ranks_killed_are_both_named(data, tmp_path, store):
     assert re.search(r"rank 1 last seen at step 13.*; rank 2 last seen at step 13", said(tmp_path, 0))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("own_store", [True, False], ids=["torchrun", "bare"])
-def test_a_stopped_rank_ends_all(data, tmp_path, store, victim, own_store):
-    port = store.port if own_store else None
+@pytest.mark.parametrize("victim, agent", [(0, True), (1, True), (0, False)], ids=WAYS)
+def test_a_stopped_rank_ends_all(data, tmp_path, store, victim, agent):
+    port = store.port if agent else None
     ranks = start_ranks(2, tmp_path, work, str(tmp_path), f"{victim}:13:SIGSTOP", data | {"name": tmp_path.name}, port)
     codes = [5, 5]
     codes[victim] = -signal.SIGKILL  # its peer ends it: torchrun would wait for half a minute

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -74,8 +76,53 @@ def test_evaluation_without_a_run_says_what_to_do(tmp_path, task, message):
     assert done.returncode == 2 and "no demo run yet" in done.stderr and message in done.stderr
 
 
+SLURM = {
+    # Every node is this machine: one task per node, told its number, as srun starts them; scancel signals the tasks.
+    "srun": """shift; for node in 0 1; do SLURM_NODEID=$node "$@" & echo $! >> "$FAKE/tasks"; done
+code=0; for task in $(cat "$FAKE/tasks"); do wait "$task" || code=$?; done; exit $code""",
+    "scancel": """[ "$*" = "--signal=TERM 4711" ]; kill -TERM $(cat "$FAKE/tasks")""",
+    "scontrol": """echo "$*" >> "$FAKE/calls"; printf '127.0.0.1\\nnode1\\n'""",
+}
+
+
+def test_slurm_trains_on_two_nodes_saves_when_told_and_goes_on(tmp_path, free_port):
+    data = make_tiny(tmp_path)
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nset -eu\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "4711",
+    }
+    job |= {
+        "FAKE": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "EXTRAS": "dev,dali",
+        "NPROC_PER_NODE": "1",
+    }
+    job |= {"TRAIN_DATA": data["train_data"], "OUTPUT": str(tmp_path / "logs" / "run")}
+    settings = ["--model", data["model"], "--log-every-n-steps", "1", *QUICK, "--max-steps", "100000"]
+    with open(tmp_path / "out", "w") as out:
+        command = ["bash", str(ROOT / "shell" / "slurm_train.sh"), *settings]
+        batch = subprocess.Popen(command, env=os.environ | job, stdout=out, stderr=out)
+    log = tmp_path / "logs" / "run" / "log.jsonl"
+    until = time.monotonic() + 90
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < until:
+        time.sleep(0.1)
+    batch.send_signal(signal.SIGUSR1)
+    assert batch.wait(60) == 0, (tmp_path / "out").read_text()[-3000:]
+    steps = log.read_text().count("\n")
+    said = (tmp_path / "out").read_text()
+    assert "on 2 x cpu" in said and f"stopped by SIGTERM after step {steps}" in said
+    assert (tmp_path / "logs" / "run" / "checkpoints" / f"step-{steps:08}").is_dir()
+    assert (tmp_path / "calls").read_text() == "show hostnames node[0-1]\nrequeue 4711\n"
+
+
 def test_recipes_are_short_and_safe():
     for path in (ROOT / "shell").glob("*.sh"):
+        subprocess.run(["bash", "-n", str(path)], check=True)
         lines = path.read_text().splitlines()
         assert len(lines) <= 25, path
         assert path.name == "setup.sh" or "set -euo pipefail" in lines, path
