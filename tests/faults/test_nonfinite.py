@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from ranks import digest, start_ranks
-from tiny import BATCH, STEPS, make_tiny, to_arguments
+from tiny import BATCH, STEPS, make_smaller, make_tiny, to_arguments
 
 import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints, read_tensors
@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny"))
+    settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
     return settings | {"val_data": None, "log_every_n_steps": 4, "save_every_n_steps": 2}
 
 
@@ -133,18 +133,12 @@ def assert_finite(folder: Path) -> None:
             assert all(tensor.isfinite().all() for tensor in read_tensors(path / f"{name}.safetensors").values())
 
 
-CASES = [
-    ("loss", (0, 1)),
-    ("loss", (1,)),
-    ("gradient", (0, 1)),
-    ("gradient", (1,)),
-    ("features", (0,)),
-    ("features", (1,)),
-]
+WHERE = [("loss", (0, 1)), ("gradient", (0, 1)), ("features", (1,))]
+STOPS = [(kind, ranks, value) for kind, ranks in WHERE for value in (NAN, INF)]
+STOPS += [("loss", (1,), NAN), ("gradient", (1,), INF), ("features", (0,), NAN)]
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("kind, ranks", CASES, ids=str)
+@pytest.mark.parametrize("kind, ranks, value", STOPS, ids=str)
 def test_all_ranks_stop_at_the_same_step(data, kind, ranks, value):
     run = Outcome(data, f"stop {kind} {ranks} {value}", kind, value, (AT,), ranks)
     assert run.codes == [4, 4]
@@ -229,7 +223,7 @@ def test_a_resumed_run_goes_on_counting(data, monkeypatch, after):
     with monkeypatch.context() as patch:
         whole = Poison(patch, "loss", INF, steps)
         with pytest.raises(NumericsError, match=r"^step 6:") as stopped:
-            run(settings(data, name=f"whole {after}", save_every_n_steps=1))
+            run(settings(data, name=f"whole {after}", save_every_n_steps=after))
     with monkeypatch.context() as patch:
         Poison(patch, "loss", INF, steps)
         step = loop.Trainer.step
@@ -241,10 +235,10 @@ def test_a_resumed_run_goes_on_counting(data, monkeypatch, after):
 
         patch.setattr(loop.Trainer, "step", crash)
         with pytest.raises(Crash):
-            run(settings(data, name=f"part {after}", save_every_n_steps=1))
+            run(settings(data, name=f"part {after}", save_every_n_steps=after))
     part = Poison(monkeypatch, "loss", INF, steps)
     with pytest.raises(NumericsError, match=r"^step 6:") as resumed:
-        run(settings(data, name=f"part {after}", save_every_n_steps=1, resume="latest"))
+        run(settings(data, name=f"part {after}", save_every_n_steps=after, resume="latest"))
     assert part.done[0][0] == after
     assert str(resumed.value).replace("part", "whole") == str(stopped.value)
     mine, theirs = (dict(poison.trainer.model.state_dict()) for poison in (part, whole))

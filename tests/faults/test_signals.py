@@ -14,20 +14,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from ranks import digest, read_ids, start_ranks
-from tiny import BATCH, make_tiny, to_arguments
+from tiny import BATCH, make_smaller, make_tiny, to_arguments
 
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
 from rwkv_clip.training import loop, preempt
 from rwkv_clip.training.main import main
 
-STEPS, SIGNALS = 40, 20
+STEPS, SIGNALS = 60, 20
 TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny"))
-    often = {"save_every_n_steps": 4, "val_every_n_steps": 6, "log_every_n_steps": 5}
+    settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
+    often = {"save_every_n_steps": 8, "val_every_n_steps": 14, "log_every_n_steps": 5}
     return settings | often | {"batch_size": BATCH // 2, "max_steps": STEPS, "resume": "latest"}
 
 
@@ -155,7 +155,7 @@ def test_signals_at_random_times(data, whole):
             run, chains = Run(data, f"chain{chains}"), chains + 1
         before = run.steps()
         run.start()
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.2))
         number, ranks = rng.choice(TOLD), rng.choice([(0,), (1,), (0, 1)])
         run.tell(number, ranks)
         codes = run.end()
@@ -173,22 +173,21 @@ def test_signals_at_random_times(data, whole):
         assert run.end() == [0, 0] and run.outcome() == whole
 
 
-@pytest.mark.parametrize(
-    "at, ranks, after",
-    [
-        (("start", 0), (1,), 0),
-        (("validate", 6), (0,), 6),
-        (("save", 8), (1,), 10),
-        (("step", STEPS - 1), (1,), STEPS),
-    ],
-    ids=str,
-)
-def test_signals_at_certain_places(data, whole, at, ranks, after):
-    """Before the first step, during validation (which the resumed run makes up for), while saving, in the last step."""
-    run = Run(data, f"at {at}")
-    run.start({at: 0.3}, ready="paused")
-    run.tell(signal.SIGTERM, ranks)
-    assert run.end() == [75, 75] and run.steps() == after
+PLACES = [
+    (("start", 0), (1,), 0),
+    (("save", 8), (1,), 10),  # told in the ninth step, known in the tenth
+    (("validate", 14), (0,), 14),  # the resumed run makes up for it
+    (("step", STEPS - 1), (1,), STEPS),
+]
+
+
+def test_signals_at_certain_places(data, whole):
+    """Before the first step, while saving, during validation, in the last step."""
+    run = Run(data, "places")
+    for at, ranks, after in PLACES:
+        run.start({at: 0.3}, ready="paused")
+        run.tell(signal.SIGTERM, ranks)
+        assert run.end() == [75, 75] and run.steps() == after, (at, run.messages())
     run.start()
     assert run.end() == [0, 0] and run.outcome() == whole
 
@@ -211,10 +210,11 @@ def test_a_second_signal_ends_at_once(data):
 
 
 def test_torchrun_passes_a_signal_on(data, whole, free_port):
-    """The agent gets SIGTERM; both ranks and their data workers with it. The same command then ends the run."""
-    folder = Path(data["logs"]) / "torchrun"
+    """The agent gets SIGTERM; both ranks and their data workers with it. The same arguments then end the run."""
+    run = Run(data, "torchrun", workers=1)
+    folder = run.folder
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
-    command += ["-m", "rwkv_clip.training.main", "--", *to_arguments({**data, "name": "torchrun", "workers": 1})]
+    command += ["-m", "rwkv_clip.training.main", "--", *to_arguments(run.settings)]
     agent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         while not list(folder.glob("checkpoints/step-*")):
@@ -229,5 +229,5 @@ def test_torchrun_passes_a_signal_on(data, whole, free_port):
     step = int(find_checkpoint(folder).name[5:])
     line = f"stopped by SIGTERM after step {step}: all saved in {folder}; the same command goes on"
     assert messages.count(line) == 2 and 0 < step < STEPS and agent.returncode == 1
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert digest(find_checkpoint(folder)) == whole[0]
+    run.start()  # with the same arguments
+    assert run.end() == [0, 0] and digest(find_checkpoint(folder)) == whole[0]

@@ -69,6 +69,15 @@ def make_tiny(folder: Path) -> dict[str, str]:
     }
 
 
+def make_smaller(settings: dict[str, str]) -> dict[str, str]:
+    """The model of `make_tiny` with a block and a token of image: for tests of hundreds of steps."""
+    model = json.loads(Path(settings["model"]).read_text())
+    model["image"] |= {"depth": 1, "image_size": [16, 16]}
+    model["text"]["depth"] = 1
+    Path(settings["model"]).write_text(json.dumps(model))
+    return settings
+
+
 def to_arguments(settings: dict[str, object]) -> list[str]:
     """Settings as command-line arguments."""
     arguments = []
