@@ -35,6 +35,9 @@ import torch.distributed as dist
 
 from rwkv_clip.dist import PeerLost, World, first_line
 
+from .numerics import NumericsError
+from .preempt import Preempted
+
 EXIT_CODE = 5
 COLLECTIVES = timedelta(hours=2)  # of process groups in a watched run: the lead validates while the others wait in one
 BEAT = 1.0  # seconds between signs of life
@@ -280,6 +283,9 @@ def watch_peers(world: World, timeout: float) -> Iterator[Heartbeat]:
     heart = Heartbeat(world, timeout)
     try:
         yield heart
+    except (NumericsError, Preempted):  # on all ranks at the same step: nobody is lost, whoever takes longer to end
+        heart.leave(None)
+        raise
     except BaseException as error:
         if world.store is not None and is_of_collective(error):
             lost = PeerLost(heart.explain(error))
