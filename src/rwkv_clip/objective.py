@@ -48,6 +48,11 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tens
     float32, or float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a
     gradient is that of the sum over ranks of what each makes of its losses.
     """
+    for name, value in (("images", image), ("texts", text), ("scale", scale)):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != image.device:
+            raise ValueError(f"features: {name} are not a floating-point tensor on the images' device")
+    if scale.numel() != 1:
+        raise ValueError(f"features: the scale has {scale.numel()} elements, should be one number")
     if image.dim() != 2 or image.shape != text.shape or not len(image):
         raise ValueError(
             f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
@@ -67,6 +72,14 @@ def pair_losses(image: Tensor, texts: Tensor, scale: Tensor, first: int) -> tupl
     and (2, N): the largest score of every row and column, and the sum of the exponentials of what the others are below
     it. The two are kept apart, because their log-sum-exp would be rounded at the size of the scores. Safe at any scale.
     """
+    fits = image.dim() == texts.dim() == 2 and image.shape[1] == texts.shape[1] and image.dtype == texts.dtype
+    if not fits or scale.numel() != 1 or not image.is_floating_point() or not len(image):
+        raise ValueError(
+            f"pair_losses: images {image.dtype} {tuple(image.shape)}, texts {texts.dtype} {tuple(texts.shape)}, scale "
+            f"{tuple(scale.shape)}; should be (B, D) and (N, D) of one dtype and one number, B at least 1"
+        )
+    if not 0 <= first <= len(texts) - len(image):
+        raise ValueError(f"pair_losses: first {first} with {len(image)} images leaves the {len(texts)} texts")
     rows, matched = image.new_empty(2, len(image)), image.new_empty(len(image))
     columns = torch.stack((image.new_full((len(texts),), float("-inf")), image.new_zeros(len(texts))))
     for chunk, _, scores, work in _score_chunks(image, texts, scale):

@@ -14,15 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_cpu
-from .shift import shift_tokens
+from .shift import check_grid, describe, shift_tokens
 
 
 def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
     """J mixtures of every token with its shifted self: x + (shift(x) - x) * (coefficients[j] + shares[j]).
 
     x: (B, T, C). coefficients: (J, C). shares: (J, B, T, C) in x's dtype, or None for none. heads, grid: as for
-    `shift_tokens`. Returns J tensors like x.
+    `shift_tokens`. Returns J tensors like x. ValueError for what does not fit, here and in the other operators: the
+    native kernels take pointers and would read and write beyond the tensors.
     """
+    check_grid(x, heads, grid)
+    _check("x", x, x)
+    _check("coefficients", coefficients, x)
+    if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != x.shape[2]:
+        raise ValueError(f"coefficients: {describe(coefficients)}, expected (J, {x.shape[2]}) with J at least 1")
+    if shares is not None:
+        _check("shares", shares, x, coefficients.shape[:1] + x.shape)
     if not block_cpu.supports(x):
         return _mix_formula(x, coefficients, shares, heads, grid)
     return (block_cpu.mix if _plain(x) else _mix)(x, coefficients, shares, heads, grid)
@@ -30,6 +38,12 @@ def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: in
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
     """Group norm over every head of y, times silu(gate). y, gate: (B, T, C), one dtype; weight, bias: (C,)."""
+    _check("y", y, y)
+    if y.dim() != 3 or heads < 1 or y.shape[2] % heads:
+        raise ValueError(f"y: {describe(y)}, expected (B, T, C) with C a multiple of {heads} heads")
+    _check("gate", gate, y, y.shape)
+    _check("weight", weight, y, y.shape[2:])
+    _check("bias", bias, y, y.shape[2:])
     if not block_cpu.supports(y):
         return _norm_gate_formula(y, gate, weight, bias, heads, eps)
     return (block_cpu.norm_gate if _plain(y) else _norm_gate)(y, gate, weight, bias, heads, eps)
@@ -37,6 +51,7 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int,
 
 def relu_square(x: Tensor) -> Tensor:
     """relu(x) ** 2."""
+    _check("x", x, x)
     if not block_cpu.supports(x):
         return _relu_square_formula(x)
     return (block_cpu.relu_square if _plain(x) else _relu_square)(x)
@@ -44,9 +59,19 @@ def relu_square(x: Tensor) -> Tensor:
 
 def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
     """sigmoid(gate) * x, both of one shape and dtype."""
+    _check("x", x, x)
+    _check("gate", gate, x, x.shape)
     if not block_cpu.supports(x):
         return _sigmoid_gate_formula(gate, x)
     return (block_cpu.sigmoid_gate if _plain(x) else _sigmoid_gate)(gate, x)
+
+
+def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = None) -> None:
+    """ValueError unless `value` is a floating-point tensor of this shape on x's device."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != x.device:
+        raise ValueError(f"{name}: {describe(value)}, expected a floating-point tensor on x's device")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name}: {describe(value)}, expected the shape {tuple(shape)}")
 
 
 def _plain(x: Tensor) -> bool:
