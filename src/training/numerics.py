@@ -94,7 +94,7 @@ class Watch:
         self._preemption, self._path = preemption, folder / REPORT
         if self._world.is_lead and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] < first_step))
+            self._path.write_text("".join(line for line in lines if _is_before(line, first_step)))
 
     def judge(self, loss: Tensor, grad_norm: Tensor, may_overflow: bool) -> Tensor:
         """1. where the optimizer must skip this step, else 0.: float scalar on the device, equal on all ranks.
@@ -220,6 +220,14 @@ class Watch:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk must not hide the reason
             log.warning("%s: cannot be written (%s)", self._path, error.strerror)
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of the report is of an earlier step; one that a full disk cut off is of none."""
+    try:
+        return json.loads(line)["step"] < step
+    except ValueError:
+        return False
 
 
 def _plain(number: float) -> float | str:
