@@ -36,6 +36,7 @@ class World:
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)  # for small facts; None alone
     restarted: bool = False  # torchrun started this run again after a failure
+    local_size: int = 1  # ranks on this rank's node
 
     @property
     def is_lead(self) -> bool:
@@ -98,7 +99,8 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
     own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOINING)
     # Each torchrun counts its own restarts: of several nodes, the one that failed knows, and the others may not.
     count = torch.tensor(float(restarted), device=kind)
-    return World(rank, size, kind, dist.PrefixStore(name, own), bool(max_over_ranks(count).item()))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(rank, size, kind, dist.PrefixStore(name, own), bool(max_over_ranks(count).item()), local_size)
 
 
 def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:

@@ -237,6 +237,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     `module.` and `_orig_mod.` prefixes are removed; values are cast to the model's dtypes. ValueError names every
     missing, unexpected and misshapen key.
     """
+    model.load_state_dict(read_fitting_weights(model, path))
+
+
+def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
     state = strip_prefixes(read_weights(path))
     own = model.state_dict()
     problems = [f"missing: {key}" for key in own if key not in state]
@@ -249,7 +254,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  .. and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"{path}: does not fit the model ({len(problems)} keys)\n  {shown}")
-    model.load_state_dict(state)
+    return state
 
 
 @dataclass

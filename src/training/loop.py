@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_clip.config import Settings
 from rwkv_clip.dist import World, mean_over_ranks
@@ -33,9 +33,10 @@ from .heartbeat import Heartbeat
 from .log import RunLog
 from .numerics import NumericsError, Statistics, Watch, gradient_norms
 from .optim import Schedule, build_optimizer, set_step, update_weights
+from .parallel import Shares, distribute_model, has_shares
 from .preempt import Interrupted, Preempted, Preemption
 from .saver import Saver
-from .snapshot import take_snapshot
+from .snapshot import own_state, take_snapshot
 from .step import Computed, GradientStep, Inputs
 
 __all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
@@ -61,22 +62,20 @@ class Trainer:
         # The released rule, samples // world // batch + 1, but without its empty step where the batch divides the data.
         self.total_steps = settings.max_steps or settings.epochs * math.ceil(epoch_samples / self.global_batch)
         self.model, self.objective = model.train(), objective.to(world.device)
-        self.optimizer = build_optimizer(model, settings)
+        if settings.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        parallel = distribute_model(model, settings, world)
+        self.gradients = GradientStep(model, parallel, self.objective, settings, world, self.normalize)
+        self.shares = Shares(model)
+        self.optimizer = build_optimizer(model, settings, self.shares)
         self.schedule = Schedule.from_settings(settings, self.total_steps)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
+        scaler = ShardedGradScaler if has_shares(settings, world) else torch.amp.GradScaler
+        self.scaler = scaler(world.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()
         # On the device from the start: a constant made in a step is a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
         self.watch = Watch(world, settings.max_nonfinite if settings.on_nonfinite == "skip" else 0)
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-        if settings.grad_checkpointing:
-            model.set_grad_checkpointing(True)
-        if settings.torchcompile:
-            model.compile()  # in place: parameter names stay as they are
-        device_ids = [world.device] if world.device.type == "cuda" else None
-        replicate = world.size > 1 and not settings.deterministic
-        parallel = DistributedDataParallel(model, device_ids=device_ids) if replicate else model
-        self.gradients = GradientStep(model, parallel, self.objective, settings, world, self.normalize)
 
     @property
     def global_batch(self) -> int:
@@ -110,6 +109,7 @@ class Trainer:
         set_step(self.optimizer, self.schedule, self.progress.step)
         inputs = Inputs(*self._to_device(batch.image, self.choose_view(batch)), self.draw_drops(batch))
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # where these are not the optimizer's own
         statistics = Statistics(self.model, self.objective)
         computed = self.gradients.run(self.progress.step, inputs, self.scaler.scale)
         losses = {name: value.detach() for name, value in computed.losses.items()}
@@ -140,11 +140,12 @@ class Trainer:
         return sent
 
     def _update(self, loss: Tensor, batch: Batch, computed: Computed, statistics: Statistics) -> Tensor:
+        self.shares.take_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.grad_clip_norm or float("inf")
         towers = gradient_norms(self.model)
         grad_norm = torch.linalg.vector_norm(torch.stack(list(towers.values())))
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, grad_norm)
+        nn.utils.clip_grads_with_norm_(self.shares.own.values(), limit, grad_norm)
         skip = self.watch.judge(loss, grad_norm, may_overflow=self.scaler.is_enabled())
         update_weights(self.optimizer, skip)
         statistics.restore(skip)
@@ -163,8 +164,8 @@ class Trainer:
         the saver.
         """
         self.watch.check()
+        self.watch.check_finite(self.shares.own | own_state(self))
         weights, optim, state = take_snapshot(self, name)
-        self.watch.check_finite(dict(self.model.named_parameters()) | optim)
         if saver:
             saver.save(self.progress.step, weights, optim, state, last)
 

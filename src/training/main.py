@@ -33,6 +33,7 @@ from .data import DataError, make_loader
 from .heartbeat import COLLECTIVES, Heartbeat, end_process, watch_peers
 from .log import RunLog
 from .loop import NumericsError, Trainer, train
+from .parallel import WholeModel, has_shares
 from .plot import plot_training
 from .preempt import Preempted, Preemption, ignore_signals
 from .runlock import RunInUse, hold_run
@@ -89,24 +90,29 @@ def make_validator(
 ) -> Callable[[], dict[str, float]]:
     """Retrieval on --val-data by the lead rank; reads the set now, so that a wrong path fails before training.
 
-    A signal ends it at the next picture (Interrupted): the time until the process is killed is for saving.
+    Before the model is distributed; all ranks call the result. A signal ends it at the next picture (Interrupted): the
+    time until the process is killed is for saving.
     """
-    if settings.val_data is None or not world.is_lead:
+    if settings.val_data is None:
         return dict
-    data = load_retrieval(settings.val_data, split=settings.val_split)
+    data = load_retrieval(settings.val_data, split=settings.val_split) if world.is_lead else None
+    whole = WholeModel(model, settings, world)
     preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), tokenizer_of(model.spec)
 
     def validate() -> dict[str, float]:
-        metrics = evaluate_retrieval(
-            model,
-            data,
-            preprocess,
-            tokenizer,
-            device=world.device,
-            batch_size=settings.batch_size,
-            autocast=autocast_dtype(settings.precision, world.device),
-            prefix=settings.val_prefix,
-        ).metrics
+        with whole.put_together() as net:
+            if not world.is_lead:
+                return {}
+            metrics = evaluate_retrieval(
+                net,
+                data,
+                preprocess,
+                tokenizer,
+                device=world.device,
+                batch_size=settings.batch_size,
+                autocast=autocast_dtype(settings.precision, world.device),
+                prefix=settings.val_prefix,
+            ).metrics
         return {key: value for key, value in metrics.items() if isinstance(value, float)}
 
     return validate
@@ -177,7 +183,8 @@ def _train(
     heart: Heartbeat,
 ) -> None:
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
-    model = create_model(spec, settings.pretrained, device=world.device, drop_path=settings.drop_path)
+    device = "cpu" if has_shares(settings, world) else world.device  # shares move by themselves
+    model = create_model(spec, settings.pretrained, device=device, drop_path=settings.drop_path)
     validate = heart.busy("validation")(make_validator(settings, model, world, preemption))
     trainer = Trainer(model, make_objective(settings.objective), settings, world, len(records))
     if checkpoint is not None:

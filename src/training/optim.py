@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rwkv_clip.config import Settings
 
+from .parallel import Shares
+
 # torch's OneCycleLR, which the released recipe uses: start = peak / 25, end = start / 1e4, beta1 0.95 -> 0.85 -> 0.95.
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
 BETA1_HIGH, BETA1_LOW = 0.95, 0.85
@@ -60,14 +62,15 @@ class Schedule:
         return high + (low - high) / 2 * (1 + math.cos(math.pi * share))
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: Settings, shares: Shares | None = None) -> torch.optim.AdamW:
     """AdamW, fused where the device has it. decay=matrices spares tensors of fewer than two dimensions (after
-    squeezing): norms, biases, mixing coefficients, temperature."""
+    squeezing): norms, biases, mixing coefficients, temperature. shares: what it is to work on instead of the whole."""
+    own = dict((shares or model).named_parameters())
     decayed, spared = [], []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = sum(side > 1 for side in parameter.shape) > 1
-            (decayed if settings.decay == "all" or matrix else spared).append(parameter)
+            matrix = sum(side > 1 for side in parameter.shape) > 1  # a share may have one row of many
+            (decayed if settings.decay == "all" or matrix else spared).append(own[name])
     groups = [{"params": decayed, "weight_decay": settings.wd}, {"params": spared, "weight_decay": 0.0}]
     device = next(model.parameters()).device
     fused = device.type in FUSED
@@ -105,7 +108,7 @@ def update_weights(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
         optimizer.step()
 
 
-def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module | Shares) -> dict[str, Tensor]:
     """Optimizer state as tensors named `parameter/slot`; independent of the order of groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -115,7 +118,7 @@ def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, 
     }
 
 
-def unpack_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def unpack_state(optimizer: torch.optim.Optimizer, model: nn.Module | Shares, tensors: dict[str, Tensor]) -> None:
     """Inverse of `pack_state`. ValueError when the state of a parameter is missing or left over."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.model import load_checkpoint, spec_to_json
+from rwkv_clip.model import read_fitting_weights, spec_to_json
 
 from .optim import pack_state, unpack_state
+from .parallel import whole_tensors
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -34,10 +35,18 @@ NEEDED = ("step", "samples_seen", "settings", "scaler", *WHOLE)
 log = logging.getLogger(__name__)
 
 
+def own_state(trainer: Trainer) -> dict[str, Tensor]:
+    """This rank's share of what a checkpoint holds besides weights; the run's own tensors."""
+    optim = pack_state(trainer.optimizer, trainer.shares)
+    return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}
+
+
 def take_snapshot(trainer: Trainer, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Weights, optimizer and objective state, and JSON data. The tensors are the run's own: copy them first."""
-    optim = pack_state(trainer.optimizer, trainer.model)
-    optim |= {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}
+    """Weights, optimizer and objective state, and JSON data, on the lead; all ranks call this, others get no tensors.
+
+    The tensors are whole; those that the lead holds itself are the run's own: copy them first.
+    """
+    optim = trainer.shares.mark_state(own_state(trainer))
     state = {
         "samples_seen": trainer.progress.samples_seen,
         "total_steps": trainer.total_steps,
@@ -51,7 +60,8 @@ def take_snapshot(trainer: Trainer, name: str) -> tuple[dict[str, Tensor], dict[
         "arithmetic": describe_arithmetic(trainer),
         "changes": trainer.progress.changes,
     }
-    return trainer.model.state_dict(), optim, state
+    lead = trainer.world.is_lead
+    return whole_tensors(trainer.model.state_dict(), lead), whole_tensors(optim, lead), state
 
 
 def restore_snapshot(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
@@ -71,12 +81,12 @@ def restore_snapshot(trainer: Trainer, path: Path, state: dict[str, Any]) -> Non
     if trainer.settings.deterministic and state.get("arithmetic") != (own := describe_arithmetic(trainer)):
         began = state.get("arithmetic")
         log.warning("deterministic: the bits will differ, the checkpoint comes from %s, this is %s", began, own)
-    load_checkpoint(trainer.model, path)
+    trainer.shares.load_weights(read_fitting_weights(trainer.model, path))
     optim = read_tensors(path / "optim.safetensors")
     buffers = {key: optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
     try:
         trainer.objective.load_state_dict({key.removeprefix(OBJECTIVE): value for key, value in buffers.items()})
-        unpack_state(trainer.optimizer, trainer.model, optim)
+        unpack_state(trainer.optimizer, trainer.shares, trainer.shares.cut_state(optim))
         if trainer.scaler.is_enabled() or state["scaler"]:
             trainer.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, KeyError) as error:

@@ -23,6 +23,7 @@ from rwkv_clip.config import ConfigError, Settings
 from rwkv_clip.dist import World, alone, autocast_dtype, gather
 
 from .augment import hash64
+from .parallel import synchronized
 from .treesum import TreeSum, sum_in_order
 
 
@@ -91,7 +92,8 @@ class Computed:
 class GradientStep:
     """Computes the gradients of a global batch into `.grad` of the model's parameters.
 
-    parallel: the model as it is called, e.g. wrapped in DDP. normalize: pixels as stored -> as the model takes them.
+    parallel: the model as it is called, what `distribute_model` returns. normalize: pixels as stored -> as the model
+    takes them.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class GradientStep:
         tree = TreeSum()
         for piece in pieces:
             rows, last = self.pieces.rows(piece), piece == pieces[-1]
-            with self._synchronized(last):
+            with synchronized(self.parallel, last):
                 output = outputs[piece] or self._encode(step, inputs, piece)
                 outputs[piece] = None  # its graph ends with this turn
                 gradients = [gradient[rows] for gradient in d_features]
@@ -172,12 +174,6 @@ class GradientStep:
         for parameter in self.summed:
             parameter.grad = None
         return gradients
-
-    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager:
-        """Ranks exchange gradients in the last piece only, and in --deterministic afterwards."""
-        if last or self.in_order or self.world.size == 1:
-            return contextlib.nullcontext()
-        return self.parallel.no_sync()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """The towers' arithmetic; the objective switches it off for itself."""
