@@ -109,41 +109,39 @@ class GradientStep:
         self.seed, self.world, self.normalize = settings.seed, world, normalize
         self.pieces = cut_batch(settings, world)
         self.in_order, self.keeps_graphs = settings.deterministic, settings.accum_freq == 1
+        self.caches_weights = settings.parallel == "ddp"
         self.dtype = autocast_dtype(settings.precision, world.device)
         if self.in_order and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             raise ConfigError(
                 ["deterministic: the model's batch norms depend on the number of ranks; leave the flag out"]
             )
         # The temperature's gradient comes from the objective, which every rank computes in full.
-        self.summed = [p for p in model.parameters() if p.requires_grad and p is not model.logit_scale]
+        summed = [p for p in model.parameters() if p.requires_grad and p is not model.logit_scale]
+        self.tree = TreeSum(summed) if self.in_order else None
 
     def run(self, step: int, inputs: Inputs, scale_loss: Callable[[Tensor], Tensor]) -> Computed:
         """Gradients of `scale_loss(sum of losses)`, averaged over ranks as DDP does. `step` seeds what is random."""
         pieces = range(self.pieces.count)
-        with torch.set_grad_enabled(self.keeps_graphs):
+        with torch.set_grad_enabled(self.keeps_graphs), self._autocast():
             outputs = [self._encode(step, inputs, piece) for piece in pieces]
         image, text, scale = (part.detach() for part in _join(outputs))
         if not self.keeps_graphs:
             outputs = [None] * len(pieces)
         losses, report, *d_features, d_scale = self._compare(image, text, scale, scale_loss)
-        tree = TreeSum()
-        for piece in pieces:
-            rows, last = self.pieces.rows(piece), piece == pieces[-1]
-            with synchronized(self.parallel, last):
-                output = outputs[piece] or self._encode(step, inputs, piece)
-                outputs[piece] = None  # its graph ends with this turn
-                gradients = [gradient[rows] for gradient in d_features]
-                if last:  # the temperature once
-                    torch.autograd.backward(output, [*gradients, d_scale])
-                else:
-                    torch.autograd.backward(output[:2], gradients)
-            if self.in_order:
-                tree.add(self._take_gradients())
-        if self.in_order:
-            total = tree.total()
-            sum_in_order(total)
-            for parameter, gradient in zip(self.summed, total):
-                parameter.grad = gradient
+        with self._autocast():  # one for all pieces: weights are converted once
+            for piece in pieces:
+                rows, last = self.pieces.rows(piece), piece == pieces[-1]
+                with synchronized(self.parallel, last):
+                    output = outputs[piece] or self._encode(step, inputs, piece)
+                    outputs[piece] = None  # its graph ends with this turn
+                    gradients = [gradient[rows] for gradient in d_features]
+                    with self._autocast(False):
+                        if last:  # the temperature once
+                            torch.autograd.backward(output, [*gradients, d_scale])
+                        else:
+                            torch.autograd.backward(output[:2], gradients)
+        if self.tree:
+            sum_in_order(self.tree.finish())
         return Computed(losses, report, image, text)
 
     def _encode(self, step: int, inputs: Inputs, piece: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,8 +151,7 @@ class GradientStep:
         if inputs.drop_numbers is not None:
             self.model.set_drop_numbers(inputs.drop_numbers[:, rows])
         call = self.parallel if torch.is_grad_enabled() and not self.in_order else self.model
-        with self._autocast():
-            return call(self.normalize(inputs.image[rows]), inputs.text[rows])[:3]
+        return call(self.normalize(inputs.image[rows]), inputs.text[rows])[:3]
 
     def _compare(self, image: Tensor, text: Tensor, scale: Tensor, scale_loss: Callable[[Tensor], Tensor]):
         """Losses, report, and the gradients of this rank's image features and text features and of the scale."""
@@ -168,18 +165,12 @@ class GradientStep:
         d_image, d_text = (leaf.grad[start : start + len(image)] for leaf in leaves[:2])
         return losses, report, d_image, d_text, leaves[2].grad
 
-    def _take_gradients(self) -> list[Tensor]:
-        """The gradients of one piece, which leave the parameters."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.summed]
-        for parameter in self.summed:
-            parameter.grad = None
-        return gradients
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        """The towers' arithmetic; the objective switches it off for itself."""
+    def _autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager:
+        """The towers' arithmetic; the objective switches it off for itself. A share of a model keeps no converted copy
+        of the whole."""
         if self.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, self.dtype)
+        return torch.autocast(self.world.device.type, self.dtype, enabled, cache_enabled=self.caches_weights)
 
 
 def _join(outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

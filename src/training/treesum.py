@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_clip.dist import rank_and_size
 
@@ -50,24 +50,32 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class TreeSum:
-    """Sums lists of tensors, added one list at a time, as a balanced binary tree over their places.
+    """Sums the gradients of several backward passes as a balanced binary tree over the passes.
 
-    The count must be a power of two in the end. Holds one list per level: log2(count) + 1 at most.
+    Each gradient leaves its parameter and is added while it is still in the cache, where it is made. Between the passes
+    there is one partial sum per level: log2(passes) at most. The passes must be a power of two.
     """
 
-    def __init__(self) -> None:
-        self._levels: list[tuple[int, list[Tensor]]] = []
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self._sums: dict[nn.Parameter, list[tuple[int, Tensor]]] = {parameter: [] for parameter in parameters}
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
 
-    def add(self, tensors: list[Tensor]) -> None:
-        """The tensors become this object's own; it adds to them in place."""
-        level = 0
-        while self._levels and self._levels[-1][0] == level:
-            left = self._levels.pop()[1]
-            torch._foreach_add_(left, tensors)
-            level, tensors = level + 1, left
-        self._levels.append((level, tensors))
+    def _take(self, parameter: nn.Parameter) -> None:
+        total, parameter.grad = parameter.grad, None
+        level, sums = 0, self._sums[parameter]
+        while sums and sums[-1][0] == level:
+            total = sums.pop()[1].add_(total)
+            level += 1
+        sums.append((level, total))
 
-    def total(self) -> list[Tensor]:
-        """The sum of all lists added."""
-        (level,) = self._levels
-        return level[1]
+    def finish(self) -> list[Tensor]:
+        """Put the sums into `.grad` and return them; a parameter that no pass has reached has none."""
+        found = []
+        for parameter, sums in self._sums.items():
+            assert len({level for level, _ in sums}) <= 1 and len(sums) <= 1, "not every pass has reached a parameter"
+            if sums:
+                parameter.grad = sums.pop()[1]
+                found.append(parameter.grad)
+        return found
