@@ -157,7 +157,8 @@ class Watch:
         bad = max_over_ranks(torch.stack([~tensors[name].isfinite().all() for name in names]).float()).tolist()
         found = [name for name, flag in zip(names, bad) if flag]
         if found:
-            raise NumericsError(f"{found[0]} and {len(found) - 1} others are not finite; nothing is saved")
+            others = f" and {len(found) - 1} others" if len(found) > 1 else ""
+            raise NumericsError(f"{found[0]}{others}: not finite; nothing is saved")
 
     def state_dict(self) -> dict[str, int]:
         """What a resumption has to know. After `check`."""

@@ -28,7 +28,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
-    return settings | {"val_data": None, "log_every_n_steps": 4, "save_every_n_steps": 2}
+    return settings | {"val_data": None, "log_every_n_steps": 4, "save_every_n_steps": 2, "timeout": 30.0}
 
 
 class Poison:
@@ -216,14 +216,14 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [4, 5, 6])
-def test_a_resumed_run_goes_on_counting(data, monkeypatch, after):
+@pytest.mark.parametrize("saved, after", [(4, 6), (5, 5), (6, 6)])  # steps; what is not saved is reported again
+def test_a_resumed_run_goes_on_counting(data, monkeypatch, saved, after):
     """Interrupted between bad steps: it ends where it would have ended, with the same weights and the same report."""
     steps = (2, 4, 5, 6, 7)
     with monkeypatch.context() as patch:
         whole = Poison(patch, "loss", INF, steps)
         with pytest.raises(NumericsError, match=r"^step 6:") as stopped:
-            run(settings(data, name=f"whole {after}", save_every_n_steps=after))
+            run(settings(data, name=f"whole {saved}", save_every_n_steps=saved))
     with monkeypatch.context() as patch:
         Poison(patch, "loss", INF, steps)
         step = loop.Trainer.step
@@ -235,22 +235,22 @@ def test_a_resumed_run_goes_on_counting(data, monkeypatch, after):
 
         patch.setattr(loop.Trainer, "step", crash)
         with pytest.raises(Crash):
-            run(settings(data, name=f"part {after}", save_every_n_steps=after))
+            run(settings(data, name=f"part {saved}", save_every_n_steps=saved))
     part = Poison(monkeypatch, "loss", INF, steps)
     with pytest.raises(NumericsError, match=r"^step 6:") as resumed:
-        run(settings(data, name=f"part {after}", save_every_n_steps=after, resume="latest"))
-    assert part.done[0][0] == after
+        run(settings(data, name=f"part {saved}", save_every_n_steps=saved, resume="latest"))
+    assert part.done[0][0] == saved
     assert str(resumed.value).replace("part", "whole") == str(stopped.value)
     mine, theirs = (dict(poison.trainer.model.state_dict()) for poison in (part, whole))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    folders = [Path(data["logs"]) / f"{name} {after}" for name in ("part", "whole")]
+    folders = [Path(data["logs"]) / f"{name} {saved}" for name in ("part", "whole")]
     assert report_of(folders[0]) == report_of(folders[1])
     assert digest(find_checkpoint(folders[0])) == digest(find_checkpoint(folders[1]))
 
 
 def test_weights_that_are_not_finite_are_not_saved(data, monkeypatch):
     Poison(monkeypatch, "weights", INF, (3,))
-    with pytest.raises(NumericsError, match=r"^text_model\.emb\.weight .*not finite; nothing is saved"):
+    with pytest.raises(NumericsError, match=r"^text_model\.emb\.weight: not finite; nothing is saved"):
         run(settings(data, name="weights"))
     folder = Path(data["logs"]) / "weights"
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000002"]

@@ -20,14 +20,14 @@ from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
 from rwkv_clip.training import loop, preempt
 from rwkv_clip.training.main import main
 
-STEPS, SIGNALS = 60, 20
+STEPS, SIGNALS = 40, 20
 TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
-    often = {"save_every_n_steps": 8, "val_every_n_steps": 14, "log_every_n_steps": 5}
+    often = {"save_every_n_steps": 8, "val_every_n_steps": 14, "log_every_n_steps": 5, "timeout": 60.0}
     return settings | often | {"batch_size": BATCH // 2, "max_steps": STEPS, "resume": "latest"}
 
 
