@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 CONFIGS = Path(__file__).parent / "configs"
+LARGEST = (1 << 63) - 1  # what a tensor, a file and a seed can hold
 T = TypeVar("T")
 
 
@@ -150,6 +151,8 @@ class Settings:
     objective: Literal["infonce"] = "infonce"
     views: Literal["one", "first"] = "one"
     """Texts per image and step: one drawn at random (seeded by sample), or always the first."""
+    texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Texts per image that the records must hold; default: any number."""
     drop_path: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
     """Stochastic depth of the image tower; default: the model preset's."""
 
@@ -204,6 +207,10 @@ class Settings:
             found.append(f"max_ranks: {self.max_ranks} is not a power of two (1, 2, 4, 8, ..)")
         if self.deterministic and self.parallel != "ddp":
             found.append(f"deterministic: needs parallel ddp, not {self.parallel}")
+        if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            found.append(f"device: {self.device!r} is not cpu, cuda or mps")
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
+            found.append(f"name: {self.name!r} is not the name of a folder; --logs says where it lies")
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):
@@ -275,7 +282,7 @@ def _convert(hint: Any, item: Any, where: str, problems: list[str]) -> Any:
             return tuple(_convert(args[0], x, where, problems) for x in item)
         problems.append(f"{where}: {item!r} is not a list{f' of {size} values' if size else ''}")
     elif hint is float and isinstance(item, (int, float)) and not isinstance(item, bool):
-        return float(item)
+        return float(max(-LARGEST, min(item, LARGEST))) if isinstance(item, int) else item
     elif isinstance(item, hint) and (hint is bool or not isinstance(item, bool)):
         return item
     else:
@@ -286,6 +293,12 @@ def _convert(hint: Any, item: Any, where: str, problems: list[str]) -> Any:
 def _beyond_limits(where: str, item: Any, limits: dict[str, float]) -> list[str]:
     if isinstance(item, float) and not math.isfinite(item):
         return [f"{where}: {item} is not a finite number"]
+    if isinstance(item, int) and abs(item) > LARGEST:
+        return [f"{where}: a number of {len(str(item))} digits; use at most {LARGEST}"]
+    if isinstance(item, str) and "\0" in item:
+        return [f"{where}: {item!r} holds a NUL character; leave it out"]
+    if isinstance(item, tuple):
+        return [problem for part in item for problem in _beyond_limits(where, part, limits)]
     tests = {
         "minimum": (lambda a, b: a >= b, "at least"),
         "above": (lambda a, b: a > b, "more than"),
@@ -313,7 +326,7 @@ def load_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a path with NUL, numbers of thousands of digits
         raise ConfigError([f"{path}: is not valid JSON ({error})"]) from None
 
 
@@ -322,7 +335,7 @@ def load_settings(recipe: str | None) -> Settings:
     if recipe is None:
         return Settings()
     path = CONFIGS / "recipes" / f"{recipe}.json"
-    if not path.exists():
+    if recipe not in list_presets("recipes"):
         path = Path(recipe)
         if path.suffix != ".json":
             near = difflib.get_close_matches(recipe, list_presets("recipes"), n=1)

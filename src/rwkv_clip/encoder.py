@@ -163,6 +163,8 @@ class Encoder:
             raise RowError("empty text")
         fallbacks = tuple(name for name, text in zip(self.views.names, texts) if not text)
         ids = self.tokenize([text or texts[0] for text in texts])
+        if self.context > 2 and not ids[0, 2:].any():  # characters that stand for nothing, NUL for example
+            raise RowError("empty text")
         return ids.numpy().astype(np.float32).reshape(-1), fallbacks
 
     def _load_image(self, row: Row) -> bytes:

@@ -93,6 +93,8 @@ def resolve_spec(model: str | Path | dict[str, Any] | ModelConfig) -> tuple[str,
     if isinstance(model, ModelConfig):
         return "RWKV-CLIP", model
     if isinstance(model, dict):
+        if isinstance(model.get("open_clip", model), dict) and {"open_clip", "embed_dim"} & model.keys():
+            _check_open_clip(model.get("open_clip", model))
         if "open_clip" in model:
             return str(model["open_clip"] if isinstance(model["open_clip"], str) else "open_clip"), model
         if "embed_dim" in model:
@@ -117,6 +119,14 @@ def resolve_spec(model: str | Path | dict[str, Any] | ModelConfig) -> tuple[str,
     raise ConfigError([f"model: {str(model)!r} is no preset, no .json file and no open_clip model; {hint}"])
 
 
+def _check_open_clip(source: dict[str, Any]) -> None:
+    missing = [key for key in ("vision_cfg", "text_cfg") if not isinstance(source.get(key), dict)]
+    if missing:
+        raise ConfigError(
+            [f"{key}: missing in a model in open_clip's form; add a table of its settings" for key in missing]
+        )
+
+
 def build_model(spec: ModelSpec) -> nn.Module:
     """A model in float32 with initial values from torch's global generator."""
     if isinstance(spec, ModelConfig):
@@ -128,7 +138,10 @@ def build_model(spec: ModelSpec) -> nn.Module:
         return open_clip.create_model(source)
     source = dict(source)
     kind = open_clip.CustomTextCLIP if source.pop("custom_text", False) else open_clip.CLIP
-    return kind(**source)
+    try:
+        return kind(**source)
+    except TypeError as error:  # an unknown or missing field, or a value of the wrong type
+        raise ConfigError([f"model: open_clip cannot build {sorted(source)}: {error}"]) from None
 
 
 def create_model(
@@ -202,6 +215,19 @@ def tokenizer_of(spec: ModelSpec) -> Tokenizer:
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return make_tokenizer(context=tokenizer.context_length)
     return Tokenizer(f"open_clip:{source}", tokenizer, tokenizer.vocab_size, tokenizer.context_length)
+
+
+def vocab_of(spec: ModelSpec) -> int | None:
+    """Number of token ids that the text tower knows; None where only the library that builds it can tell."""
+    if isinstance(spec, ModelConfig):
+        return spec.text.vocab
+    source = spec["open_clip"]
+    if isinstance(source, str):
+        import open_clip
+
+        source = open_clip.get_model_config(source) or {}
+    text = source.get("text_cfg", {})
+    return None if "hf_model_name" in text else text.get("vocab_size", 49408)
 
 
 def image_size_of(model: nn.Module) -> tuple[int, int]:

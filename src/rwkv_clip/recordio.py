@@ -11,7 +11,8 @@ import glob
 import json
 import zlib
 from bisect import bisect_right
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -38,6 +39,7 @@ CONTEXT = 77
 SCHEMA = 1
 EXACT = 1 << 24  # float32 labels hold every id below this exactly
 CHECKSUM = "crc32"
+LOOKED_AT = 64  # records of a file whose token ids are seen before training begins
 WAYS = "give a prefix, file, glob, folder or comma list"
 
 
@@ -194,6 +196,20 @@ class RecordSet:
     def vocab_size(self) -> int | None:
         """Ids are below this; None if the files do not say."""
         return self.layout.vocab_size
+
+    def limit_vocab(self, vocab: int) -> int:
+        """From now on records with a token id of `vocab` or more are damaged ones. Looks at some records of every file
+        first; returns the largest id that is beyond in them, 0 if there is none."""
+        self.layout = replace(self.layout, vocab_size=vocab)
+        largest, first = 0, 0
+        for end in self._ends:
+            for i in np.unique(np.linspace(first, end - 1, LOOKED_AT).astype(int)).tolist():
+                with suppress(RecordError):  # damaged in another way: counted and replaced when its turn comes
+                    labels = np.atleast_1d(unpack(self.read(i))[0].label)
+                    if np.isfinite(labels).all():
+                        largest = max(largest, int(labels.max(initial=0)))
+            first = end
+        return largest if largest >= vocab else 0
 
     def read(self, i: int) -> bytes:
         """Record `i` as it stands, header included."""

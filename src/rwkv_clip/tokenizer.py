@@ -7,12 +7,16 @@ from functools import lru_cache
 import torch
 
 CLIP_BPE = "clip-bpe"
+MAX_CHARACTERS = 1 << 20  # of a text; more is refused
+READ = 64  # characters per token of context that are looked at: no token is longer than that by much
 
 
 class Tokenizer:
     """Callable: str or list of str -> int64 tensor (n, context), SOT and EOT included, zero padded.
 
-    A text longer than the context is cut and keeps EOT as its last token (open_clip's rule).
+    A text longer than the context is cut and keeps EOT as its last token (open_clip's rule). Of a text of thousands of
+    characters only the beginning is read, enough to fill the context: a tokenizer needs a second for a megabyte.
+    ValueError for what is no text, or has more than MAX_CHARACTERS characters.
     """
 
     def __init__(self, name: str, encode, vocab_size: int, context: int):
@@ -20,11 +24,24 @@ class Tokenizer:
         self._encode = encode
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+        if not isinstance(texts, (str, list, tuple)):
+            raise ValueError(
+                f"texts: {str(texts)[:80]!r} is a {type(texts).__name__}, should be a str or a list of them"
+            )
         texts = [texts] if isinstance(texts, str) else list(texts)
         context = context_length or self.context
         if not texts:
             return torch.zeros(0, context, dtype=torch.int64)
-        return self._encode(texts, context)
+        return self._encode([_check_text(text, READ * context) for text in texts], context)
+
+
+def _check_text(text: str, most: int) -> str:
+    """The text, or the beginning that is looked at. White space does not count: tokenizers collapse it."""
+    if not isinstance(text, str):
+        raise ValueError(f"text: {str(text)[:80]!r} is a {type(text).__name__}, should be a str")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"text: {len(text):,} characters, more than {MAX_CHARACTERS:,}; cut it: {text[:40]!r} ..")
+    return text if len(text) <= most else " ".join(text.split())[:most]
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,7 @@ from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
 from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, tell
-from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
+from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of, vocab_of
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordError, RecordSet
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
@@ -70,17 +70,33 @@ def read_command_line(arguments: list[str]) -> Settings:
     return settings
 
 
-def check_records(records: RecordSet, spec: object, path: str) -> None:
-    """ConfigError when the records' tokens were not made for the model's text tower."""
-    tokenizer = tokenizer_of(spec)
+def check_records(records: RecordSet, spec: object, path: str, texts: int | None = None) -> None:
+    """ConfigError when the records' tokens were not made for the model's text tower.
+
+    That tell the side file and some records; each record read later is held against the same vocabulary."""
+    tokenizer, vocab = tokenizer_of(spec), vocab_of(spec)
     problems = []
+    if texts is not None and len(records.views) != texts:
+        held = f"{len(records.views)} ({', '.join(records.views)})"
+        problems.append(f"{path}: texts an image: {held}, --texts asks for {texts}; change either")
     if records.tokenizer is not None and records.tokenizer != tokenizer.name:
         problems.append(f"{path}: tokens come from {records.tokenizer!r}, the model reads {tokenizer.name!r}")
-    if records.context > tokenizer.context:
+    if records.context != tokenizer.context:
         problems.append(
             f"{path}: {records.context} tokens a text, the model's context is {tokenizer.context}; "
             f"build the records with --context {tokenizer.context}"
         )
+    if vocab is not None:
+        if records.vocab_size not in (None, vocab):
+            problems.append(
+                f"{path}: made with a vocabulary of {records.vocab_size}, the model's has {vocab}; "
+                f"build the records for this model, or take a model for these records"
+            )
+        elif largest := records.limit_vocab(vocab):
+            problems.append(
+                f"{path}: holds the token id {largest}, the model's vocabulary ends at {vocab - 1}; "
+                f"build the records with the tokenizer {tokenizer.name!r}"
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -151,7 +167,7 @@ def run(settings: Settings) -> Path:
     """Train as the settings say; returns the run folder."""
     name, spec = resolve_spec(settings.model)
     records = RecordSet(settings.train_data)
-    check_records(records, spec, settings.train_data)
+    check_records(records, spec, settings.train_data, settings.texts)
     world = join_world(settings.device, COLLECTIVES)
     if world.device.type == "cpu":
         keep_freed_memory()

@@ -381,7 +381,7 @@ FLAGS = """
 accum-freq allow-change batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay deterministic device
 drop-path epochs eps flip grad-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr
 max-bad max-bad-share max-nonfinite max-ranks max-steps model name objective on-nonfinite parallel precision
-pretrained report-to resume save-every-n-steps schedule seed timeout torchcompile train-data val-data
+pretrained report-to resume save-every-n-steps schedule seed texts timeout torchcompile train-data val-data
 val-every-n-steps val-prefix val-split views warmup wd workers
 """
 
