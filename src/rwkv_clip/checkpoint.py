@@ -47,6 +47,7 @@ _FIELDS = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("spec", "settings", "scaler"), dict),
     "model": str,
 }
+_proven: dict[Path, list] = {}  # what this process wrote and verified, so that it is not hashed at each save again
 log = logging.getLogger(__name__)
 
 
@@ -119,8 +120,6 @@ def _write_file(path: Path, pieces: Iterable[bytes]) -> dict[str, Any]:
     try:
         measured = _measure(pieces, functools.partial(_write_all, handle))
         os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
     return measured
@@ -165,6 +164,7 @@ def _publish(temporary: Path, final: Path) -> None:
         os.rename(temporary, final)
         _flush(final.parent)
         verify_checkpoint(final)
+        _proven[final] = _fingerprint(final)
     except (OSError, CheckpointError):
         if final.exists():
             _discard(final)
@@ -186,7 +186,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     older = [path for path in others if path not in later]
     spared = [path for path in older if not path.name.endswith(".old")][: keep - 1]
     gone = [path for path in older if path not in spared]
-    if gone and any(map(_is_intact, spared)):
+    if gone and any(_proven.get(path) == _fingerprint(path) or _is_intact(path) for path in spared):
         for path in gone:
             _discard(path)
 
@@ -195,6 +195,7 @@ def _discard(path: Path) -> None:
     """Take a checkpoint's name first: a half-deleted one must not look like one."""
     gone = path.with_name(f"{path.name}.gone.tmp")
     os.rename(path, gone)
+    _proven.pop(path, None)
     _remove(gone)
 
 
@@ -264,6 +265,12 @@ def _is_intact(path: Path) -> bool:
         verify_checkpoint(path)
         return True
     return False
+
+
+def _fingerprint(path: Path) -> list[tuple[int, int, int]]:
+    """What changes when a checkpoint's files do."""
+    about = [os.stat(path / name) for name in (*FILES, "MANIFEST.json") if (path / name).exists()]
+    return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in about]
 
 
 def _size(path: Path) -> int:

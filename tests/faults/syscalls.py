@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 
-NAMES = ("open", "write", "fsync", "posix_fadvise", "close", "mkdir", "rename", "replace", "unlink", "rmdir")
+NAMES = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir")
 READS = ("lstat", "stat", "scandir")
 BEGIN = re.compile(r"step-\d{8}\.tmp")
 Hook = Callable[[int, str, tuple, str], None]

@@ -127,7 +127,7 @@ def test_an_error_at_any_call_leaves_two_good_checkpoints_and_no_rests(run, tmp_
         assert intact(fresh.saver.folder)[-1] == "step-00000004" and not leftovers(fresh.saver.folder), number
         if max(seen) < number:
             break
-    assert number > 40
+    assert number > 30
 
 
 def test_the_last_save_and_the_end_raise_at_the_first_failure(run, caplog):

@@ -8,10 +8,12 @@ from rwkv_clip.checkpoint import (
     CheckpointError,
     find_checkpoint,
     list_checkpoints,
+    read_tensors,
     read_weights,
     save_checkpoint,
     verify_checkpoint,
 )
+from rwkv_clip.tensorfile import CHUNK, encode_tensors
 
 
 def save(folder, step, keep=2, value=1.0):
@@ -112,3 +114,85 @@ def test_absent_and_empty_folders(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="expected a dict of tensors"):
         read_weights(tmp_path / "list.pt")
+
+
+def test_our_files_are_safetensors_of_every_type(tmp_path):
+    """The library opens them: types, no dimension, no element, strides, more than a piece; data is aligned."""
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+    types += [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+    tensors = {f"of {kind}": torch.arange(1, 8).to(kind) for kind in types}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "strides": torch.arange(12.0).view(3, 4).T}
+    tensors |= {"large é": torch.randn(CHUNK // 2 + 3), "parameter": torch.nn.Parameter(torch.randn(3))}
+    pieces = [bytes(piece) for piece in encode_tensors(tensors)]
+    (tmp_path / "a.safetensors").write_bytes(b"".join(pieces))
+    assert all(len(piece) <= CHUNK for piece in pieces) and len(pieces) >= 3
+    read = read_tensors(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert read[key].dtype == tensor.dtype and read[key].shape == tensor.shape
+        assert (
+            read[key]
+            .contiguous()
+            .view(-1)
+            .view(torch.uint8)
+            .equal(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        )
+    assert int.from_bytes(pieces[0][:8], "little") % 8 == 0
+
+
+def test_the_same_step_again_is_not_written_again(tmp_path):
+    files = sorted(save(tmp_path, 1).iterdir())
+    before = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+    save(tmp_path, 1)
+    assert [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files] == before
+    save(tmp_path, 1, value=2.0)
+    assert read_weights(tmp_path)["a"].unique().tolist() == [2.0]
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path):
+    for step in (1, 2):
+        path = save(tmp_path, step)
+    (path / "state.json").write_text("{}")
+    save(tmp_path, 3)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002", "step-00000003"]
+    save(tmp_path, 4)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_what_was_replaced_counts_until_its_successor_is_proven(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(tmp_path / "step-00000002.old")  # killed between two renames
+    assert find_checkpoint(tmp_path).name == "step-00000002.old"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002.old"]
+    save(tmp_path, 2, value=5.0)
+    assert find_checkpoint(tmp_path).name == "step-00000002"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_an_unreadable_file_is_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = open
+
+    def broken(path, *arguments, **options):
+        if str(path).endswith("step-00000002/optim.safetensors"):
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", broken)
+    assert find_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_old_checkpoints_that_cannot_go_do_not_fail_a_save(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def stuck(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", stuck)
+    assert save(tmp_path, 3).name == "step-00000003"
+    assert "older checkpoints could not be removed" in caplog.text
+    monkeypatch.undo()
+    save(tmp_path, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]

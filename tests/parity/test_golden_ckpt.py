@@ -1,0 +1,62 @@
+"""Checkpoints of every release load for ever: golden_ckpt/v<schema>-<release>/ is a run folder as it was written then.
+
+expected.safetensors holds inputs and the features that the release computed for them. When the schema or what is saved
+changes, a new folder is added (a run of two steps of towers of width 12); none is ever changed or removed.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import rwkv_clip
+from rwkv_clip.checkpoint import find_checkpoint, hash_file, read_description, read_tensors
+from rwkv_clip.config import Settings, parse
+from rwkv_clip.dist import join_world
+from rwkv_clip.objective import make_objective
+from rwkv_clip.training.loop import Trainer
+from rwkv_clip.training.snapshot import restore_snapshot
+
+GOLDEN = Path(__file__).parent / "golden_ckpt"
+DIGESTS = {"v1-0.2.0": "1d975008a4c2f4cf0fd3d616aa7b2a9158b14b64c8ad3059368c0966a944fe01"}
+RECORDS = 16  # that the run was made with
+
+
+@pytest.fixture(params=DIGESTS)
+def golden(request, tmp_path) -> Path:
+    """A copy, for reading may not change it, and nothing outside it may be needed."""
+    return Path(shutil.copytree(GOLDEN / request.param, tmp_path / request.param))
+
+
+def test_it_is_the_file_of_the_release():
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(DIGESTS)
+    for name, digest in DIGESTS.items():
+        assert hash_file(find_checkpoint(GOLDEN / name) / "MANIFEST.json") == digest
+        assert sum(file.stat().st_size for file in (GOLDEN / name).rglob("*")) < 300_000
+
+
+def test_features_are_those_of_the_release(golden):
+    expected = read_tensors(golden / "expected.safetensors")
+    model = rwkv_clip.load_for_inference(golden).model
+    with torch.no_grad():
+        features = {"image": model.encode_image(expected["image"]), "text": model.encode_text(expected["text"])}
+    for name, feature in features.items():
+        theirs = expected[f"{name}_features"]
+        assert (feature - theirs).norm() / theirs.norm() < 1e-6
+
+
+def test_training_goes_on_from_it(golden):
+    path = find_checkpoint(golden)
+    state = read_description(path)
+    settings = parse(Settings, state["settings"])
+    model = rwkv_clip.create_model(state["spec"])
+    trainer = Trainer(model, make_objective(settings.objective), settings, join_world("cpu"), RECORDS)
+    restore_snapshot(trainer, path, state)
+    assert (trainer.progress.step, trainer.progress.samples_seen, trainer.total_steps) == (2, 8, 4)
+    slots = read_tensors(path / "optim.safetensors")
+    for name, parameter in model.named_parameters():
+        for slot, value in trainer.optimizer.state[parameter].items():
+            assert torch.equal(value, slots[f"{name}/{slot}"])
+    assert json.loads((path / "state.json").read_text()) == state
