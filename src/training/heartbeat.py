@@ -77,6 +77,7 @@ class Heartbeat:
     def __init__(self, world: World, timeout: float):
         self.world, self.timeout = world, timeout
         self.interval = min(BEAT, timeout / 4) * max(1, world.size / 256)  # every rank reads every other's
+        self.tick = min(0.25, self.interval / 2)  # between two judgements
         self.cause = ""  # why this rank must end
         self._step: Callable[[], int] = lambda: 0
         self._first = 0  # step from which this start goes on
@@ -87,7 +88,7 @@ class Heartbeat:
         self._progress, self._since = (0, START), time.monotonic()
         self._answered = time.monotonic()  # when the store last answered
         self._seen: dict[int, tuple[dict, float]] = {}  # rank -> its newest sign of life and when it came
-        self._end = threading.Event()
+        self._end, self._hurry = threading.Event(), threading.Event()
         if world.store is None:
             return
         self._self = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -138,7 +139,9 @@ class Heartbeat:
                 self._seen[rank] = sign, now
 
     def _talk(self) -> None:
-        while not self._end.wait(0.1 if self._failed or self.cause else self.interval):
+        while not self._end.is_set():
+            self._hurry.wait(0.1 if self._failed or self.cause else self.interval)
+            self._hurry.clear()
             try:
                 self._exchange()
             except dist.DistError:
@@ -150,21 +153,22 @@ class Heartbeat:
     # ---- the other judges ------------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        tick = min(0.25, self.interval / 2)
         before = time.monotonic()
-        while not self._end.wait(tick):
+        while not self._end.wait(self.tick):
             now = time.monotonic()
-            if now - before > 1 + tick:  # this process stood still itself: that says nothing of the others
+            if now - before > 1 + self.tick:  # this process stood still itself: that says nothing of the others
                 self._forgive(now - before)
             before = now
             lost = self._find_lost(now) or self._find_stuck(now)
-            if lost and not self.cause:  # ranks that die together are found together
-                time.sleep(tick)
+            if lost and not self.cause:  # ranks that die together are found together, and what they had to say is heard
+                self._hurry.set()
+                time.sleep(self.tick)
                 lost = self._find_lost(time.monotonic()) or lost
             if not self.cause:
                 told = [sign["cause"] for sign, _ in self._seen.values() if sign["cause"]]
-                self.cause = "; ".join(self._describe(rank, why) for rank, why in lost.items()) or "".join(told[:1])
+                self.cause = told[0] if told else "; ".join(self._describe(rank, why) for rank, why in lost.items())
             if self.cause:
+                self._hurry.set()
                 self._stop({rank: why for rank, why in lost.items() if why.startswith((SILENT, NO_STORE, STUCK))})
 
     def _forgive(self, seconds: float) -> None:
@@ -237,6 +241,7 @@ class Heartbeat:
         with contextlib.suppress(dist.DistError):
             self._publish()
         self._end.set()
+        self._hurry.set()
 
     def _stop(self, alive: dict[int, str]) -> None:
         """End this process unless its main thread does within the grace, or still saves.
@@ -254,7 +259,7 @@ class Heartbeat:
             ):
                 with contextlib.suppress(OSError):
                     os.kill(sign["pid"], signal.SIGKILL)
-        until = time.monotonic() + (0 if alive else GRACE)
+        until = time.monotonic() + (2 * self.tick if alive else GRACE)  # the others have to hear the cause
         while time.monotonic() < until or "saving" in self._busy:
             if self._end.wait(0.05):
                 return
