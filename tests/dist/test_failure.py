@@ -1,5 +1,6 @@
 """Dead, silent, stuck and failing ranks: the others end in seconds and say why; a restarted run has the same bits."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -45,6 +46,7 @@ def work(folder: str, plan: str, settings: dict, store: int | None = None, slow:
     """What a rank does: train, failing by plan, stderr in a file. store: port of a store that outlives the ranks."""
     from rwkv_clip.training import main
 
+    multiprocessing.set_start_method("fork", force=True)  # data workers as in a run of its own, not by a server
     rank = os.environ["RANK"]
     errors = os.open(f"{folder}/stderr{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)

@@ -1,7 +1,17 @@
+import errno
+import fcntl
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from rwkv_clip.dist import autocast_dtype, gather, join_world, mean_over_ranks
+from rwkv_clip.dist import World, _agree_on_name, autocast_dtype, gather, join_world, mean_over_ranks
+from rwkv_clip.training import heartbeat
+from rwkv_clip.training.heartbeat import Heartbeat, start_time, watch_peers
+from rwkv_clip.training.runlock import hold_run
 
 
 def test_one_process_is_a_world(monkeypatch):
@@ -24,3 +34,40 @@ def test_precision_names():
     assert autocast_dtype("fp32", device) is None
     assert autocast_dtype("bf16", device) == torch.bfloat16
     assert autocast_dtype("auto", device) in (None, torch.bfloat16)
+
+
+def test_each_start_on_a_store_has_a_name_of_its_own():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        starts = [list(pool.map(lambda rank: _agree_on_name(store, rank, 3), range(3))) for _ in range(3)]
+    assert all(len(set(names)) == 1 for names in starts) and len({names[0] for names in starts}) == 3
+
+
+def test_one_process_alone_has_no_thread():
+    before = threading.active_count()
+    with watch_peers(World(0, 1, torch.device("cpu")), 3.0):
+        assert threading.active_count() == before
+
+
+def test_a_namesake_is_not_killed(monkeypatch):
+    """A process number that another process has got since is nobody's of ours."""
+    heart = Heartbeat(World(0, 1, torch.device("cpu")), 3.0)
+    heart._self = {"where": "here"}
+    sign = {"where": "here", "pid": os.getpid(), "began": start_time(os.getpid())}
+    killed, ended = [], []
+    monkeypatch.setattr(heartbeat.os, "kill", lambda *arguments: killed.append(arguments))
+    monkeypatch.setattr(heartbeat, "end_process", ended.append)
+    for changes in ({}, {"began": "1"}, {"where": "elsewhere"}, {"where": None}):
+        heart._seen = {1: (sign | changes, -100.0)}
+        heart._stop({1: heartbeat.SILENT})
+    assert len(killed) == 1 and killed[0][0] == os.getpid() and len(ended) == 4
+
+
+def test_a_file_system_without_locks_is_a_warning(monkeypatch, tmp_path, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with hold_run(tmp_path / "run", World(0, 1, torch.device("cpu"))):
+        pass
+    assert "cannot be locked" in caplog.text
