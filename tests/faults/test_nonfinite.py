@@ -109,6 +109,8 @@ class Outcome:
         for process in ranks:
             process.join(60)
         self.codes = [process.exitcode for process in ranks]
+        for process in ranks:  # one that hangs must not outlive the test
+            process.kill()
         self.messages = [(self.folder / f"messages{rank}").read_text() for rank in range(2)]
         assert not list(self.folder.glob("error*")) and "Traceback" not in "".join(self.messages), self.messages
         states = [json.loads((self.folder / f"state{rank}").read_text()) for rank in range(2)]

@@ -115,8 +115,11 @@ class Run:
         """Exit codes."""
         for process in self.ranks:
             process.join(60)
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:  # one that hangs must not outlive the test
+            process.kill()
         assert not list(self.folder.glob("error*")) and "Traceback" not in "".join(self.messages()), self.messages()
-        return [process.exitcode for process in self.ranks]
+        return codes
 
     def messages(self) -> list[str]:
         return [path.read_text() for kind in ("messages*", "error*") for path in sorted(self.folder.glob(kind))]
