@@ -102,3 +102,19 @@ def test_wrong_numbers_are_refused():
         Order(0, 0)
     with pytest.raises(ValueError, match="position: -1"):
         Order(5, 0).at(-1)
+
+
+def test_any_sequence_of_resumes_worlds_and_batches_gives_each_sample_once():
+    """A run cut into random pieces, each on another number of ranks, with another batch: the same stream, unsorted."""
+    random, count = np.random.default_rng(0), 100_003
+    straight = Order(count, 9).at(np.arange(count))
+    for _ in range(50):
+        pieces, position = [], 0
+        while position < count:
+            world = int(random.choice([1, 2, 3, 4, 8]))
+            global_batch, steps = 24 * int(random.integers(1, 40)), int(random.integers(1, 60))
+            plans = [Plan(position, steps, global_batch, rank, world) for rank in range(world)]
+            pieces += [plan.positions(step) for step in range(steps) for plan in plans]
+            position += steps * global_batch
+        stream = Order(count, 9).at(np.concatenate(pieces)[:count])
+        assert np.array_equal(stream, straight) and (np.bincount(stream, minlength=count) == 1).all()
