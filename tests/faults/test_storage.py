@@ -168,6 +168,24 @@ def test_a_write_that_does_not_read_back_is_a_failure(run, monkeypatch, caplog):
     assert "model.safetensors: damaged" in errors(caplog)[0] and digest_folder(run.saver.folder) == before
 
 
+def test_everything_is_flushed_before_it_is_relied_on(run):
+    """What a power cut could take: files before their folder, both before the name, the name before an older one."""
+    seen, folder = [], run.saver.folder
+
+    def note(number, name, arguments, when):
+        if name == "fsync" and when == "after":
+            seen.append(os.path.relpath(os.readlink(f"/proc/self/fd/{arguments[0]}"), folder))
+        elif name == "rename" and when == "before":
+            seen.append(f"rename {os.path.basename(arguments[0])}")
+
+    run.step()
+    with watch_calls(note, names=("fsync", "rename")):
+        run.save(last=True)
+    files = ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"]
+    new = "step-00000003.tmp"
+    assert seen == [*(f"{new}/{file}" for file in files), new, f"rename {new}", ".", "rename step-00000001"]
+
+
 # ---- slow storage ----------------------------------------------------------------------------------------------------
 
 
