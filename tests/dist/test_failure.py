@@ -167,9 +167,10 @@ def test_a_slow_start_and_a_long_validation_are_no_failure(data, tmp_path, store
     finish(ranks, [0, 0], tmp_path)
 
 
-def test_a_run_folder_has_one_owner(data, tmp_path):
+def test_a_run_folder_has_one_owner(data, tmp_path, request):
     settings = data | {"name": tmp_path.name, "workers": 1}
     (first,) = start_ranks(1, tmp_path, work, str(tmp_path), "0:13:SIGSTOP", settings)
+    request.addfinalizer(first.kill)  # a stopped process would be waited for without end
     until = time.monotonic() + 30
     while not failure_times(tmp_path) and time.monotonic() < until:
         time.sleep(0.02)
