@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from rwkv_clip.config import Settings, to_dict
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -18,18 +21,22 @@ class RunLog:
 
         self.path = folder / "log.jsonl"
         self._drop_future(first_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # unbuffered: what a full disk took is known to the byte
+        self._unwritten = b""
         self._terminal = sys.stderr.isatty()
         self._total = total_steps
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self._terminal, leave=True)
         self._writers = [_WRITERS[name](folder, settings) for name in settings.report_to]
 
     def _drop_future(self, first_step: int) -> None:
-        """Lines behind the step that the run resumes from will be written again."""
+        """Lines behind the step that the run resumes from will be written again. One that was cut off (a full disk, a
+        kill) goes, too."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= first_step]
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text("".join(line + "\n" for line in kept))
+        draft.replace(self.path)  # at once: a kill in between loses no line
 
     def advance(self) -> None:
         """One step is done."""
@@ -37,8 +44,7 @@ class RunLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one record; numbers only, plus what JSON holds."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._append(json.dumps({"step": step, **values}) + "\n")
         for writer in self._writers:
             writer(step, {key: value for key, value in values.items() if isinstance(value, (int, float))})
         if "loss" in values:
@@ -47,6 +53,15 @@ class RunLog:
             if not self._terminal:
                 text = " ".join(f"{key} {value}" for key, value in shown.items())
                 self.say(f"step {step}/{self._total} {text} ETA {_clock(values['eta_seconds'])}")
+
+    def _append(self, line: str) -> None:
+        """Write, or keep for the next time: a full disk ends no run."""
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            log.error("%s: not written (%s); %d bytes wait for the next record", self.path, error, len(self._unwritten))
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
@@ -58,6 +73,13 @@ class RunLog:
         self._file.close()
         for writer in self._writers:
             writer(None, {})
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _clock(seconds: float) -> str:
