@@ -20,6 +20,7 @@ from syscalls import NAMES, watch_calls
 from rwkv_clip import tensorfile
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
 from rwkv_clip.training import saver as saver_module
+from rwkv_clip.training.optim import pack_state
 from rwkv_clip.training.saver import StorageError
 
 
@@ -136,6 +137,7 @@ def test_the_last_save_and_the_end_raise_at_the_first_failure(run, caplog):
         with pytest.raises(StorageError, match=r"saving failed at step 3 \(.*Disk quota exceeded"):
             run.save(last=True)
         run.save(last=True)
+    assert run.saver._failures == 0, "in a row"
     run.step()
     failing = watch_calls(fail_at({1}, errno.EIO), names=("fsync",))
     with pytest.raises(StorageError, match="saving failed at step 4"), failing, run.saver:
@@ -234,6 +236,7 @@ def test_storage_that_never_answers_ends_the_run(run, stalled, monkeypatch):
 def test_what_is_written_is_the_moment_of_the_save(run, stalled):
     """Training goes on while the writer waits; it has a copy, and the copy did not change training."""
     run.step()
+    optim = {key: value.clone() for key, value in pack_state(run.optimizer, run.model).items()}  # written last
     expected = {key: value.clone() for key, value in run.model.state_dict().items()}
     run.save()
     for _ in range(5):
@@ -243,6 +246,8 @@ def test_what_is_written_is_the_moment_of_the_save(run, stalled):
     path = find_checkpoint(run.saver.folder)
     written = tensorfile.read_tensors(path / "model.safetensors")
     assert path.name == "step-00000003" and all(torch.equal(written[key], expected[key]) for key in expected)
+    written = tensorfile.read_tensors(path / "optim.safetensors")
+    assert all(torch.equal(written[key], optim[key]) for key in optim)
     unsaved = SmallRun(run.saver.folder.parent / "none")
     for _ in range(8):
         unsaved.step()

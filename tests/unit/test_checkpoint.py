@@ -137,7 +137,10 @@ def test_our_files_are_safetensors_of_every_type(tmp_path):
             .view(torch.uint8)
             .equal(tensor.detach().contiguous().view(-1).view(torch.uint8))
         )
-    assert int.from_bytes(pieces[0][:8], "little") % 8 == 0
+    length = int.from_bytes(pieces[0][:8], "little")
+    header = json.loads(pieces[0][8 : 8 + length])
+    begins = {key: entry["data_offsets"][0] for key, entry in header.items()}
+    assert length % 8 == 0 and all(begins[key] % tensors[key].element_size() == 0 for key in begins)
 
 
 def test_the_same_step_again_is_not_written_again(tmp_path):
