@@ -7,11 +7,8 @@ leaves the older checkpoints as they are, training goes on, and the next save tr
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,7 +22,6 @@ from rwkv_clip.checkpoint import CheckpointError, clean_folder, save_checkpoint
 
 LONGEST_WAIT = 2.0  # seconds that a save waits for the one before it
 DEADLINE = 300.0  # seconds after which a write counts as stuck
-NICENESS = 10  # of the writing thread
 ATTEMPTS = 3  # failed writes in a row that end the run
 log = logging.getLogger(__name__)
 
@@ -109,9 +105,6 @@ class Saver:
         self._join(LONGEST_WAIT)
 
     def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
-        if sys.platform == "linux":  # of this thread alone: hashing takes the time that training leaves
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             if copied:
                 copied.synchronize()
