@@ -113,14 +113,14 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], numbers: Tensor | None = None) -> Tensor:
         """x + branch(x), the branch dropped where `numbers` is below the rate. x: (B, T, C); numbers: (B,), uniform in
-        [0, 1), drawn here where there are none; on the CPU, or on x's device while compiling."""
+        [0, 1), drawn here where there are none; on the CPU, or while compiling on any device."""
         if not self.training or self.rate == 0:
             return x + branch(x)
         compiling = torch.compiler.is_compiling()
         if numbers is None:  # by the CPU's generator: the host would wait for a GPU's
             numbers = torch.rand(x.shape[0], device=x.device if compiling else None)
         if compiling:  # a graph has one shape: everything is computed, and some of it times 0
-            kept = (numbers >= self.rate).to(x.dtype) / (1 - self.rate)
+            kept = (numbers.to(x.device) >= self.rate).to(x.dtype) / (1 - self.rate)
             return x + branch(x) * kept.view(-1, 1, 1)
         # Where no sample keeps the branch it runs on an empty batch, and its parameters get gradients of 0: one without
         # a gradient would stop DDP.

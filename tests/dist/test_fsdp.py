@@ -1,0 +1,339 @@
+"""Ranks with shares of a model (--parallel fsdp, hsdp) compute what ranks with all of it compute and hold only their
+shares, and their checkpoints are those of any run.
+
+One start of ranks does the work of many tests: `trained` and `resumed` hold what they found.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import signal
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "unit"), str(TESTS / "faults")]
+from ranks import digest, run_ranks
+from tiny import MODEL, make_smaller, make_tiny
+
+import rwkv_clip
+from rwkv_clip.checkpoint import find_checkpoint, read_description
+from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.dist import World, join_world, leave_world, mean_over_ranks
+from rwkv_clip.objective import InfoNCE
+from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.training import loop, main
+from rwkv_clip.training.data import Batch
+from rwkv_clip.training.numerics import NumericsError
+from rwkv_clip.training.parallel import Shares, distribute_model, whole_tensors
+from rwkv_clip.training.preempt import Preempted
+from rwkv_clip.training.saver import Saver
+from rwkv_clip.training.snapshot import restore_snapshot
+from rwkv_clip.training.step import Inputs
+
+BATCH, STEPS, SAVED = 16, 5, 3  # a checkpoint after SAVED steps
+MODELS = {
+    "ours": {"image": {**MODEL["image"], "drop_path": 0.4}, "text": {**MODEL["text"], "vocab": 1000, "depth": 1}},
+    "one block": {"image": {**MODEL["image"], "depth": 1}, "text": {**MODEL["text"], "vocab": 1000, "depth": 1}},
+    "open_clip": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 1000, "width": 16, "heads": 2, "layers": 2},
+    },
+}
+# Kind of run: ranks, ranks of a node, --parallel. Checkpoints move between the first four.
+KINDS = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"), "hsdp": (4, 2, "hsdp")}
+KINDS |= {"fsdp 4": (4, 4, "fsdp")}
+MOVED = list(KINDS)[:4]
+WAYS = {
+    "plain": {"dtype": torch.float64},
+    "accumulated": {"dtype": torch.float64, "accum_freq": 2, "grad_checkpointing": True},
+    "open_clip": {"dtype": torch.float64, "model": "open_clip"},
+    "saved": {},
+}
+
+
+class Run:
+    """A run of one kind in this process, which may be one of several ranks."""
+
+    def __init__(self, world: World, kind: str, model: str = "ours", dtype: torch.dtype = torch.float32, **changes):
+        size, local, parallel = KINDS[kind]
+        assert size == world.size
+        batch = BATCH // size // changes.get("accum_freq", 1)
+        fixed = {"precision": "fp32", "lr": 1e-5, "max_steps": STEPS, "schedule": "constant", "log_every_n_steps": 1}
+        settings = parse(Settings, {**fixed, "parallel": parallel, "batch_size": batch, **changes})
+        torch.manual_seed(0)
+        net = rwkv_clip.create_model(MODELS[model])
+        with torch.no_grad():  # away from the initial zeros, so that every parameter has a gradient
+            for parameter in net.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        world = dataclasses.replace(world, local_size=local)
+        self.trainer = loop.Trainer(net.to(dtype), InfoNCE(), settings, world, 100)
+        pixels = self.trainer.gradients.normalize
+        self.trainer.gradients.normalize = lambda image: pixels(image).to(dtype)
+
+    def batch(self) -> Batch:
+        """This rank's share of the batch of the step that comes next."""
+        step, world = self.trainer.progress.step, self.trainer.world
+        g = torch.Generator().manual_seed(step)
+        image = torch.randint(256, (BATCH, 3, 32, 32), generator=g, dtype=torch.uint8)
+        text = torch.randint(1, 1000, (BATCH, 3, 8), generator=g)
+        ids = torch.arange(BATCH * step, BATCH * (step + 1))
+        share = BATCH // world.size
+        own = [x[world.rank * share : (world.rank + 1) * share] for x in (image, text, ids)]
+        return Batch(*own, torch.zeros_like(own[2]), step * BATCH)
+
+    def train(self, until: int) -> list[float]:
+        """Losses and gradient norms, as the log has them."""
+        numbers = []
+        while self.trainer.progress.step < until:
+            values = self.trainer.step(self.batch())
+            numbers += mean_over_ranks({k: values[k] for k in ("loss", "grad_norm")}, torch.device("cpu")).values()
+        self.trainer.watch.check()
+        return numbers
+
+    def save(self, folder: Path) -> str | None:
+        """Digest of the checkpoint, on the lead."""
+        saver = Saver(folder, keep=9) if self.trainer.world.is_lead else None
+        self.trainer.save(saver, "tiny", last=True)
+        return digest(find_checkpoint(folder)) if saver else None
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return whole_tensors(self.trainer.model.state_dict(), True)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients of the batch that comes next."""
+        trainer, batch = self.trainer, self.batch()
+        inputs = Inputs(batch.image, trainer.choose_view(batch), trainer.draw_drops(batch))
+        trainer.gradients.run(trainer.progress.step, inputs, lambda loss: loss)
+        found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        found = {key: value.clone() for key, value in whole_tensors(found, True).items()}
+        trainer.model.zero_grad()
+        return found
+
+
+def bytes_held() -> int:
+    """Memory of all tensors in this process; whole weights that FSDP has let go have none."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def train_kinds(folder: Path, kinds: dict[str, list[str]]) -> None:
+    """On every rank: runs of these kinds and ways; a file of findings for each, and checkpoints of "saved"."""
+    gc.freeze()  # what was there before is not looked at each time
+    world = join_world("cpu")
+    for kind, ways in kinds.items():
+        for way in ways:
+            before = bytes_held()
+            run = Run(world, kind, **WAYS[way])
+            found = {"gradients": run.gradients(), "numbers": run.train(SAVED)}
+            if way == "saved":
+                found["bytes"] = bytes_held() - before - sum(g.nbytes for g in found["gradients"].values())
+                run.save(folder / f"saved {kind}")
+            found["numbers"] += run.train(STEPS) if way in ("plain", "saved") else []
+            found["digest"] = run.save(folder / f"saved {kind}") if way == "saved" else None
+            found["weights"] = run.weights()
+            torch.save(found, folder / f"{kind} {way} {world.rank}")
+            del run, found
+    leave_world()
+
+
+def resume_kinds(folder: Path, kinds: list[str]) -> None:
+    """On every rank: go on from everybody's checkpoints."""
+    world = join_world("cpu")
+    for kind in kinds:
+        for source in MOVED:
+            run = Run(world, kind)
+            with torch.no_grad():
+                for parameter in run.trainer.shares.own.values():
+                    parameter.fill_(0.5)  # nothing is right by chance
+            path = folder / f"saved {source}" / f"step-{SAVED:08}"
+            restore_snapshot(run.trainer, path, read_description(path))
+            found = {"loaded": run.save(folder / f"{kind} from {source}")}
+            if source in (kind, "fsdp"):
+                found["numbers"] = run.train(STEPS)
+                found["digest"] = run.save(folder / f"{kind} from {source}")
+            torch.save(found, folder / f"{kind} from {source} {world.rank}")
+    leave_world()
+
+
+def read(folder: Path, name: str) -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of findings."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_kinds(folder, {"one": list(WAYS)})
+    run_ranks(2, folder, train_kinds, folder, {"ddp": ["saved", "open_clip"], "fsdp": list(WAYS)})
+    run_ranks(4, folder, train_kinds, folder, {"hsdp": ["accumulated", "saved"], "fsdp 4": ["saved"]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(trained):
+    resume_kinds(trained, ["one"])
+    run_ranks(2, trained, resume_kinds, trained, ["ddp", "fsdp"])
+    run_ranks(4, trained, resume_kinds, trained, ["hsdp"])
+    return trained
+
+
+EXACT = [("fsdp", "plain"), ("fsdp", "accumulated"), ("fsdp", "open_clip"), ("ddp", "open_clip")]
+EXACT += [("hsdp", "accumulated")]
+
+
+@pytest.mark.parametrize("kind, way", EXACT)
+def test_gradients_and_weights_are_those_of_one_process(trained, kind, way):
+    """In float64: gradients of the first step, losses, gradient norms, and weights in the end."""
+    for rank in range(KINDS[kind][0]):
+        found, expected = read(trained, f"{kind} {way} {rank}"), read(trained, f"one {way} 0")
+        assert found["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            gap = (found["gradients"][name] - gradient).abs().max() / gradient.abs().max().clamp(1e-12)
+            assert gap <= 1e-12 and gradient.any(), name
+        assert found["numbers"] == pytest.approx(expected["numbers"], rel=1e-12)
+        assert max((found["weights"][k] - w).abs().max() for k, w in expected["weights"].items()) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp", "fsdp 4"])
+def test_losses_are_those_of_one_process(trained, kind):
+    """In float32, with the kernels that training uses."""
+    expected = read(trained, "one saved 0")["numbers"]
+    for rank in range(KINDS[kind][0]):
+        assert read(trained, f"{kind} saved {rank}")["numbers"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, share", [("fsdp", 1 / 2), ("hsdp", 1 / 2), ("fsdp 4", 1 / 4)])
+def test_a_rank_holds_its_share(trained, kind, share):
+    """After a step: weights, gradients and optimizer state, and no whole weights that were left behind."""
+    whole = read(trained, "one saved 0")["bytes"]
+    for rank in range(KINDS[kind][0]):
+        held = read(trained, f"{kind} saved {rank}")["bytes"] / whole
+        assert 0.8 * share <= held <= 1.15 * share, "a parameter of few rows is not cut in equal parts"
+
+
+@pytest.mark.parametrize("source", MOVED)
+@pytest.mark.parametrize("kind", MOVED)
+def test_checkpoints_move(trained, resumed, kind, source):
+    """What is loaded is what was saved, to the bit, and the run goes on as if nothing had been: on ranks of the same
+    kind with the same bits. (It goes on here from checkpoints of the same kind and of fsdp.)"""
+    saved = read(trained, f"{source} saved 0")
+    ended = [read(resumed, f"{kind} from {source} {rank}") for rank in range(KINDS[kind][0])]
+    assert ended[0]["loaded"] == digest(trained / f"saved {source}" / f"step-{SAVED:08}")
+    for found in ended if source in (kind, "fsdp") else []:
+        assert found["numbers"] == pytest.approx(saved["numbers"][2 * SAVED :], rel=1e-6)
+    if kind == source:
+        assert ended[0]["digest"] == saved["digest"] != ended[0]["loaded"]
+
+
+def stop_and_overflow(folder: Path) -> None:
+    """On both ranks: a number in rank 1's share of the gradients is not finite, in float32 and in float16."""
+    world = join_world("cpu")
+    take = Shares.take_gradients
+
+    def spoil(shares: Shares) -> None:
+        take(shares)
+        if world.rank == 1:
+            shares.own["text_model.blocks.0.att.key.weight"].grad[0, 0] = float("inf")
+
+    for precision in ("fp32", "fp16"):
+        run = Run(world, "fsdp", "one block", precision=precision)
+        scaler, own = run.trainer.scaler, run.trainer.shares.own.values()
+        scaler.load_state_dict(scaler.state_dict() and {**scaler.state_dict(), "scale": 2.0**10})
+        run.train(1)
+        before = [parameter.clone() for parameter in own]
+        Shares.take_gradients = spoil
+        if precision == "fp32":
+            with pytest.raises(NumericsError, match=r"^step 1: loss [0-9.]+, gradient norm (inf|nan)"):
+                run.train(2)
+        else:
+            run.train(2)
+            assert scaler.get_scale() == 2.0**9, "on both ranks"
+        assert all(torch.equal(a, b) for a, b in zip(before, own))
+        Shares.take_gradients = take
+        if precision == "fp16":
+            run.train(3)
+            assert not any(torch.equal(a, b) for a, b in zip(before, own) if a.numel())
+    leave_world()
+
+
+def test_a_bad_number_in_one_share_reaches_all(tmp_path):
+    """All ranks stop, or skip the step and lower the scale, and no weight has moved."""
+    run_ranks(2, tmp_path, stop_and_overflow, tmp_path)
+
+
+def compile_blocks(folder: Path) -> None:
+    """On both ranks: losses without and with compiled blocks, and how many graphs there are."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    world = join_world("cpu")
+    numbers = [Run(world, "fsdp", "one block", torchcompile=compiled).train(2) for compiled in (False, True)]
+    torch.save([*numbers, torch._dynamo.utils.counters["stats"]["unique_graphs"]], folder / f"compiled {world.rank}")
+    leave_world()
+
+
+def test_compiled_blocks(tmp_path):
+    run_ranks(2, tmp_path, compile_blocks, tmp_path)
+    for rank in range(2):
+        plain, compiled, graphs = read(tmp_path, f"compiled {rank}")
+        assert graphs == 2 and compiled == pytest.approx(plain, rel=1e-6), "a block of images, a block of texts"
+
+
+def command_line(settings: dict, stop: int | None) -> None:
+    """On both ranks: a run that rank 1 is told to end in step `stop`."""
+    step = loop.Trainer.step
+
+    def told(self, batch):
+        if self.progress.step == stop and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    loop.Trainer.step = told
+    try:
+        main.run(parse(Settings, settings))
+        assert stop is None
+    except Preempted as stopped:
+        assert str(stopped).startswith(f"SIGTERM after step {stop + 1}")
+    leave_world()
+
+
+def test_a_run_that_is_told_to_stop(tmp_path):
+    """By the command line's function, with validation by the lead: it goes on with the same bits, and what it leaves
+    opens for inference."""
+    data = make_smaller(make_tiny(tmp_path))
+    changes = {"batch_size": 4, "max_steps": 5, "val_every_n_steps": 2, "resume": "latest", "parallel": "fsdp"}
+    for name, stops in (("whole", [None]), ("parts", [2, None])):
+        for stop in stops:
+            run_ranks(2, tmp_path, command_line, {**data, **changes, "name": name}, stop)
+    outcomes = []
+    for name in ("whole", "parts"):
+        folder = tmp_path / "logs" / name
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        metrics = [{k: v for k, v in r.items() if k.startswith(("val_", "loss", "grad_norm"))} for r in records]
+        outcomes.append((digest(find_checkpoint(folder)), metrics))
+    assert outcomes[0] == outcomes[1] and sum("val_mean_recall" in m for m in outcomes[0][1]) == 3
+    loaded = rwkv_clip.load_for_inference(tmp_path / "logs" / "whole")
+    found = evaluate_retrieval(
+        loaded.model, load_retrieval(data["val_data"]), loaded.preprocess, loaded.tokenizer, batch_size=4
+    ).metrics
+    assert found["mean_recall"] == outcomes[0][1][-1]["val_mean_recall"], "what the lead saw is what was saved"
+
+
+def test_one_process_holds_all():
+    run = Run(World(0, 1, torch.device("cpu")), "one", parallel="fsdp")
+    assert all(run.trainer.shares.own[name] is p for name, p in run.trainer.model.named_parameters())
+
+
+def test_unequal_nodes_are_refused():
+    settings = parse(Settings, {"parallel": "hsdp"})
+    world = World(0, 3, torch.device("cpu"), local_size=2)
+    with pytest.raises(ConfigError, match="parallel: hsdp needs equal nodes; 3 ranks, but 2 on this one; use fsdp"):
+        distribute_model(torch.nn.Linear(1, 1), settings, world)
