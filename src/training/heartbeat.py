@@ -89,13 +89,16 @@ class Heartbeat:
         self._answered = time.monotonic()  # when the store last answered
         self._seen: dict[int, tuple[dict, float]] = {}  # rank -> its newest sign of life and when it came
         self._end, self._hurry = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
         if world.store is None:
             return
         self._self = {"host": socket.gethostname(), "pid": os.getpid()}
         self._self |= {"where": own_host(), "began": start_time(os.getpid())}
         self._publish()
-        for work in (self._talk, self._judge):
-            threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True).start()
+        works = (self._talk, self._judge)
+        self._threads = [threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
 
     def follow(self, step: Callable[[], int]) -> None:
         """Take `step()`, the number of finished steps, for progress; the first one may take any time."""
@@ -242,6 +245,8 @@ class Heartbeat:
             self._publish()
         self._end.set()
         self._hurry.set()
+        for thread in self._threads:  # one that came back from the store while Python ends would abort the process
+            thread.join(GRACE)
 
     def _stop(self, alive: dict[int, str]) -> None:
         """End this process unless its main thread does within the grace, or still saves.
