@@ -22,7 +22,7 @@ import tyro
 from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
-from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, tell
+from rwkv_clip.dist import PeerLost, World, alone, autocast_dtype, fix_arithmetic, join_world, leave_world, tell
 from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of, vocab_of
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordError, RecordSet
@@ -119,16 +119,17 @@ def make_validator(
         with whole.put_together() as net:
             if not world.is_lead:
                 return {}
-            metrics = evaluate_retrieval(
-                net,
-                data,
-                preprocess,
-                tokenizer,
-                device=world.device,
-                batch_size=settings.batch_size,
-                autocast=autocast_dtype(settings.precision, world.device),
-                prefix=settings.val_prefix,
-            ).metrics
+            with alone():
+                metrics = evaluate_retrieval(
+                    net,
+                    data,
+                    preprocess,
+                    tokenizer,
+                    device=world.device,
+                    batch_size=settings.batch_size,
+                    autocast=autocast_dtype(settings.precision, world.device),
+                    prefix=settings.val_prefix,
+                ).metrics
         return {key: value for key, value in metrics.items() if isinstance(value, float)}
 
     return validate
