@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from rwkv_clip.allocator import keep_freed_memory
-from rwkv_clip.dist import choose_device
+from rwkv_clip.dist import World, join_world, leave_world
 
 from . import classification, retrieval
 from .report import markdown
@@ -22,11 +22,19 @@ TASKS = {"retrieval": RetrievalSettings, "classification": ClassificationSetting
 
 
 def evaluate(settings: EvalSettings) -> int:
-    """Load the model, run the task, print the table. Returns the exit code."""
+    """Load the model, run the task, print the table. Returns the exit code. Under torchrun all ranks share the work."""
+    settings.check()
+    world = join_world(settings.device)
+    try:
+        return _evaluate(settings, world)
+    finally:
+        leave_world()
+
+
+def _evaluate(settings: EvalSettings, world: World) -> int:
     from rwkv_clip.model import load_for_inference
 
-    settings.check()
-    device = choose_device(settings.device)
+    device = world.device
     if device.type == "cpu":
         keep_freed_memory()
     loaded = load_for_inference(
@@ -34,11 +42,12 @@ def evaluate(settings: EvalSettings) -> int:
     )
     task = retrieval if isinstance(settings, RetrievalSettings) else classification
     report = task.run(settings, loaded, device)
-    print(markdown(report.table()), end="")
-    print(f"results: {report.folder}")
     undone = [result for result in report.results if result["status"] != "done"]
-    for result in undone:
-        print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)
+    if world.is_lead:
+        print(markdown(report.table()), end="")
+        print(f"results: {report.folder}")
+        for result in undone:
+            print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)
     failed = any(result["status"] == "failed" for result in undone)
     return 2 if failed or len(undone) == len(report.results) else 0
 

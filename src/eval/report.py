@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from rwkv_clip.dist import rank_and_size
+
 SCHEMA = 1
 PUBLISHED_MODEL = "RWKV-CLIP B/32, YFCC15M (published)"
 
@@ -61,7 +63,9 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        """Write result.json, table.md and table.csv into the folder, each whole or not at all."""
+        """Write result.json, table.md and table.csv into the folder, each whole or not at all; the lead rank does."""
+        if rank_and_size()[0] > 0:
+            return
         if self.folder is None:
             self.folder = new_folder(self.parent, self.name)
         seconds = round(time.monotonic() - self.started, 3)

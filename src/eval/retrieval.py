@@ -47,7 +47,7 @@ def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
             "seconds": round(time.monotonic() - report.started, 3),
         }
     )
-    if settings.gallery:
+    if settings.gallery and report.folder:  # the lead rank has one
         draw_gallery(data, result, report.folder / "retrieval.png", settings.gallery)
     return report
 
