@@ -16,6 +16,7 @@ from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
 _GRID = 2.0**26
+COLUMNS = 16  # images of a tile, for each of its captions
 _LARGEST_NORM = 1.01  # exactness needs sums below 2, i.e. unit vectors
 
 
@@ -83,15 +84,28 @@ def retrieval_ranks(
     image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs
     to. An image may have any number of captions and ranks as the best of them does. An image without a
     caption is a candidate for text -> image but no query: the first result has one entry per image that has
-    captions, in order.
+    captions, in order. Of the similarity matrix, a tile of `chunk` captions x 16 `chunk` images exists at a time.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk: {chunk}; use at least 1")
     owner = torch.as_tensor(image_of_caption, dtype=torch.int64).cpu()
     if len(owner) != len(text):
         raise ValueError(f"image_of_caption: {len(owner)} entries for {len(text)} captions; give one per caption")
     _check_indices("image_of_caption", owner, len(image))
-    text_to_image = target_ranks(text, image, owner, chunk)
-    queries, best = _best_captions(image, text, owner)
-    return target_ranks(image[queries.to(image.device)], text, best, chunk), text_to_image
+    image, text = exact_features(image, "image"), exact_features(text, "text")
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(f"image has {image.shape[1]} dimensions and text {text.shape[1]}; give equal ones")
+    owner, text = owner.to(image.device), text.to(image.device)
+    own = _own_similarity(image, text, owner)
+    best, first = _best_captions(own, owner, len(image))
+    of_text, of_image = torch.zeros_like(owner), torch.zeros_like(first)
+    # Each tile of the similarity matrix exists once and serves both directions.
+    for rows in _slices(len(text), chunk):
+        for columns in _slices(len(image), COLUMNS * chunk):
+            tile = text[rows] @ image[columns].T
+            of_text[rows] += _count_ahead(tile, own[rows], owner[rows], columns)
+            of_image[columns] += _count_ahead(tile.T, best[columns], first[columns], rows)
+    return of_image[first < len(text)].cpu(), of_text.cpu()
 
 
 def recall_hits(ranks: Tensor, ks: Sequence[int] = RECALL_AT) -> dict[int, int]:
@@ -163,17 +177,37 @@ def accuracy(ranks: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[
     }
 
 
-def _best_captions(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Images that have captions, and for each its most similar own caption (the first of equal ones)."""
-    image, text = exact_features(image, "image"), exact_features(text, "text")
-    # Caption by caption in slices: gathering the owners of all captions at once would double the features.
-    own = torch.cat([(image[o.to(image.device)] * t).sum(1).cpu() for o, t in zip(owner.split(4096), text.split(4096))])
-    best = torch.full((len(image),), -torch.inf, dtype=torch.float64).scatter_reduce(0, owner, own, "amax")
-    first = torch.full((len(image),), len(text), dtype=torch.int64)
+def _count_ahead(similarity: Tensor, own: Tensor, target: Tensor, items: slice) -> Tensor:
+    """How many of these `items` come before the target of each query: (queries, items) -> int64 (queries,).
+
+    own (queries,): similarity of the right item, target (queries,): its index among all items.
+    """
+    ahead = (similarity > own[:, None]).sum(1)
+    equal = similarity == own[:, None]
+    expected = (items.start <= target) & (target < items.stop)
+    tied = torch.nonzero(equal.sum(1) != expected).flatten()  # few, unless a model says the same of everything
+    if len(tied):
+        positions = torch.arange(items.start, items.stop, device=similarity.device)
+        ahead[tied] += (equal[tied] & (positions < target[tied, None])).sum(1)
+    return ahead
+
+
+def _own_similarity(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+    """Similarity of every caption with its own picture, in slices: all owners at once would double the features."""
+    return torch.cat([(image[o] * t).sum(1) for o, t in zip(owner.split(4096), text.split(4096))])
+
+
+def _best_captions(own: Tensor, owner: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Per image its best own caption, the first of equal ones: (similarity, index), (-inf, captions) without any."""
+    best = torch.full((images,), -torch.inf, dtype=own.dtype, device=own.device)
+    best = best.scatter_reduce(0, owner, own, "amax")
+    first = torch.full((images,), len(own), dtype=torch.int64, device=own.device)
     candidates = torch.nonzero(own == best[owner]).flatten()
-    first = first.scatter_reduce(0, owner[candidates], candidates, "amin")
-    queries = torch.nonzero(first < len(text)).flatten()
-    return queries, first[queries]
+    return best, first.scatter_reduce(0, owner[candidates], candidates, "amin")
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _check_indices(name: str, indices: Tensor, count: int) -> None:
