@@ -163,7 +163,7 @@ def load_classification(dataset: str, data: str | Path, names: str | Path | None
         raise MissingData(f"not found; download {known.source.format(root=folder)}")
     if names is not None:
         raise ValueError(f"names: {names} goes with class folders; {dataset} has its own names and templates")
-    return _torchvision(dataset, folder)
+    return open_known(dataset, folder, KNOWN[dataset])
 
 
 def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -255,10 +255,10 @@ def _from_folders(
     return ClassificationSet(name, str(folder), split, len(items), read, list(spoken.values()), templates, headline)
 
 
-def _torchvision(dataset: str, root: Path) -> ClassificationSet:
+def open_known(dataset: str, root: Path, known: KnownSet) -> ClassificationSet:
+    """A set through torchvision, of the part that `known` describes. MissingData where it is not below `root`."""
     from torchvision import datasets
 
-    known = KNOWN[dataset]
     try:
         source = getattr(datasets, known.loader)(root=str(root), **known.arguments)
     except (RuntimeError, OSError) as error:

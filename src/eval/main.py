@@ -1,7 +1,10 @@
 """Command line of the evaluation.
 
-    python -m rwkv_clip.eval.main retrieval --checkpoint logs/my-run --data flickr8k/captions.jsonl --split
-    test python -m rwkv_clip.eval.main classification --checkpoint logs/my-run --dataset cifar10 --data data
+    python -m rwkv_clip.eval.main retrieval --checkpoint logs/my-run --data flickr8k/captions.jsonl --split test
+    python -m rwkv_clip.eval.main classification --checkpoint logs/my-run --dataset cifar10 --data data
+    python -m rwkv_clip.eval.main linear-probe --checkpoint logs/my-run --dataset cifar10 --data data
+    python -m rwkv_clip.eval.main features --checkpoint logs/my-run --data flickr8k/captions.jsonl --name mine
+    python -m rwkv_clip.eval.main search --features logs/eval/mine --query "a dog in the snow"
 
 Exit codes: 0 done, 2 a mistake of the user or nothing evaluated (one line says what, no traceback).
 """
@@ -14,16 +17,39 @@ from collections.abc import Sequence
 from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 
-from . import classification, retrieval
-from .report import markdown
-from .settings import ClassificationSettings, EvalSettings, RetrievalSettings
+from . import classification, export, linear_probe, retrieval, search
+from .report import Report, markdown
+from .settings import (
+    ClassificationSettings,
+    EvalSettings,
+    FeaturesSettings,
+    LinearProbeSettings,
+    RetrievalSettings,
+    SearchSettings,
+)
 
-TASKS = {"retrieval": RetrievalSettings, "classification": ClassificationSettings}
+TASKS = {
+    "retrieval": RetrievalSettings,
+    "classification": ClassificationSettings,
+    "linear-probe": LinearProbeSettings,
+    "features": FeaturesSettings,
+    "search": SearchSettings,
+}
+ROOMS = {
+    RetrievalSettings: retrieval,
+    ClassificationSettings: classification,
+    LinearProbeSettings: linear_probe,
+    FeaturesSettings: export,
+}
 
 
-def evaluate(settings: EvalSettings) -> int:
+def evaluate(settings: EvalSettings | SearchSettings) -> int:
     """Load the model, run the task, print the table. Returns the exit code. Under torchrun all ranks share the work."""
     settings.check()
+    if isinstance(settings, SearchSettings):
+        for path in search.run(settings):
+            print(f"results: {path}")
+        return 0
     world = join_world(settings.device)
     try:
         return _evaluate(settings, world)
@@ -40,8 +66,16 @@ def _evaluate(settings: EvalSettings, world: World) -> int:
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )
-    task = retrieval if isinstance(settings, RetrievalSettings) else classification
-    report = task.run(settings, loaded, device)
+    found = ROOMS[type(settings)].run(settings, loaded, device)
+    if isinstance(found, Report):
+        return _finish(found, world)
+    if world.is_lead:
+        print(f"features: {found}")
+    return 0
+
+
+def _finish(report: Report, world: World) -> int:
+    report.finish()
     undone = [result for result in report.results if result["status"] != "done"]
     if world.is_lead:
         print(markdown(report.table()), end="")
@@ -49,7 +83,8 @@ def _evaluate(settings: EvalSettings, world: World) -> int:
         for result in undone:
             print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)
     failed = any(result["status"] == "failed" for result in undone)
-    return 2 if failed or len(undone) == len(report.results) else 0
+    # A rank without results has left them to the lead.
+    return 2 if failed or (report.results and len(undone) == len(report.results)) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

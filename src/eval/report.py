@@ -1,19 +1,18 @@
-"""What an evaluation leaves behind: one folder of its own with result.json, table.md and table.csv.
+"""What an evaluation leaves behind: one folder of its own, and what several of them say together.
 
-result.json is written again after every data set, so an error in a later one loses nothing.
+A run writes result.json, table.md, table.csv and table.tex, again after every data set, so that an error in a later
+one loses nothing; at its end pictures and page.html. Ranks other than 0 write nothing. `collect` reads the result.json
+files of several runs and writes the same files with all models, and all published ones, in one table for each task.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
 import re
-import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,28 +20,12 @@ import torch
 
 from rwkv_clip.dist import rank_and_size
 
-SCHEMA = 1
-PUBLISHED_MODEL = "RWKV-CLIP B/32, YFCC15M (published)"
+from .page import write_page
+from .plots import chances, draw_bars, draw_confusion
+from .tables import Table, classification_rows, comparison, csv_text, latex, markdown, markdown_section, retrieval_rows
 
-# Percent, EMNLP 2024. Retrieval: Karpathy test split; R@1, R@5, R@10 image to text, then text to image.
-PUBLISHED_RETRIEVAL = {
-    "coco": (5000, (50.3, 76.2, 85.2, 34.0, 60.9, 71.7)),
-    "flickr30k": (1000, (76.0, 94.7, 97.6, 57.6, 82.3, 88.7)),
-}
-PUBLISHED_CLASSIFICATION = {
-    "cifar10": (10_000, 79.8),
-    "cifar100": (10_000, 55.1),
-    "food101": (25_250, 50.6),
-    "pets": (3_669, 37.6),
-    "flowers": (6_149, 57.1),
-    "sun397": (19_850, 54.0),
-    "stanford_cars": (8_041, 4.1),
-    "dtd": (1_880, 24.6),
-    "caltech101": (5_677, 77.1),
-    "aircraft": (3_333, 4.0),
-    "imagenet": (50_000, 44.3),
-}
-_RECALLS = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+SCHEMA = 1
+TASKS = ("classification", "retrieval", "linear_probe")
 
 
 @dataclass
@@ -56,39 +39,52 @@ class Report:
     results: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     folder: Path | None = None  # made by the first save: a run that fails before any result leaves nothing
+    rows: Callable[[Sequence[dict], str], list[list[str]]] | None = None  # a table of the task's own
 
     def add(self, result: dict) -> None:
         """Append the result of a data set and write everything known so far."""
         self.results.append(result)
         self.save()
 
+    def content(self) -> dict:
+        """What result.json holds."""
+        seconds = round(time.monotonic() - self.started, 3)
+        return {"schema": SCHEMA, "task": self.task, **self.about, "seconds": seconds, "results": self.results}
+
     def save(self) -> None:
-        """Write result.json, table.md and table.csv into the folder, each whole or not at all; the lead rank does."""
-        if rank_and_size()[0] > 0:
+        """Write result.json and the tables into the folder, each whole or not at all."""
+        if rank_and_size()[0]:
             return
         if self.folder is None:
             self.folder = new_folder(self.parent, self.name)
-        seconds = round(time.monotonic() - self.started, 3)
-        content = {
-            "schema": SCHEMA,
-            "task": self.task,
-            **self.about,
-            "seconds": seconds,
-            "results": self.results,
-        }
-        _write(
-            self.folder / "result.json",
-            json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        content = self.content()
+        _write(self.folder / "result.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        rows, compared = self.table(), comparison(self.task, [content])
+        below = [markdown_section(compared)] if compared else []
+        _write(self.folder / "table.md", "\n".join([markdown(rows), *below]))
+        _write(self.folder / "table.csv", csv_text(rows))
+        _write(self.folder / "table.tex", latex(compared) if compared else "% no set is done\n")
+
+    def finish(self) -> None:
+        """Draw the pictures and write page.html, once all sets are done."""
+        if self.folder is None:
+            return
+        run, rows = self.content(), self.table()
+        compared = comparison(self.task, [run])
+        tables = [compared] if compared else []
+        if self.task != "retrieval":
+            tables.append(Table("Every set", rows[0], rows[1:]))
+        about = [f"{run['date']}, checkpoint {run['checkpoint']}, sha256 {run['checkpoint_sha256']}"]
+        title = f"{run['model']}: {self.task.replace('_', ' ')}"
+        pictures = _draw(self.folder, tables[:1] if compared else [], [run])
+        pictures.append(
+            (self.folder / "retrieval.png", "Captions and their five best pictures, best first. Green: right.")
         )
-        rows = self.table()
-        _write(self.folder / "table.md", markdown(rows))
-        lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows(rows)
-        _write(self.folder / "table.csv", lines.getvalue())
+        write_page(self.folder / "page.html", title, about, tables, pictures, [run])
 
     def table(self) -> list[list[str]]:
         """Header and rows as text, percent with one decimal; the published figures beside or below ours."""
-        rows = {"retrieval": retrieval_rows, "classification": classification_rows}[self.task]
+        rows = self.rows or (retrieval_rows if self.task == "retrieval" else classification_rows)
         return rows(self.results, self.about["model"])
 
 
@@ -126,68 +122,102 @@ def new_folder(parent: Path, name: str) -> Path:
             number += 1
 
 
-def retrieval_rows(results: Sequence[dict], model: str) -> list[list[str]]:
-    """One row for our model and, where the set is a published one in full, one for the published model."""
-    header = ["model", "data set", "split", "images", "captions"]
-    header += [f"{way} R@{k}" for way in ("image->text", "text->image") for k in (1, 5, 10)] + ["mean recall"]
-    rows = [header]
-    for result in results:
-        images, place = result["images"], [result["dataset"], result["split"] or "-"]
-        values = [result["metrics"][key] for key in (*_RECALLS, "mean_recall")]
-        rows.append([model, *place, str(images), str(result["captions"]), *map(_percent, values)])
-        published = PUBLISHED_RETRIEVAL.get(result["dataset"].lower())
-        if published and published[0] == images:
-            recalls = published[1]
-            mean = sum(recalls) / len(recalls)
-            numbers = [f"{value:.1f}" for value in (*recalls, mean)]
-            rows.append([PUBLISHED_MODEL, *place, str(images), str(result["captions"]), *numbers])
-    return rows
+def collect(places: Sequence[str], output: str | Path) -> tuple[Path, list[Table]]:
+    """One report of several runs; returns the folder that it made (`output`, or output-2, ...) and its tables.
+
+    places: run folders, folders of run folders, or result.json files. ValueError where one holds no result.
+    """
+    runs = _read_runs(places)
+    tables = [table for task in TASKS if (table := comparison(task, list(runs.values())))]
+    if not tables:
+        raise ValueError(f"{', '.join(map(str, places))}: no set is done in any of these runs; nothing to compare")
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(output.parent, output.name)
+    _write(folder / "runs.json", json.dumps(runs, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(folder / "table.md", "\n".join(map(markdown_section, tables)))
+    _write(folder / "table.tex", "\n".join(map(latex, tables)))
+    _write(folder / "table.csv", "\n".join(csv_text([t.header, *t.rows]) for t in tables))
+    contents = list(runs.values())
+    pictures = _draw(folder, tables, contents)
+    for place, run in runs.items():
+        gallery = Path(place).parent / "retrieval.png"
+        pictures.append((gallery, f"{run['model']}: captions and their five best pictures, best first. Green: right."))
+    about = [f"{len(runs)} runs, {len({run['model'] for run in contents})} models; our figures beside published ones"]
+    write_page(folder / "page.html", "Comparison", about, tables, pictures, contents)
+    return folder, tables
 
 
-def classification_rows(results: Sequence[dict], model: str) -> list[list[str]]:
-    """One row for each data set; the published figure stands beside the headline it belongs to."""
-    header = [
-        "data set",
-        "split",
-        "samples",
-        "classes",
-        "headline",
-        model,
-        "top-1",
-        "top-5",
-        "mean per class",
-    ]
-    rows = [[*header, PUBLISHED_MODEL, "note"]]
-    for result in results:
-        name = result["dataset"]
-        if result["status"] != "done":
-            rows.append([name, *["-"] * 9, textwrap.shorten(f"{result['status']}: {result['reason']}", 100)])
-            continue
-        metrics, headline = result["metrics"], result["headline"]
-        count, published = PUBLISHED_CLASSIFICATION.get(name, (None, None))
-        notes = [result["note"]] if result["note"] else []
-        if count and count != metrics["samples"]:
-            notes.append(f"{metrics['samples']} of {count} pictures: not the published set")
-        if metrics["classes_without_samples"]:
-            notes.append(f"no samples, left out: {', '.join(metrics['classes_without_samples'])}")
-        ours = [_percent(metrics[key]) for key in (headline, "top1", "top5", "mean_per_class")]
-        numbers = [str(metrics["samples"]), str(metrics["classes"])]
-        beside = "-" if published is None else f"{published:.1f}"
-        rows.append([name, result["split"], *numbers, headline, *ours, beside, "; ".join(notes)])
-    return rows
+def _read_runs(places: Sequence[str]) -> dict[str, dict]:
+    """Contents of result.json files by path, in the order given, each file once."""
+    if not places:
+        raise ValueError("runs: none given; name run folders, or the folder that holds them")
+    runs: dict[str, dict] = {}
+    for place in map(Path, places):
+        files = [place] if place.is_file() else [place / "result.json"]
+        if not files[0].is_file():
+            files = sorted(place.glob("*/result.json"))
+        if not files:
+            raise ValueError(f"{place}: no result.json in it or in its folders; name the folder of a run")
+        runs |= {str(file): _read_run(file) for file in files}
+    return runs
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is its header."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(cells[0]))]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells)
-    return "".join(f"| {line} |\n" for line in lines)
+def _read_run(path: Path) -> dict:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); run that evaluation again") from error
+    wanted = {"schema": int, "task": str, "model": str, "results": list}
+    for key, kind in wanted.items():
+        if not isinstance(run, dict) or not isinstance(run.get(key), kind):
+            raise ValueError(f"{path}: no {key!r}; this is no result of an evaluation of ours")
+    if run["schema"] != SCHEMA:
+        raise ValueError(f"{path}: schema {run['schema']}, known is {SCHEMA}; use the version that wrote it")
+    if run["task"] not in TASKS:
+        raise ValueError(f"{path}: task {run['task']!r}; known: {', '.join(TASKS)}")
+    try:
+        _rows_of(run)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: results lack {error}; run that evaluation again") from error
+    return run
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+def _rows_of(run: dict) -> None:
+    """Form all tables of a run: what they need is there."""
+    (retrieval_rows if run["task"] == "retrieval" else classification_rows)(run["results"], run["model"])
+    comparison(run["task"], [run])
+
+
+def _draw(folder: Path, tables: Sequence[Table], runs: Sequence[dict]) -> list[tuple[Path, str]]:
+    """Draw bars of each table and the confusion of each set into the folder; (file, caption) of each picture."""
+    pictures = []
+    for table in tables:
+        name = (
+            "bars.png" if len(tables) == 1 else f"bars-{re.sub('[^a-z]+', '-', table.title.split(',')[0].lower())}.png"
+        )
+        guess = chances(runs) if table.header[0] != "data set" else None
+        draw_bars(table, folder / name, guess)
+        pictures.append((folder / name, f"{table.title}. Line: chance." if guess else f"{table.title}."))
+    for run in runs:
+        for result in run["results"]:
+            worst = result.get("confusion")
+            if worst and any(entry["right"] < entry["samples"] for entry in worst):
+                safe = re.sub(
+                    r"[^A-Za-z0-9._-]+", "-", f"{run['model'] + '-' if len(runs) > 1 else ''}{result['dataset']}"
+                )
+                file = new_file(folder, f"confusion-{safe}")
+                draw_confusion(worst, result["dataset"], file)
+                pictures.append((file, f"{run['model']}, {result['dataset']}: what the worst classes are taken for."))
+    return pictures
+
+
+def new_file(folder: Path, stem: str) -> Path:
+    """folder/stem.png, or stem-2, stem-3 .. where that exists already."""
+    number = 1
+    while (path := folder / f"{stem}{'' if number == 1 else f'-{number}'}.png").exists():
+        number += 1
+    return path
 
 
 def _write(path: Path, text: str) -> None:

@@ -25,8 +25,16 @@ class EvalSettings:
     """Threads that decode pictures."""
     logs: str = "logs/eval"
     """Folder in which the evaluation makes its own folder."""
+    cache: str | None = None
+    """Folder that keeps image features between runs, and over a kill. Default: LOGS/cache for linear-probe and
+    features, none for the others."""
     name: str | None = None
     """Name of that folder; default: time, task and model. A number is added where it exists already."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where linear-probe and features keep image features."""
+        return Path(self.cache or Path(self.logs) / "cache")
 
     def check(self) -> None:
         """ValueError for a value that no evaluation can have."""
@@ -74,3 +82,89 @@ class ClassificationSettings(EvalSettings):
     names: str | None = None
     """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order
     of the sorted folders. Default: names.json in the data folder, else the folders and its own templates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeSettings(EvalSettings):
+    """Linear probe: logistic regression on frozen image features, its penalty chosen on held out training pictures."""
+
+    dataset: tuple[str, ...] = ("imagefolder",)
+    """imagefolder (a folder per class) or known sets (cifar10 cifar100 food101 ...), one after the other."""
+    data: str = "data"
+    """Root in which torchvision looks for a known set, or a folder with `train` and `test`, each of class folders;
+    with `train` or `split_test` class folders themselves."""
+    train: str | None = None
+    """Folder of class folders to train on; default: the set's own training part."""
+    hold_out: float = 0.2
+    """Part of each class of the training pictures that chooses the penalty; sets with an official validation part
+    use that."""
+    split_test: float | None = None
+    """Where there are no training pictures: test on this part of each class, train on the others, drawn with seed 0.
+    No published protocol."""
+    strength: float | None = None
+    """This L2 penalty (1 / C of scikit-learn) instead of the search from 1e-6 to 1e6."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("hold_out", "split_test"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name}: {value}; give a part between 0 and 1")
+        if self.split_test is not None and self.train is not None:
+            raise ValueError(f"split_test: {self.split_test} and train: {self.train}; leave one of them out")
+        if self.strength is not None and not 0 < self.strength < float("inf"):
+            raise ValueError(f"strength: {self.strength}; give a positive number, e.g. 1.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesSettings(EvalSettings):
+    """Write normalised features of pictures and texts, with their ids, into a folder."""
+
+    data: str
+    """JSON list, JSON lines, Karpathy JSON, or records; with `dataset` a folder as in classification."""
+    dataset: str | None = None
+    """imagefolder or a known set (cifar10 ..): its pictures with their labels, and no texts."""
+    split: str | None = None
+    """Take only entries of this split ("all": every one); needed where the file holds several."""
+    image_root: str | None = None
+    """Folder of the pictures; default: the data file's folder or its `images` folder."""
+    views: tuple[str, ...] | None = None
+    """For records: names of the texts that count as captions; default: all."""
+    prefix: str = ""
+    """Put before every caption."""
+    form: Literal["safetensors", "npy", "jsonl"] = "safetensors"
+    """How features are written; jsonl is Chinese-CLIP's (images.img_feat.jsonl, texts.txt_feat.jsonl)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Nearest neighbours, text to image and image to text, in a folder that `features` wrote."""
+
+    features: str
+    """Folder with features of images, texts or both; Chinese-CLIP's *_feat.jsonl are read as well."""
+    direction: Literal["both", "text_to_image", "image_to_text"] = "both"
+    """Which items of the folder search for which, where no query is given."""
+    query: tuple[str, ...] = ()
+    """Texts to search images for, instead of those of the folder; `checkpoint` encodes them."""
+    picture: tuple[str, ...] = ()
+    """Picture files to search texts for; `checkpoint` encodes them."""
+    k: int = 10
+    """Results for each query."""
+    index: str = "exact"
+    """exact, or a faiss index_factory text: Flat, HNSW32, IVF1024,Flat .. (needs the extra `faiss`)."""
+    checkpoint: str | None = None
+    """Model for `query` and `picture`. Default: the one that the features came from."""
+    model: str | None = None
+    """Model name or JSON, where the checkpoint does not say what it holds."""
+    prefix: str | None = None
+    """Put before every query; default: what `features` was told."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; default: the best that is present."""
+    output: str | None = None
+    """Folder for text_to_image.jsonl and image_to_text.jsonl; default: `search` in that of the features. A number is
+    added where it exists already."""
+
+    def check(self) -> None:
+        """ValueError for a value that no search can have."""
+        if self.k < 1:
+            raise ValueError(f"k: {self.k}; use at least 1")

@@ -1,0 +1,179 @@
+"""Nearest neighbours in exported features: text to image and image to text, exact or through faiss.
+
+Exact means: similarities are exact sums (see `metrics`), the best come first, and equal ones come in the order of the
+folder, whatever chunks, device or number of threads. Only a piece of the matrix of similarities exists at a time.
+faiss (any of its index types) computes in float32 and orders equal ones as it likes.
+
+Results are lines {"text_id", "image_ids", "scores"} in text_to_image.jsonl and {"image_id", "text_ids", "scores"} in
+image_to_text.jsonl, best first: what Chinese-CLIP's evaluation reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_clip.dist import AUTOCAST, choose_device
+from rwkv_clip.features import encode_images, encode_texts, open_picture
+from rwkv_clip.metrics import exact_features
+
+from .cache import write_whole
+from .export import KINDS, Features, read_about, read_features
+from .report import markdown, new_folder
+from .settings import SearchSettings
+
+WAYS = {"text_to_image": ("texts", "images"), "image_to_text": ("images", "texts")}
+EXACT = "exact"
+
+
+def run(settings: SearchSettings) -> list[Path]:
+    """Search as `settings` say. Own queries are answered on the screen; else the written files are returned."""
+    folder = Path(settings.features)
+    about, device = read_about(folder), choose_device(settings.device)
+    stored = {kind: read_features(folder, kind) for kind in KINDS}
+    if settings.query or settings.picture:
+        for way, queries in _own_queries(settings, about, stored, device):
+            print(markdown(_table(queries, *_search(settings, way, queries, stored, device))), end="")
+        return []
+    wanted = [
+        way
+        for way, kinds in WAYS.items()
+        if settings.direction == way or (settings.direction == "both" and all(stored[kind] for kind in kinds))
+    ]
+    if not wanted:
+        raise ValueError(f"{folder}: holds no pair of images and texts; give --query or --picture")
+    found = [(way, *_search(settings, way, stored[WAYS[way][0]], stored, device)) for way in wanted]
+    output = Path(settings.output) if settings.output else folder / "search"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output = new_folder(output.parent, output.name)
+    paths = []
+    for way, items, places, scores in found:
+        paths.append(output / f"{way}.jsonl")
+        write_whole(paths[-1], _lines(stored[WAYS[way][0]], items, places, scores))
+    return paths
+
+
+def nearest(
+    queries: Tensor, items: Tensor, count: int, device: str | torch.device = "cpu", chunk: tuple[int, int] = (256, 8192)
+) -> tuple[Tensor, Tensor]:
+    """Places (n, k) of the `count` best items for each query and their similarities, float64; k = min(count, items).
+
+    queries (n, d), items (m, d): vectors of length 1. Best first; of equal ones the earlier item is first. At most
+    `chunk` queries times items are compared at a time.
+    """
+    if queries.shape[-1] != items.shape[-1]:
+        raise ValueError(f"queries have {queries.shape[-1]} dimensions and items {items.shape[-1]}; give equal ones")
+    rows, columns = chunk
+    asked = [exact_features(part.to(device), "queries") for part in queries.split(rows)]
+    best = [(part.new_zeros(len(part), 0), part.new_zeros(len(part), 0, dtype=torch.int64)) for part in asked]
+    for start in range(0, len(items), columns):
+        part = exact_features(items[start : start + columns].to(device), "items")
+        for number, query in enumerate(asked):
+            scores, places = _best_of(query @ part.T, count)
+            old_scores, old_places = best[number]
+            # Those found before come first, and a stable sort leaves it so: equal ones stay in order.
+            scores, order = _descending(torch.cat([old_scores, scores], 1), count)
+            best[number] = scores, torch.cat([old_places, places + start], 1).gather(1, order)
+    scores, places = (torch.cat(parts).cpu() for parts in zip(*best)) if best else (torch.zeros(0, 0),) * 2
+    return places.long(), scores
+
+
+def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -> tuple[Tensor, Tensor]:
+    """The same through a faiss index that `factory` describes; float32. A place of -1: it found fewer."""
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError(f"index: {factory!r} needs faiss; pip install -e .[faiss], or use exact") from None
+    vectors, count = items.numpy(), min(count, len(items))
+    try:
+        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+    except RuntimeError as error:
+        reason = str(error).split("Error: ")[-1].splitlines()[0].strip()
+        raise ValueError(f"index: faiss cannot make {factory!r} of {len(items)} items ({reason}); try Flat") from None
+    scores, places = index.search(queries.numpy(), count)
+    return torch.from_numpy(places), torch.from_numpy(scores)
+
+
+def _best_of(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Scores and columns of each row's `count` best, best first, equal ones in order of column.
+
+    topk may take any of equal ones, so it only says how good the last one is; then all that are as good are sorted.
+    """
+    count = min(count, similarity.shape[1])
+    least = similarity.topk(count, dim=1).values[:, -1:]
+    row, column = torch.nonzero(similarity >= least, as_tuple=True)
+    found = torch.bincount(row, minlength=len(similarity))
+    place = torch.arange(len(row), device=row.device) - (found.cumsum(0) - found)[row]
+    shape = (len(similarity), int(found.max()))
+    scores = similarity.new_full(shape, -torch.inf)
+    columns = torch.zeros(shape, dtype=torch.int64, device=row.device)
+    scores[row, place], columns[row, place] = similarity[row, column], column
+    scores, order = _descending(scores, count)
+    return scores, columns.gather(1, order)
+
+
+def _descending(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    return scores[:, :count], order[:, :count]
+
+
+def _search(
+    settings: SearchSettings, way: str, queries: Features | None, stored: dict, device: torch.device
+) -> tuple[Features, Tensor, Tensor]:
+    items = stored[WAYS[way][1]]
+    if queries is None or items is None:
+        missing = WAYS[way][0] if queries is None else WAYS[way][1]
+        raise ValueError(f"{settings.features}: holds no {missing}, which {way} needs; write them with `features`")
+    if settings.index == EXACT:
+        return items, *nearest(queries.vectors, items.vectors, settings.k, device)
+    return items, *nearest_by_faiss(queries.vectors, items.vectors, settings.k, settings.index)
+
+
+def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) -> Iterator[tuple[str, Features]]:
+    """Texts and pictures of the user, encoded by the model that the features came from."""
+    from rwkv_clip.model import load_for_inference
+
+    checkpoint, precision = settings.checkpoint or about.get("checkpoint"), about.get("precision", "fp32")
+    if not checkpoint:
+        raise ValueError(f"checkpoint: {settings.features} does not say what made it; name the model's checkpoint")
+    model = settings.model or about.get("model_setting")
+    loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=precision)
+    if about and loaded.digest != about["checkpoint_sha256"]:
+        raise ValueError(f"checkpoint: {checkpoint} is not what made {settings.features}; write the features again")
+    common = {"device": device, "autocast": AUTOCAST[precision]}
+    if settings.query:
+        prefix = about.get("prefix", "") if settings.prefix is None else settings.prefix
+        tokens = loaded.tokenizer([prefix + text for text in settings.query])
+        rows = [{"text_id": text} for text in settings.query]
+        yield "text_to_image", Features("texts", encode_texts(loaded.model, tokens, **common), rows)
+    if settings.picture:
+        paths = [Path(path) for path in settings.picture]
+        vectors = encode_images(
+            loaded.model, lambda i: open_picture(paths[i]), len(paths), loaded.preprocess, workers=0, **common
+        )
+        yield "image_to_text", Features("images", vectors, [{"image_id": str(path)} for path in paths])
+
+
+def _table(queries: Features, items: Features, places: Tensor, scores: Tensor) -> list[list[str]]:
+    """Query, rank, similarity, id and, where known, text or class of each result."""
+    rows = [["query", "rank", "similarity", "id", ""]]
+    for query, found, values in zip(queries.ids, places.tolist(), scores.tolist()):
+        for rank, (place, value) in enumerate((p, v) for p, v in zip(found, values) if p >= 0):
+            facts = items.rows[place]
+            about = facts.get("text", facts.get("class", ""))
+            rows.append([str(query), str(rank + 1), f"{value:.4f}", str(items.ids[place]), str(about)])
+    return rows
+
+
+def _lines(queries: Features, items: Features, places: Tensor, scores: Tensor) -> Iterator[bytes]:
+    ids, asked, answer = items.ids, KINDS[queries.kind], KINDS[items.kind] + "s"
+    for query, found, values in zip(queries.ids, places.tolist(), scores.tolist()):
+        kept = [(ids[place], value) for place, value in zip(found, values) if place >= 0]
+        row = {asked: query, answer: [name for name, _ in kept], "scores": [value for _, value in kept]}
+        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
