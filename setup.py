@@ -32,7 +32,7 @@ setup(
         "rwkv_clip.training",
         "rwkv_clip.eval",
     ],
-    package_data={"rwkv_clip": ["configs/*/*.json"], "rwkv_clip.ops": ["csrc/*"]},
+    package_data={"rwkv_clip": ["configs/*/*.json"], "rwkv_clip.eval": ["*.json"], "rwkv_clip.ops": ["csrc/*"]},
     install_requires=requirements(),
     extras_require={
         "dali": ["nvidia-dali-cuda130>=1.51"],

@@ -12,7 +12,9 @@ from rwkv_clip.dist import AUTOCAST
 from rwkv_clip.features import encode_images, encode_texts
 from rwkv_clip.metrics import accuracy, target_ranks
 
+from .confusion import worst_classes
 from .datasets import ClassificationSet, MissingData, load_classification
+from .legacy import legacy_classification
 from .report import Report, start_report
 from .settings import ClassificationSettings
 
@@ -45,8 +47,12 @@ def evaluate_classification(
     autocast: torch.dtype | None = None,
     workers: int = 4,
     progress: bool = False,
+    inspect: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, object]:
-    """Metrics of `metrics.accuracy`. Similarities are floats; equal ones rank in class order."""
+    """Metrics of `metrics.accuracy`. Similarities are floats; equal ones rank in class order.
+
+    inspect(features, class weights, labels) sees what the metrics are made from.
+    """
     encoding = {"device": device, "batch_size": batch_size, "autocast": autocast, "progress": progress}
     weights = class_weights(model, tokenizer, data.class_names, data.templates, **encoding)
     labels = torch.full((data.count,), -1, dtype=torch.int64)
@@ -56,6 +62,8 @@ def evaluate_classification(
         return picture
 
     features = encode_images(model, open_one, data.count, preprocess, workers=workers, **encoding)
+    if inspect is not None:
+        inspect(features, weights, labels)
     return accuracy(target_ranks(features, weights, labels), labels, data.class_names)
 
 
@@ -75,6 +83,13 @@ def run(settings: ClassificationSettings, loaded, device: torch.device) -> Repor
 def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: torch.device) -> dict:
     started = time.monotonic()
     data = load_classification(dataset, settings.data, settings.names)
+    details: dict = {}
+
+    def inspect(features: Tensor, weights: Tensor, labels: Tensor) -> None:
+        details["confusion"] = worst_classes(features, weights, labels, data.class_names)
+        if settings.legacy:
+            details["legacy"] = legacy_classification(features, weights, labels, data.name, len(data.class_names))
+
     metrics = evaluate_classification(
         loaded.model,
         data,
@@ -85,6 +100,7 @@ def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: to
         autocast=AUTOCAST[loaded.precision],
         workers=settings.workers,
         progress=True,
+        inspect=inspect,
     )
     return {
         "dataset": data.name,
@@ -93,6 +109,7 @@ def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: to
         "split": data.split,
         "headline": data.headline,
         "metrics": metrics,
+        **details,
         "class_names": list(data.class_names),
         "templates": list(data.templates),
         "note": data.note,

@@ -5,6 +5,7 @@
     python -m rwkv_clip.eval.main linear-probe --checkpoint logs/my-run --dataset cifar10 --data data
     python -m rwkv_clip.eval.main features --checkpoint logs/my-run --data flickr8k/captions.jsonl --name mine
     python -m rwkv_clip.eval.main search --features logs/eval/mine --query "a dog in the snow"
+    python -m rwkv_clip.eval.main report logs/eval/run-1 logs/eval/run-2 --output logs/eval/comparison
 
 Exit codes: 0 done, 2 a mistake of the user or nothing evaluated (one line says what, no traceback).
 """
@@ -18,15 +19,17 @@ from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 
 from . import classification, export, linear_probe, retrieval, search
-from .report import Report, markdown
+from .report import Report, collect
 from .settings import (
     ClassificationSettings,
     EvalSettings,
     FeaturesSettings,
     LinearProbeSettings,
+    ReportSettings,
     RetrievalSettings,
     SearchSettings,
 )
+from .tables import markdown_section
 
 TASKS = {
     "retrieval": RetrievalSettings,
@@ -34,6 +37,7 @@ TASKS = {
     "linear-probe": LinearProbeSettings,
     "features": FeaturesSettings,
     "search": SearchSettings,
+    "report": ReportSettings,
 }
 ROOMS = {
     RetrievalSettings: retrieval,
@@ -43,8 +47,13 @@ ROOMS = {
 }
 
 
-def evaluate(settings: EvalSettings | SearchSettings) -> int:
+def evaluate(settings: EvalSettings | SearchSettings | ReportSettings) -> int:
     """Load the model, run the task, print the table. Returns the exit code. Under torchrun all ranks share the work."""
+    if isinstance(settings, ReportSettings):
+        folder, tables = collect(settings.runs, settings.output)
+        print("\n".join(map(markdown_section, tables)), end="")
+        print(f"results: {folder}")
+        return 0
     settings.check()
     if isinstance(settings, SearchSettings):
         for path in search.run(settings):
@@ -78,7 +87,7 @@ def _finish(report: Report, world: World) -> int:
     report.finish()
     undone = [result for result in report.results if result["status"] != "done"]
     if world.is_lead:
-        print(markdown(report.table()), end="")
+        print(report.text(), end="")
         print(f"results: {report.folder}")
         for result in undone:
             print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)

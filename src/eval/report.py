@@ -22,7 +22,17 @@ from rwkv_clip.dist import rank_and_size
 
 from .page import write_page
 from .plots import chances, draw_bars, draw_confusion
-from .tables import Table, classification_rows, comparison, csv_text, latex, markdown, markdown_section, retrieval_rows
+from .tables import (
+    Table,
+    classification_rows,
+    comparison,
+    csv_text,
+    latex,
+    markdown,
+    markdown_section,
+    notes_text,
+    retrieval_rows,
+)
 
 SCHEMA = 1
 TASKS = ("classification", "retrieval", "linear_probe")
@@ -59,10 +69,9 @@ class Report:
             self.folder = new_folder(self.parent, self.name)
         content = self.content()
         _write(self.folder / "result.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        rows, compared = self.table(), comparison(self.task, [content])
-        below = [markdown_section(compared)] if compared else []
-        _write(self.folder / "table.md", "\n".join([markdown(rows), *below]))
-        _write(self.folder / "table.csv", csv_text(rows))
+        compared = comparison(self.task, [content])
+        _write(self.folder / "table.md", self.text())
+        _write(self.folder / "table.csv", csv_text(self.table()))
         _write(self.folder / "table.tex", latex(compared) if compared else "% no set is done\n")
 
     def finish(self) -> None:
@@ -81,6 +90,13 @@ class Report:
             (self.folder / "retrieval.png", "Captions and their five best pictures, best first. Green: right.")
         )
         write_page(self.folder / "page.html", title, about, tables, pictures, [run])
+
+    def text(self) -> str:
+        """The table, and below it its notes or, for sets of classes, the published rows of all methods."""
+        text, compared = markdown(self.table()), comparison(self.task, [self.content()])
+        if compared is None:
+            return text
+        return text + "\n" + (notes_text(compared) if self.task == "retrieval" else markdown_section(compared))
 
     def table(self) -> list[list[str]]:
         """Header and rows as text, percent with one decimal; the published figures beside or below ours."""

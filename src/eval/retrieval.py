@@ -12,6 +12,7 @@ from rwkv_clip.dist import AUTOCAST
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
 
+from .legacy import legacy_retrieval
 from .report import Report, start_report
 from .settings import RetrievalSettings
 
@@ -34,9 +35,13 @@ def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
         workers=settings.workers,
         progress=True,
     )
+    name, legacy = settings.dataset or data.name, {}
+    if settings.legacy:
+        pairs = (result.image_features, result.text_features, data.image_of_caption)
+        legacy["legacy"] = legacy_retrieval(*pairs, name.lower())
     report.add(
         {
-            "dataset": settings.dataset or data.name,
+            "dataset": name,
             "status": "done",
             "path": data.path,
             "split": data.split,
@@ -44,6 +49,7 @@ def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
             "captions": len(data.image_of_caption),
             "prefix": settings.prefix,
             "metrics": result.metrics,
+            **legacy,
             "seconds": round(time.monotonic() - report.started, 3),
         }
     )

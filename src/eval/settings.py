@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
@@ -64,6 +66,8 @@ class RetrievalSettings(EvalSettings):
     """Put before every caption; "a photo of " in the published tables of RWKV-CLIP and ALIP."""
     gallery: int = 8
     """Queries shown in retrieval.png with their five best pictures; 0: none."""
+    legacy: bool = False
+    """Count a second time as the released code does, its defects named; the exact figures stay the result."""
 
     def check(self) -> None:
         super().check()
@@ -82,6 +86,8 @@ class ClassificationSettings(EvalSettings):
     names: str | None = None
     """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order
     of the sorted folders. Default: names.json in the data folder, else the folders and its own templates."""
+    legacy: bool = False
+    """Count a second time as the released code does, its defects named; the exact figures stay the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +174,13 @@ class SearchSettings:
         """ValueError for a value that no search can have."""
         if self.k < 1:
             raise ValueError(f"k: {self.k}; use at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """One table of several runs with all published rows, as Markdown, CSV, LaTeX, plots and a page."""
+
+    runs: Positional[tuple[str, ...]]
+    """Run folders, folders of run folders, or result.json files."""
+    output: str
+    """Folder of the report. A number is added where it exists already."""

@@ -9,7 +9,7 @@ import pytest
 from color_model import COLORS, ColorModel, loaded, save_color
 from PIL import Image
 
-from rwkv_clip.eval import report
+from rwkv_clip.eval import tables
 from rwkv_clip.eval.main import main
 
 
@@ -95,7 +95,14 @@ def test_gallery_shows_a_right_picture_that_was_not_found(folder, model):
 def test_no_gallery(folder, model):
     assert retrieve(folder, "--gallery", "0") == 0
     path, _ = only_result(folder)
-    assert sorted(file.name for file in path.iterdir()) == ["result.json", "table.csv", "table.md"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        "bars.png",
+        "page.html",
+        "result.json",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    ]
 
 
 def test_runs_never_share_a_folder(folder, model):
@@ -106,13 +113,13 @@ def test_runs_never_share_a_folder(folder, model):
 
 def test_published_rows_stand_below_the_same_set_only():
     metrics = {f"{way}_R@{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    result = {"dataset": "flickr30k", "split": "test", "images": 1000, "captions": 5000}
+    result = {"dataset": "flickr30k", "status": "done", "split": "test", "images": 1000, "captions": 5000}
     result["metrics"] = metrics | {"mean_recall": 0.5}
-    rows = report.retrieval_rows([result], "ours")
-    assert rows[2][0] == report.PUBLISHED_MODEL
+    rows = tables.retrieval_rows([result], "ours")
+    assert rows[2][0] == tables.PUBLISHED_MODEL
     assert rows[2][5:] == ["76.0", "94.7", "97.6", "57.6", "82.3", "88.7", "82.8"]
-    assert len(report.retrieval_rows([result | {"images": 999}], "ours")) == 2
-    assert len(report.retrieval_rows([result | {"dataset": "flickr8k"}], "ours")) == 2
+    assert len(tables.retrieval_rows([result | {"images": 999}], "ours")) == 2
+    assert len(tables.retrieval_rows([result | {"dataset": "flickr8k"}], "ours")) == 2
 
 
 def test_classification_goes_on_past_missing_and_failing_sets(folder, model, capsys):
@@ -164,9 +171,9 @@ def test_published_figure_beside_a_subset_is_marked():
     metrics = {"top1": 0.5, "top5": 0.9, "mean_per_class": 0.4, "samples": 2000, "classes": 10}
     metrics["classes_without_samples"] = ["frog"]
     result = {"dataset": "cifar10", "status": "done", "split": "test", "headline": "top1", "note": ""}
-    header, row = report.classification_rows([result | {"metrics": metrics}], "ours")
+    header, row = tables.classification_rows([result | {"metrics": metrics}], "ours")
     named = dict(zip(header, row))
-    assert (named["ours"], named[report.PUBLISHED_MODEL]) == ("50.0", "79.8")
+    assert (named["ours"], named[tables.PUBLISHED_MODEL]) == ("50.0", "79.8")
     assert "2000 of 10000 pictures" in named["note"] and "left out: frog" in named["note"]
 
 
