@@ -1,14 +1,15 @@
-"""Sets for zero-shot classification: any folder of class folders, and the known sets through torchvision.
+"""Sets for zero-shot classification and linear probes: any folder of class folders, and the eleven known sets.
 
 Nothing is downloaded here. A known set that is not there raises MissingData, which says what to fetch and
-where to put it; the run reports it as skipped and goes on.
+where to put it; the run reports it as skipped and goes on. Pictures come in an order that does not depend on the
+file system, so that all ranks and all machines agree on it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -16,9 +17,12 @@ from PIL.Image import Image
 from rwkv_clip.features import open_picture
 
 from . import prompts
+from .known import KNOWN, TEST, TRAIN, random_part
+from .prompts import spoken
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 IMAGEFOLDER = "imagefolder"
+SUN_COUNT, SUN_TRAIN, SUN_TEST, SUN_SEED = 108_754, 19_850, 19_850, 0
 
 
 class MissingData(Exception):
@@ -40,112 +44,15 @@ class ClassificationSet:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class KnownSet:
-    """One row of the registry: how torchvision calls the set, its test split, prompts and headline metric."""
-
-    loader: str  # class in torchvision.datasets; empty: class folders only
-    templates: tuple[str, ...]
-    source: str  # what to download
-    arguments: dict = field(default_factory=dict)
-    headline: str = "top1"
-    split: str = "test"
-    folders: tuple[str, ...] | None = None  # its classes as folder names, in label order, where known
-    keep: Callable[[int], Sequence[int]] | None = None  # number of pictures -> those of the test part
-    note: str = ""
-
-
-def _caltech_test(count: int) -> list[int]:
-    """Second part of a random split [3000, 5677] with torch generator seed 3072."""
-    import torch
-
-    if count != 8_677:
-        raise ValueError(f"caltech101: {count} pictures instead of 8677; unpack 101_ObjectCategories again")
-    return torch.randperm(count, generator=torch.Generator().manual_seed(3072))[3000:].tolist()
-
-
-_TEST = {"split": "test"}
-KNOWN = {
-    "cifar10": KnownSet(
-        "CIFAR10",
-        prompts.CIFAR,
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz, unpacked to {root}/cifar-10-batches-py",
-        {"train": False},
-        folders=prompts.CIFAR10_CLASSES,
-    ),
-    "cifar100": KnownSet(
-        "CIFAR100",
-        prompts.CIFAR,
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz, unpacked to {root}/cifar-100-python",
-        {"train": False},
-        folders=prompts.CIFAR100_CLASSES,
-    ),
-    "food101": KnownSet(
-        "Food101",
-        prompts.FOOD,
-        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz, unpacked to {root}/food-101",
-        _TEST,
-    ),
-    "pets": KnownSet(
-        "OxfordIIITPet",
-        prompts.PETS,
-        "images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets, unpacked to "
-        "{root}/oxford-iiit-pet",
-        _TEST,
-        headline="mean_per_class",
-    ),
-    "flowers": KnownSet(
-        "Flowers102",
-        prompts.FLOWERS,
-        "102flowers.tgz (unpacked), imagelabels.mat and setid.mat of "
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102, in {root}/flowers-102 (needs scipy)",
-        _TEST,
-        headline="mean_per_class",
-    ),
-    "stanford_cars": KnownSet(
-        "StanfordCars",
-        prompts.CARS,
-        "Stanford Cars: devkit, cars_test and cars_test_annos_withlabels.mat in {root}/stanford_cars (needs scipy)",
-        _TEST,
-    ),
-    "dtd": KnownSet(
-        "DTD",
-        prompts.TEXTURES,
-        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz, unpacked to {root}/dtd",
-        {"split": "test", "partition": 1},
-        split="test, partition 1",
-    ),
-    "caltech101": KnownSet(
-        "Caltech101",
-        prompts.CALTECH,
-        "https://data.caltech.edu/records/mzrjq-6wc02 (caltech-101.zip), unpacked to {root}/caltech101",
-        headline="mean_per_class",
-        split="random, seed 3072",
-        keep=_caltech_test,
-        note="class names are the folder names",
-    ),
-    "aircraft": KnownSet(
-        "FGVCAircraft",
-        prompts.AIRCRAFT,
-        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz, "
-        "unpacked to {root}/fgvc-aircraft-2013b",
-        {"split": "test", "annotation_level": "variant"},
-        headline="mean_per_class",
-    ),
-    "imagenet": KnownSet(
-        "",
-        (),
-        "the validation pictures of https://image-net.org as {root}/<wnid>/*.JPEG, 1000 class folders",
-        split="val",
-    ),
-}
-
-
-def load_classification(dataset: str, data: str | Path, names: str | Path | None = None) -> ClassificationSet:
+def load_classification(
+    dataset: str, data: str | Path, names: str | Path | None = None, *, part: str = TEST, language: str = "en"
+) -> ClassificationSet:
     """A set by name. ValueError for a user's mistake, MissingData where a known set is not below `data`.
 
-    dataset: "imagefolder" or a key of KNOWN; data: its folder (class folders, or torchvision's root); names:
-    JSON file with class names and templates, see `read_names`; default `data`/names.json where that exists.
+    dataset: "imagefolder" or a key of KNOWN; data: its folder of class folders (for a known set also one that holds
+    NAME or NAME/test), or torchvision's root; names: JSON file with class names and templates, see `read_names`;
+    default names.json in the folder of class folders, where that exists. part: test, train or (flowers, dtd, aircraft)
+    val. language: en, or zh for imagenet.
     """
     folder = Path(data)
     if dataset == IMAGEFOLDER:
@@ -153,17 +60,18 @@ def load_classification(dataset: str, data: str | Path, names: str | Path | None
     if dataset not in KNOWN:
         raise ValueError(f"dataset: {dataset!r} is not known; known: {IMAGEFOLDER}, {', '.join(KNOWN)}")
     known = KNOWN[dataset]
-    present = set(_subfolders(folder))
-    folders = known.folders
+    if part not in known.parts:
+        raise ValueError(f"part: {dataset} has no {part!r}; it has {', '.join(known.parts)}")
+    if language != "en" and dataset != "imagenet" and names is None:
+        raise ValueError(f"language: {dataset} has no names in {language!r}; give names and templates by --names FILE")
+    if dataset == "sun397":
+        return _with_names(_sun397(folder, part), names)
+    found = _class_folders(dataset, folder, part)
+    if found:
+        return _known_folder(dataset, *found, names, part, language)
     if dataset == "imagenet":
-        folders = tuple(sorted(name for name in present if name[:1] == "n" and name[1:].isdigit()))
-    if folders and present & set(folders):
-        return _known_folder(dataset, folder, folders, names)
-    if not known.loader:
-        raise MissingData(f"not found; download {known.source.format(root=folder)}")
-    if names is not None:
-        raise ValueError(f"names: {names} goes with class folders; {dataset} has its own names and templates")
-    return open_known(dataset, folder, KNOWN[dataset])
+        return _with_names(_imagenet_records(folder, part, language), names)
+    return _with_names(_torchvision(dataset, folder, part), names)
 
 
 def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -179,7 +87,7 @@ def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str]
         raise ValueError(f'{path}: cannot be read as JSON ({error}); write {{"names": ..., ...}}') from error
     if not isinstance(content, dict) or not content.keys() <= {"names", "classes", "templates"}:
         raise ValueError(f'{path}: write an object with "names" and "templates" and nothing else')
-    names = content.get("names", content.get("classes", {folder: _spoken(folder) for folder in folders}))
+    names = content.get("names", content.get("classes", {folder: spoken(folder) for folder in folders}))
     if isinstance(names, list):
         if len(names) != len(folders):
             raise ValueError(f"{path}: {len(names)} names for {len(folders)} class folders; give one for each")
@@ -199,31 +107,45 @@ def _imagefolder(folder: Path, names: str | Path | None) -> ClassificationSet:
     folders = _subfolders(folder)
     if not folders:
         raise ValueError(f"data: {folder} holds no class folders; give a folder with one folder of pictures a class")
-    spoken, templates = _names_for(folder, folders, names) or ({name: _spoken(name) for name in folders}, ())
+    said, templates = _names_for(folder, folders, names) or ({name: spoken(name) for name in folders}, ())
     # Two levels of the path: "cifar10" alone would pass for the published set, and "test" says little.
     name = "/".join(folder.resolve().parts[-2:])
-    return _from_folders(name, folder, spoken, templates or prompts.PLAIN, "-")
+    return _from_folders(name, folder, said, templates or prompts.PLAIN, "-")
 
 
-def _known_folder(dataset: str, folder: Path, folders: Sequence[str], names: str | Path | None) -> ClassificationSet:
+def _class_folders(dataset: str, root: Path, part: str) -> tuple[Path, Sequence[str]] | None:
+    """The folder that holds class folders of a known set, and its classes in label order."""
+    inside = ("train",) if part == TRAIN else ("test", "val")
+    near = [root] if part != TRAIN else []
+    for folder in (*near, *(root / name for name in inside), root / dataset, *(root / dataset / i for i in inside)):
+        present = _subfolders(folder)
+        folders = KNOWN[dataset].folders
+        if dataset == "imagenet":
+            folders = [name for name in present if name[:1] == "n" and name[1:].isdigit()]
+        if folders and set(present) & set(folders):
+            return folder, folders
+    return None
+
+
+def _known_folder(
+    dataset: str, folder: Path, folders: Sequence[str], names: str | Path | None, part: str, language: str
+) -> ClassificationSet:
     """A known set as class folders: its own names unless a names file says otherwise."""
     known, templates = KNOWN[dataset], KNOWN[dataset].templates
     foreign = sorted(set(_subfolders(folder)) - set(folders))
     if foreign:
         raise ValueError(f"data: {folder} holds {foreign[0]!r}, which is no class of {dataset}; give its classes only")
     if dataset == "imagenet":
-        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-
-        if len(folders) != len(IMAGENET_CLASSNAMES):
+        listed, templates = prompts.imagenet_prompts(language)
+        if len(folders) != len(listed):
             raise ValueError(f"data: {folder} holds {len(folders)} of the 1000 ImageNet class folders; add the others")
-        spoken = dict(zip(folders, IMAGENET_CLASSNAMES))
-        templates = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+        said = dict(zip(folders, listed))
     else:
-        spoken = {name: _spoken(name) for name in folders}
+        said = {name: spoken(name) for name in folders}
     given = _names_for(folder, folders, names)
     if given:
-        spoken, templates = given[0], given[1] or templates
-    return _from_folders(dataset, folder, spoken, templates, known.split, known.headline)
+        said, templates = given[0], given[1] or templates
+    return _from_folders(dataset, folder, said, templates, known.split(part), known.headline)
 
 
 def _names_for(folder: Path, folders: Sequence[str], names: str | Path | None):
@@ -231,60 +153,132 @@ def _names_for(folder: Path, folders: Sequence[str], names: str | Path | None):
     return read_names(path, folders) if names is not None or path.is_file() else None
 
 
+def _with_names(data: tuple[ClassificationSet, Sequence[str]], names: str | Path | None) -> ClassificationSet:
+    """A set and its classes as their owner calls them -> the set, with what a names file says."""
+    found, classes = data
+    if names is None:
+        return found
+    said, templates = read_names(names, classes)
+    place = {name: label for label, name in enumerate(said)}
+
+    def read(index: int) -> tuple[Image, int]:
+        picture, label = found.read(index)
+        return picture, place[classes[label]]
+
+    return replace(found, read=read, class_names=list(said.values()), templates=templates or found.templates)
+
+
 def _from_folders(
     name: str,
     folder: Path,
-    spoken: dict[str, str],
+    said: dict[str, str],
     templates: Sequence[str],
     split: str,
     headline: str = "top1",
 ) -> ClassificationSet:
     items = [
         (path, label)
-        for label, key in enumerate(spoken)
+        for label, key in enumerate(said)
         for path in sorted((folder / key).rglob("*"))
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
     if not items:
         raise ValueError(f"data: the class folders of {folder} hold no picture ({' '.join(IMAGE_SUFFIXES)})")
+    return ClassificationSet(
+        name, str(folder), split, len(items), _reader(items), list(said.values()), templates, headline
+    )
 
+
+def _reader(items: Sequence[tuple[Path, int]]) -> Callable[[int], tuple[Image, int]]:
     def read(index: int) -> tuple[Image, int]:
         path, label = items[index]
         return open_picture(path), label
 
-    return ClassificationSet(name, str(folder), split, len(items), read, list(spoken.values()), templates, headline)
+    return read
 
 
-def open_known(dataset: str, root: Path, known: KnownSet) -> ClassificationSet:
-    """A set through torchvision, of the part that `known` describes. MissingData where it is not below `root`."""
+def _sun397(root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
+    """Official partition 1 where its list is there, else a split by a fixed seed of the published sizes."""
+    known, folder = KNOWN["sun397"], root / "SUN397"
+    classes_file = folder / "ClassName.txt"
+    if not classes_file.is_file():
+        raise MissingData(f"no {classes_file}; download {known.source.format(root=root)}")
+    lines = classes_file.read_text(encoding="utf-8").split()  # /a/abbey, /a/apartment_building/outdoor
+    labels = {line.strip("/"): label for label, line in enumerate(lines)}
+    listing = "Training_01.txt" if part == TRAIN else "Testing_01.txt"
+    lists = (folder / listing, folder / "Partitions" / listing, root / "Partitions" / listing)
+    found = next((path for path in lists if path.is_file()), None)
+    if found:
+        paths, split = found.read_text(encoding="utf-8").split(), f"partition 1, {part}"
+    else:
+        every = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("sun_*.jpg"))
+        if len(every) != SUN_COUNT:
+            raise ValueError(f"sun397: {len(every)} pictures instead of {SUN_COUNT}; unpack SUN397.tar.gz again")
+        paths = [every[i] for i in random_part(SUN_COUNT, SUN_TRAIN, SUN_TEST, part, SUN_SEED)]
+        split = f"random {part} part of {len(paths)}, seed {SUN_SEED}"
+    items = []
+    for path in paths:
+        name = path.strip("/").rpartition("/")[0]
+        if name not in labels:
+            raise ValueError(f"{found or folder}: {path} is in no class of {classes_file.name}; download both again")
+        items.append((folder / path.strip("/"), labels[name]))
+    classes = [name.partition("/")[2] for name in labels]
+    note = "" if found else f"no {listing}: not the official partition 1"
+    said = [spoken(name) for name in classes]
+    data = ClassificationSet("sun397", str(folder), split, len(items), _reader(items), said, known.templates, note=note)
+    return data, classes
+
+
+def _imagenet_records(root: Path, part: str, language: str) -> tuple[ClassificationSet, list[str]]:
+    """ImageNet in RecordIO files, the number of the class (in the order of the sorted folder names) for a label."""
+    from rwkv_clip.recordfile import RecordFile, unpack
+
+    known, stem = KNOWN["imagenet"], "train" if part == TRAIN else "val"
+    places = [root / "imagenet" / f"{stem}.rec", root / f"{stem}.rec", *([root] if root.suffix == ".rec" else [])]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        raise MissingData(f"not found; download {known.source.format(root=root)}")
+    records = RecordFile(path)
+    said, templates = prompts.imagenet_prompts(language)
+
+    def read(index: int) -> tuple[Image, int]:
+        header, payload = unpack(records.view(index))
+        name = f"{path}: record {records.key(index)}"
+        label = float(header.label) if header.flag == 0 else -1.0
+        if label not in range(len(said)):
+            raise ValueError(f"{name}: its label is {header.label}, should be one number from 0 to {len(said) - 1}")
+        return open_picture(bytes(payload), name), int(label)
+
+    split = known.split(part)
+    data = ClassificationSet("imagenet", str(path), split, len(records), read, said, templates, known.headline)
+    return data, [str(label) for label in range(len(said))]
+
+
+def _torchvision(dataset: str, root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
     from torchvision import datasets
 
+    known = KNOWN[dataset]
+    if not root.is_dir():
+        raise MissingData(f"no folder {root}; download {known.source.format(root=root)}")
     try:
-        source = getattr(datasets, known.loader)(root=str(root), **known.arguments)
-    except (RuntimeError, OSError) as error:
+        source = getattr(datasets, known.loader)(root=str(root), **known.parts[part])
+    except (RuntimeError, OSError, ImportError) as error:
         # The rest of torchvision's message is about its own download switch.
         reason, hint = str(error).split(". ")[0], known.source.format(root=root)
         raise MissingData(f"torchvision below {root}: {reason}; download {hint}") from None
     classes = getattr(source, "classes", None) or getattr(source, "categories", None)
     if not classes:
         raise ValueError(f"{dataset}: this torchvision does not name its classes; install a newer one")
-    kept = known.keep(len(source)) if known.keep else range(len(source))
+    kept = known.keep(len(source), part) if known.keep else range(len(source))
 
     def read(index: int) -> tuple[Image, int]:
         picture, label = source[kept[index]]
         return picture.convert("RGB"), int(label)
 
-    return ClassificationSet(
-        dataset,
-        str(root),
-        known.split,
-        len(kept),
-        read,
-        [_spoken(name) for name in classes],
-        known.templates,
-        known.headline,
-        known.note,
-    )
+    said = [spoken(name, dataset) for name in classes]
+    split = known.split(part)
+    data = ClassificationSet(dataset, str(root), split, len(kept), read, said, known.templates, known.headline)
+    return data, list(classes)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -292,7 +286,3 @@ def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _spoken(name: str) -> str:
-    return name.replace("_", " ")

@@ -1,10 +1,15 @@
 """Prompt templates and class names of zero-shot classification: those of the CLIP paper's public prompt list.
 
 `{}` in a template takes the class name. Sets that are not named here take their names from torchvision or
-from the class folders, underscores read as spaces.
+from the class folders, underscores and slashes read as spaces; SPOKEN has the exceptions. ImageNet's come from
+open_clip, in Chinese from clip_benchmark.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
 
 PLAIN = ("a photo of a {}.",)
 
@@ -32,6 +37,7 @@ CIFAR = (
 FOOD = ("a photo of {}, a type of food.",)
 PETS = ("a photo of a {}, a type of pet.",)
 FLOWERS = ("a photo of a {}, a type of flower.",)
+SCENES = ("a photo of a {}.", "a photo of the {}.")
 AIRCRAFT = ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft.")
 
 CARS = (
@@ -87,3 +93,49 @@ shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pep
 television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 CIFAR100_CLASSES = tuple(_CIFAR100.split())
+
+SPOKEN = {
+    "caltech101": {
+        "Faces": "off-center face",
+        "Faces_easy": "centered face",
+        "Leopards": "leopard",
+        "Motorbikes": "motorbike",
+        "airplanes": "airplane",
+        "car_side": "side of a car",
+        "cougar_body": "body of a cougar cat",
+        "cougar_face": "face of a cougar cat",
+        "crocodile_head": "head of a crocodile",
+        "flamingo_head": "head of a flamingo",
+        "snoopy": "snoopy (cartoon beagle)",
+        "yin_yang": "yin and yang symbol",
+    },
+    "flowers": {
+        "globe-flower": "globe flower",
+        "pink-yellow dahlia?": "pink and yellow dahlia",
+        "ball moss": "air plant",
+    },
+}
+
+
+def spoken(name: str, dataset: str = "") -> str:
+    """A class of a set as people say it."""
+    return SPOKEN.get(dataset, {}).get(name) or name.replace("_", " ").replace("/", " ")
+
+
+def imagenet_prompts(language: str) -> tuple[list[str], tuple[str, ...]]:
+    """The 1000 names in the order of the sorted folder names, and 80 templates. ValueError where they are not here."""
+    if language == "en":
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
+        return list(IMAGENET_CLASSNAMES), tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+    package = importlib.util.find_spec("clip_benchmark")
+    if package is None:
+        raise ValueError(
+            "language: zh takes names from the package clip-benchmark; pip install --no-deps clip-benchmark"
+        )
+    folder = Path(package.origin).parent / "datasets"
+    names, templates = (
+        json.loads((folder / f"cn_{kind}.json").read_text(encoding="utf-8"))["imagenet1k"]
+        for kind in ("classnames", "zeroshot_classification_templates")
+    )
+    return names, tuple(template.replace("{c}", "{}") for template in templates)
