@@ -40,6 +40,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
+        "clip-benchmark": ["clip-benchmark>=1.6", "requests"],  # which it imports without saying so
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard"],
     },
