@@ -141,7 +141,7 @@ def _known_folder(
             raise ValueError(f"data: {folder} holds {len(folders)} of the 1000 ImageNet class folders; add the others")
         said = dict(zip(folders, listed))
     else:
-        said = {name: spoken(name) for name in folders}
+        said = {name: spoken(name, dataset) for name in folders}
     given = _names_for(folder, folders, names)
     if given:
         said, templates = given[0], given[1] or templates

@@ -87,7 +87,7 @@ KNOWN = {
     "sun397": KnownSet(
         "",
         prompts.SCENES,
-        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz, unpacked to {root}/SUN397, and into the same folder "
+        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz, unpacked to {root}/SUN397, and there too "
         "Testing_01.txt and Training_01.txt of https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip",
         {TEST: {}, TRAIN: {}},
     ),

@@ -21,27 +21,13 @@ from tqdm import tqdm
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy
 
-from . import datasets
 from .cache import encode_labelled
-from .datasets import IMAGEFOLDER, KNOWN, ClassificationSet, MissingData, load_classification
+from .datasets import KNOWN, ClassificationSet, MissingData, load_classification
 from .logistic import Classifier, find_strength, fit, hold_out
 from .report import Report, start_report
 from .settings import LinearProbeSettings
 
 SEED = 0  # of what is held out
-
-# How torchvision calls the training part of a set and, where it is official, the validation part.
-TRAINING: dict[str, tuple[dict, ...]] = {
-    "cifar10": ({"train": True},),
-    "cifar100": ({"train": True},),
-    "food101": ({"split": "train"},),
-    "pets": ({"split": "trainval"},),
-    "flowers": ({"split": "train"}, {"split": "val"}),
-    "stanford_cars": ({"split": "train"},),
-    "dtd": ({"split": "train", "partition": 1}, {"split": "val", "partition": 1}),
-    "caltech101": ({},),
-    "aircraft": ({"split": "train", "annotation_level": "variant"}, {"split": "val", "annotation_level": "variant"}),
-}
 
 
 @dataclass(frozen=True)
@@ -89,12 +75,10 @@ def load_parts(dataset: str, settings: LinearProbeSettings) -> list[Classificati
         test = folder if settings.train else folder / "test"
         parts = [load_classification(dataset, path) for path in (test, train)]
         parts[1] = dataclasses.replace(parts[1], split="train")
-    elif dataset in TRAINING:
-        test = load_classification(dataset, folder)
-        parts = [test, *(_torchvision_part(dataset, folder, arguments) for arguments in TRAINING[dataset])]
+    elif dataset in KNOWN:
+        parts = [load_classification(dataset, folder, part=part) for part in KNOWN[dataset].parts]
     else:
-        if dataset != IMAGEFOLDER:
-            load_classification(dataset, folder)  # says so where it is not there at all
+        load_classification(dataset, folder)  # says so where it is not there at all
         raise ValueError(
             f"data: no training pictures for {dataset}; put class folders into {folder}/train and {folder}/test, "
             "name a folder of them with --train, or test on a part of what is there with --split-test 0.5"
@@ -167,19 +151,6 @@ def probe_rows(results: Sequence[dict], model: str) -> list[list[str]]:
         place = [result["dataset"], result["split"]]
         rows.append([*place, *numbers, headline, *ours, f"{probe['strength']:.3g}", "; ".join(notes)])
     return rows
-
-
-def _torchvision_part(dataset: str, root: Path, arguments: dict) -> ClassificationSet:
-    keep = _caltech_train if dataset == "caltech101" else None
-    split = arguments.get("split", "train")
-    known = dataclasses.replace(KNOWN[dataset], arguments=arguments, keep=keep, split=split)
-    return datasets.open_known(dataset, root, known)
-
-
-def _caltech_train(count: int) -> list[int]:
-    """What the test part leaves: the first part of the same random order."""
-    test = set(KNOWN["caltech101"].keep(count))
-    return [place for place in range(count) if place not in test]
 
 
 def _encode(dataset: str, settings: LinearProbeSettings, loaded, device: torch.device) -> tuple:

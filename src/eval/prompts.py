@@ -130,9 +130,7 @@ def imagenet_prompts(language: str) -> tuple[list[str], tuple[str, ...]]:
         return list(IMAGENET_CLASSNAMES), tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     package = importlib.util.find_spec("clip_benchmark")
     if package is None:
-        raise ValueError(
-            "language: zh takes names from the package clip-benchmark; pip install --no-deps clip-benchmark"
-        )
+        raise ValueError("language: zh takes its names from clip-benchmark; pip install -e .[clip-benchmark]")
     folder = Path(package.origin).parent / "datasets"
     names, templates = (
         json.loads((folder / f"cn_{kind}.json").read_text(encoding="utf-8"))["imagenet1k"]

@@ -171,12 +171,26 @@ class FakeSet:
 def test_torchvision_sets_and_the_caltech_split(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(Caltech101=FakeSet)))
     data = load_classification("caltech101", tmp_path)
-    assert data.count == 5677 and data.class_names == ["car side", "sea horse"] and len(data.templates) == 34
+    assert data.count == 5677 and data.class_names == ["side of a car", "sea horse"] and len(data.templates) == 34
     _, second = torch.utils.data.random_split(range(8677), [3000, 5677], generator=torch.Generator().manual_seed(3072))
     assert [data.read(i)[1] for i in range(50)] == [index % 2 for index in second.indices[:50]]
     assert data.read(0)[0].mode == "RGB"
-    with pytest.raises(ValueError, match="has its own names"):
-        load_classification("caltech101", tmp_path, tmp_path / "names.json")
+    train = load_classification("caltech101", tmp_path, part="train")
+    assert train.count == 3000 and train.split != data.split
+    with pytest.raises(ValueError, match="caltech101 has no 'val'; it has test, train"):
+        load_classification("caltech101", tmp_path, part="val")
+
+
+def test_a_names_file_for_a_torchvision_set_may_reorder_and_add_classes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(Caltech101=FakeSet)))
+    own = load_classification("caltech101", tmp_path)
+    names = {"nothing": "nothing", "sea_horse": "海马", "car_side": "汽车"}
+    (tmp_path / "zh.json").write_text(json.dumps({"names": names, "templates": ["{}的照片"]}))
+    data = load_classification("caltech101", tmp_path, tmp_path / "zh.json", language="zh")
+    assert data.class_names == ["nothing", "海马", "汽车"] and data.templates == ("{}的照片",)
+    assert [data.read(i)[1] for i in range(50)] == [2 - own.read(i)[1] for i in range(50)]
+    with pytest.raises(ValueError, match="language: caltech101 has no names in 'zh'"):
+        load_classification("caltech101", tmp_path, language="zh")
 
 
 def test_prompt_counts_are_those_of_the_public_list():
