@@ -41,7 +41,8 @@ setup(
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "clip-benchmark": ["clip-benchmark>=1.6", "requests"],  # which it imports without saying so
+        "faiss": ["faiss-cpu>=1.8"],
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"],
     },
 )

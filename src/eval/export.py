@@ -30,7 +30,8 @@ from rwkv_clip.retrieval import caption_tokens, load_retrieval
 from rwkv_clip.tensorfile import encode_tensors, read_tensors
 
 from .cache import data_key, encode_cached, encode_labelled, write_whole
-from .datasets import load_classification
+from .datasets import IMAGEFOLDER, MissingData, load_classification
+from .known import TEST
 from .report import new_folder
 from .settings import FeaturesSettings
 
@@ -153,12 +154,15 @@ def _captioned(settings: FeaturesSettings, loaded, device: torch.device) -> tupl
 
 
 def _labelled(settings: FeaturesSettings, loaded, device: torch.device) -> tuple[dict, list[Features]]:
-    """The test part of a classification set: pictures with their labels."""
-    if settings.split or settings.image_root or settings.views or settings.prefix:
-        raise ValueError(
-            f"split, image_root, views and prefix do not go with dataset {settings.dataset}; leave them out"
-        )
-    data = load_classification(settings.dataset, settings.data)
+    """A part of a classification set: pictures with their labels."""
+    inapplicable = [name for name in ("image_root", "views", "prefix") if getattr(settings, name)]
+    inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
+    if inapplicable:
+        raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
+    try:
+        data = load_classification(settings.dataset, settings.data, part=settings.split or TEST)
+    except MissingData as error:
+        raise ValueError(f"dataset: {settings.dataset}: {error}") from None
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     vectors, labels = encode_labelled(settings.cache_folder, loaded, data, **work)
     names = list(data.class_names)

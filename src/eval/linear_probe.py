@@ -7,7 +7,6 @@ part is looked at once. NOTE(parity): features have length 1 here; the paper's h
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 import time
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy
 
 from .cache import encode_labelled
-from .datasets import KNOWN, ClassificationSet, MissingData, load_classification
+from .datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
+from .known import KNOWN, TRAIN, VAL
 from .logistic import Classifier, find_strength, fit, hold_out
 from .report import Report, start_report
 from .settings import LinearProbeSettings
@@ -56,7 +56,8 @@ def run(settings: LinearProbeSettings, loaded, device: torch.device) -> Report:
         try:
             encoded.append(_encode(dataset, settings, loaded, device))
         except MissingData as error:
-            encoded.append({"dataset": dataset, "status": "skipped", "reason": str(error)})
+            hint = "" if settings.split_test else "; or test on a part of the test pictures with --split-test 0.5"
+            encoded.append({"dataset": dataset, "status": "skipped", "reason": f"{error}{hint}"})
         except (ValueError, OSError) as error:
             encoded.append({"dataset": dataset, "status": "failed", "reason": str(error)})
     for found in encoded if rank_and_size()[0] == 0 else ():
@@ -66,23 +67,24 @@ def run(settings: LinearProbeSettings, loaded, device: torch.device) -> Report:
 
 def load_parts(dataset: str, settings: LinearProbeSettings) -> list[ClassificationSet]:
     """The test part of a set, its training part and, if it has one, its validation part; the test part alone for
-    `split_test`. MissingData and ValueError as `load_classification`, and where no training pictures are known."""
+    `split_test`. MissingData and ValueError as `load_classification`, and where there are no training pictures."""
     folder = Path(settings.data)
     if settings.split_test is not None:
         return [load_classification(dataset, folder)]
-    train = Path(settings.train) if settings.train else folder / "train"
-    if settings.train or (train.is_dir() and (folder / "test").is_dir()):
-        test = folder if settings.train else folder / "test"
-        parts = [load_classification(dataset, path) for path in (test, train)]
-        parts[1] = dataclasses.replace(parts[1], split="train")
-    elif dataset in KNOWN:
-        parts = [load_classification(dataset, folder, part=part) for part in KNOWN[dataset].parts]
+    if dataset != IMAGEFOLDER:
+        parts = [load_classification(dataset, folder)]
+        if settings.train:
+            parts.append(load_classification(dataset, settings.train))
+        else:
+            parts += [load_classification(dataset, folder, part=p) for p in (TRAIN, VAL) if p in KNOWN[dataset].parts]
     else:
-        load_classification(dataset, folder)  # says so where it is not there at all
-        raise ValueError(
-            f"data: no training pictures for {dataset}; put class folders into {folder}/train and {folder}/test, "
-            "name a folder of them with --train, or test on a part of what is there with --split-test 0.5"
-        )
+        train, test = settings.train or folder / "train", folder if settings.train else folder / "test"
+        if not (Path(train).is_dir() and test.is_dir()):
+            raise ValueError(
+                f"data: {folder} has no folders train and test; make them, name the folder of training pictures with "
+                "--train, or test on a part of what is there with --split-test 0.5"
+            )
+        parts = [load_classification(dataset, path) for path in (test, train)]
     for part in parts[1:]:
         strange = set(part.class_names) ^ set(parts[0].class_names)
         if list(part.class_names) != list(parts[0].class_names):

@@ -67,6 +67,8 @@ def nearest(
     """
     if queries.shape[-1] != items.shape[-1]:
         raise ValueError(f"queries have {queries.shape[-1]} dimensions and items {items.shape[-1]}; give equal ones")
+    if not len(queries):
+        return torch.zeros(0, min(count, len(items)), dtype=torch.int64), torch.zeros(0, min(count, len(items)))
     rows, columns = chunk
     asked = [exact_features(part.to(device), "queries") for part in queries.split(rows)]
     best = [(part.new_zeros(len(part), 0), part.new_zeros(len(part), 0, dtype=torch.int64)) for part in asked]
@@ -78,8 +80,8 @@ def nearest(
             # Those found before come first, and a stable sort leaves it so: equal ones stay in order.
             scores, order = _descending(torch.cat([old_scores, scores], 1), count)
             best[number] = scores, torch.cat([old_places, places + start], 1).gather(1, order)
-    scores, places = (torch.cat(parts).cpu() for parts in zip(*best)) if best else (torch.zeros(0, 0),) * 2
-    return places.long(), scores
+    scores, places = (torch.cat(parts).cpu() for parts in zip(*best))
+    return places, scores
 
 
 def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -> tuple[Tensor, Tensor]:

@@ -22,14 +22,14 @@ class EvalSettings:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast dtype; features and metrics stay float32 and exact."""
     batch_size: int = 64
-    """Pictures or texts per forward pass; no figure depends on it."""
+    """Pictures that are kept ready for the model, which takes blocks of a fixed size; no figure depends on it."""
     workers: int = 4
     """Threads that decode pictures."""
     logs: str = "logs/eval"
     """Folder in which the evaluation makes its own folder."""
     cache: str | None = None
     """Folder that keeps image features between runs, and over a kill. Default: LOGS/cache for linear-probe and
-    features, none for the others."""
+    features (pictures) and classification (class embeddings), none for retrieval."""
     name: str | None = None
     """Name of that folder; default: time, task and model. A number is added where it exists already."""
 
@@ -80,9 +80,12 @@ class ClassificationSettings(EvalSettings):
     """Zero-shot classification: top-1, top-5 and mean per class."""
 
     dataset: tuple[str, ...] = ("imagefolder",)
-    """imagefolder (a folder per class) or known sets (cifar10 cifar100 food101 ...), one after the other."""
+    """imagefolder (a folder per class) or known sets (cifar10 cifar100 food101 ...), one after the other; all: the
+    eleven known ones."""
     data: str = "data"
     """Folder of class folders; for a known set also the root folder in which torchvision looks for it."""
+    language: Literal["en", "zh"] = "en"
+    """Of ImageNet's names and templates; zh needs the extra clip-benchmark. Other sets: a file for `names`."""
     names: str | None = None
     """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order
     of the sorted folders. Default: names.json in the data folder, else the folders and its own templates."""
@@ -131,7 +134,8 @@ class FeaturesSettings(EvalSettings):
     dataset: str | None = None
     """imagefolder or a known set (cifar10 ..): its pictures with their labels, and no texts."""
     split: str | None = None
-    """Take only entries of this split ("all": every one); needed where the file holds several."""
+    """Take only entries of this split ("all": every one); needed where the file holds several. With a known set: test
+    (default), train or val."""
     image_root: str | None = None
     """Folder of the pictures; default: the data file's folder or its `images` folder."""
     views: tuple[str, ...] | None = None

@@ -64,6 +64,7 @@ OPTIONAL = {
     "nvidia.dali": {"dali.py"},
     "pyarrow": {"sources.py"},
     "wandb": {"log.py"},
+    "faiss": {"search.py"},
     "lmdb": set(),
     "transformers": set(),
 }

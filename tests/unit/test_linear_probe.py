@@ -1,0 +1,409 @@
+"""Logistic regression, its search for a penalty, the feature cache, and the linear probe as a command."""
+
+import inspect
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from color_model import COLORS, ColorModel, loaded, preprocess, save_color
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from ranks import run_ranks
+
+from rwkv_clip.eval import cache, linear_probe, logistic
+from rwkv_clip.eval.known import KNOWN
+from rwkv_clip.eval.linear_probe import Samples, choose_and_fit
+from rwkv_clip.eval.logistic import find_strength, fit, hold_out, strength_at
+from rwkv_clip.eval.main import main
+
+CPU = torch.device("cpu")
+
+
+def blobs(count: int, width: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping classes of unit vectors with a large common part, as real features have."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    centers = torch.randn(classes, width, generator=generator)
+    spread = torch.logspace(0, -2, width)
+    x = 3 + centers[labels] * spread + 2 * spread * torch.randn(count, width, generator=generator)
+    return torch.nn.functional.normalize(x, dim=1), labels
+
+
+# ---- the regression --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, width, classes", [(60, 5, 2), (200, 12, 3), (30, 40, 4), (300, 8, 11)])
+@pytest.mark.parametrize("strength", [1e-3, 1e-1, 1.0, 30.0, 1e5])
+def test_gradient_of_the_objective_is_zero_at_the_solution(count, width, classes, strength):
+    """scikit-learn's objective, written down again, with torch's own gradient: it is convex, so that is the minimum."""
+    features, labels = blobs(count, width, classes)
+    found = fit(features, labels, classes, strength, CPU)
+    weights, bias = found.weights.clone().requires_grad_(), found.bias.clone().requires_grad_()
+    scores = features.double() @ weights.T + bias
+    objective = torch.nn.functional.cross_entropy(scores, labels, reduction="sum") / strength
+    objective = objective + weights.square().sum() / 2
+    (objective * strength / count).backward()
+    assert found.converged and found.iterations < 400
+    assert weights.grad.abs().max() < 1e-6 * max(1, (strength / count) ** 0.5) and bias.grad.abs().max() < 1e-6
+
+
+def test_one_sample_a_class_and_a_class_without_samples():
+    found = fit(torch.eye(3), torch.tensor([0, 1, 3]), 4, 1.0, CPU)
+    assert found.converged and found.ranks(torch.eye(3), torch.tensor([0, 1, 3])).tolist() == [0, 0, 0]
+    assert found.bias[2] < found.bias[0]
+
+
+def test_chunks_change_nothing(monkeypatch):
+    features, labels = blobs(301, 9, 5)
+    whole = fit(features, labels, 5, 0.1, CPU)
+    monkeypatch.setattr(logistic, "_CELLS", 100)
+    monkeypatch.setattr(logistic, "_WHOLE", 0)
+    parts = fit(features, labels, 5, 0.1, CPU)
+    torch.testing.assert_close(parts.weights, whole.weights, rtol=0, atol=1e-5)
+    assert parts.ranks(features, labels).tolist() == whole.ranks(features, labels).tolist()
+
+
+def test_ranks_of_equal_scores_follow_the_order_of_classes():
+    same = logistic.Classifier(torch.zeros(4, 2).double(), torch.tensor([0.0, 1, 1, 1]).double(), 0, 0.0)
+    assert same.ranks(torch.ones(4, 2), torch.arange(4)).tolist() == [3, 0, 1, 2]
+
+
+def test_search_finds_every_peak_of_the_scale():
+    for peak in range(97):
+        asked = []
+
+        def score(strength: float, peak=peak, asked=asked) -> float:
+            asked.append(strength)
+            return -abs(torch.log10(torch.tensor(strength, dtype=torch.float64)).item() - (-6 + peak / 8))
+
+        best, scores = find_strength(score)
+        assert best == strength_at(peak), peak
+        assert asked[:7] == [10.0**e for e in (-6, -4, -2, 0, 2, 4, 6)] and list(scores) == sorted(asked)
+        assert len(asked) <= 15 and len(set(asked)) == len(asked)
+
+
+def test_of_equally_good_penalties_the_strongest_wins():
+    assert find_strength(lambda strength: 1.0)[0] == 1e6
+    assert find_strength(lambda strength: float(strength < 2))[0] == pytest.approx(10**0.25)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.2, 0.5, 0.99])
+def test_held_out_are_a_part_of_every_class(part):
+    labels = torch.tensor([0] * 10 + [1] * 31 + [2] + [3] * 2)[torch.randperm(44)]
+    kept, held = hold_out(labels, part, 0)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(44))
+    counts = torch.bincount(labels[held], minlength=4).tolist()
+    assert counts == [min(max(1, round(part * n)), n - 1) for n in (10, 31, 1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip((kept, held), hold_out(labels, part, 0)))
+    assert part != 0.5 or not torch.equal(held, hold_out(labels, part, 1)[1])
+
+
+def test_penalty_comes_from_the_validation_part_and_weights_from_all():
+    names = list("abc")
+    train, validation = Samples(*blobs(90, 10, 3, 1)), Samples(*blobs(40, 10, 3, 2))
+    found, probe = choose_and_fit(train, validation, names, "top1", CPU)
+    by_hand = {}
+    for entry in probe["tried"]:
+        trial = fit(train.features, train.labels, 3, entry["strength"], CPU)
+        by_hand[entry["strength"]] = (trial.ranks(validation.features, validation.labels) < 1).double().mean().item()
+        assert entry["validation"] == pytest.approx(by_hand[entry["strength"]])
+    assert probe["strength"] == max(by_hand, key=lambda s: (by_hand[s], s))
+    both = train + validation
+    assert torch.equal(found.weights, fit(both.features, both.labels, 3, probe["strength"], CPU).weights)
+    assert (probe["train_samples"], probe["validation_samples"]) == (130, 40)
+    # Without an official part it is drawn from the training pictures; the weights come from all of these.
+    found, probe = choose_and_fit(train, None, names, "top1", CPU, part=0.3)
+    assert probe["validation_samples"] == sum(round(0.3 * n) for n in torch.bincount(train.labels).tolist())
+    assert torch.equal(found.weights, fit(train.features, train.labels, 3, probe["strength"], CPU).weights)
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+COUNT = 50
+
+
+def pictures(opened: list[int] | None = None):
+    def open_one(index: int) -> Image.Image:
+        if opened is not None:
+            opened.append(index)
+        return Image.new("RGB", (8, 8), (5 * index, 250 - 4 * index, index))
+
+    return open_one
+
+
+def encode(root, open_one=None, count=COUNT, batch_size=64, workers=0, key="set", **more):
+    data = {"set": key}
+    work = {"device": CPU, "batch_size": batch_size, "workers": workers}
+    return cache.encode_cached(root, loaded(), data, open_one or pictures(), count, **work, **more)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 16)
+
+
+def test_a_cache_changes_no_bit_and_is_read_instead(small_chunks, tmp_path):
+    plain, opened = encode(None), []
+    assert torch.equal(encode(tmp_path, pictures(opened), batch_size=7, workers=2), plain)
+    assert sorted(opened) == list(range(COUNT))
+    assert torch.equal(encode(tmp_path, pictures(opened)), plain) and len(opened) == COUNT
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 4 and not list(tmp_path.glob("*/*.part"))
+    assert encode(tmp_path, count=0, key="nothing").shape[0] == 0
+
+
+def _die(root: str, at: int) -> None:
+    show = pictures()
+
+    def open_one(index: int) -> Image.Image:
+        if index == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return show(index)
+
+    cache.CHUNK = 16
+    encode(root, open_one)
+
+
+@pytest.mark.parametrize("at", [0, 20, 49])
+def test_a_killed_extraction_goes_on(small_chunks, tmp_path, at):
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(str(tmp_path), at))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    opened = []
+    assert torch.equal(encode(tmp_path, pictures(opened)), encode(None))
+    assert sorted(opened) == list(range(at // 16 * 16, COUNT))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "flip a label", "empty", "other file", "no checksum"])
+def test_a_damaged_chunk_is_made_again(small_chunks, tmp_path, damage):
+    encode(tmp_path, labels=torch.arange(COUNT))
+    path, other = sorted(tmp_path.glob("*/*.safetensors"))[1:3]
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:-5]
+    elif damage.startswith("flip"):
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        content[start + header["labels" if "label" in damage else "features"]["data_offsets"][0]] ^= 1
+    elif damage == "other file":
+        content = other.read_bytes()
+    elif damage == "no checksum":
+        content = b"".join(cache.encode_tensors({"features": torch.zeros(16, 3), "labels": torch.zeros(16).long()}))
+    path.write_bytes(content if damage != "empty" else b"")
+    opened, labels = [], torch.full((COUNT,), -1)
+
+    def open_one(index: int) -> Image.Image:
+        labels[index] = index
+        return pictures(opened)(index)
+
+    assert torch.equal(encode(tmp_path, open_one, labels=labels), encode(None))
+    assert sorted(opened) == list(range(16, 32)) and labels.tolist() == list(range(COUNT))
+
+
+def test_keys_tell_models_transforms_and_precisions_apart():
+    first = cache.model_key(loaded())
+    assert first == cache.model_key(loaded(ColorModel().train()))
+    other = ColorModel()
+    with torch.no_grad():
+        other.table[3, 1] += 1e-3
+    changed = [loaded(other), loaded(), loaded(), loaded()]
+    changed[1].digest = "1" * 64
+    changed[2].precision = "bf16"
+    changed[3].preprocess = lambda picture: preprocess(picture.resize((150, 150)))
+    for model in changed:
+        assert cache.model_key(model) != first
+
+
+def test_keys_tell_sets_apart(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"x")
+    first = cache.data_key("set", "test", 5, pictures(), [file])
+    assert first == cache.data_key("set", "test", 5, pictures(), [file])
+    other = [("tes", "test", 5, pictures()), ("set", "val", 5, pictures()), ("set", "test", 6, pictures())]
+    other += [("set", "test", 5, lambda i: pictures()(i + (i == 4)))]
+    keys = [cache.data_key(*arguments, [file]) for arguments in other]
+    keys += [cache.data_key("set", "test", 5, pictures(), names) for names in ([], ["b"])]
+    os.utime(file, ns=(1, 1))
+    keys += [cache.data_key("set", "test", 5, pictures(), [file])]
+    assert first not in keys and len({json.dumps(key) for key in keys}) == len(keys)
+
+
+def _probe_on_ranks(folder: str, name: str) -> None:
+    sys.modules["rwkv_clip.model"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
+    cache.CHUNK = 16
+    os.environ["OMP_NUM_THREADS"] = "1"
+    places = ["--data", f"{folder}/set", "--logs", f"{folder}/{name}", "--device", "cpu", "--name", "run"]
+    if main(["linear-probe", "--checkpoint", "run", "--dataset", "imagefolder", *places]):
+        raise AssertionError("the command failed")
+
+
+def test_ranks_make_the_same_cache_and_the_same_hits(tmp_path):
+    save_shades(tmp_path / "set")
+    run_ranks(1, tmp_path, _probe_on_ranks, str(tmp_path), "one")
+    run_ranks(2, tmp_path, _probe_on_ranks, str(tmp_path), "two")
+    one, two = (json.loads((tmp_path / n / "run" / "result.json").read_text())["results"] for n in ("one", "two"))
+    for key in ("metrics", "probe"):
+        assert one[0][key] == two[0][key]
+    files = [sorted((tmp_path / name / "cache").rglob("*.safetensors")) for name in ("one", "two")]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]]
+    assert len(files[0]) > 3 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(monkeypatch):
+    found = loaded()
+    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    return found
+
+
+def save_shades(folder: Path, each: int = 8) -> None:
+    """train and test, each with a class for every color, in `each` shades."""
+    for shade in range(2 * each):
+        for name, color in COLORS.items():
+            path = folder / ("train" if shade % 2 else "test") / name / f"{shade}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), tuple(min(255, c + 3 * shade) for c in color)).save(path)
+
+
+def probe(folder, *more) -> int:
+    return main(["linear-probe", "--checkpoint", "run", "--logs", str(folder / "logs"), "--device", "cpu", *more])
+
+
+def results(folder) -> list[dict]:
+    (path,) = folder.glob("logs/*/result.json")
+    return json.loads(path.read_text())["results"]
+
+
+def test_command_writes_result_and_table(tmp_path, model, capsys):
+    save_shades(tmp_path)
+    assert probe(tmp_path, "--data", str(tmp_path)) == 0
+    (entry,) = results(tmp_path)
+    assert entry["metrics"]["hits1"] == entry["metrics"]["samples"] == 8 * len(COLORS)
+    assert entry["probe"]["train_samples"] == 8 * len(COLORS) and len(entry["probe"]["tried"]) <= 15
+    out = capsys.readouterr().out
+    assert "penalty" in out and "100.0" in out and "zero-shot" not in out
+    # A second run reads the features: the model is not asked again.
+    calls = len(model.model.calls)
+    assert probe(tmp_path, "--data", str(tmp_path), "--strength", "1", "--name", "again") == 0
+    assert len(model.model.calls) == calls
+
+
+def test_labels_that_say_nothing_are_not_learned_from_the_test_part(tmp_path, model):
+    """Test pictures with the labels moved on by one: a probe that saw them would be right."""
+    save_shades(tmp_path)
+    names = list(COLORS)
+    (tmp_path / "test" / names[-1]).rename(tmp_path / "test" / "moved")
+    for place in range(len(names) - 1, 0, -1):
+        (tmp_path / "test" / names[place - 1]).rename(tmp_path / "test" / names[place])
+    (tmp_path / "test" / "moved").rename(tmp_path / "test" / names[0])
+    assert probe(tmp_path, "--data", str(tmp_path)) == 0
+    assert results(tmp_path)[0]["metrics"]["hits1"] == 0
+
+
+def test_part_of_the_test_pictures_stands_in_where_asked(tmp_path, model):
+    save_shades(tmp_path)
+    assert probe(tmp_path, "--data", str(tmp_path / "test"), "--split-test", "0.25") == 0
+    (entry,) = results(tmp_path)
+    assert (entry["probe"]["train_samples"], entry["metrics"]["samples"]) == (6 * len(COLORS), 2 * len(COLORS))
+    assert entry["split"] == "0.25 of -" and "no published protocol" in entry["note"]
+
+
+def test_a_missing_set_is_skipped_and_the_rest_runs(tmp_path, model, capsys):
+    save_shades(tmp_path)
+    assert probe(tmp_path, "--data", str(tmp_path), "--dataset", "food101", "imagefolder", "imagenet") == 0
+    assert [entry["status"] for entry in results(tmp_path)] == ["skipped", "done", "skipped"]
+    assert "food-101.tar.gz" in capsys.readouterr().err
+
+
+def _single(folder: Path) -> list[str]:
+    """One training picture a class: none can be held out."""
+    save_shades(folder, each=1)
+    return ["--data", str(folder)]
+
+
+def _other_classes(folder: Path) -> list[str]:
+    save_shades(folder)
+    save_color(folder / "train" / "brown" / "0.png", "red")
+    return ["--data", str(folder)]
+
+
+def _no_training(folder: Path) -> list[str]:
+    save_shades(folder)
+    return ["--data", str(folder / "test")]
+
+
+def _broken_picture(folder: Path) -> list[str]:
+    save_shades(folder)
+    (folder / "train" / "red" / "1.png").write_bytes(b"no picture")
+    return ["--data", str(folder)]
+
+
+SET_MISTAKES = [
+    (_single, "give --strength"),
+    (_other_classes, "'brown' is in one only"),
+    (_no_training, "--split-test 0.5"),
+    (_broken_picture, "red/1.png"),
+]
+
+
+@pytest.mark.parametrize("make, message", SET_MISTAKES, ids=[make.__name__ for make, _ in SET_MISTAKES])
+def test_mistakes_in_a_set_are_named(tmp_path, model, capsys, make, message):
+    assert probe(tmp_path, *make(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and results(tmp_path)[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--hold-out", "0"], "hold_out: 0"),
+        (["--split-test", "1"], "split_test: 1"),
+        (["--split-test", "0.5", "--train", "x"], "leave one of them out"),
+        (["--strength", "-1"], "strength: -1"),
+        (["--strength", "nan"], "strength: nan"),
+    ],
+)
+def test_mistakes_in_settings_are_one_line(tmp_path, model, capsys, more, message):
+    assert probe(tmp_path, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("dataset", [name for name, known in KNOWN.items() if known.loader])
+def test_every_set_has_the_parts_of_torchvision(dataset, monkeypatch, tmp_path):
+    """Its loaders take our arguments and have splits of these names; no part is the test part again."""
+    import torchvision
+
+    loader = getattr(torchvision.datasets, KNOWN[dataset].loader)
+    source, wanted = inspect.getsource(loader), dict(KNOWN[dataset].parts)
+    for arguments in wanted.values():
+        inspect.signature(loader).bind(root="x", **arguments)
+        assert "split" not in arguments or f'"{arguments["split"]}"' in source
+    assert len({json.dumps(arguments) for arguments in wanted.values()}) == len(wanted) or dataset == "caltech101"
+    asked = []
+
+    class Stand:
+        classes = categories = ("a", "b")
+
+        def __init__(self, root, **arguments):
+            asked.append(arguments)
+
+        def __len__(self):
+            return 8677
+
+    monkeypatch.setattr(torchvision.datasets, loader.__name__, Stand)
+    settings = linear_probe.LinearProbeSettings(checkpoint="x", data=str(tmp_path))
+    parts = linear_probe.load_parts(dataset, settings)
+    assert asked == [wanted[part] for part in ("test", "train", "val") if part in wanted] and len(parts) == len(asked)
+    if dataset == "caltech101":
+        assert [part.count for part in parts] == [5677, 3000]

@@ -1,0 +1,211 @@
+"""Nearest neighbours: exact to the last tie, through faiss, and as a command over exported features."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from color_model import COLORS, loaded, save_color
+
+from rwkv_clip.eval import search
+from rwkv_clip.eval.main import main
+from rwkv_clip.eval.search import nearest, nearest_by_faiss
+from rwkv_clip.metrics import exact_features, nearest_items, target_ranks
+
+
+def unit(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)))
+
+
+def in_python(queries: torch.Tensor, items: torch.Tensor, count: int) -> list[list[int]]:
+    """All pairs, sorted by (similarity, place) in Python: the specification."""
+    rows = (exact_features(queries) @ exact_features(items).T).tolist()
+    return [sorted(range(len(items)), key=lambda place, row=row: (-row[place], place))[:count] for row in rows]
+
+
+@pytest.mark.parametrize("chunk", [(1, 1), (3, 7), (5, 64), (256, 8192)])
+@pytest.mark.parametrize("count", [1, 5, 23, 200])
+@pytest.mark.parametrize("distinct", [1, 4, 61])
+def test_the_nearest_are_those_of_a_full_sort(chunk, count, distinct):
+    """61 items, few of them different: most of an answer is a question of ties."""
+    items = unit(distinct, 5)[torch.randint(distinct, (61,), generator=torch.Generator().manual_seed(count))]
+    queries = torch.cat([unit(6, 5, seed=1), items[:3]])
+    places, scores = nearest(queries, items, count, chunk=chunk)
+    assert places.tolist() == in_python(queries, items, count)
+    similarity = exact_features(queries) @ exact_features(items).T
+    assert torch.equal(scores, similarity.gather(1, places))
+
+
+def test_the_whole_matrix_never_exists(monkeypatch):
+    sizes, best_of = [], search._best_of
+    monkeypatch.setattr(search, "_best_of", lambda s, count: sizes.append(tuple(s.shape)) or best_of(s, count))
+    items, queries = unit(3000, 8), unit(200, 8, seed=1)
+    places, _ = nearest(queries, items, 10, chunk=(64, 500))
+    assert max(rows for rows, _ in sizes) == 64 and max(columns for _, columns in sizes) == 500
+    assert torch.equal(places, nearest_items(queries, items, 10))
+
+
+def test_an_item_stands_where_recall_ranks_it():
+    items, queries = unit(40, 4)[torch.arange(80) % 40], unit(30, 4, seed=1)
+    places, _ = nearest(queries, items, 80, chunk=(7, 11))
+    targets = torch.arange(30) * 2
+    assert torch.equal(target_ranks(queries, items, targets), (places == targets[:, None]).int().argmax(1))
+
+
+def test_nothing_to_search():
+    assert nearest(unit(3, 4), unit(3, 4)[:0], 5)[0].shape == (3, 0)
+    assert nearest(unit(3, 4)[:0], unit(3, 4), 5)[0].numel() == 0
+    with pytest.raises(ValueError, match="4 dimensions and items 5"):
+        nearest(unit(3, 4), unit(3, 5), 1)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,Flat"])
+def test_faiss_finds_the_same(factory):
+    pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    items, queries = unit(400, 16), unit(20, 16, seed=1)
+    exact, scores = nearest(queries, items, 5)
+    places, similarities = nearest_by_faiss(queries, items, 5, factory)
+    if factory == "Flat":
+        assert torch.equal(places, exact)
+        torch.testing.assert_close(similarities.double(), scores, rtol=0, atol=1e-6)
+    assert (places[:, :1] == exact).any(1).float().mean() > 0.3  # an approximate index misses some
+
+
+@pytest.mark.parametrize("factory", ["Nonsense", "IVF900,Flat"])
+def test_faiss_says_what_is_wrong(factory):
+    pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    with pytest.raises(ValueError, match=f"index: faiss cannot make '{factory}' of 400 items .*; try Flat"):
+        nearest_by_faiss(unit(3, 4), unit(400, 4), 5, factory)
+
+
+def test_without_faiss_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match=r"pip install -e .\[faiss\]"):
+        nearest_by_faiss(unit(3, 4), unit(9, 4), 5, "Flat")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(monkeypatch):
+    found = loaded()
+    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    """Features of a picture of every color with a caption each."""
+    for color in COLORS:
+        save_color(tmp_path / f"{color}.png", color)
+    rows = [{"image": f"{c}.png", "caption": c} for c in COLORS]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--data", str(tmp_path / "set.jsonl"), "--logs", str(tmp_path), "--name", "out", "--device", "cpu"]
+    assert main(["features", "--checkpoint", "run", *arguments]) == 0
+    return tmp_path / "out"
+
+
+def find(folder, *more) -> int:
+    return main(["search", "--features", str(folder), "--device", "cpu", *more])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("index", ["exact", "Flat"])
+def test_command_searches_both_ways(folder, capsys, index):
+    if index != "exact":
+        pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    capsys.readouterr()
+    assert find(folder, "--k", "3", "--index", index) == 0
+    texts, images = lines(folder / "search" / "text_to_image.jsonl"), lines(folder / "search" / "image_to_text.jsonl")
+    names = list(COLORS)
+    assert [row["text_id"] for row in texts] == list(range(7)) and [row["image_ids"][0] for row in texts] == [
+        f"{name}.png" for name in names
+    ]
+    assert [row["image_id"] for row in images] == [f"{name}.png" for name in names]
+    assert [row["text_ids"][0] for row in images] == list(range(7))
+    for row in (*texts, *images):
+        assert len(row["scores"]) == 3 and row["scores"] == sorted(row["scores"], reverse=True)
+    assert capsys.readouterr().out.count("results: ") == 2
+    # Again: another folder.
+    assert find(folder, "--direction", "text_to_image", "--index", index) == 0
+    (path,) = (folder / "search-2").iterdir()
+    assert path.name == "text_to_image.jsonl" and len(lines(path)[0]["image_ids"]) == 7
+
+
+def test_own_texts_and_pictures(folder, capsys):
+    assert find(folder, "--query", "something teal", "red", "--k", "2") == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if ".png" in line]
+    first = [(row[1].strip(), row[4].strip()) for row in rows if row[2].strip() == "1"]
+    assert first == [("something teal", "teal.png"), ("red", "red.png")] and len(rows) == 4
+    assert find(folder, "--picture", str(folder.parent / "blue.png"), "--k", "1") == 0
+    assert "blue " in capsys.readouterr().out.splitlines()[-1].split("|")[5]
+    assert not (folder / "search").exists()
+
+
+def test_the_prefix_of_the_features_is_that_of_queries(folder, model, monkeypatch):
+    about = json.loads((folder / "about.json").read_text()) | {"prefix": "a photo of "}
+    (folder / "about.json").write_text(json.dumps(about))
+    asked, read = [], model.tokenizer
+    model.tokenizer = lambda texts: asked.extend(texts) or read(texts)
+    assert find(folder, "--query", "red") == 0 and find(folder, "--query", "red", "--prefix", "") == 0
+    assert asked == ["a photo of red", "red"]
+
+
+def _other_model(folder, model):
+    model.digest = "1" * 64
+    return ["--query", "red"]
+
+
+def _unfinished(folder, model):
+    (folder / "about.json").unlink()
+    return []
+
+
+def _no_texts(folder, model):
+    for path in folder.glob("texts*"):
+        path.unlink()
+    return []
+
+
+def _one_way_without_texts(folder, model):
+    _no_texts(folder, model)
+    return ["--direction", "image_to_text"]
+
+
+def _unknown_origin(folder, model):
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "a.img_feat.jsonl").write_text('{"image_id": 1, "feature": [1, 0, 0]}\n')
+    return ["--query", "red"]
+
+
+def _other_schema(folder, model):
+    (folder / "about.json").write_text('{"schema": 99}')
+    return []
+
+
+MISTAKES = [
+    (_other_model, "is not what made"),
+    (_unfinished, "holds no about.json, so it is not finished"),
+    (_no_texts, "holds no pair of images and texts"),
+    (_one_way_without_texts, "holds no texts, which image_to_text needs"),
+    (_unknown_origin, "name the model's checkpoint"),
+    (_other_schema, "is not of schema 1"),
+    (lambda folder, model: ["--k", "0"], "k: 0"),
+    (lambda folder, model: ["--features", str(folder / "none")], "no such folder"),
+    (lambda folder, model: ["--picture", str(folder / "none.png")], "none.png"),
+]
+
+
+@pytest.mark.parametrize("make, message", MISTAKES, ids=[message.split()[0] for _, message in MISTAKES])
+def test_mistakes_are_one_line(folder, model, capsys, make, message):
+    assert find(folder, *make(folder, model)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (folder / "search").exists()
