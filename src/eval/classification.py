@@ -1,19 +1,27 @@
-"""Zero-shot classification: a picture belongs to the class whose prompts it is most similar to."""
+"""Zero-shot classification: a picture belongs to the class whose prompts it is most similar to.
+
+Ranks share the pictures and the prompts; all of them get all features, so counts are those of one process. The class
+embeddings of a checkpoint are kept in the cache folder: ImageNet's 80,000 prompts are encoded once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST
-from rwkv_clip.features import encode_images, encode_texts
+from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
+from rwkv_clip.features import encode_images, encode_texts, raise_together
 from rwkv_clip.metrics import accuracy, target_ranks
+from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
+from .cache import model_key, write_whole
 from .confusion import worst_classes
-from .datasets import ClassificationSet, MissingData, load_classification
+from .datasets import KNOWN, ClassificationSet, MissingData, load_classification
 from .legacy import legacy_classification
 from .report import Report, start_report
 from .settings import ClassificationSettings
@@ -47,14 +55,17 @@ def evaluate_classification(
     autocast: torch.dtype | None = None,
     workers: int = 4,
     progress: bool = False,
+    weights: Tensor | None = None,
     inspect: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, object]:
-    """Metrics of `metrics.accuracy`. Similarities are floats; equal ones rank in class order.
+    """Metrics of `metrics.accuracy`, on every rank. Similarities are floats; equal ones rank in class order.
 
+    weights: what `class_weights` gave before; default: encoded now.
     inspect(features, class weights, labels) sees what the metrics are made from.
     """
     encoding = {"device": device, "batch_size": batch_size, "autocast": autocast, "progress": progress}
-    weights = class_weights(model, tokenizer, data.class_names, data.templates, **encoding)
+    if weights is None:
+        weights = class_weights(model, tokenizer, data.class_names, data.templates, **encoding)
     labels = torch.full((data.count,), -1, dtype=torch.int64)
 
     def open_one(index: int):
@@ -62,15 +73,53 @@ def evaluate_classification(
         return picture
 
     features = encode_images(model, open_one, data.count, preprocess, workers=workers, **encoding)
+    labels = max_over_ranks(labels.to(device)).cpu()  # each rank knows those of the pictures that it opened
     if inspect is not None:
         inspect(features, weights, labels)
     return accuracy(target_ranks(features, weights, labels), labels, data.class_names)
 
 
+def cached_class_weights(folder: Path, loaded, data: ClassificationSet, **encoding) -> Tensor:
+    """`class_weights` of a set, kept in `folder` for the same weights, tokens, precision and device.
+
+    All ranks call it. One that finds nothing (a disk of its own) needs the others to compute.
+    """
+    tokens = loaded.tokenizer(
+        [template.replace("{}", name) for name in data.class_names for template in data.templates]
+    )
+    device = torch.device(encoding["device"])
+    known = f"{len(data.class_names)} {tuple(tokens.shape)} {device.type} {sorted(model_key(loaded).items())}".encode()
+    key = hashlib.sha256(known + tokens.numpy().tobytes()).hexdigest()
+    path = folder / "classes" / f"{key[:32]}.safetensors"
+    found = _read_weights(path, len(data.class_names))
+    if not max_over_ranks(torch.tensor(float(found is None), device=device)):
+        return found
+    weights = class_weights(loaded.model, loaded.tokenizer, data.class_names, data.templates, **encoding)
+    if rank_and_size()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, encode_tensors({"weights": weights, "sha256": _digest(weights)}))
+    return weights
+
+
+def _read_weights(path: Path, classes: int) -> Tensor | None:
+    """None where the file is not there, or is not as it was written."""
+    try:
+        tensors = read_tensors(path) if path.is_file() else {}
+        weights = tensors["weights"]
+        return weights if len(weights) == classes and torch.equal(tensors["sha256"], _digest(weights)) else None
+    except (CheckpointError, KeyError):
+        return None
+
+
+def _digest(weights: Tensor) -> Tensor:
+    digest = hashlib.sha256(weights.contiguous().numpy().tobytes()).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
 def run(settings: ClassificationSettings, loaded, device: torch.device) -> Report:
     """Evaluate every set asked for. One that is missing is reported as skipped, one that fails as failed."""
     report = start_report("classification", settings, loaded, device)
-    for dataset in settings.dataset:
+    for dataset in KNOWN if settings.dataset == ("all",) else settings.dataset:
         try:
             report.add(_evaluate(dataset, settings, loaded, device))
         except MissingData as error:
@@ -82,7 +131,7 @@ def run(settings: ClassificationSettings, loaded, device: torch.device) -> Repor
 
 def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: torch.device) -> dict:
     started = time.monotonic()
-    data = load_classification(dataset, settings.data, settings.names)
+    data = _load(dataset, settings, device)
     details: dict = {}
 
     def inspect(features: Tensor, weights: Tensor, labels: Tensor) -> None:
@@ -90,17 +139,18 @@ def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: to
         if settings.legacy:
             details["legacy"] = legacy_classification(features, weights, labels, data.name, len(data.class_names))
 
+    encoding = {"device": device, "batch_size": settings.batch_size, "autocast": AUTOCAST[loaded.precision]}
+    encoding |= {"progress": True}
+    weights = cached_class_weights(settings.cache_folder, loaded, data, **encoding)
     metrics = evaluate_classification(
         loaded.model,
         data,
         loaded.preprocess,
         loaded.tokenizer,
-        device=device,
-        batch_size=settings.batch_size,
-        autocast=AUTOCAST[loaded.precision],
         workers=settings.workers,
-        progress=True,
+        weights=weights,
         inspect=inspect,
+        **encoding,
     )
     return {
         "dataset": data.name,
@@ -115,3 +165,14 @@ def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: to
         "note": data.note,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _load(dataset: str, settings: ClassificationSettings, device: torch.device) -> ClassificationSet:
+    """The set on every rank, or an error on all of them: a rank may have a disk of its own."""
+    data, problem = None, None
+    try:
+        data = load_classification(dataset, settings.data, settings.names, language=settings.language)
+    except (MissingData, ValueError, OSError) as error:
+        problem = error
+    raise_together(problem, 0, device)
+    return data

@@ -202,7 +202,7 @@ def _encode(
         problem = error
     finally:
         torch.set_num_threads(threads)
-    _raise_together(problem, taken, device)
+    raise_together(problem, taken, device)
     return _gather_blocks(features, count, size, device)
 
 
@@ -221,8 +221,12 @@ def _gather_blocks(features: list[Tensor], count: int, size: int, device: torch.
     return gather(own).view(world, most, size, width).transpose(0, 1).reshape(-1, width)[:count].cpu()
 
 
-def _raise_together(problem: Exception | None, at: int, device: torch.device) -> None:
-    """Raise the problem of the first block that has one, on all ranks: one that goes on alone would wait forever."""
+def raise_together(problem: Exception | None, at: int, device: torch.device) -> None:
+    """An error of any rank is one on all: who goes on alone would wait forever for the others.
+
+    at: how far this rank came; the error of the first block is raised, as a ValueError where it is another rank's. One
+    that is neither a ValueError nor an OSError is raised by its own rank as it is.
+    """
     rank, world = rank_and_size()
     if world == 1:
         if problem:
@@ -234,7 +238,9 @@ def _raise_together(problem: Exception | None, at: int, device: torch.device) ->
         note[0], note[1 : 1 + len(text)] = at * world + rank, text
     notes = [note for note in gather(note.to(device)).view(world, -1).cpu() if note[0] >= 0]
     if notes:
-        first = min(notes, key=lambda note: int(note[0]))[1:]
+        where, first = min((int(note[0]), note[1:]) for note in notes)
+        if problem and (where == at * world + rank or not isinstance(problem, (ValueError, OSError))):
+            raise problem
         raise ValueError(bytes(first[first >= 0].tolist()).decode(errors="replace")) from problem
 
 

@@ -48,7 +48,7 @@ def classify(folder, *more) -> int:
 
 
 def only_result(folder) -> tuple:
-    (path,) = (folder / "logs").iterdir()
+    (path,) = (path for path in (folder / "logs").iterdir() if path.name != "cache")
     return path, json.loads((path / "result.json").read_text())
 
 
