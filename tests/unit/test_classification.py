@@ -1,17 +1,22 @@
 """Zero-shot classification: class weights, sets and their errors, with a model whose answers are known."""
 
+import importlib.util
+import io
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from PIL import Image
 
-from rwkv_clip.eval import prompts
-from rwkv_clip.eval.classification import class_weights, evaluate_classification
+from rwkv_clip.eval import datasets, prompts
+from rwkv_clip.eval.classification import cached_class_weights, class_weights, evaluate_classification
 from rwkv_clip.eval.datasets import KNOWN, MissingData, load_classification
+from rwkv_clip.recordio import Header, RecordWriter, pack
 
 
 @pytest.fixture
@@ -193,11 +198,156 @@ def test_a_names_file_for_a_torchvision_set_may_reorder_and_add_classes(monkeypa
         load_classification("caltech101", tmp_path, language="zh")
 
 
+def save_sun397(root, listed: bool) -> None:
+    """Three classes, two of them one folder deeper; the second picture of each class is in the test part."""
+    classes = ["/a/abbey", "/a/apartment_building/outdoor", "/z/zoo"]
+    (root / "SUN397").mkdir(parents=True)
+    (root / "SUN397" / "ClassName.txt").write_text("".join(f"{name}\n" for name in classes))
+    names = [f"{name}/sun_{letter}.jpg" for name in classes for letter in "abc"]
+    for number, name in enumerate(names):
+        save_color(root / "SUN397" / name.strip("/"), list(COLORS)[number // 3])
+    if listed:
+        (root / "SUN397" / "Testing_01.txt").write_text("".join(f"{name}\n" for name in names[1::3]))
+
+
+def test_sun397_takes_the_official_partition(tmp_path):
+    save_sun397(tmp_path, listed=True)
+    data = load_classification("sun397", tmp_path)
+    assert data.class_names == ["abbey", "apartment building outdoor", "zoo"] and len(data.templates) == 2
+    assert (data.split, data.note, data.count) == ("partition 1, test", "", 3)
+    assert [data.read(i)[1] for i in range(3)] == [0, 1, 2]
+    assert data.read(1)[0].getpixel((0, 0)) == pytest.approx(COLORS["green"], abs=4)
+    (tmp_path / "SUN397" / "Testing_01.txt").write_text("/k/kasbah/sun_a.jpg\n")
+    with pytest.raises(ValueError, match=r"/k/kasbah/sun_a.jpg is in no class of ClassName\.txt"):
+        load_classification("sun397", tmp_path)
+
+
+def test_sun397_without_its_lists_has_a_split_of_its_own_and_says_so(tmp_path, monkeypatch):
+    save_sun397(tmp_path, listed=False)
+    with pytest.raises(ValueError, match="9 pictures instead of 108754"):
+        load_classification("sun397", tmp_path)
+    for name, value in (("SUN_COUNT", 9), ("SUN_TRAIN", 2), ("SUN_TEST", 4)):
+        monkeypatch.setattr(datasets, name, value)
+    parts = [load_classification("sun397", tmp_path, part=part) for part in ("train", "test")]
+    expected = torch.utils.data.random_split(range(9), [2, 4, 3], generator=torch.Generator().manual_seed(0))
+    for data, places in zip(parts, expected):
+        assert [data.read(i)[1] for i in range(data.count)] == [place // 3 for place in places.indices]
+    assert parts[1].split == "random test part of 4, seed 0" and "not the official partition" in parts[1].note
+
+
+def save_records(path, labels: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with RecordWriter(path) as writer:
+        for key, label in enumerate(labels):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), COLORS["red" if key % 2 else "blue"]).save(picture, "PNG")
+            writer.write(key, pack(Header(0, label, key, 0), picture.getvalue()))
+
+
+@pytest.mark.parametrize("place", ["imagenet/val.rec", "val.rec"])
+def test_imagenet_as_records(tmp_path, place):
+    pytest.importorskip("open_clip")
+    save_records(tmp_path / place, [999.0, 0.0, 1.0])
+    data = load_classification("imagenet", tmp_path)
+    assert [data.read(i)[1] for i in range(data.count)] == [999, 0, 1] and data.class_names[1] == "goldfish"
+    assert data.read(1)[0].getpixel((0, 0)) == COLORS["red"] and data.split == "val" and len(data.templates) == 80
+    assert load_classification("imagenet", tmp_path / place).count == 3
+    with pytest.raises(MissingData):
+        load_classification("imagenet", tmp_path, part="train")
+
+
+@pytest.mark.parametrize("label", [-1.0, 0.5, 1000.0, float("nan"), [3.0, 4.0]])
+def test_a_record_that_is_no_class_is_named(tmp_path, label):
+    pytest.importorskip("open_clip")
+    save_records(tmp_path / "val.rec", [0.0, label])
+    data = load_classification("imagenet", tmp_path)
+    with pytest.raises(ValueError, match=r"val\.rec: record 1: its label is .*from 0 to 999"):
+        data.read(1)
+
+
+def test_class_folders_below_the_root_of_all_sets(tmp_path):
+    for place, colors in (("cifar10/test", "cat"), ("cifar10/train", "dog"), ("cifar100", "apple")):
+        save_color(tmp_path / place / colors / "0.png", "red")
+    assert load_classification("cifar10", tmp_path).path == str(tmp_path / "cifar10" / "test")
+    train = load_classification("cifar10", tmp_path, part="train")
+    assert train.path == str(tmp_path / "cifar10" / "train") and train.read(0)[1] == 5 and train.split == "train"
+    assert load_classification("cifar100", tmp_path).class_names[0] == "apple"
+
+
+def test_chinese_imagenet(tmp_path):
+    pytest.importorskip("clip_benchmark")
+    save_records(tmp_path / "val.rec", [0.0])
+    data = load_classification("imagenet", tmp_path, language="zh")
+    assert list(data.class_names[:2]) == ["丁鲷", "金鱼"] and len(data.class_names) == 1000
+    assert data.templates[0] == "{}的照片。" and len(data.templates) == 80
+    assert all(template.count("{}") == 1 for template in data.templates)
+
+
+def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp_path):
+    """The same bits again without encoding; anything else that they depend on makes new ones; damage is repaired."""
+    data = load_classification("imagefolder", folder)
+    run = loaded()
+
+    def weights(run=run, data=data, **changes):
+        before = len(run.model.calls)
+        found = cached_class_weights(tmp_path / "cache", run, data, **{"device": "cpu"} | changes)
+        return found, len(run.model.calls) > before
+
+    first, encoded = weights()
+    again, encoded_again = weights(batch_size=3)
+    assert torch.equal(first, again) and (encoded, encoded_again) == (True, False)
+    fresh = class_weights(run.model, run.tokenizer, data.class_names, data.templates, device="cpu")
+    assert torch.equal(first, fresh)
+    others = [
+        {"data": replace(data, templates=("{}", "white and {}"))},
+        {"data": replace(data, class_names=data.class_names[::-1])},
+        {"run": SimpleNamespace(**vars(run) | {"digest": "1" * 64})},
+        {"run": SimpleNamespace(**vars(run) | {"precision": "bf16"})},
+        {"run": SimpleNamespace(**vars(run) | {"model": other_model()})},
+    ]
+    assert all(weights(**other)[1] for other in others)
+    assert len(list((tmp_path / "cache" / "classes").iterdir())) == 1 + len(others)
+    for damage in (lambda content: content[:-9], lambda content: content[:-9] + b"x" * 9, lambda content: b""):
+        for path in (tmp_path / "cache" / "classes").iterdir():
+            path.write_bytes(damage(path.read_bytes()))
+        repaired, encoded = weights()
+        assert torch.equal(repaired, first) and encoded and not weights()[1]
+
+
+def other_model() -> ColorModel:
+    """The same file in name, other weights: what open_clip:NAME without a tag is."""
+    model = ColorModel()
+    model.table.data.mul_(0.5)
+    return model
+
+
+def test_names_and_templates_are_those_of_clip_benchmark():
+    """The public list as another package has it, where it has it; the typing slips of two names are left out."""
+    package = importlib.util.find_spec("clip_benchmark")
+    if package is None:
+        pytest.skip("needs clip-benchmark")
+    lists = Path(package.origin).parent / "datasets"
+    templates = json.loads((lists / "en_zeroshot_classification_templates.json").read_text())
+    theirs = {"stanford_cars": "cars", "aircraft": "fgvc_aircraft"}
+    for key, known in KNOWN.items():
+        if known.templates:
+            assert [t.replace("{}", "{c}") for t in known.templates] == templates[theirs.get(key, key)], key
+    names = json.loads((lists / "en_classnames.json").read_text())
+    from torchvision.datasets import Flowers102
+
+    assert [prompts.spoken(name, "flowers") for name in Flowers102.classes] == names["flowers"]
+    said = {" ".join(name.split()) for name in names["caltech101"]}
+    assert set(prompts.SPOKEN["caltech101"].values()) <= said
+
+
 def test_prompt_counts_are_those_of_the_public_list():
-    assert {key: len(row.templates) for key, row in KNOWN.items() if row.loader} == {
-        "cifar10": 18, "cifar100": 18, "food101": 1, "pets": 1, "flowers": 1, "stanford_cars": 8, "dtd": 8,
-        "caltech101": 34, "aircraft": 2,
+    assert {key: len(row.templates) for key, row in KNOWN.items() if row.templates} == {
+        "cifar10": 18, "cifar100": 18, "food101": 1, "pets": 1, "flowers": 1, "sun397": 2, "stanford_cars": 8,
+        "dtd": 8, "caltech101": 34, "aircraft": 2,
     }  # fmt: skip
+    assert len(KNOWN) == 11 and [k for k, row in KNOWN.items() if row.headline == "mean_per_class"] == [
+        "pets", "flowers", "caltech101", "aircraft",
+    ]  # fmt: skip
     assert len(set(prompts.CIFAR100_CLASSES)) == 100
     assert list(prompts.CIFAR100_CLASSES) == sorted(prompts.CIFAR100_CLASSES)
     for row in KNOWN.values():
