@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
-from rwkv_clip.features import encode_images
+from rwkv_clip.features import encode_images, raise_together
 from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
 SCHEMA = 1  # a new number when the same weights give other features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
+T = TypeVar("T")
 _SAMPLES = 16  # pictures that stand for a set
 
 
@@ -47,7 +49,9 @@ def encode_cached(
     lead alone writes. labels: int64 (count,) of -1 that open_one fills in where it is called; the cache fills the rest.
     """
     labels = torch.full((count,), -1) if labels is None else labels
-    folder = _open_folder(root, model_key(loaded) | data) if root is not None else None
+    folder = None
+    if root is not None:
+        folder = on_all_ranks(lambda: _open_folder(root, model_key(loaded) | data), device)
     parts = []
     for start in range(0, count, CHUNK) or [0]:
         stop = min(start + CHUNK, count)
@@ -77,6 +81,17 @@ def encode_cached(
     return torch.cat(parts)
 
 
+def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
+    """make() on every rank, or its error on all of them: a rank may have a disk of its own."""
+    made, problem = None, None
+    try:
+        made = make()
+    except Exception as error:  # whatever it is: nobody goes on alone
+        problem = error
+    raise_together(problem, 0, device)
+    return made
+
+
 def encode_labelled(root: str | Path | None, loaded, data, **work) -> tuple[Tensor, Tensor]:
     """Features and labels (count,) of a `ClassificationSet`; `work` goes to `encode_cached`."""
     labels = torch.full((data.count,), -1, dtype=torch.int64)
@@ -85,7 +100,10 @@ def encode_labelled(root: str | Path | None, loaded, data, **work) -> tuple[Tens
         picture, labels[index] = data.read(index)
         return picture
 
-    key = data_key(data.name, data.split, data.count, lambda index: data.read(index)[0], data.class_names)
+    def make_key() -> dict:
+        return data_key(data.name, data.split, data.count, lambda index: data.read(index)[0], data.class_names)
+
+    key = on_all_ranks(make_key, work["device"])
     return encode_cached(root, loaded, key, open_one, data.count, labels=labels, **work), labels
 
 

@@ -29,7 +29,7 @@ from rwkv_clip.features import encode_texts
 from rwkv_clip.retrieval import caption_tokens, load_retrieval
 from rwkv_clip.tensorfile import encode_tensors, read_tensors
 
-from .cache import data_key, encode_cached, encode_labelled, write_whole
+from .cache import data_key, encode_cached, encode_labelled, on_all_ranks, write_whole
 from .datasets import IMAGEFOLDER, MissingData, load_classification
 from .known import TEST
 from .report import new_folder
@@ -136,10 +136,11 @@ def read_features(folder: Path, kind: str) -> Features | None:
 
 def _captioned(settings: FeaturesSettings, loaded, device: torch.device) -> tuple[dict, list[Features]]:
     """A retrieval set: pictures, and texts with the pictures that they belong to."""
-    data = load_retrieval(settings.data, split=settings.split, image_root=settings.image_root, views=settings.views)
+    source = {"split": settings.split, "image_root": settings.image_root, "views": settings.views}
+    data = on_all_ranks(lambda: load_retrieval(settings.data, **source), device)
     tokens = caption_tokens(data, loaded.tokenizer, settings.prefix)
     names = list(map(str, data.image_names))
-    key = data_key(data.name, data.split, len(names), data.open, names)
+    key = on_all_ranks(lambda: data_key(data.name, data.split, len(names), data.open, names), device)
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     images = encode_cached(settings.cache_folder, loaded, key, data.open, len(names), **work)
     common = {"device": device, "batch_size": settings.batch_size, "autocast": AUTOCAST[loaded.precision]}
@@ -160,7 +161,8 @@ def _labelled(settings: FeaturesSettings, loaded, device: torch.device) -> tuple
     if inapplicable:
         raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
     try:
-        data = load_classification(settings.dataset, settings.data, part=settings.split or TEST)
+        part = settings.split or TEST
+        data = on_all_ranks(lambda: load_classification(settings.dataset, settings.data, part=part), device)
     except MissingData as error:
         raise ValueError(f"dataset: {settings.dataset}: {error}") from None
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy
 
-from .cache import encode_labelled
+from .cache import encode_labelled, on_all_ranks
 from .datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
 from .known import KNOWN, TRAIN, VAL
 from .logistic import Classifier, find_strength, fit, hold_out
@@ -52,7 +52,7 @@ def run(settings: LinearProbeSettings, loaded, device: torch.device) -> Report:
     report = start_report("linear_probe", settings, loaded, device)
     report.rows = probe_rows
     encoded = []
-    for dataset in settings.dataset:
+    for dataset in KNOWN if settings.dataset == ("all",) else settings.dataset:
         try:
             encoded.append(_encode(dataset, settings, loaded, device))
         except MissingData as error:
@@ -72,11 +72,10 @@ def load_parts(dataset: str, settings: LinearProbeSettings) -> list[Classificati
     if settings.split_test is not None:
         return [load_classification(dataset, folder)]
     if dataset != IMAGEFOLDER:
-        parts = [load_classification(dataset, folder)]
         if settings.train:
-            parts.append(load_classification(dataset, settings.train))
-        else:
-            parts += [load_classification(dataset, folder, part=p) for p in (TRAIN, VAL) if p in KNOWN[dataset].parts]
+            raise ValueError(f"train: goes with imagefolder; {dataset} has a training part of its own, leave train out")
+        parts = [load_classification(dataset, folder)]
+        parts += [load_classification(dataset, folder, part=p) for p in (TRAIN, VAL) if p in KNOWN[dataset].parts]
     else:
         train, test = settings.train or folder / "train", folder if settings.train else folder / "test"
         if not (Path(train).is_dir() and test.is_dir()):
@@ -158,7 +157,7 @@ def probe_rows(results: Sequence[dict], model: str) -> list[list[str]]:
 def _encode(dataset: str, settings: LinearProbeSettings, loaded, device: torch.device) -> tuple:
     """The parts of a set with their samples; all ranks call it."""
     started = time.monotonic()
-    parts = load_parts(dataset, settings)
+    parts = on_all_ranks(lambda: load_parts(dataset, settings), device)
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     samples = [Samples(*encode_labelled(settings.cache_folder, loaded, part, **work)) for part in parts]
     return parts, samples, time.monotonic() - started

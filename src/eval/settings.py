@@ -98,12 +98,13 @@ class LinearProbeSettings(EvalSettings):
     """Linear probe: logistic regression on frozen image features, its penalty chosen on held out training pictures."""
 
     dataset: tuple[str, ...] = ("imagefolder",)
-    """imagefolder (a folder per class) or known sets (cifar10 cifar100 food101 ...), one after the other."""
+    """imagefolder (a folder per class) or known sets (cifar10 cifar100 food101 ...), one after the other; all: the
+    eleven known ones."""
     data: str = "data"
     """Root in which torchvision looks for a known set, or a folder with `train` and `test`, each of class folders;
     with `train` or `split_test` class folders themselves."""
     train: str | None = None
-    """Folder of class folders to train on; default: the set's own training part."""
+    """With imagefolder: the folder of class folders to train on; default: DATA/train."""
     hold_out: float = 0.2
     """Part of each class of the training pictures that chooses the penalty; sets with an official validation part
     use that."""

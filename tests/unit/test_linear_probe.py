@@ -256,6 +256,21 @@ def test_ranks_make_the_same_cache_and_the_same_hits(tmp_path):
     assert len(files[0]) > 3 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
 
 
+def _probe_without_data_on_rank_1(folder: str) -> None:
+    sys.modules["rwkv_clip.model"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
+    data = f"{folder}/set" if os.environ["RANK"] == "0" else f"{folder}/nowhere"
+    places = ["--data", data, "--logs", f"{folder}/logs", "--device", "cpu", "--name", "run"]
+    code = main(["linear-probe", "--checkpoint", "run", "--dataset", "imagefolder", *places])
+    assert code == 2 or os.environ["RANK"] == "1"
+
+
+def test_what_one_rank_lacks_ends_all(tmp_path):
+    save_shades(tmp_path / "set")
+    run_ranks(2, tmp_path, _probe_without_data_on_rank_1, str(tmp_path), timeout=60)
+    (entry,) = results(tmp_path)
+    assert entry["status"] == "failed" and "nowhere has no folders train and test" in entry["reason"]
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +363,13 @@ def _broken_picture(folder: Path) -> list[str]:
     return ["--data", str(folder)]
 
 
+def _train_of_a_known_set(folder: Path) -> list[str]:
+    """--train must never make another test part the training part."""
+    return ["--data", str(folder), "--dataset", "cifar10", "--train", str(folder)]
+
+
 SET_MISTAKES = [
+    (_train_of_a_known_set, "train: goes with imagefolder"),
     (_single, "give --strength"),
     (_other_classes, "'brown' is in one only"),
     (_no_training, "--split-test 0.5"),
