@@ -9,11 +9,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from .tables import Table
+from .tables import LEGACY, Table
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all
-LABELLED = 4  # with more bars in a group than that, published ones lose their figures
+LABELLED = 48  # in a panel with more bars than that, published ones lose their figures
 COLUMNS = 16  # of the confusion
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line behind a figure does not strike it out
 DPI = 110
 
 
@@ -42,15 +43,17 @@ def draw_bars(table: Table, path: Path, chance: dict[str, float] | None = None) 
                 name = label if label in labels else None
                 labels.pop(label, None)
                 axes.bar(x, value, 0.92 * width, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=name)
-                if len(bars) <= LABELLED or not published:
-                    axes.text(x, value + 0.8, f"{value:.1f}", ha="center", fontsize=7, rotation=90, va="bottom")
+                if len(bars) * len(groups) <= LABELLED or not published:
+                    text = axes.annotate(f"{value:.1f}", (x, value), (0, 3), textcoords="offset points")
+                    text.set(ha="center", va="bottom", fontsize=7, rotation=90, bbox=_WHITE)
         for group, name in enumerate(groups):
             if chance and name in chance:
                 line = "chance" if group == 0 else None
-                axes.hlines(chance[name], group - 0.45, group + 0.45, "black", linewidth=1, label=line, zorder=3)
+                axes.hlines(chance[name], group - 0.45, group + 0.45, "black", "dashed", linewidth=1, label=line)
         axes.set_xticks(range(len(groups)), [textwrap.fill(name, 14) for name in groups], fontsize=8)
-        axes.set(title=title, ylabel="percent", ylim=(0, 112), xlim=(-0.6, len(groups) - 0.4))
-        axes.set_yticks(range(0, 101, 20))
+        highest = max((value for *_, figures in bars for value in figures if value is not None), default=100)
+        axes.set(title=title, ylabel="percent", ylim=(0, max(5, 1.18 * highest)), xlim=(-0.6, len(groups) - 0.4))
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= min(100, 1.18 * highest)])
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.grid(alpha=0.25)
         axes.set_axisbelow(True)
@@ -79,7 +82,7 @@ def draw_confusion(worst: Sequence[dict], dataset: str, path: Path) -> None:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for row, values in enumerate(shares):
         for column, value in enumerate(values):
-            if value >= 0.5:
+            if value > 0.5:
                 color = "white" if value > 55 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
         if rows[row] in columns:
@@ -88,8 +91,8 @@ def draw_confusion(worst: Sequence[dict], dataset: str, path: Path) -> None:
     axes.set_xticks(range(len(heads)), [_short(head) for head in heads], rotation=40, ha="right", fontsize=8)
     labels = [f"{_short(entry['name'])} ({entry['samples']})" for entry in worst]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set_title(f"{dataset}: the {len(rows)} worst classes, percent of each (pictures)", fontsize=10, loc="left")
-    axes.set(xlabel="taken for (orange: right)", ylabel="is")
+    axes.set_title(f"{_short(dataset)}: the {len(rows)} classes most often wrong", fontsize=10, loc="left")
+    axes.set(xlabel="taken for, percent of the class (framed: right)", ylabel="class (pictures)")
     axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=DPI)
 
@@ -123,13 +126,13 @@ def _colors(panels) -> dict[str, tuple[str, str]]:
     """Color and hatch of each label: published rows in greys, a model and its legacy row in one color."""
     bars = {label: published for _, _, bars in panels for label, published, _ in bars}
     theirs = [label for label, published in bars.items() if published]
-    ours = list(dict.fromkeys(label.removesuffix(" (legacy)") for label, published in bars.items() if not published))
+    ours = list(dict.fromkeys(label.removesuffix(LEGACY) for label, published in bars.items() if not published))
     greys = {label: str(round(0.82 - 0.45 * i / max(1, len(theirs) - 1), 2)) for i, label in enumerate(theirs)}
     found = {label: (grey, "") for label, grey in greys.items()}
     for label, published in bars.items():
         if not published:
-            color = COLORS[ours.index(label.removesuffix(" (legacy)")) % len(COLORS)]
-            found[label] = (color, "///" if label.endswith(" (legacy)") else "")
+            color = COLORS[ours.index(label.removesuffix(LEGACY)) % len(COLORS)]
+            found[label] = (color, "///" if label.endswith(LEGACY) else "")
     return found
 
 

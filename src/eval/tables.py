@@ -16,6 +16,7 @@ from .published import RECALLS, not_at_hand, published_rows, published_samples
 
 PUBLISHED_MODEL = published_rows()[-1].model
 NOTHING = "-"
+LEGACY = " (legacy)"  # ends the name of a row that counts as the released code does
 _DIRECTIONS = [f"{way} R@{k}" for way in ("image->text", "text->image") for k in (1, 5, 10)]
 _LATEX = str.maketrans(
     {
@@ -139,7 +140,7 @@ def _retrieval_of(result: dict, model: str) -> list[list[str]]:
     place = [result["dataset"], result["split"] or NOTHING, str(result["images"]), str(result["captions"])]
     rows = [[model, *place, *_recalls(result["metrics"])]]
     if result.get("legacy"):
-        rows.append([f"{model} (legacy)", *place, *_recalls(result["legacy"]["metrics"])])
+        rows.append([model + LEGACY, *place, *_recalls(result["legacy"]["metrics"])])
     return rows
 
 
@@ -201,7 +202,7 @@ def _compare_classification(task: str, runs: Sequence[dict]) -> Table:
         rows.append([label, *(_headline(results.get(name)) for name in sets)])
         rows[-1] += [_average(rows[-1], sets)] if whole else []
         if any("legacy" in result for result in results.values()):
-            row = [f"{label} (legacy)", *(_headline(results.get(name), "legacy") for name in sets)]
+            row = [label + LEGACY, *(_headline(results.get(name), "legacy") for name in sets)]
             rows.append(row + ([_average(row, sets)] if whole else []))
     headlines = {result["dataset"]: result["headline"] for _, results in found for result in results.values()}
     means = [name for name in sets if headlines[name] == "mean_per_class"]
@@ -244,7 +245,7 @@ def _part_note(result: dict) -> list[str]:
     if not _is_part(result):
         return []
     whole = published_samples("classification")[result["dataset"]]
-    return [f"*{result['dataset']}: {result['metrics']['samples']} of {whole} pictures, not the published set"]
+    return [f"Starred, {result['dataset']}: {result['metrics']['samples']} of {whole} pictures, not the published set"]
 
 
 def _labels(runs: Sequence[dict]) -> list[str]:
@@ -272,25 +273,24 @@ def _notes(task: str) -> list[str]:
 def _legacy_notes(runs: Sequence[dict]) -> list[str]:
     """Every defect of the released code that a legacy row reproduces or does not, each once."""
     defects = [
-        (result["dataset"], defect)
-        for run in runs
+        (f"{label}{LEGACY}, {result['dataset']}", defect)
+        for label, run in zip(_labels(runs), runs)
         for result in run["results"]
         for defect in result.get("legacy", {}).get("defects", ())
     ]
-    return list(
-        dict.fromkeys(
-            f"legacy, {name}, {defect['name']} ({'reproduced' if defect['reproduced'] else 'not reproduced'}): "
-            f"{defect['effect']}"
-            for name, defect in defects
-        )
-    )
+    return [
+        f"{where}: {defect['name']} ({defect['says']}), {'' if defect['reproduced'] else 'not '}reproduced: "
+        f"{defect['effect']}"
+        for where, defect in defects
+    ]
 
 
 def _best(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> set[tuple[int, int]]:
-    """Cells with the highest figure of their column, where there are two figures or more to compare."""
+    """Cells with the highest figure of their column, of those that are right, where there are two or more."""
     best = set()
     for column in columns:
-        figures = {number: float(row[column]) for number, row in enumerate(rows) if _is_number(row[column])}
+        exact = [(n, row[column]) for n, row in enumerate(rows) if not any(c.endswith(LEGACY) for c in row[:2])]
+        figures = {number: float(cell) for number, cell in exact if _is_number(cell)}
         if len(figures) > 1:
             best |= {(number, column) for number, figure in figures.items() if figure == max(figures.values())}
     return best
