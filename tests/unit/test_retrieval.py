@@ -1,13 +1,22 @@
 """Every form of a retrieval set, its errors, and the evaluation of a model whose answers are known."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from PIL import Image
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "faults"))
+from ranks import run_ranks
+
+import rwkv_clip
+from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.features import encode_images, encode_texts, read_ahead
+from rwkv_clip.metrics import COLUMNS, recall_at_k, retrieval_ranks
 from rwkv_clip.recordio import Header, RecordWriter, pack
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
@@ -274,3 +283,95 @@ def test_open_clip_models_go_through_the_same_functions(folder, colors):
     for autocast in (None, torch.bfloat16):
         result = evaluate_retrieval(model, colors, transform, make_tokenizer(context=16), autocast=autocast)
         assert 0 <= result.metrics["mean_recall"] <= 1 and result.image_features.shape == (7, 16)
+
+
+# ---- ranking ---------------------------------------------------------------------------------------------------------
+
+
+def brute_force(image: torch.Tensor, text: torch.Tensor, owner: np.ndarray) -> tuple[list[int], list[int]]:
+    """The definition: strictly better items, and equal ones that come before; an image ranks as its best caption."""
+    similarity = text.double().numpy() @ image.double().numpy().T  # exact: products and sums of small integers / 64
+
+    def rank(row: np.ndarray, own: int) -> int:
+        return int((row > row[own]).sum() + (row[:own] == row[own]).sum())
+
+    captions = [[c for c in range(len(owner)) if owner[c] == i] for i in range(len(image))]
+    of_images = [min(rank(similarity[:, i], c) for c in own) for i, own in enumerate(captions) if own]
+    return of_images, [rank(similarity[c], owner[c]) for c in range(len(owner))]
+
+
+def coarse(rng: np.random.Generator, count: int, width: int) -> torch.Tensor:
+    """Vectors of length below 1 of which many are equal, and of whose products most are."""
+    return torch.from_numpy(rng.integers(-1, 2, (count, width)) / 8).float()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_of_any_tile_are_those_of_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    images, captions = int(rng.integers(1, 90)), int(rng.integers(1, 130))
+    owner = rng.integers(0, images, captions)  # any number of captions, none at all included
+    width = int(rng.integers(1, 6))
+    image, text = coarse(rng, images, width), coarse(rng, captions, width)
+    expected = brute_force(image, text, owner)
+    for chunk in (1, 2, 5, 1000):  # tiles of 1 x 16, 2 x 32, 5 x 80, and the whole
+        found = retrieval_ranks(image, text, owner, chunk)
+        assert tuple(ranks.tolist() for ranks in found) == expected, chunk
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Numbers in the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["different", "all tied"])
+def test_the_whole_matrix_never_exists(same):
+    image = torch.nn.functional.normalize(torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    image = image[:1].expand(5000, 4) if same else image
+    with Largest() as largest:
+        recall_at_k(image, image.repeat_interleave(2, 0), torch.arange(10_000) // 2, chunk=128)
+    assert largest.numbers <= 128 * 128 * COLUMNS
+
+
+PICTURES = 100
+MODEL = {
+    "image": {"image_size": [16, 16], "patch": 8, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64},
+    "text": {"context": 12, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64},
+}
+
+
+def evaluate_on_ranks(folder: str, autocast: torch.dtype | None) -> None:
+    """Every rank writes the metrics of every batch size."""
+    world = join_world("cpu")
+    torch.manual_seed(1)
+    model = rwkv_clip.create_model(MODEL)
+    data, tokenizer = load_retrieval(Path(folder, "set.jsonl")), rwkv_clip.get_tokenizer(MODEL)
+    transform = rwkv_clip.model.preprocess_of(model)
+    for batch_size in (1, 7, 64):
+        result = evaluate_retrieval(model, data, transform, tokenizer, batch_size=batch_size, autocast=autocast)
+        Path(folder, f"{world.size}-{world.rank}-{batch_size}.json").write_text(json.dumps(result.metrics))
+    leave_world()
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_ranks_and_batches_give_the_same_integers(autocast, tmp_path):
+    rng = np.random.default_rng(5)
+    rows = []
+    for number in range(PICTURES):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "captions": [f"{number} of {i}" for i in range(1 + number % 5)]})
+    write_lines(tmp_path / "set.jsonl", rows)
+    for world in (1, 2, 4):
+        run_ranks(world, tmp_path, evaluate_on_ranks, str(tmp_path), autocast)
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*-*-*.json")}
+    assert len(found) == (1 + 2 + 4) * 3
+    reference = found["1-0-64.json"]
+    assert all(metrics == reference for metrics in found.values()), found
+    assert 0 < reference["text_to_image_hits@10"] < reference["captions"]
