@@ -2,11 +2,11 @@
 # Zero-shot classification: top-1, top-5, mean per class. Without settings: the newest demo run on the demo's two class sets.
 #
 #   CHECKPOINT=run-folder-or-file DATA_ROOT=dir [DATASETS="cifar10 cifar100 food101 .."] [MODEL=preset-or-json]
-#   [LOGS=where results go] bash shell/test_zero_shot_classificaiton.sh [--setting value ..]
+#   [NPROC_PER_NODE=1] [LOGS=where results go] bash shell/test_zero_shot_classificaiton.sh [--setting value ..]
 #
-# DATASETS   sets that torchvision reads below DATA_ROOT (a missing one is named and passed over), or `imagefolder`
-#            (default): DATA_ROOT holds a folder per class, and names.json with names and templates if you like
-# (The file's spelling is the released one: scripts depend on it.)
+# DATASETS   known sets below DATA_ROOT (`all`: the eleven; a missing one is named and passed over), or `imagefolder`
+#            (default): a folder per class, and names.json with names and templates if you like
+# NPROC_PER_NODE  ranks that share the work, one a GPU. (The file's spelling is the released one: scripts depend on it.)
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 SETS=("${DATA_ROOT:-}")
@@ -17,7 +17,9 @@ if [ -z "${DATA_ROOT:-}" ]; then
 fi
 : "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
 LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
+LAUNCH=(python -m rwkv_clip.eval.main)
+[ "${NPROC_PER_NODE:-1}" = 1 ] || LAUNCH=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE" -m rwkv_clip.eval.main --)
 for set in "${SETS[@]}"; do
-  python -m rwkv_clip.eval.main classification --checkpoint "${CHECKPOINT%/}" --dataset ${DATASETS:-imagefolder} --data "$set" \
+  "${LAUNCH[@]}" classification --checkpoint "${CHECKPOINT%/}" --dataset ${DATASETS:-imagefolder} --data "$set" \
     ${MODEL:+--model "$MODEL"} --logs "$LOGS" "$@"
 done
