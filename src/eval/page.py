@@ -27,7 +27,8 @@ table { border-collapse: collapse; border-top: 2px solid #1a1a1a; border-bottom:
   font-variant-numeric: tabular-nums; }
 th { border-bottom: 1px solid #1a1a1a; text-align: left; vertical-align: bottom; }
 th, td { padding: .25em .7em .25em 0; } td.number, th.number { text-align: right; }
-td.words { min-width: 16em; } tr.published td { color: #666; } tr.rule td { border-top: 1px solid #bbb; }
+td { white-space: nowrap; } td.words { min-width: 16em; white-space: normal; }
+tr.published td { color: #666; } tr.rule td { border-top: 1px solid #bbb; }
 td.best { font-weight: 700; }
 figure { margin: 1.5em 0; } figure img { max-width: 100%; height: auto; }
 details { margin: 1em 0; } pre { background: #f5f5f5; padding: .8em; overflow-x: auto; font-size: .82em; }

@@ -35,6 +35,7 @@ from .tables import (
 )
 
 SCHEMA = 1
+GALLERY = "captions and their five best pictures, best first. Green: right; orange: right, but further down."
 TASKS = ("classification", "retrieval", "linear_probe")
 
 
@@ -86,9 +87,7 @@ class Report:
         about = [f"{run['date']}, checkpoint {run['checkpoint']}, sha256 {run['checkpoint_sha256']}"]
         title = f"{run['model']}: {self.task.replace('_', ' ')}"
         pictures = _draw(self.folder, tables[:1] if compared else [], [run])
-        pictures.append(
-            (self.folder / "retrieval.png", "Captions and their five best pictures, best first. Green: right.")
-        )
+        pictures.append((self.folder / "retrieval.png", GALLERY))
         write_page(self.folder / "page.html", title, about, tables, pictures, [run])
 
     def text(self) -> str:
@@ -158,7 +157,7 @@ def collect(places: Sequence[str], output: str | Path) -> tuple[Path, list[Table
     pictures = _draw(folder, tables, contents)
     for place, run in runs.items():
         gallery = Path(place).parent / "retrieval.png"
-        pictures.append((gallery, f"{run['model']}: captions and their five best pictures, best first. Green: right."))
+        pictures.append((gallery, f"{run['model']}: {GALLERY}"))
     about = [f"{len(runs)} runs, {len({run['model'] for run in contents})} models; our figures beside published ones"]
     write_page(folder / "page.html", "Comparison", about, tables, pictures, contents)
     return folder, tables

@@ -265,7 +265,11 @@ def _labels(runs: Sequence[dict]) -> list[str]:
 
 def _notes(task: str) -> list[str]:
     """Where the published rows come from, and which are not at hand."""
-    notes = [f"{row.model}: {row.source}" for row in published_rows() if getattr(row, task)]
+    by_source: dict[str, list[str]] = {}
+    for row in published_rows():
+        if getattr(row, task):
+            by_source.setdefault(row.source, []).append(row.method)
+    notes = [f"Published row of {', '.join(methods)}: {source}" for source, methods in by_source.items()]
     absent = not_at_hand(task)
     return notes + ([f"Published rows that are not at hand, left out: {', '.join(absent)}"] if absent else [])
 
