@@ -2,7 +2,7 @@
 # Zero-shot retrieval, image to text and text to image. Without settings: the newest demo run on the demo set.
 #
 #   CHECKPOINT=run-folder-or-file DATA=captions.json [SPLIT=test] [IMAGE_ROOT=dir] [PREFIX="a photo of "]
-#   [MODEL=preset-or-json] [LOGS=where results go] [NPROC_PER_NODE=processes here] bash shell/test_zero_shot_retrieval.sh [--setting value ..]
+#   [MODEL=preset-or-json] [LOGS=where results go] [NPROC_PER_NODE=1] bash shell/test_zero_shot_retrieval.sh [--setting value ..]
 #
 # DATA        JSON list, JSONL, Karpathy JSON (COCO, Flickr30k) or .rec shards
 # PREFIX      before every caption; "a photo of " in the published tables (default), none on the demo set
@@ -16,8 +16,7 @@ if [ -z "${DATA:-}" ]; then
 fi
 : "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
 LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
-GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-PROCESSES=${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))} # one alone may use all cores; of several torchrun gives each one
-RUN=(python) && [ "$PROCESSES" = 1 ] || RUN=(torchrun --standalone --nproc_per_node "$PROCESSES")
-"${RUN[@]}" -m rwkv_clip.eval.main ${RUN[1]:+--} retrieval --checkpoint "${CHECKPOINT%/}" --data "$DATA" ${SPLIT:+--split "$SPLIT"} \
+LAUNCH=(python -m rwkv_clip.eval.main)
+[ "${NPROC_PER_NODE:-1}" = 1 ] || LAUNCH=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE" -m rwkv_clip.eval.main --)
+"${LAUNCH[@]}" retrieval --checkpoint "${CHECKPOINT%/}" --data "$DATA" ${SPLIT:+--split "$SPLIT"} \
   ${IMAGE_ROOT:+--image-root "$IMAGE_ROOT"} --prefix "${PREFIX-a photo of }" ${MODEL:+--model "$MODEL"} --logs "$LOGS" "$@"
