@@ -40,7 +40,7 @@ def draw_bars(table: Table, path: Path, chance: dict[str, float] | None = None) 
                 if value is None:
                     continue
                 x = group + (place - (len(bars) - 1) / 2) * width
-                name = label if label in labels else None
+                name = _plain(label) if label in labels else None
                 labels.pop(label, None)
                 axes.bar(x, value, 0.92 * width, color=color, hatch=hatch, edgecolor="white", linewidth=0.5, label=name)
                 if len(bars) * len(groups) <= LABELLED or not published:
@@ -50,9 +50,11 @@ def draw_bars(table: Table, path: Path, chance: dict[str, float] | None = None) 
             if chance and name in chance:
                 line = "chance" if group == 0 else None
                 axes.hlines(chance[name], group - 0.45, group + 0.45, "black", "dashed", linewidth=1, label=line)
-        axes.set_xticks(range(len(groups)), [textwrap.fill(name, 14) for name in groups], fontsize=8)
+        axes.set_xticks(range(len(groups)), [_plain(textwrap.fill(name, 14)) for name in groups], fontsize=8)
         highest = max((value for *_, figures in bars for value in figures if value is not None), default=100)
-        axes.set(title=title, ylabel="percent", ylim=(0, max(5, 1.18 * highest)), xlim=(-0.6, len(groups) - 0.4))
+        axes.set(
+            title=_plain(title), ylabel="percent", ylim=(0, max(5, 1.18 * highest)), xlim=(-0.6, len(groups) - 0.4)
+        )
         axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= min(100, 1.18 * highest)])
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.grid(alpha=0.25)
@@ -160,5 +162,9 @@ def _figure(cell: str) -> float | None:
 
 
 def _short(name: str) -> str:
-    # A dollar sign would start a formula.
-    return textwrap.shorten(name, 26, placeholder="..").replace("$", r"\$")
+    return _plain(textwrap.shorten(name, 26, placeholder=".."))
+
+
+def _plain(text: str) -> str:
+    # A dollar sign would start a formula, and a name that starts with _ has no place in a legend.
+    return text.replace("$", r"\$").removeprefix("_")

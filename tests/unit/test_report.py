@@ -187,8 +187,16 @@ def test_bars_are_as_high_as_the_figures(tmp_path, monkeypatch):
         assert (0, 114, 178) in {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
 
 
+def test_bars_of_strange_names_are_drawn(tmp_path):
+    run = run_of("classification", class_result("$x_{$ <b>"), model="_$y^{$")
+    draw_bars(tables.comparison("classification", [run]), tmp_path / "bars.png")
+    recall = run_of("retrieval", pair_result("$x_{$"), model="$y^{$")
+    draw_bars(tables.comparison("retrieval", [recall]), tmp_path / "recall.png")
+    assert (tmp_path / "bars.png").is_file() and (tmp_path / "recall.png").is_file()
+
+
 def test_confusion_of_strange_names_is_drawn(tmp_path):
-    predicted = [[3, "$x_1$ <b>", 6], [0, "a" * 90, 3], *([i, f"other {i}", 1] for i in range(20, 45))]
+    predicted = [[3, "$x_{$ <b>", 6], [0, "a" * 90, 3], *([i, f"other {i}", 1] for i in range(20, 45))]
     worst = [{"class": 0, "name": "a" * 90, "samples": 34, "right": 3, "predicted": predicted}]
     draw_confusion(worst, "set $", tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as picture:
@@ -229,7 +237,7 @@ def folder(tmp_path, monkeypatch):
     rows = [{"image": f"classes/{c}/0.png", "caption": f"{c} & <b>bold</b>"} for c in COLORS]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--checkpoint", "run", "--device", "cpu", "--logs", str(tmp_path / "logs"), "--legacy"]
-    assert main(["retrieval", "--data", str(tmp_path / "set.jsonl"), "--name", "r", *common]) == 0
+    assert main(["retrieval", "--data", str(tmp_path / "set.jsonl"), "--name", "r", "--dataset", "<b>s", *common]) == 0
     assert main(["classification", "--data", str(tmp_path / "classes"), "--name", "c<i>", *common]) == 0
     return tmp_path
 
