@@ -75,8 +75,8 @@ def nearest(
     for start in range(0, len(items), columns):
         part = exact_features(items[start : start + columns].to(device), "items")
         for number, query in enumerate(asked):
-            scores, places = _best_of(query @ part.T, count)
             old_scores, old_places = best[number]
+            scores, places = _best_of(query @ part.T, count, old_scores)
             # Those found before come first, and a stable sort leaves it so: equal ones stay in order.
             scores, order = _descending(torch.cat([old_scores, scores], 1), count)
             best[number] = scores, torch.cat([old_places, places + start], 1).gather(1, order)
@@ -102,14 +102,17 @@ def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -
     return torch.from_numpy(places), torch.from_numpy(scores)
 
 
-def _best_of(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _best_of(similarity: Tensor, count: int, before: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and columns of each row's `count` best, best first, equal ones in order of column.
 
+    before: scores of earlier items, best first; where there are `count`, only better ones than the last are given.
     topk may take any of equal ones, so it only says how good the last one is; then all that are as good are sorted.
     """
-    count = min(count, similarity.shape[1])
-    least = similarity.topk(count, dim=1).values[:, -1:]
-    row, column = torch.nonzero(similarity >= least, as_tuple=True)
+    if before.shape[1] == count:
+        wanted = similarity > before[:, -1:]
+    else:
+        wanted = similarity >= similarity.topk(min(count, similarity.shape[1]), dim=1).values[:, -1:]
+    row, column = torch.nonzero(wanted, as_tuple=True)
     found = torch.bincount(row, minlength=len(similarity))
     place = torch.arange(len(row), device=row.device) - (found.cumsum(0) - found)[row]
     shape = (len(similarity), int(found.max()))

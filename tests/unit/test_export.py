@@ -1,6 +1,7 @@
 """Exported features: what is written is what was computed, in three forms, and damage is named."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -84,10 +85,19 @@ def _long(folder) -> None:
     _write(folder, data=vectors(3) * torch.tensor([[1.0], [1.0], [1.1]]))
 
 
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def _objects(folder) -> None:
-    """A .npy whose entries would run code where they were unpickled."""
     _write(folder, "npy")
-    np.save(folder / "images.npy", np.array([print, 1], dtype=object))
+    np.save(folder / "images.npy", np.array([Trap(folder / "it ran")], dtype=object))
 
 
 def _short_npy(folder) -> None:
@@ -140,6 +150,7 @@ def test_damage_is_named(tmp_path, make, message):
     with pytest.raises(ValueError) as raised:
         read_features(tmp_path, "images")
     assert message in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -237,7 +237,7 @@ def test_keys_tell_sets_apart(tmp_path):
 
 def _probe_on_ranks(folder: str, name: str) -> None:
     sys.modules["rwkv_clip.model"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
-    cache.CHUNK = 16
+    cache.CHUNK = 32  # two blocks: one for each of two ranks
     os.environ["OMP_NUM_THREADS"] = "1"
     places = ["--data", f"{folder}/set", "--logs", f"{folder}/{name}", "--device", "cpu", "--name", "run"]
     if main(["linear-probe", "--checkpoint", "run", "--dataset", "imagefolder", *places]):

@@ -40,7 +40,7 @@ def test_the_nearest_are_those_of_a_full_sort(chunk, count, distinct):
 
 def test_the_whole_matrix_never_exists(monkeypatch):
     sizes, best_of = [], search._best_of
-    monkeypatch.setattr(search, "_best_of", lambda s, count: sizes.append(tuple(s.shape)) or best_of(s, count))
+    monkeypatch.setattr(search, "_best_of", lambda s, *rest: sizes.append(tuple(s.shape)) or best_of(s, *rest))
     items, queries = unit(3000, 8), unit(200, 8, seed=1)
     places, _ = nearest(queries, items, 10, chunk=(64, 500))
     assert max(rows for rows, _ in sizes) == 64 and max(columns for _, columns in sizes) == 500
