@@ -173,9 +173,11 @@ def _sorted_ranks(queries: Tensor, items: Tensor, right: list[Tensor]) -> Tensor
         similarity = queries[rows] @ items.T
         for row, scores in zip(rows, similarity):
             own = scores[right[row]].amax()
-            place = torch.empty(len(scores), dtype=torch.int64)
-            place[torch.argsort(scores, descending=True)] = torch.arange(len(scores))
             better, equal = int((scores > own).sum()), int((scores == own).sum())
-            mine = int((scores[right[row]] == own).sum())
-            ranks.append((int(place[right[row]].amin()), better + equal - mine, better))
+            others, found = equal - int((scores[right[row]] == own).sum()), better
+            if others:  # else every sort agrees
+                place = torch.empty(len(scores), dtype=torch.int64)
+                place[torch.argsort(scores, descending=True)] = torch.arange(len(scores))
+                found = int(place[right[row]].amin())
+            ranks.append((found, better + others, better))
     return torch.tensor(ranks, dtype=torch.int64).reshape(-1, 3)
