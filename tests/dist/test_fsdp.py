@@ -35,7 +35,7 @@ from rwkv_clip.training.numerics import NumericsError
 from rwkv_clip.training.parallel import Shares, distribute_model, whole_tensors
 from rwkv_clip.training.preempt import Preempted
 from rwkv_clip.training.saver import Saver
-from rwkv_clip.training.snapshot import restore_snapshot
+from rwkv_clip.training.snapshot import restore_snapshot, take_snapshot
 from rwkv_clip.training.step import Inputs
 
 BATCH, STEPS, SAVED = 16, 5, 3  # a checkpoint after SAVED steps
@@ -291,6 +291,8 @@ def stop_and_overflow(folder: Path) -> None:
         if precision == "fp16":
             run.train(3)
             assert not any(torch.equal(a, b) for a, b in zip(before, own) if a.numel())
+    weights, optim, _ = take_snapshot(run.trainer, "tiny")
+    assert bool(weights) == bool(optim) == world.is_lead, "nobody else keeps whole tensors"
     leave_world()
 
 
