@@ -5,8 +5,8 @@ python tests/bench/modes.py [--model RWKV-CLIP-B-32 --batch 64 --ranks 1 2]
 The same gradients, the same fused AdamW. Deterministic: a global batch in 2 pieces (`--max-ranks 2`), whose gradients
 are added as a tree; on 2 ranks each computes one piece, as with DDP, and only the exchange differs, on 1 rank both.
 Each piece costs what does not grow with its pairs (on a CPU: converting weights and gradients, packing them for
-products). Accumulated: a quarter of the batch at a time with all negatives, so everything is encoded twice; the floor is
-4/3 of the plain time, as a backward pass counts two forward passes. On a CPU several ranks have one thread each.
+products). Accumulated: a quarter of the batch at a time with all negatives, so everything is encoded twice; the floor
+is 4/3 of the plain time, as a backward pass counts two forward passes. On a CPU several ranks have one thread each.
 """
 
 from __future__ import annotations
