@@ -145,7 +145,7 @@ MUTANTS = [
         "rwkv_clip/checkpoint.py",
         "if gone and any(_proven.get(path) == _fingerprint(path) or _is_intact(path) for path in spared):",
         "if gone:",
-        f"{STORAGE}::test_two_good_checkpoints_at_every_instant",
+        "unit/test_checkpoint.py",
     ),
     Mutant(
         "hashes are not compared",
