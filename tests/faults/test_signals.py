@@ -164,7 +164,7 @@ def test_signals_at_random_times(data, whole):
         before = run.steps()
         run.start()
         if rng.random() < 0.8:  # else about the start; a clock alone would tell a slow machine nothing but that
-            run.wait_for(rng.randrange(before, STEPS))
+            run.wait_for(rng.randint(before, STEPS))
         time.sleep(rng.uniform(0, 0.02))
         number, ranks = rng.choice(TOLD), rng.choice([(0,), (1,), (0, 1)])
         run.tell(number, ranks)
