@@ -14,7 +14,7 @@ def requirements() -> list[str]:
 
 setup(
     name="rwkv_clip",
-    version="0.2.0",
+    version="0.3.0",
     description="Contrastive image-text training with RWKV-6 towers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",

@@ -136,10 +136,11 @@ class Heartbeat:
         """Tell and hear once."""
         self._publish()
         signs = self.world.store.multi_get([f"beat/{rank}" for rank in range(self.world.size)])
-        now = self._answered = time.monotonic()
+        now = time.monotonic()
         for rank, sign in enumerate(map(json.loads, signs)):
             if rank not in self._seen or self._seen[rank][0]["count"] != sign["count"]:
                 self._seen[rank] = sign, now
+        self._answered = now
 
     def _talk(self) -> None:
         while not self._end.is_set():
@@ -163,16 +164,25 @@ class Heartbeat:
                 self._forgive(now - before)
             before = now
             lost = self._find_lost(now) or self._find_stuck(now)
-            if lost and not self.cause:  # ranks that die together are found together, and what they had to say is heard
-                self._hurry.set()
-                time.sleep(self.tick)
-                lost = self._find_lost(time.monotonic()) or lost
+            if lost and not self.cause:
+                lost = self._look_again(lost)
             if not self.cause:
                 told = [sign["cause"] for sign, _ in self._seen.values() if sign["cause"]]
                 self.cause = told[0] if told else "; ".join(self._describe(rank, why) for rank, why in lost.items())
             if self.cause:
                 self._hurry.set()
                 self._stop({rank: why for rank, why in lost.items() if why.startswith((SILENT, NO_STORE, STUCK))})
+
+    def _look_again(self, lost: dict[int, str]) -> dict[int, str]:
+        """What is left of `lost` once the store has told the news: a process that is gone may have said that it is
+        done, or why it ends; and ranks that die together are found together."""
+        found, until = time.monotonic(), time.monotonic() + GRACE / 2
+        self._hurry.set()
+        time.sleep(self.tick)
+        while self._answered < found and time.monotonic() < until and not self._end.wait(0.02):
+            self._hurry.set()
+        now = time.monotonic()
+        return (self._find_lost(now) or self._find_stuck(now)) if self._answered > found else lost
 
     def _forgive(self, seconds: float) -> None:
         self._since += seconds

@@ -257,6 +257,8 @@ def _run_steps(
         waiting = time.monotonic()
         batch = next(batches)
         meter.waited += time.monotonic() - waiting
+        if saver:
+            saver.check()
         values = trainer.step(batch)
         meter.samples += trainer.global_batch
         meter.steps += 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "unit"), str(TESTS / "faults")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from ranks import digest, read_ids, run_ranks, train_logging_ids
 from tiny import COUNT, make_tiny
 
@@ -34,7 +34,7 @@ class Runs:
         self.data, self.changes = data, changes
 
     def __call__(self, *worlds: int, accum: int = 1) -> tuple[str, list[list[int]], list[float]]:
-        """Digest, record ids of every step, losses. With several numbers of ranks, each trains for a third of the run."""
+        """Digest, record ids of every step, losses. Of several numbers of ranks each trains for a third of the run."""
         name = "-".join(map(str, [*self.changes, *worlds, accum]))
         folder = Path(self.data["logs"]) / name
         for turn, world in enumerate(worlds):
@@ -79,8 +79,8 @@ def test_same_bits_with_accumulation(fixed, one_rank, world, accum):
 
 
 def test_the_mode_matters(data, one_rank):
-    """Without it the order is the same and the loss nearly: another sum, the same mathematics. (A low rate: AdamW's first
-    steps turn a gradient that is mere rounding into a step of the full rate.)"""
+    """Without it the order is the same and the loss nearly: another sum, the same mathematics. (A low rate: AdamW's
+    first steps turn a gradient that is mere rounding into a step of the full rate.)"""
     plain = Runs(data, {"lr": 1e-5, "schedule": "constant", "cycle_beta1": False, "max_steps": 20})
     found = {world: plain(world) for world in (1, 2, 4)}
     for _, ids, losses in found.values():
@@ -101,11 +101,11 @@ def cut(ranks: int, **changes):
 
 
 def test_ranks_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="deterministic: 3 ranks cannot share .* use 1, 2, 4 ranks"):
+    with pytest.raises(ConfigError, match=r"deterministic: 3 ranks cannot share .* use 1, 2, 4 ranks"):
         cut(3)
     with pytest.raises(ConfigError, match="8 ranks"):
         cut(8)
-    with pytest.raises(ConfigError, match="max_ranks: 4 pieces of 16 pairs, .* from 16 on"):
+    with pytest.raises(ConfigError, match=r"max_ranks: 4 pieces of 16 pairs, .* from 16 on"):
         cut(2, accum_freq=8)
     with pytest.raises(ConfigError, match="max_ranks: 3 is not a power of two"):
         cut(2, max_ranks=3)

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import signal
 import sys
 from functools import partialmethod
@@ -17,8 +18,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "unit"), str(TESTS / "faults")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from ranks import digest, run_ranks
 from tiny import MODEL, make_smaller, make_tiny
 
@@ -28,13 +29,13 @@ from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import World, join_world, leave_world, mean_over_ranks
 from rwkv_clip.objective import InfoNCE
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
-from rwkv_clip.training import loop, main
+from rwkv_clip.training import loop, main, parallel
 from rwkv_clip.training.data import Batch
 from rwkv_clip.training.numerics import NumericsError
 from rwkv_clip.training.parallel import Shares, distribute_model, whole_tensors
 from rwkv_clip.training.preempt import Preempted
 from rwkv_clip.training.saver import Saver
-from rwkv_clip.training.snapshot import restore_snapshot
+from rwkv_clip.training.snapshot import restore_snapshot, take_snapshot
 from rwkv_clip.training.step import Inputs
 
 BATCH, STEPS, SAVED = 16, 5, 3  # a checkpoint after SAVED steps
@@ -75,8 +76,20 @@ class Run:
                 parameter.add_(0.02 * torch.randn_like(parameter))
         world = dataclasses.replace(world, local_size=local)
         self.trainer = loop.Trainer(net.to(dtype), InfoNCE(), settings, world, 100)
+        self.most_whole = 0
         pixels = self.trainer.gradients.normalize
         self.trainer.gradients.normalize = lambda image: pixels(image).to(dtype)
+
+    def count_whole(self) -> None:
+        """From now on have in `most_whole` the bytes of parameters that are whole at a time, in some norm's forward."""
+
+        def count(*_: object) -> None:
+            whole = [p.nbytes for p in self.trainer.model.parameters() if not isinstance(p, DTensor)]
+            self.most_whole = max(self.most_whole, sum(whole))
+
+        for module in self.trainer.model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_hook(count)
 
     def batch(self) -> Batch:
         """This rank's share of the batch of the step that comes next."""
@@ -133,7 +146,8 @@ def train_kinds(folder: Path, kinds: dict[str, list[str]]) -> None:
         for way in ways:
             before = bytes_held()
             run = Run(world, kind, **WAYS[way])
-            found = {"gradients": run.gradients(), "numbers": run.train(SAVED)}
+            run.count_whole()
+            found = {"gradients": run.gradients(), "numbers": run.train(SAVED), "most whole": run.most_whole}
             if way == "saved":
                 found["bytes"] = bytes_held() - before - sum(g.nbytes for g in found["gradients"].values())
                 run.save(folder / f"saved {kind}")
@@ -234,6 +248,21 @@ def test_checkpoints_move(trained, resumed, kind, source):
         assert ended[0]["digest"] == saved["digest"] != ended[0]["loaded"]
 
 
+@pytest.mark.parametrize(
+    "kind, way", [("fsdp", "saved"), ("fsdp", "open_clip"), ("hsdp", "saved"), ("fsdp 4", "saved")]
+)
+def test_one_block_is_whole_at_a_time(trained, kind, way):
+    sizes = {name: g.nbytes for name, g in read(trained, f"one {way} 0")["gradients"].items()}
+    blocks = {}
+    for name in sizes:
+        block = re.match(r".*(layers|blocks)\.\d+\.", name)
+        key = block.group() if block else ""
+        blocks[key] = blocks.get(key, 0) + sizes[name]
+    rest = blocks.pop("")
+    assert len(blocks) == (3 if way == "saved" else 4)
+    assert read(trained, f"{kind} {way} 0")["most whole"] == rest + max(blocks.values()) < sum(sizes.values())
+
+
 def stop_and_overflow(folder: Path) -> None:
     """On both ranks: a number in rank 1's share of the gradients is not finite, in float32 and in float16."""
     world = join_world("cpu")
@@ -262,6 +291,8 @@ def stop_and_overflow(folder: Path) -> None:
         if precision == "fp16":
             run.train(3)
             assert not any(torch.equal(a, b) for a, b in zip(before, own) if a.numel())
+    weights, optim, _ = take_snapshot(run.trainer, "tiny")
+    assert bool(weights) == bool(optim) == world.is_lead, "nobody else keeps whole tensors"
     leave_world()
 
 
@@ -337,3 +368,13 @@ def test_unequal_nodes_are_refused():
     world = World(0, 3, torch.device("cpu"), local_size=2)
     with pytest.raises(ConfigError, match="parallel: hsdp needs equal nodes; 3 ranks, but 2 on this one; use fsdp"):
         distribute_model(torch.nn.Linear(1, 1), settings, world)
+
+
+def test_neighbours_share(monkeypatch):
+    """hsdp: three nodes of two ranks."""
+    meshes = []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *shape, **names: meshes.append((*shape, *names.values())))
+    monkeypatch.setattr(parallel, "_shard", lambda model, *_: model)
+    world = World(5, 6, torch.device("cpu"), local_size=2)
+    distribute_model(torch.nn.Linear(1, 1), parse(Settings, {"parallel": "hsdp"}), world)
+    assert meshes == [("cpu", (3, 2), ("copy", "share"))]

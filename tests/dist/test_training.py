@@ -1,4 +1,4 @@
-"""torchrun with 1, 2 and 4 gloo ranks trains the same model from the same samples; a run continues on another world size."""
+"""torchrun with 1, 2 and 4 gloo ranks trains the same model from the same samples; a run moves between world sizes."""
 
 import json
 import subprocess
@@ -19,8 +19,8 @@ def data(tmp_path_factory):
 
 def launch(world: int, port: int, settings: dict, expect: int = 0) -> Path:
     settings = settings | {"batch_size": BATCH // world}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(port)]
-    command += ["-m", "rwkv_clip.training.main", "--", *to_arguments(settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
+    command += ["--master_port", str(port), "-m", "rwkv_clip.training.main", "--", *to_arguments(settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:]
     return Path(settings["logs"]) / settings["name"]

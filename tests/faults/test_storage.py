@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,9 @@ import torch
 from crashes import intact, leftovers
 from smallrun import SmallRun, digest_folder
 from syscalls import NAMES, watch_calls
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from tiny import make_tiny, to_arguments
 
 from rwkv_clip import tensorfile
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
@@ -366,3 +371,18 @@ def test_a_later_checkpoint_makes_way_without_a_loss(run, caplog):
     assert "step-00000009: is later than the step saved now" in caplog.text
     with pytest.raises(CheckpointError):
         find_checkpoint(folder / "step-00000009")
+
+
+def test_a_run_without_room_for_its_checkpoints_ends_with_76(tmp_path):
+    """The whole way, as a user sees it: three saves in a row fail, one line says so, nothing is left behind."""
+    settings = make_tiny(tmp_path) | {"name": "full", "val_data": None, "save_every_n_steps": 1}
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "from rwkv_clip.training.main import main; main()"
+    )
+    command = [sys.executable, "-c", limited, *to_arguments(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 76, done.stderr
+    assert done.stderr.count("saving step") == 3 and "3 saves in a row failed" in done.stderr
+    assert "Traceback" not in done.stderr and not list((tmp_path / "logs/full/checkpoints").iterdir())

@@ -20,7 +20,10 @@ from rwkv_clip.training.loop import Trainer
 from rwkv_clip.training.snapshot import restore_snapshot
 
 GOLDEN = Path(__file__).parent / "golden_ckpt"
-DIGESTS = {"v1-0.2.0": "1d975008a4c2f4cf0fd3d616aa7b2a9158b14b64c8ad3059368c0966a944fe01"}
+DIGESTS = {
+    "v1-0.2.0": "1d975008a4c2f4cf0fd3d616aa7b2a9158b14b64c8ad3059368c0966a944fe01",
+    "v1-0.3.0": "da4e8ebe23b33fd4e4581035629cb30ae67b62e1e6f5e9dca91bbb318e897906",
+}
 RECORDS = 16  # that the run was made with
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,6 +117,7 @@ def test_accumulation_in_float32(changes):
 
 def work(folder: str, changes: dict) -> None:
     world = join_world("cpu")
+    torch._inductor.config.compile_threads = 1  # no pool of processes that could outlive this one
     objective.CPU_ROWS = 3  # chunks of the loss that end within a rank's share
     torch.save(gradients(world=world, backend="inductor", **changes), f"{folder}/rank{world.rank}")
     leave_world()
@@ -133,7 +135,7 @@ def work(folder: str, changes: dict) -> None:
     ids=str,
 )
 def test_two_ranks_with_accumulation(one_batch, tmp_path, changes):
-    run_ranks(2, tmp_path, work, str(tmp_path), changes)
+    run_ranks(2, tmp_path, work, str(tmp_path), changes, timeout=300)
     for rank in range(2):
         assert largest_gap(torch.load(tmp_path / f"rank{rank}", weights_only=True), one_batch) <= 1e-12
 

@@ -1,0 +1,244 @@
+"""Deliberate bugs, each with the test that has to catch it: proof that the promises' tests can fail.
+
+python tests/faults/mutants.py [part of a name ..]     # plants them one by one in this checkout, which must be clean
+
+Each is an exact replacement in one file, undone at once. Prints a table; the exit code is 1 when a test stays green.
+`test_mutants.py` keeps the list applicable.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` -> `new` in `file` (below src/) must turn `test` (a node or file below tests/) red."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+ELASTIC = "dist/test_elastic.py"
+CRASH, STORAGE = "faults/test_crash_points.py", "faults/test_storage.py"
+MUTANTS = [
+    Mutant(
+        "gradients by all-reduce, in its own order",
+        "training/treesum.py",
+        "    for bucket in _buckets(tensors):\n",
+        "    for tensor in tensors:\n        dist.all_reduce(tensor)\n    for bucket in _buckets([]):\n",
+        f"{ELASTIC}::test_same_bits",
+    ),
+    Mutant(
+        "pieces added one after the other instead of as a tree",
+        "training/treesum.py",
+        "while sums and sums[-1][0] == level:",
+        "if sums:\n            level = sums[-1][0] - 1\n        while sums:",
+        f"{ELASTIC}::test_same_bits",
+    ),
+    Mutant(
+        "stochastic depth drawn from a generator",
+        "training/step.py",
+        "if inputs.drop_numbers is not None:",
+        "if False:",
+        f"{ELASTIC}::test_the_mode_matters",
+    ),
+    Mutant(
+        "each rank has an order of its own",
+        "training/data.py",
+        "begin = self.first(step) + self.rank * self.local_batch",
+        "begin = self.first(step) // self.world + self.rank * 10**6",
+        f"{ELASTIC}::test_the_mode_matters",
+    ),
+    Mutant(
+        "the second pass draws other dropout",
+        "training/step.py",
+        "torch.manual_seed(int(hash64(self.seed, step, self.pieces.first + piece)[0] >> 1))",
+        "pass",
+        "unit/test_step.py::test_the_second_pass_repeats_dropout_and_drop_path",
+    ),
+    Mutant(
+        "negatives of the own piece only",
+        "training/step.py",
+        "losses, report, *d_features, d_scale = self._compare(image, text, scale, scale_loss)",
+        "rows = [self.pieces.rows(piece) for piece in pieces]\n"
+        "        parts = [self._compare(image[own], text[own], scale, scale_loss) for own in rows]\n"
+        "        losses, report, d_scale = *parts[0][:2], sum(part[4] for part in parts) / len(parts)\n"
+        "        d_features = [torch.cat([part[i] for part in parts]) / len(parts) for i in (2, 3)]",
+        "unit/test_step.py::test_accumulation_in_float64",
+    ),
+    Mutant(
+        "the temperature's gradient once per piece",
+        "training/step.py",
+        "torch.autograd.backward(output[:2], gradients)",
+        "torch.autograd.backward(output, [*gradients, d_scale])",
+        "unit/test_step.py::test_accumulation_in_float64",
+    ),
+    Mutant(
+        "ranks exchange gradients after every piece",
+        "training/parallel.py",
+        "waits = isinstance(parallel, DistributedDataParallel) and not last",
+        "waits = False",
+        "unit/test_step.py::test_two_ranks_with_accumulation",
+    ),
+    Mutant(
+        "text choice from the global generator",
+        "training/augment.py",
+        "return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)",
+        "return np.random.randint(0, views, len(ids))",
+        "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "the gradient scaler starts anew",
+        "training/snapshot.py",
+        'trainer.scaler.load_state_dict(state["scaler"])',
+        "pass",
+        "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "optimizer state is not restored",
+        "training/optim.py",
+        "optimizer.state[parameter][slot] = ",
+        "_ = ",
+        "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "the data begin again at the resumed step",
+        "training/main.py",
+        "start=trainer.progress.samples_seen,",
+        "start=0,",
+        "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "a run resumes with another learning rate",
+        "training/snapshot.py",
+        "changes = compare_runs(trainer, state)",
+        "changes = []",
+        "faults/test_resume.py::test_another_run_is_refused_unless_allowed",
+    ),
+    Mutant(
+        "the old checkpoint goes before the new one is there",
+        "rwkv_clip/checkpoint.py",
+        "            os.rename(final, old)\n        else:",
+        "            _discard(final)\n        else:",
+        f"{CRASH}",
+    ),
+    Mutant(
+        "files are not flushed",
+        "rwkv_clip/checkpoint.py",
+        "        os.fsync(handle)\n    finally:\n        os.close(handle)\n    return measured",
+        "        pass\n    finally:\n        os.close(handle)\n    return measured",
+        f"{STORAGE}::test_everything_is_flushed_before_it_is_relied_on",
+    ),
+    Mutant(
+        "pruned without a look at what stays",
+        "rwkv_clip/checkpoint.py",
+        "if gone and any(_proven.get(path) == _fingerprint(path) or _is_intact(path) for path in spared):",
+        "if gone:",
+        "unit/test_checkpoint.py",
+    ),
+    Mutant(
+        "hashes are not compared",
+        "rwkv_clip/checkpoint.py",
+        'good = good and hash_file(file) == entry.get("sha256")',
+        "pass",
+        f"{STORAGE}::test_bitflip",
+    ),
+    Mutant(
+        "a checkpoint is written from the living tensors",
+        "training/saver.py",
+        "copies[key] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)",
+        "copies[key] = tensor.detach()",
+        f"{STORAGE}::test_what_is_written_is_the_moment_of_the_save",
+    ),
+    Mutant(
+        "a step that is not finite reaches the weights",
+        "training/numerics.py",
+        "        return torch.maximum(failed, overflow)\n",
+        "        return torch.zeros_like(failed)\n",
+        "faults/test_nonfinite.py::test_a_skipped_step_is_a_step_left_out",
+    ),
+    Mutant(
+        "the count of bad steps is not resumed",
+        "training/snapshot.py",
+        "    trainer.watch.load_state_dict(state)\n",
+        "",
+        "faults/test_nonfinite.py::test_a_resumed_run_goes_on_counting",
+    ),
+    Mutant(
+        "nothing is saved at a signal",
+        "training/loop.py",
+        "            trainer.save(saver, name, last=True)\n",
+        "            pass\n",
+        "faults/test_signals.py::test_signals_at_random_times",
+    ),
+    Mutant(
+        "a run folder has two owners",
+        "training/runlock.py",
+        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "dist/test_failure.py::test_a_run_folder_has_one_owner",
+    ),
+    Mutant(
+        "restarted ranks use the names of dead ones",
+        "rwkv_clip/dist.py",
+        "    word = secrets.token_hex(8)\n",
+        '    return "constant"\n    word = secrets.token_hex(8)\n',
+        "unit/test_dist.py",
+    ),
+]
+
+
+def plant(mutant: Mutant) -> tuple[Path, str, str]:
+    """(file, its text, the text with the bug). ValueError unless `old` is there just once."""
+    path = ROOT / "src" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} has the text {text.count(mutant.old)} times")
+    return path, text, text.replace(mutant.old, mutant.new)
+
+
+def is_caught(mutant: Mutant) -> bool:
+    """Whether the test fails with the bug; the file is as before when this returns."""
+    path, text, bad = plant(mutant)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{mutant.test}"]
+    try:
+        path.write_text(bad)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
+        )
+        return done.returncode == 1
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        path.write_text(text)
+
+
+def main() -> int:
+    if subprocess.run(["git", "diff", "--quiet", "--", "src"], cwd=ROOT).returncode:
+        print("error: src/ has changes that are not committed; commit them first", file=sys.stderr)
+        return 2
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    missed = 0
+    for number, mutant in enumerate(chosen, 1):
+        start = time.monotonic()
+        caught = is_caught(mutant)
+        missed += not caught
+        verdict = "caught" if caught else "MISSED"
+        print(f"{number:2} {verdict} {time.monotonic() - start:4.0f} s  {mutant.name}  ({mutant.test})", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
