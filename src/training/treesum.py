@@ -23,18 +23,37 @@ def sum_in_order(tensors: list[Tensor]) -> None:
     size = rank_and_size()[1]
     if size == 1:
         return
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        share = -(-len(flat) // size)
-        sent = torch.nn.functional.pad(flat, (0, share * size - len(flat)))
-        parts = torch.empty_like(sent)
-        dist.all_to_all_single(parts, sent)
-        level = list(parts.view(size, share))
-        while len(level) > 1:
-            level = [a + b for a, b in zip(level[::2], level[1::2])]
-        dist.all_gather_into_tensor(sent, level[0])
-        for tensor, total in zip(bucket, sent[: len(flat)].split([tensor.numel() for tensor in bucket])):
-            tensor.copy_(total.view_as(tensor))
+    under_way = None
+    for bucket in _buckets(tensors):  # while one bucket is added, the next is on its way
+        following = bucket, *_send(bucket, size)
+        if under_way:
+            _add(*under_way)
+        under_way = following
+    if under_way:
+        _add(*under_way)
+
+
+def _send(bucket: list[Tensor], size: int) -> tuple[Tensor, Tensor, dist.Work]:
+    """Each rank's share of the bucket to that rank -> (buffer of a whole bucket, what comes here, the exchange)."""
+    count = sum(tensor.numel() for tensor in bucket)
+    share = -(-count // size)
+    whole = bucket[0].new_empty(size * share)
+    torch.cat([tensor.reshape(-1) for tensor in bucket], out=whole[:count])
+    whole[count:].zero_()
+    parts = torch.empty_like(whole)
+    return whole, parts, dist.all_to_all_single(parts, whole, async_op=True)
+
+
+def _add(bucket: list[Tensor], whole: Tensor, parts: Tensor, exchange: dist.Work) -> None:
+    exchange.wait()
+    level = list(parts.view(rank_and_size()[1], -1))
+    while len(level) > 1:
+        level = [a.add_(b) for a, b in zip(level[::2], level[1::2])]
+    dist.all_gather_into_tensor(whole, level[0])
+    start = 0
+    for tensor in bucket:
+        tensor.copy_(whole[start : start + tensor.numel()].view_as(tensor))
+        start += tensor.numel()
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

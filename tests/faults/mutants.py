@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         "gradients by all-reduce, in its own order",
         "training/treesum.py",
-        "    for bucket in _buckets(tensors):\n",
-        "    for tensor in tensors:\n        dist.all_reduce(tensor)\n    for bucket in _buckets([]):\n",
+        "    for bucket in _buckets(tensors):  #",
+        "    for tensor in tensors:\n        dist.all_reduce(tensor)\n    for bucket in _buckets([]):  #",
         f"{ELASTIC}::test_same_bits",
     ),
     Mutant(
