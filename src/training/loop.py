@@ -8,7 +8,6 @@ A step only queues work: nothing in it waits for a GPU, which computes one step 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -212,28 +211,14 @@ def train(
     validate: Callable[[], dict[str, float]],
     preemption: Preemption,
     heart: Heartbeat,
+    saver: Saver | None,
 ) -> None:
-    """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log.
+    """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log and a saver.
 
     `validate()` returns metrics on the lead rank and an empty dict elsewhere; Interrupted when a signal ends it early.
     Preempted, on all ranks after the same step and with it saved, when one of them has got a signal. StorageError when
     checkpoints cannot be written.
     """
-    with Saver(folder / "checkpoints", trainer.settings.keep_checkpoints) if log else contextlib.nullcontext() as saver:
-        _run_steps(trainer, loader, folder, name, log, validate, preemption, heart, saver)
-
-
-def _run_steps(
-    trainer: Trainer,
-    loader: Iterable[Batch],
-    folder: Path,
-    name: str,
-    log: RunLog | None,
-    validate: Callable[[], dict[str, float]],
-    preemption: Preemption,
-    heart: Heartbeat,
-    saver: Saver | None,
-) -> None:
     settings, progress, meter = trainer.settings, trainer.progress, Meter()
     heart.follow(lambda: progress.step)
     trainer.watch.open(folder, progress.step, preemption)

@@ -8,6 +8,7 @@ be written; 1 and a traceback: an error of ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -37,7 +38,7 @@ from .parallel import WholeModel, has_shares
 from .plot import plot_training
 from .preempt import Preempted, Preemption, ignore_signals
 from .runlock import RunInUse, hold_run
-from .saver import StorageError
+from .saver import Saver, StorageError
 from .snapshot import restore_snapshot
 
 
@@ -233,7 +234,8 @@ def _train(
             f"{len(records):,} records, {trainer.total_steps:,} steps of {trainer.global_batch}; {begin} in {folder}"
         )
     try:
-        train(trainer, loader, folder, name, log, validate, preemption, heart)
+        with Saver(folder / "checkpoints", settings.keep_checkpoints) if log else contextlib.nullcontext() as saver:
+            train(trainer, loader, folder, name, log, validate, preemption, heart, saver)
         if log:
             plot_training(folder)
             log.say(f"run folder: {folder}")
