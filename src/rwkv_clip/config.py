@@ -88,6 +88,24 @@ class ModelConfig:
         return []
 
 
+@dataclass(frozen=True)
+class GateConfig:
+    """ALIP's gates: how much a sample, and each of its two pairs, counts. Defaults are those of the released code."""
+
+    init: float = 1.0
+    """Running means of the similarities before the first step. They are 1 at most, so the weights begin near 0 and the
+    loss warms up by itself."""
+    momentum: float = ranged(0.99, minimum=0, maximum=1)
+    """Share of a running mean that a step keeps."""
+    sample_gamma: float = ranged(2.0, minimum=0)
+    """How steeply a sample's weight falls where its two texts disagree (gamma_s)."""
+    pair_gamma: float = ranged(2.0, minimum=0)
+    """The same for the weight of a picture with one of its texts (gamma_p)."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -148,11 +166,13 @@ class Settings:
     max_nonfinite: int = ranged(3, minimum=1)
     """--on-nonfinite skip: stop when more than this many steps in a row are not finite."""
 
-    objective: Literal["infonce"] = "infonce"
-    views: Literal["one", "first"] = "one"
-    """Texts per image and step: one drawn at random (seeded by sample), or always the first."""
+    objective: Literal["infonce", "alip"] = "infonce"
+    gates: GateConfig = GateConfig()
+    """--objective alip: weights of samples and pairs."""
+    views: Literal["one", "first", "all"] = "one"
+    """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
     texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
-    """Texts per image that the records must hold; default: any number."""
+    """Use the first so many texts of each record, which must hold as many; default: all."""
     drop_path: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
     """Stochastic depth of the image tower; default: the model preset's."""
 
@@ -198,6 +218,8 @@ class Settings:
         found = []
         if self.cycle_beta1 and self.schedule != "onecycle":
             found.append(f"cycle_beta1: needs schedule onecycle, not {self.schedule}")
+        if self.gates != GateConfig() and self.objective != "alip":
+            found.append(f"gates: need objective alip, not {self.objective}")
         names = [*(f.name for f in dataclasses.fields(self)), "global_batch", "total_steps"]
         for name in self.allow_change:
             if name not in names:

@@ -1,7 +1,8 @@
 """Objectives: features in, losses and a report out. Their running statistics, where they have any, are buffers.
 
 An objective is a module called with this rank's normalised features; it gathers what it needs. It returns (losses,
-report): the losses are summed and differentiated, the report goes to the log as it is.
+report): the losses are summed and differentiated, the report goes to the log as it is. `texts` is the number of texts
+per image that it compares, None where any will do.
 
 The scores of a batch are never held: `pair_losses` is an operator that walks over them in chunks of rows, forward
 and backward, so that memory grows with the batch and not with its square.
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .config import GateConfig
 from .dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
 
 # Rows of scores at a time. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
@@ -31,37 +33,117 @@ class InfoNCE(nn.Module):
     gradients, this is the loss of one process with the whole batch. Every rank must hold the same B.
     """
 
+    texts: int | None = None
+
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """image_features, text_features: (B, D), normalised; logit_scale: scalar, already exponentiated.
-
-        ValueError unless both have one shape."""
+        """image_features (B, D), text_features (B, D), or (B, V, D) for the mean over V texts of each image, both
+        normalised; logit_scale: scalar, already exponentiated. ValueError where the shapes are others."""
         of_images, of_texts = contrastive_losses(image_features, text_features, logit_scale)
         return {"contrastive": (of_images.mean() + of_texts.mean()) / 2}, {}
+
+
+class ALIP(nn.Module):
+    """InfoNCE of two texts per image, raw and synthetic, where samples and pairs that seem to misfit count less.
+
+    Yang et al. 2023 (arXiv 2308.08428), as in the released code. Three similarities of every sample, between its texts
+    and between the image and either, are held against their running means over all batches:
+
+        sample weight   min(exp(sample_gamma * (S - H)), 1)    of the two texts (language consistency gate)
+        pair weight     exp(pair_gamma * (S - H))              of image and text, where the texts agree less than on
+                                                               average, else 1 (description consistency gate)
+
+    The running means are those of the global batch, the same on all ranks, brought up to date before use, and once a
+    step however many pieces it is computed in.
+
+    NOTE(parity): the released code does so with every accumulated piece, forgets the means when it stops, and cannot
+    score own rows only. A step that is skipped (overflow of float16) leaves the means as they were.
+    """
+
+    texts = 2
+
+    def __init__(self, gates: GateConfig = GateConfig()):
+        super().__init__()
+        self.gates = gates
+        self.register_buffer("mean_similarity", torch.full((3,), gates.init))  # as in `similarities`
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """image_features (B, D), text_features (B, 2, D), normalised; logit_scale: scalar, already exponentiated.
+
+        ValueError where the shapes are others. In evaluation mode the running means stay as they are."""
+        if text_features.dim() != 3 or text_features.shape[1] != self.texts:
+            raise ValueError(f"features: texts {tuple(text_features.shape)}; ALIP needs (B, 2, D): raw, synthetic")
+        of_images, of_texts = contrastive_losses(image_features, text_features, logit_scale)
+        similarities = self.similarities(image_features, text_features)
+        means = gather(similarities).mean(0)
+        if self.training:
+            decay = self.gates.momentum
+            self.mean_similarity.mul_(decay).add_(means.to(self.mean_similarity.dtype), alpha=1 - decay)
+        of_samples, of_pairs = self.weigh(similarities)
+        raw, caption = (of_samples[:, None] * of_pairs * (of_images + of_texts) / 2).mean(0)
+        return {"raw_loss": raw, "caption_loss": caption}, self._report(means, of_samples, of_pairs)
+
+    @torch.no_grad()
+    def similarities(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, D), (B, 2, D) -> (B, 3): cosines of raw and synthetic text, of image and raw, of image and synthetic."""
+        with torch.autocast(image.device.type, enabled=False):
+            image, text = image.to(_dtype_of(image)), text.to(_dtype_of(image))
+            raw, caption = text.unbind(1)
+            return torch.stack([(raw * caption).sum(1), (image * raw).sum(1), (image * caption).sum(1)], 1)
+
+    @torch.no_grad()
+    def weigh(self, similarities: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3) -> weights of samples (B,) and of their pairs (B, 2), by the running means as they are."""
+        above = similarities - self.mean_similarity
+        agreement = (self.gates.sample_gamma * above[:, 0]).exp()
+        of_pairs = (self.gates.pair_gamma * above[:, 1:]).exp()
+        return agreement.clamp(max=1), torch.where(agreement[:, None] < 1, of_pairs, 1.0)
+
+    @torch.no_grad()
+    def _report(self, means: Tensor, of_samples: Tensor, of_pairs: Tensor) -> dict[str, Tensor]:
+        """Names of the released log: `text` stands for the two texts, `raw` and `caption` for image and text."""
+        of_ranks = torch.cat([of_samples.mean()[None], of_pairs.mean(0)])
+        columns = zip(("text", "raw", "caption"), means, self.mean_similarity.clone(), of_ranks)
+        report = {}
+        for name, current, running, weight in columns:
+            report |= {f"current_{name}_sim": current, f"momentum_{name}_sim": running, f"weight_{name}_mean": weight}
+        return report
 
 
 def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each own image among all ranks' texts, and of each own text among all ranks' images.
 
-    image, text: (B, D), row i of one belongs to row i of the other; scale: scalar. -> (B,) and (B,), computed in
-    float32, or float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a
-    gradient is that of the sum over ranks of what each makes of its losses.
+    image: (B, D); text: (B, D), or (B, V, D) where an image has V texts, each compared with its like; row i of one
+    belongs to row i of the other; scale: scalar. -> (B,) and (B,), or (B, V) and (B, V), computed in float32, or
+    float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a gradient is
+    that of the sum over ranks of what each makes of its losses.
     """
     for name, value in (("images", image), ("texts", text), ("scale", scale)):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != image.device:
             raise ValueError(f"features: {name} are not a floating-point tensor on the images' device")
     if scale.numel() != 1:
         raise ValueError(f"features: the scale has {scale.numel()} elements, should be one number")
-    if image.dim() != 2 or image.shape != text.shape or not len(image):
+    views = text.unsqueeze(1) if text.dim() == 2 else text
+    if image.dim() != 2 or views.dim() != 3 or views.shape[::2] != image.shape or not views.numel():
         raise ValueError(
             f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
-            f"image, B at least 1"
+            f"image, or texts (B, V, D), with B and V at least 1"
         )
     with torch.autocast(image.device.type, enabled=False):
-        dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-        first = rank_and_size()[0] * len(image)
-        return pair_losses(image.to(dtype), gather(text.to(dtype)), scale.to(dtype), first)[:2]
+        dtype, first = _dtype_of(image), rank_and_size()[0] * len(image)
+        image, scale, everybody = image.to(dtype), scale.to(dtype), gather(text.to(dtype))
+        if text.dim() == 2:
+            return pair_losses(image, everybody, scale, first)[:2]
+        parts = [pair_losses(image, view.contiguous(), scale, first)[:2] for view in everybody.unbind(1)]
+        return tuple(torch.stack(part, 1) for part in zip(*parts))
+
+
+def _dtype_of(features: Tensor) -> torch.dtype:
+    """What features are compared in."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("rwkv_clip::pair_losses", mutates_args=())
@@ -174,9 +256,9 @@ def _differentiate(ctx, g_images, g_texts, _rows, _columns):
 pair_losses.register_autograd(_differentiate, setup_context=_save)
 
 
-_OBJECTIVES = {"infonce": InfoNCE}
+_OBJECTIVES = {"infonce": lambda gates: InfoNCE(), "alip": ALIP}
 
 
-def make_objective(name: str) -> nn.Module:
+def make_objective(name: str, gates: GateConfig = GateConfig()) -> nn.Module:
     """Objective by its settings name."""
-    return _OBJECTIVES[name]()
+    return _OBJECTIVES[name](gates)

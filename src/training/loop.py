@@ -85,11 +85,15 @@ class Trainer:
         return normalize(image, *self.pixel_statistics)
 
     def choose_view(self, batch: Batch) -> Tensor:
-        """(B, V, T) -> (B, T): one text per image, drawn by (seed, epoch, sample), or the first."""
+        """(B, V, T) -> one text per image, drawn by (seed, epoch, sample), or the first: (B, T); or all of them. Only
+        the first --texts count."""
+        text = batch.text[:, : self.settings.texts]
+        if self.settings.views == "all":
+            return text
         if self.settings.views == "first":
-            return batch.text[:, 0]
-        drawn = draw_views(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), batch.text.shape[1])
-        return batch.text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
+            return text[:, 0]
+        drawn = draw_views(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
+        return text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
 
     def draw_drops(self, batch: Batch) -> Tensor | None:
         """Stochastic depth's numbers for every branch and sample, float32 (branches, B); None for a model without."""

@@ -77,9 +77,11 @@ def check_records(records: RecordSet, spec: object, path: str, texts: int | None
     That tell the side file and some records; each record read later is held against the same vocabulary."""
     tokenizer, vocab = tokenizer_of(spec), vocab_of(spec)
     problems = []
-    if texts is not None and len(records.views) != texts:
+    if texts is not None and len(records.views) < texts:
         held = f"{len(records.views)} ({', '.join(records.views)})"
-        problems.append(f"{path}: texts an image: {held}, --texts asks for {texts}; change either")
+        problems.append(
+            f"{path}: texts an image: {held}, --texts asks for {texts}; build records with more, or ask for fewer"
+        )
     if records.tokenizer is not None and records.tokenizer != tokenizer.name:
         problems.append(f"{path}: tokens come from {records.tokenizer!r}, the model reads {tokenizer.name!r}")
     if records.context != tokenizer.context:
@@ -100,6 +102,20 @@ def check_records(records: RecordSet, spec: object, path: str, texts: int | None
             )
     if problems:
         raise ConfigError(problems)
+
+
+def check_texts(records: RecordSet, settings: Settings, objective: torch.nn.Module) -> None:
+    """ConfigError when the objective compares another number of texts per image than it would get."""
+    held = min(len(records.views), settings.texts or len(records.views))
+    given = held if settings.views == "all" else 1
+    if objective.texts not in (None, given):
+        raise ConfigError(
+            [
+                f"objective: {settings.objective} compares {objective.texts} texts of an image, but --views "
+                f"{settings.views} and texts {', '.join(records.views[:held])} give it {given}; use --views all "
+                f"--texts {objective.texts}, and records of as many"
+            ]
+        )
 
 
 def make_validator(
@@ -170,6 +186,8 @@ def run(settings: Settings) -> Path:
     name, spec = resolve_spec(settings.model)
     records = RecordSet(settings.train_data)
     check_records(records, spec, settings.train_data, settings.texts)
+    objective = make_objective(settings.objective, settings.gates)
+    check_texts(records, settings, objective)
     world = join_world(settings.device, COLLECTIVES)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -180,7 +198,7 @@ def run(settings: Settings) -> Path:
     with hold_run(folder, world), Preemption() as preemption:  # until now a signal just ends the process
         try:
             with watch_peers(world, settings.timeout) as heart:
-                _train(settings, name, spec, records, world, folder, checkpoint, preemption, heart)
+                _train(settings, name, spec, records, objective, world, folder, checkpoint, preemption, heart)
         except PeerLost as lost:
             end_process(lost)
         except Preempted as stop:
@@ -194,6 +212,7 @@ def _train(
     name: str,
     spec: object,
     records: RecordSet,
+    objective: torch.nn.Module,
     world: World,
     folder: Path,
     checkpoint: Path | None,
@@ -204,7 +223,7 @@ def _train(
     device = "cpu" if has_shares(settings, world) else world.device  # shares move by themselves
     model = create_model(spec, settings.pretrained, device=device, drop_path=settings.drop_path)
     validate = heart.busy("validation")(make_validator(settings, model, world, preemption))
-    trainer = Trainer(model, make_objective(settings.objective), settings, world, len(records))
+    trainer = Trainer(model, objective, settings, world, len(records))
     if checkpoint is not None:
         restore_snapshot(trainer, checkpoint, read_description(checkpoint))
     loader = make_loader(

@@ -122,7 +122,7 @@ class Watch:
     ) -> None:
         """Send this step's verdict to the host and check the one of the step before.
 
-        towers: what `gradient_norms` says. features: this rank's, (B, D) each in the order of `ids`.
+        towers: what `gradient_norms` says. features: this rank's, (B, ..) each in the order of `ids`.
         """
         towers = towers or {}
         numbers = torch.stack([x.float() for x in (self._row, self._signal, loss, grad_norm, *towers.values())])
@@ -133,7 +133,7 @@ class Watch:
             arrival.record()
         finite = torch.ones(len(ids), dtype=torch.bool, device=self._world.device)
         for part in features:
-            finite &= part.isfinite().all(1)
+            finite &= part.isfinite().flatten(1).all(1)
         verdict = Verdict(step, epoch, ids, finite, list(towers), numbers.cpu(), arrival)
         before, self._pending = self._pending, verdict
         if before is not None:

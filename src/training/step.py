@@ -72,7 +72,8 @@ def cut_batch(settings: Settings, world: World) -> Pieces:
 
 @dataclass
 class Inputs:
-    """A rank's share of a global batch on its device; `drop_numbers`: float32 (branches, B) on the CPU, or None."""
+    """A rank's share of a global batch on its device; `text`: (B, T), or (B, V, T) for V texts an image;
+    `drop_numbers`: float32 (branches, B) on the CPU, or None."""
 
     image: Tensor
     text: Tensor
@@ -151,7 +152,9 @@ class GradientStep:
         if inputs.drop_numbers is not None:
             self.model.set_drop_numbers(inputs.drop_numbers[:, rows])
         call = self.parallel if torch.is_grad_enabled() and not self.in_order else self.model
-        return call(self.normalize(inputs.image[rows]), inputs.text[rows])[:3]
+        text = inputs.text[rows]
+        image, texts, scale = call(self.normalize(inputs.image[rows]), text.flatten(0, -2))[:3]
+        return image, texts.unflatten(0, text.shape[:-1]), scale  # one row per image, whatever the number of its texts
 
     def _compare(self, image: Tensor, text: Tensor, scale: Tensor, scale_loss: Callable[[Tensor], Tensor]):
         """Losses, report, and the gradients of this rank's image features and text features and of the scale."""

@@ -370,7 +370,7 @@ def test_command_line(data):
     assert (parsed.model, parsed.lr, parsed.flip, parsed.decay) == ("RWKV-CLIP-B-32", 0.5, 0.0, "all")
     assert read_command_line(to_arguments(data)) == settings(data)
     assert read_command_line(["--train-data", "x", "--preset=demo"]).model == "RWKV-CLIP-Ti-8"
-    with pytest.raises(ConfigError, match="preset: needs a value; shipped: demo"):
+    with pytest.raises(ConfigError, match="preset: needs a value; shipped: .*demo"):
         read_command_line(["--preset"])
     with pytest.raises(ConfigError) as error:
         read_command_line(["--lr", "-1", "--epochs", "0"])
@@ -379,7 +379,7 @@ def test_command_line(data):
 
 FLAGS = """
 accum-freq allow-change batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay deterministic device
-drop-path epochs eps flip grad-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr
+drop-path epochs eps flip gates grad-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr
 max-bad max-bad-share max-nonfinite max-ranks max-steps model name objective on-nonfinite parallel precision
 pretrained report-to resume save-every-n-steps schedule seed texts timeout torchcompile train-data val-data
 val-every-n-steps val-prefix val-split views warmup wd workers
