@@ -12,9 +12,12 @@ def requirements() -> list[str]:
     return [line for line in lines if line]
 
 
+CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
+DEVELOPMENT = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
+
 setup(
     name="rwkv_clip",
-    version="0.3.0",
+    version="0.4.0",
     description="Contrastive image-text training with RWKV-6 towers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -40,9 +43,9 @@ setup(
         "parquet": ["pyarrow>=15"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "clip-benchmark": ["clip-benchmark>=1.6", "requests"],  # which it imports without saying so
+        "clip-benchmark": CLIP_BENCHMARK,
         "faiss": ["faiss-cpu>=1.8"],
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"],
+        "dev": DEVELOPMENT + CLIP_BENCHMARK,
     },
 )
