@@ -57,8 +57,8 @@ class ALIP(nn.Module):
     The running means are those of the global batch, the same on all ranks, brought up to date before use, and once a
     step however many pieces it is computed in.
 
-    NOTE(parity): the released code does so with every accumulated piece, forgets the means when it stops, and cannot
-    score own rows only. A step that is skipped (overflow of float16) leaves the means as they were.
+    NOTE(parity): the released code does so with every accumulated piece and in steps that overflow float16 (a skipped
+    step of ours leaves no trace), forgets the means when it stops, and cannot score own rows only.
     """
 
     texts = 2
@@ -77,36 +77,33 @@ class ALIP(nn.Module):
         if text_features.dim() != 3 or text_features.shape[1] != self.texts:
             raise ValueError(f"features: texts {tuple(text_features.shape)}; ALIP needs (B, 2, D): raw, synthetic")
         of_images, of_texts = contrastive_losses(image_features, text_features, logit_scale)
-        similarities = self.similarities(image_features, text_features)
-        means = gather(similarities).mean(0)
-        if self.training:
-            decay = self.gates.momentum
-            self.mean_similarity.mul_(decay).add_(means.to(self.mean_similarity.dtype), alpha=1 - decay)
-        of_samples, of_pairs = self.weigh(similarities)
+        with torch.no_grad():  # the weights are constants
+            similarities = self.similarities(image_features, text_features)
+            means = gather(similarities).mean(0)  # no sum over ranks: these are the bits of one process
+            if self.training:
+                kept = self.gates.momentum
+                self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)
+            of_samples, of_pairs = self.weigh(similarities)
+            report = self._report(means, of_samples, of_pairs)
         raw, caption = (of_samples[:, None] * of_pairs * (of_images + of_texts) / 2).mean(0)
-        return {"raw_loss": raw, "caption_loss": caption}, self._report(means, of_samples, of_pairs)
+        return {"raw_loss": raw, "caption_loss": caption}, report
 
-    @torch.no_grad()
     def similarities(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, D), (B, 2, D) -> (B, 3): cosines of raw and synthetic text, of image and raw, of image and synthetic."""
-        with torch.autocast(image.device.type, enabled=False):
-            image, text = image.to(_dtype_of(image)), text.to(_dtype_of(image))
-            raw, caption = text.unbind(1)
-            return torch.stack([(raw * caption).sum(1), (image * raw).sum(1), (image * caption).sum(1)], 1)
+        image, (raw, caption) = image.to(_dtype_of(image)), text.to(_dtype_of(image)).unbind(1)
+        return torch.stack([(raw * caption).sum(1), (image * raw).sum(1), (image * caption).sum(1)], 1)
 
-    @torch.no_grad()
     def weigh(self, similarities: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3) -> weights of samples (B,) and of their pairs (B, 2), by the running means as they are."""
-        above = similarities - self.mean_similarity
-        agreement = (self.gates.sample_gamma * above[:, 0]).exp()
-        of_pairs = (self.gates.pair_gamma * above[:, 1:]).exp()
-        return agreement.clamp(max=1), torch.where(agreement[:, None] < 1, of_pairs, 1.0)
+        ratios = (similarities - self.mean_similarity).exp()
+        agreement, of_pairs = ratios[:, :1] ** self.gates.sample_gamma, ratios[:, 1:] ** self.gates.pair_gamma
+        return agreement.clamp(max=1).squeeze(1), torch.where(agreement < 1, of_pairs, 1.0)
 
-    @torch.no_grad()
     def _report(self, means: Tensor, of_samples: Tensor, of_pairs: Tensor) -> dict[str, Tensor]:
-        """Names of the released log: `text` stands for the two texts, `raw` and `caption` for image and text."""
-        of_ranks = torch.cat([of_samples.mean()[None], of_pairs.mean(0)])
-        columns = zip(("text", "raw", "caption"), means, self.mean_similarity.clone(), of_ranks)
+        """Names of the released log: `text` stands for the two texts, `raw` and `caption` for image and text. Means of
+        weights are those of this rank."""
+        weights = torch.cat([of_samples.mean()[None], of_pairs.mean(0)])
+        columns = zip(("text", "raw", "caption"), means, self.mean_similarity.clone(), weights)
         report = {}
         for name, current, running, weight in columns:
             report |= {f"current_{name}_sim": current, f"momentum_{name}_sim": running, f"weight_{name}_mean": weight}

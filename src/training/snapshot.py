@@ -85,7 +85,8 @@ def restore_snapshot(trainer: Trainer, path: Path, state: dict[str, Any]) -> Non
     optim = read_tensors(path / "optim.safetensors")
     buffers = {key: optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
     try:
-        trainer.objective.load_state_dict({key.removeprefix(OBJECTIVE): value for key, value in buffers.items()})
+        if all(key != "objective" for key, *_ in changes):  # another one begins with its own statistics
+            trainer.objective.load_state_dict({key.removeprefix(OBJECTIVE): value for key, value in buffers.items()})
         unpack_state(trainer.optimizer, trainer.shares, trainer.shares.cut_state(optim))
         if trainer.scaler.is_enabled() or state["scaler"]:
             trainer.scaler.load_state_dict(state["scaler"])

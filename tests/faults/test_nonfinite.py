@@ -282,7 +282,7 @@ def test_running_statistics_skip_a_bad_step_too(data, monkeypatch):
         with monkeypatch.context() as patch:
             objective = RunningMean()
             objective.leave_out = (AT,) if kind == "left out" else ()
-            patch.setattr("rwkv_clip.training.main.make_objective", lambda _, made=objective: made)
+            patch.setattr("rwkv_clip.training.main.make_objective", lambda *_, made=objective: made)
             Poison(patch, kind, NAN, (AT,))
             folder = run(settings(data, name=f"statistics {name}"))
             assert objective.mean.isfinite() and objective.mean != 0
