@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parent / "golden_ckpt"
 DIGESTS = {
     "v1-0.2.0": "1d975008a4c2f4cf0fd3d616aa7b2a9158b14b64c8ad3059368c0966a944fe01",
     "v1-0.3.0": "da4e8ebe23b33fd4e4581035629cb30ae67b62e1e6f5e9dca91bbb318e897906",
+    "v1-0.4.0": "fba0499a8107c4a5cf00c07530e53103d004fd16800e092c8cb9074a8b15894b",  # objective alip
 }
 RECORDS = 16  # that the run was made with
 
@@ -55,11 +56,15 @@ def test_training_goes_on_from_it(golden):
     state = read_description(path)
     settings = parse(Settings, state["settings"])
     model = rwkv_clip.create_model(state["spec"])
-    trainer = Trainer(model, make_objective(settings.objective), settings, join_world("cpu"), RECORDS)
+    objective = make_objective(settings.objective, settings.gates)
+    trainer = Trainer(model, objective, settings, join_world("cpu"), RECORDS)
     restore_snapshot(trainer, path, state)
     assert (trainer.progress.step, trainer.progress.samples_seen, trainer.total_steps) == (2, 8, 4)
     slots = read_tensors(path / "optim.safetensors")
     for name, parameter in model.named_parameters():
         for slot, value in trainer.optimizer.state[parameter].items():
             assert torch.equal(value, slots[f"{name}/{slot}"])
+    for name, value in objective.state_dict().items():
+        assert torch.equal(value, slots[f"objective/{name}"])
+    assert len(objective.state_dict()) == sum(key.startswith("objective/") for key in slots)
     assert json.loads((path / "state.json").read_text()) == state
