@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Make the pictures of figure/ again: the demo set's contact sheet, training.png and retrieval.png of a demo run, and the plot of the benches.
-# [RUN=newest logs/demo-*] bash shell/make_figures.sh
+# [RUN=newest logs/demo-rwkv-clip-*] bash shell/make_figures.sh
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-RUN=${RUN:-$(ls -d logs/demo-*/ | tail -n 1)}
+RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ | tail -n 1)}
 python -m rwkv_clip.training.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
 cp "$RUN/training.png" figure/demo_training.png
 cp "$RUN/retrieval.png" figure/demo_retrieval.png

@@ -12,7 +12,7 @@ source "$(dirname "$0")/setup.sh"
 SETS=("${DATA_ROOT:-}")
 if [ -z "${DATA_ROOT:-}" ]; then
   SETS=("${DEMO_DATA:-data/demo}"/classification/*)
-  CHECKPOINT=${CHECKPOINT:-$(ls -d logs/demo-*/ 2>/dev/null | tail -n 1 || true)}
+  CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA_ROOT" >&2; exit 2; }
 fi
 : "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"

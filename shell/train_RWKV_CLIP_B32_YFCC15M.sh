@@ -1,23 +1,11 @@
 #!/usr/bin/env bash
 # RWKV-CLIP B/32 on YFCC15M (published: COCO R@1 50.3 / 34.0, zero-shot mean over eleven sets 44.4; 8 GPUs x 512 pairs, 32 epochs).
+# Records hold three texts: raw, synthetic, generated. One of them is drawn for each picture and step.
 # Without settings: trains the small demo model on the embedded demo set (3 minutes on 2 CPU cores).
 #
-#   TRAIN_DATA=prefix-or-glob [OUTPUT=logs/name] [VAL_DATA=file.jsonl] [NPROC_PER_NODE=gpus here] [NNODES=1]
-#   [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [MASTER_PORT=29500] [MAX_RESTARTS=0] [EXTRAS=..] bash shell/train_RWKV_CLIP_B32_YFCC15M.sh [--setting value ..]
-#
-# TRAIN_DATA  .rec shards made by data2rec.py (or released ones): prefix, folder or glob
-# OUTPUT      run folder; the same command goes on where the run stopped. Several nodes: the same command on each, but for
-#             NODE_RANK, and OUTPUT on storage that all share. MAX_RESTARTS: how often torchrun starts failed ranks again
-# Arguments override the recipe, e.g. `--batch-size 256 --precision fp16`; all: `python -m rwkv_clip.training.main --help`.
+#   TRAIN_DATA=prefix-or-glob [OUTPUT=logs/RWKV_CLIP_B32_YFCC15M] [VAL_DATA=file.jsonl] [NPROC_PER_NODE=gpus here]
+#   bash shell/train_RWKV_CLIP_B32_YFCC15M.sh [--setting value ..]     (launch.sh says the rest: several nodes, restarts)
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
-if [ -z "${TRAIN_DATA:-}" ]; then
-  echo "TRAIN_DATA is not set: training the demo model on the embedded demo set. The header of $0 says how to train the real one."
-  exec bash shell/train_demo.sh "$@"
-fi
-OUTPUT=${OUTPUT:-logs/RWKV_CLIP_B32_YFCC15M}
-GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-exec torchrun --max-restarts "${MAX_RESTARTS:-0}" --nproc_per_node "${NPROC_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
-  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" -m rwkv_clip.training.main \
-  -- --preset rwkv-clip-b32-yfcc15m --train-data "$TRAIN_DATA" ${VAL_DATA:+--val-data "$VAL_DATA"} \
-  --logs "$(dirname "$OUTPUT")" --name "$(basename "$OUTPUT")" --resume latest "$@"
+PRESET=rwkv-clip-b32-yfcc15m
+DEMO=(--model RWKV-CLIP-Ti-8)
+source "$(dirname "$0")/launch.sh"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .encoder import Condition, Encoded, Encoder, Views, guess_views
+from .encoder import Condition, Encoded, Encoder, Views, find_tokens, find_view, guess_views
 from .image import ImageError, open_image
 from .pool import map_ordered
 from .recordfile import RecordWriter, beside, split_path
@@ -172,7 +172,10 @@ def build_records(
     _check_numbers(context=context, quality=quality, workers=workers, shard_size=shard_size, max_side=max_side)
     rows = Source(source, images)
     conditions = [Condition.parse(text) for text in where]
-    chosen = Views.parse(views) if views else guess_views(_first(rows, conditions), token_field, context)
+    sample = _first(rows, conditions)
+    chosen = Views.parse(views) if views else guess_views(sample, token_field, context)
+    if not any(find_tokens(row.fields, token_field) is not None for row in sample):
+        _check_views(chosen, sample)
     folder = Path(images) if images and rows.kind != "npy" else None
     encoder = Encoder(chosen, tokenizer, context, folder, image_field, token_field, max_side=max_side, quality=quality)
     report = Build(rows, conditions, encoder, split_path(prefix), shard_size).run(workers, overwrite)
@@ -189,6 +192,17 @@ def _check_numbers(**numbers: int) -> None:
         if not least.get(name, 1) <= value <= most.get(name, 1 << 31):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: {value} is not from {least.get(name, 1)} to {most.get(name, 1 << 31)}")
+
+
+def _check_views(views: Views, sample: list[Row]) -> None:
+    """ValueError for a text that no row has: all records would hold the raw one in its place."""
+    for name, path in list(zip(views.names, views.fields))[1:]:
+        if sample and not any(find_view(row.fields, path) for row in sample):
+            there = ", ".join(dict.fromkeys(str(key) for row in sample for key in row.fields))
+            raise ValueError(
+                f"views: none of the first {len(sample)} rows has a text {path!r}; they have {there}; say where it "
+                f"is, {name}=FIELD, or leave {name} out"
+            )
 
 
 def _first(source: Source, conditions: list[Condition]) -> list[Row]:

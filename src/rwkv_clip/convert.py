@@ -1,4 +1,4 @@
-"""Released RWKV-CLIP files -> ours: the configuration JSON's keys and the state dict's prefixes."""
+"""Released files -> ours: the keys of RWKV-CLIP's configuration JSON, and what is not a weight in a state dict."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _WITHOUT_EFFECT = frozenset({"workers", "precision", "data_type", "text_num_head
 _UNUSED = {"dropout": 0, "pos_emb": 0, "head_qk": 0, "tiny_att_dim": 0}
 _REQUIRED = ("image_embed_dims", "n_embd", "image_depth", "n_layer")
 _PREFIXES = ("module.", "_orig_mod.")
+# What the state dicts of OpenAI's CLIP hold besides weights.
+OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 
 
 def is_released_config(data: dict[str, Any]) -> bool:

@@ -21,7 +21,9 @@ from .recordio import EXACT, VIEWS, checksum
 from .sources import IMAGE_ENDINGS, MAX_TEXT_BYTES, Problem, Row
 from .tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 
+# Other names of the two texts. `caption` is the raw text where it is the first of these, else the synthetic one.
 RAW_FIELDS = ("raw", "raw_caption", "caption", "captions", "text", "txt")
+SYNTHETIC_FIELDS = ("synthetic", "ofa", "caption")
 IMAGE_FIELDS = ("image", "images", "image_path", "filepath", "file_name", "filename", "path", *IMAGE_ENDINGS)
 TOKEN_FIELDS = ("tokens", "texts")  # `texts` is what the published YFCC15M calls them
 
@@ -90,13 +92,21 @@ def find_field(fields: dict[str, Any], path: str) -> Any:
     return value
 
 
-def find_text(fields: dict[str, Any], path: str) -> str:
-    """The stripped text at `path`, "" if there is none. Of a list of captions raw is the first one."""
+def find_view(fields: dict[str, Any], path: str) -> Any:
+    """find_field, and for raw and synthetic what has another of their names; of a list of captions the first one."""
     value = find_field(fields, path)
-    if path == "raw" and value is None:
-        value = next((fields[name] for name in RAW_FIELDS if fields.get(name)), None)
-        if isinstance(value, list):
-            value = value[0]
+    if value is not None or path not in ("raw", "synthetic"):
+        return value
+    name = raw = next((name for name in RAW_FIELDS if fields.get(name)), None)
+    if path == "synthetic":
+        name = next((name for name in SYNTHETIC_FIELDS if fields.get(name) and name != raw), None)
+    value = fields.get(name)
+    return value[0] if isinstance(value, list) else value
+
+
+def find_text(fields: dict[str, Any], path: str) -> str:
+    """The stripped text at `path`, by `find_view`; "" if there is none."""
+    value = find_view(fields, path)
     if isinstance(value, Problem):
         raise RowError(str(value))
     if value is None:
@@ -239,5 +249,5 @@ def guess_views(rows: list[Row], token_field: str | None, context: int) -> Views
                     f"{row.name}: {len(tokens)} token ids are not one to three texts of --context {context}"
                 )
             return Views.parse(VIEWS[:views])
-    names = [name for name in VIEWS[1:] if any(row.fields.get(name) for row in rows)]
+    names = [name for name in VIEWS[1:] if any(find_view(row.fields, name) for row in rows)]
     return Views.parse(("raw", *names))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,13 +22,15 @@ from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
-from .convert import convert_config, is_released_config, strip_prefixes
+from .convert import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
 from .ops import Linear
 from .tokenizer import Tokenizer, make_tokenizer
 from .towers import ImageTower, TextTower
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ModelSpec = ModelConfig | dict[str, Any]  # ours, or {"open_clip": name} / {"open_clip": {embed_dim, ..}}
+QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
+log = logging.getLogger(__name__)
 
 
 class RWKVCLIP(nn.Module):
@@ -163,16 +166,44 @@ def create_model(
         if not isinstance(spec, ModelConfig):
             raise ConfigError([f"drop_path: {name} is an open_clip model; only RWKV towers take this setting"])
         spec = replace(spec, image=replace(spec.image, drop_path=drop_path))
-    if pretrained and not isinstance(spec, ModelConfig) and not Path(pretrained).exists():
+    known = isinstance(spec, dict) and isinstance(spec["open_clip"], str)
+    if pretrained and known and not Path(pretrained).exists():
         import open_clip
 
-        net = open_clip.create_model(name, pretrained=str(pretrained))
+        spec = {"open_clip": _name_for_tag(spec["open_clip"], str(pretrained))}
+        net = open_clip.create_model(spec["open_clip"], pretrained=str(pretrained))
     else:
         net = build_model(spec)
         if pretrained:
             load_checkpoint(net, pretrained)
     net.spec = spec
     return cast_weights(net, DTYPES[precision]).to(device).eval()
+
+
+def _name_for_tag(name: str, tag: str) -> str:
+    """open_clip's name of the function that a tag's weights were trained as; open_clip would warn and compute another.
+
+    ConfigError for a tag that it does not know, or where it has no such model."""
+    import open_clip
+
+    plain = name.removesuffix(QUICK)
+    weights = open_clip.get_pretrained_cfg(plain, tag)
+    if not weights:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(plain)) or "none"
+        raise ConfigError([f"pretrained: {tag!r} is neither a file nor a tag of {name}; open_clip's tags: {tags}"])
+    fits = plain
+    if weights.get("quick_gelu") and not open_clip.get_model_config(plain).get("quick_gelu"):
+        fits += QUICK
+    if fits not in open_clip.list_models():
+        raise ConfigError(
+            [
+                f"pretrained: {tag!r} was trained with QuickGELU, which {name} does not compute; save its weights as a "
+                f'file, and describe the model in a JSON with "quick_gelu": true'
+            ]
+        )
+    if fits != name:
+        log.warning("the weights %r were trained as %s: taking this model instead of %s", tag, fits, name)
+    return fits
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -260,8 +291,8 @@ def preprocess_of(model: nn.Module) -> Callable:
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load weights strictly: a checkpoint or run folder of ours, .safetensors, or a released .pt state dict.
 
-    `module.` and `_orig_mod.` prefixes are removed; values are cast to the model's dtypes. ValueError names every
-    missing, unexpected and misshapen key.
+    `module.` and `_orig_mod.` prefixes and what OpenAI's files hold besides weights are removed; values are cast to the
+    model's dtypes. ValueError names every missing, unexpected and misshapen key.
     """
     model.load_state_dict(read_fitting_weights(model, path))
 
@@ -270,6 +301,9 @@ def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor
     """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
     state = strip_prefixes(read_weights(path))
     own = model.state_dict()
+    marks = [state.pop(key) for key in OPENAI_ENTRIES if key in state and key not in own]
+    if marks and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
+        log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (name%s)", path, QUICK)
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
     problems += [

@@ -99,6 +99,11 @@ def _load_torch(path: Path) -> Any:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         remedy = "files of torch before 1.6 have to be saved again"
         raise CheckpointError(f"{path}: is not a file of torch.save ({error}); {remedy}") from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(
+            f"{path}: is a TorchScript archive, a program, which is not run; take OpenAI's models from open_clip by "
+            f"the tag openai (open_clip:ViT-B-32:openai, --pretrained openai), or save the state_dict() of another"
+        )
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)  # torch packs nothing
     outside = any(entry.filename.startswith("/") or ".." in entry.filename.split("/") for entry in entries)
     total = sum(entry.file_size for entry in entries)
