@@ -1,0 +1,361 @@
+"""CLIP, ALIP and RWKV towers on real pictures with planted noise: who minds it, and do ALIP's gates find it?
+
+python tests/bench/noise.py --data flickr8k/captions.jsonl [--extras] [--work logs/noise]
+
+The set has several human sentences a picture and a split ({"image", "captions", "split"}; pictures beside it or in
+images/). Of each training picture two sentences are drawn: one plays the raw text, the other the synthetic caption. Of
+the raw texts a share is passed round in a ring, so that each belongs to another picture. Every method gets the same
+records, steps, batch, schedule and augmentation, and is tested once, after its last step, on the clean test pictures:
+nothing is chosen by a result. A seed is that of weights, data order, sentences and noise; methods share it.
+
+ALIP's gates are those of its last checkpoint: all training pictures without augmentation, and the running means as
+saved. `area` is the chance that a clean pair has a larger weight than a swapped one (0.5: the gate knows nothing).
+
+--repeats: seeds 0, 1, ..; runs share the cores, --jobs at a time: seconds say nothing about speed. Finished runs are
+kept in --work, interrupted ones go on where they stopped. An hour on two cores; results hold numbers only, no text and
+no picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import ROOT, Report, argument_parser
+
+from rwkv_clip.builder import build_records
+from rwkv_clip.checkpoint import find_checkpoint, read_tensors
+from rwkv_clip.config import Settings, load_settings, parse, to_dict
+from rwkv_clip.features import encode_images, encode_texts, open_picture
+from rwkv_clip.model import load_for_inference
+from rwkv_clip.objective import make_objective
+from rwkv_clip.recordio import RecordSet
+from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.training.main import run as train
+
+VIT, RWKV = "ViT-Ti-8", "RWKV-CLIP-Ti-8"  # one width, depth, picture and patch
+GATED = {"objective": "alip", "views": "all"}
+METHODS = {
+    "CLIP, raw": {"model": VIT, "views": "first"},
+    "CLIP, one of two": {"model": VIT, "views": "one"},
+    "ALIP": {"model": VIT, **GATED},
+    "RWKV towers, one of two": {"model": RWKV, "views": "one"},
+    "RWKV towers, ALIP": {"model": RWKV, **GATED},
+}
+EXTRAS = {  # what is it in ALIP: two texts a step, or their weights? and its slow start?
+    "extra: CLIP, both": {"model": VIT, "views": "all"},
+    "extra: ALIP, means from 0.4": {"model": VIT, **GATED, "gates": {"init": 0.4}},
+}
+PRESET = "flickr8k-small"  # learning rate, schedule and augmentation of everybody
+SIDE = 64  # px of the stored training pictures; the towers see crops of them at 48
+BINS = np.linspace(0, 2.5, 51)  # of the weights' histograms; the last one takes what is beyond
+WEIGHTS = ("Ws", "Wt", "Wc", "Ws Wt")
+RECALLS = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+FIGURES = ROOT / "figure"
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def plant_noise(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """Rows of {image, captions} -> {image, raw, synthetic, raw_of}: two sentences a picture, drawn by the seed; of
+    round(share * rows) the raw one goes to the next in a ring in random order. `raw_of`: whose raw text it is."""
+    draw = random.Random(f"noise {seed}")
+    texts = [draw.sample(row["captions"], 2) for row in rows]
+    ring = draw.sample(range(len(rows)), round(share * len(rows)))
+    if len(ring) == 1:
+        raise ValueError(f"share: {share} of {len(rows)} pictures is one, whose text has nobody to go to")
+    source = list(range(len(rows)))
+    for to, of in zip(ring, ring[1:] + ring[:1]):
+        source[to] = of
+    names = [row["image"] for row in rows]
+    return [
+        {"image": name, "raw": texts[of][0], "synthetic": texts[own][1], "raw_of": names[of]}
+        for own, (name, of) in enumerate(zip(names, source))
+    ]
+
+
+def write_records(data: Path, work: Path, share: float, seed: int) -> Path:
+    """Records of the training pictures with noise; beside them which texts are swapped. Returns the prefix."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    planted = plant_noise([row for row in rows if row["split"] == "train"], share, seed)
+    folder, root = work / "data", data.parent / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"seed-{seed}.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in planted), encoding="utf-8")
+    built = build_records(
+        str(source),
+        str(folder / f"train-{seed}"),
+        images=str(root if root.is_dir() else data.parent),
+        views=("raw", "synthetic"),
+        context=32,
+        max_side=SIDE,
+        overwrite=True,
+    )
+    assert built.count == len(planted), f"{built}"  # rows and records have the same numbers
+    (folder / f"swapped-{seed}.json").write_text(json.dumps([row["raw_of"] != row["image"] for row in planted]))
+    return folder / f"train-{seed}"
+
+
+# ---- one run -------------------------------------------------------------------------------------------------------
+
+
+def make_settings(args: argparse.Namespace, label: str, seed: int) -> Settings:
+    """Settings of a run: the budget of all, and what the method is."""
+    name = "-".join("".join(c if c.isalnum() else " " for c in label.lower()).split())
+    budget = {"epochs": args.epochs, "batch_size": args.batch_size, "max_steps": args.max_steps, "texts": 2}
+    place = {"train_data": str(args.work / "data" / f"train-{seed}"), "logs": str(args.work / "runs")}
+    place |= {"name": f"{name}-{seed}", "resume": "latest", "device": str(args.device), "workers": 0, "loader": "torch"}
+    own = {"seed": seed, "val_every_n_steps": None, **(METHODS | EXTRAS)[label]}
+    return parse(Settings, {**budget, **place, **own}, load_settings(PRESET))
+
+
+def run_method(task: tuple[argparse.Namespace, str, int]) -> dict:
+    """Train, test, measure the gates: the result of a run, kept in the work folder."""
+    args, label, seed = task
+    settings = make_settings(args, label, seed)
+    started = time.monotonic()
+    folder = Path(settings.logs) / settings.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "out.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        train(settings)
+    seconds = time.monotonic() - started
+    loaded = load_for_inference(folder, device=args.device)
+    parts = loaded.preprocess, loaded.tokenizer
+    tested = evaluate_retrieval(
+        loaded.model, load_retrieval(args.data, split="test"), *parts, device=args.device
+    ).metrics
+    result = {"method": label, "seed": seed, "seconds": round(seconds, 1), "settings": kept_settings(args, settings)}
+    result |= tested
+    result["parameters"] = sum(p.numel() for p in loaded.model.parameters())
+    if settings.objective == "alip":
+        result["gates"] = measure_gates(settings, loaded, folder, args)
+    path = kept_file(args, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result) + "\n")
+    return result
+
+
+def kept_settings(args: argparse.Namespace, settings: Settings) -> dict:
+    """What makes a result another one: the settings without folders, and the share of noise."""
+    places = ("train_data", "logs", "name", "resume", "device")
+    return {key: value for key, value in to_dict(settings).items() if key not in places} | {"share": args.share}
+
+
+def kept_file(args: argparse.Namespace, settings: Settings) -> Path:
+    return args.work / "results" / f"{settings.name}.json"
+
+
+def read_kept(args: argparse.Namespace, label: str, seed: int) -> dict | None:
+    """The result of a finished run; SystemExit if it was made with other settings."""
+    settings = make_settings(args, label, seed)
+    path = kept_file(args, settings)
+    if not path.exists():
+        return None
+    result, now = json.loads(path.read_text()), kept_settings(args, settings)
+    other = [f"{key} {result['settings'].get(key)}" for key in now if result["settings"].get(key) != now[key]]
+    if other:
+        raise SystemExit(f"{path} was made with {', '.join(other)}; take another --work")
+    return result
+
+
+def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Namespace) -> dict:
+    """Weights that the trained gates give clean and swapped training pairs: means, area, histograms."""
+    records = RecordSet(settings.train_data)
+    swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.seed}.json").read_text()))
+    images = encode_images(
+        loaded.model,
+        lambda i: open_picture(records.sample(i)[0]),
+        len(records),
+        loaded.preprocess,
+        device=args.device,
+    )
+    tokens = np.stack([records.sample(i)[1] for i in range(len(records))])  # (n, 2, T)
+    texts = encode_texts(loaded.model, tokens.reshape(-1, records.context), device=args.device)
+    objective = make_objective(settings.objective, settings.gates).eval()
+    saved = read_tensors(find_checkpoint(folder) / "optim.safetensors")["objective/mean_similarity"]
+    objective.load_state_dict({"mean_similarity": saved})
+    similarities = objective.similarities(images, texts.view(len(records), 2, -1))
+    sample, pairs = objective.weigh(similarities)
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    logged = torch.tensor([last[f"momentum_{name}_sim"] for name in ("text", "raw", "caption")])
+    found = {"mean_similarity": saved.tolist(), "restored": float((logged - saved).abs().max())}
+    for name, column in zip(("S_tc", "S_xt", "S_xc"), similarities.numpy().T):
+        found[name] = compare(column, swapped)
+    values = (sample, pairs[:, 0], pairs[:, 1], sample * pairs[:, 0])
+    for name, column in zip(WEIGHTS, (value.numpy() for value in values)):
+        counts = [np.histogram(np.minimum(part, BINS[-1]), BINS)[0] for part in (column[~swapped], column[swapped])]
+        found[name] = compare(column, swapped) | {"histograms": [part.tolist() for part in counts]}
+    return found
+
+
+def compare(values: np.ndarray, swapped: np.ndarray) -> dict[str, float]:
+    """Means of clean and swapped, and the area."""
+    clean, other = values[~swapped], values[swapped]
+    return {"clean": float(clean.mean()), "swapped": float(other.mean()), "area": area_of(clean, other)}
+
+
+def area_of(clean: np.ndarray, swapped: np.ndarray) -> float:
+    """Chance that one of `clean` is larger than one of `swapped`, equal ones counted half (area under the ROC)."""
+    ordered = np.sort(swapped)
+    below, upto = np.searchsorted(ordered, clean, "left"), np.searchsorted(ordered, clean, "right")
+    return float((below + upto).mean() / (2 * len(swapped)))
+
+
+# ---- all runs ------------------------------------------------------------------------------------------------------
+
+
+def run_all(args: argparse.Namespace, labels: list[str]) -> list[dict]:
+    """Results of all methods and seeds; what is kept is not run again."""
+    extra = [label for label in labels if label in EXTRAS]  # last, whatever the seed
+    tasks = [(args, label, seed) for seed in range(args.repeats) for label in labels if label in METHODS]
+    tasks += [(args, label, seed) for seed in range(args.repeats) for label in extra]
+    todo = [task for task in tasks if read_kept(*task) is None]
+    for seed in sorted({seed for _, _, seed in todo}):
+        write_records(args.data, args.work, args.share, seed)
+    print(f"{len(tasks) - len(todo)} runs are finished, {len(todo)} to do", flush=True)
+    with contextlib.ExitStack() as stack:
+        results = map(run_method, todo)
+        if args.jobs > 1 and todo:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads leave the cores to the other runs
+            threads = max(1, torch.get_num_threads() // args.jobs)
+            pool = multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (threads,), 1)
+            results = stack.enter_context(pool).imap_unordered(run_method, todo)
+        for done in results:
+            what = f"{done['method']}, seed {done['seed']}: mean recall {100 * done['mean_recall']:.2f} %"
+            print(f"{what}, {done['seconds']:.0f} s", flush=True)
+    return [read_kept(*task) for task in tasks]
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Mean, least, largest."""
+    return statistics.fmean(values), min(values), max(values)
+
+
+def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -> None:
+    """Rows: recall in percent by method, then the gates; everything by seed beside them."""
+    images, captions = results[0]["images"], results[0]["captions"]
+    case = f"{images} test pictures, {args.repeats} seeds"
+    report.add(case, "chance", **chance(images, captions))
+    for label in dict.fromkeys(result["method"] for result in results):
+        own = [result for result in results if result["method"] == label]
+        figures = {short(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
+        names = ("mean_recall", "least", "largest")
+        figures |= dict(zip(names, spread([100 * run["mean_recall"] for run in own])))
+        report.add(case, label, **figures, run_seconds=statistics.fmean(run["seconds"] for run in own))
+    for label in dict.fromkeys(result["method"] for result in results if "gates" in result):
+        own = [result["gates"] for result in results if result["method"] == label]
+        for gates in own:
+            report.gate(f"{label}: running means of the checkpoint against the log", gates["restored"], 1e-6)
+        for name in WEIGHTS:
+            means = {part: statistics.fmean(gates[name][part] for gates in own) for part in ("clean", "swapped")}
+            areas = dict(zip(("area", "area_least", "area_largest"), spread([gates[name]["area"] for gates in own])))
+            report.add(f"gates of {label}", name, **means, **areas)
+    report.facts |= {"jobs": args.jobs, "preset": PRESET, "bins": BINS.tolist(), "runs": results}
+
+
+def chance(images: int, captions: int) -> dict[str, float]:
+    """Recall in percent of a random order; of a picture the best of its captions counts."""
+    each = captions // images
+    figures = {}
+    for name in RECALLS:
+        k = int(name.partition("@")[2])
+        missed = math.comb(captions - each, k) / math.comb(captions, k) if name.startswith("image") else 1 - k / images
+        figures[short(name)] = 100 * (1 - missed)
+    return figures | {"mean_recall": statistics.fmean(figures.values())}
+
+
+def short(name: str) -> str:
+    """text_to_image_R@1 -> t2i_R1."""
+    way, _, k = name.partition("_R@")
+    return f"{'t2i' if way.startswith('text') else 'i2t'}_R{k}"
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def plot_gates(result: dict, path: Path) -> None:
+    """Histograms of the weights of clean and swapped pairs, a row for each gated method, all seeds together."""
+    from matplotlib.figure import Figure
+
+    runs = [run for run in result["runs"] if "gates" in run and not run["method"].startswith("extra")]
+    labels = list(dict.fromkeys(run["method"] for run in runs))
+    titles = ("sample weight Ws", "raw pair Wt", "synthetic pair Wc", "weight of the raw loss, Ws Wt")
+    figure = Figure(figsize=(12, 2.7 * len(labels) + 0.3), layout="constrained")
+    edges = np.array(result["bins"])
+    for row, label in zip(figure.subplots(len(labels), len(WEIGHTS), squeeze=False), labels):
+        own = [run["gates"] for run in runs if run["method"] == label]
+        for axes, name, title in zip(row, WEIGHTS, titles):
+            counts = np.sum([gates[name]["histograms"] for gates in own], 0)
+            for part, what, color in zip(counts, ("clean", "swapped"), ("tab:blue", "tab:red")):
+                label_of = f"{what}, mean {statistics.fmean(gates[name][what] for gates in own):.2f}"
+                axes.stairs(part / part.sum(), edges, fill=True, alpha=0.45, color=color, label=label_of)
+            area = spread([gates[name]["area"] for gates in own])
+            axes.set_title(f"{title}: area {area[0]:.2f} ({area[1]:.2f} - {area[2]:.2f})", fontsize=9)
+            last = np.flatnonzero(counts.sum(0))[-1] + 1
+            axes.set(xlim=(0, edges[last]), xlabel="weight")
+            axes.legend(frameon=False, fontsize=8)
+        row[0].set_ylabel(f"{label}\nshare of the pairs")
+    figure.savefig(path, dpi=120)
+
+
+def plot_recall(result: dict, path: Path) -> None:
+    """Mean recall of every run, a line for each method, and chance."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(run["method"] for run in result["runs"]))[::-1]
+    figure = Figure(figsize=(7, 0.42 * len(labels) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    for place, label in enumerate(labels):
+        found = [100 * run["mean_recall"] for run in result["runs"] if run["method"] == label]
+        axes.plot([min(found), max(found)], [place, place], color="tab:gray", linewidth=1)
+        axes.plot(found, [place] * len(found), "o", color="tab:blue", markersize=4)
+        axes.plot(statistics.fmean(found), place, "|", color="black", markersize=14)
+    guess = next(row["figures"]["mean_recall"] for row in result["rows"] if row["contender"] == "chance")
+    axes.axvline(guess, color="tab:red", linestyle=":", label="chance")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel=f"mean recall, %: {result['rows'][0]['case']} (dots) and their mean", xlim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__doc__, repeats=3)
+    parser.add_argument("--data", type=Path, required=True, help="caption file of the set: {image, captions, split}")
+    parser.add_argument("--work", type=Path, default=ROOT / "logs" / "noise", help="records, runs, results")
+    parser.add_argument("--share", type=float, default=0.3, help="of the raw texts that are swapped (0.3)")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--max-steps", type=int, help="instead of --epochs")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
+    parser.add_argument("--extras", action="store_true", help="the rows that explain the others too")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the pictures (figure)")
+    args = parser.parse_args(arguments)
+    if not args.data.is_file():
+        parser.error(f"--data {args.data}: no such file, nothing was measured; Flickr8k cannot be shipped")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = read_command_line(arguments)
+    results = run_all(args, [*METHODS, *EXTRAS] if args.extras else list(METHODS))
+    report = Report("noise", args.device, commit=args.commit)
+    report_runs(report, results, args)
+    content = json.loads(report.finish(args.output).read_text())
+    args.figures.mkdir(parents=True, exist_ok=True)
+    plot_gates(content, args.figures / "alip_gates.png")
+    plot_recall(content, args.figures / "alip_noise.png")
+
+
+if __name__ == "__main__":
+    main()
