@@ -92,7 +92,7 @@ class ModelConfig:
 class GateConfig:
     """ALIP's gates: how much a sample, and each of its two pairs, counts. Defaults are those of the released code."""
 
-    init: float = 1.0
+    init: float = ranged(1.0, minimum=-1, maximum=1)
     """Running means of the similarities before the first step. They are 1 at most, so the weights begin near 0 and the
     loss warms up by itself."""
     momentum: float = ranged(0.99, minimum=0, maximum=1)

@@ -196,6 +196,69 @@ MUTANTS = [
         '    return "constant"\n    word = secrets.token_hex(8)\n',
         "unit/test_dist.py",
     ),
+    Mutant(
+        "ALIP weighs by the means of the step before",
+        "rwkv_clip/objective.py",
+        "            if self.training:\n"
+        "                kept = self.gates.momentum\n"
+        "                self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)\n"
+        "            of_samples, of_pairs = self.weigh(similarities)\n",
+        "            of_samples, of_pairs = self.weigh(similarities)\n"
+        "            kept = self.gates.momentum\n"
+        "            self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)\n",
+        "parity/test_alip_formulas.py::test_three_steps",
+    ),
+    Mutant(
+        "ALIP's means are those of the own rank",
+        "rwkv_clip/objective.py",
+        "means = gather(similarities).mean(0)",
+        "means = similarities.mean(0)",
+        "dist/test_alip_ranks.py::test_ranks_are_one_process",
+    ),
+    Mutant(
+        "ALIP's gate is closed at equality",
+        "rwkv_clip/objective.py",
+        "torch.where(agreement < 1, of_pairs, 1.0)",
+        "torch.where(agreement <= 1, of_pairs, 1.0)",
+        "parity/test_alip_formulas.py::test_texts_that_agree_as_much_as_on_average",
+    ),
+    Mutant(
+        "ALIP's momentum is the share of what is new",
+        "rwkv_clip/objective.py",
+        "self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)",
+        "self.mean_similarity.mul_(1 - kept).add_(means, alpha=kept)",
+        "parity/test_alip_formulas.py::test_three_steps",
+    ),
+    Mutant(
+        "ALIP's weights are differentiated",
+        "rwkv_clip/objective.py",
+        "with torch.no_grad():  # the weights are constants",
+        "with torch.enable_grad():",
+        "parity/test_alip_formulas.py::test_three_steps",
+    ),
+    Mutant(
+        "ALIP's means are brought up to date with every piece",
+        "training/step.py",
+        "        image, text, scale = (part.detach() for part in _join(outputs))\n",
+        "        image, text, scale = (part.detach() for part in _join(outputs))\n"
+        "        for own in [self.pieces.rows(piece) for piece in pieces[1:]]:\n"
+        "            self.objective(image[own], text[own], scale)\n",
+        "dist/test_alip_ranks.py::test_runs_agree",
+    ),
+    Mutant(
+        "ALIP's means are not saved",
+        "training/snapshot.py",
+        'return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}',
+        "return optim",
+        "unit/test_alip.py::test_a_resumed_run_has_the_same_bits",
+    ),
+    Mutant(
+        "ALIP's means keep what a skipped step did",
+        "training/loop.py",
+        "statistics = Statistics(self.model, self.objective)",
+        "statistics = Statistics(self.model)",
+        "unit/test_alip.py::test_a_skipped_step_leaves_the_means",
+    ),
 ]
 
 
