@@ -1,14 +1,27 @@
 """Every script in shell/, run as a user runs it, with a few steps on tiny data."""
 
+import dataclasses
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from tiny import make_tiny
+
+from rwkv_clip.builder import build_records
+from rwkv_clip.config import load_settings
+from rwkv_clip.dist import leave_world
+from rwkv_clip.eval.main import main as evaluate
+from rwkv_clip.training.main import read_command_line, run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
+from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--max-steps", "2", "--workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4"]
@@ -69,15 +82,152 @@ def test_demo_without_settings(tmp_path):
     assert (tmp_path / "demo-run" / "training.png").exists() and (tmp_path / "demo-run" / "retrieval.png").exists()
 
 
-@pytest.mark.parametrize("task, message", [("retrieval", "DATA"), ("classificaiton", "DATA_ROOT")])
-def test_evaluation_without_a_run_says_what_to_do(tmp_path, task, message):
+# ---- in a copy of shell/ where torchrun and python only note what they are called with
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
     copy = tmp_path / "clone"
-    (copy / "shell").mkdir(parents=True)
-    for file in (ROOT / "shell").iterdir():
-        shutil.copy(file, copy / "shell")
-    (copy / "shell" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."\n')
-    done = subprocess.run(["bash", str(copy / "shell" / f"test_zero_shot_{task}.sh")], capture_output=True, text=True)
-    assert done.returncode == 2 and "no demo run yet" in done.stderr and message in done.stderr
+    shutil.copytree(ROOT / "shell", copy / "shell")
+    (copy / "shell" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."\nexport PATH="$PWD/bin:$PATH"\n')
+    (copy / "bin").mkdir()
+    for name in ("torchrun", "python"):
+        (copy / "bin" / name).write_text("""#!/usr/bin/env bash\n(IFS=$'\\x1f'; echo "$*") >> "$CALLS"\n""")
+        (copy / "bin" / name).chmod(0o755)
+    return copy
+
+
+def called(clone: Path, name: str, *arguments: str, expect: int = 0, **environment: str) -> list[list[str]]:
+    """What a script of the copy has called, each with the arguments; with `expect`, what it said instead."""
+    names = ("CHECKPOINT", "DATA", "DATA_ROOT", "TRAIN_DATA", "OUTPUT", "NPROC_PER_NODE")
+    own = {k: v for k, v in os.environ.items() if k not in names} | {"CALLS": str(clone / "calls")} | environment
+    command = ["bash", str(clone / "shell" / name), *arguments]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60)
+    assert done.returncode == expect, done.stderr
+    if expect:
+        return [[done.stderr]]
+    lines = (clone / "calls").read_text().splitlines()
+    (clone / "calls").unlink()
+    return [line.split("\x1f") for line in lines]
+
+
+METHODS = {  # recipe -> preset, default run folder, beginning of its demo's, and losses that its log shows
+    "train_RWKV_CLIP_B32_YFCC15M.sh": ("rwkv-clip-b32-yfcc15m", "RWKV_CLIP_B32_YFCC15M", "rwkv-clip", set()),
+    "train_ALIP_B32_YFCC15M.sh": ("alip-b32-yfcc15m", "ALIP_B32_YFCC15M", "alip", {"raw_loss", "caption_loss"}),
+    "train_CLIP_B32_YFCC15M.sh": ("clip-b32-yfcc15m", "CLIP_B32_YFCC15M", "clip", set()),
+}
+VIT = {  # for the records of `make_tiny`
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def train(arguments: list[str]) -> None:
+    run(read_command_line(arguments))
+    leave_world()
+
+
+@pytest.mark.parametrize("recipe", list(METHODS)[1:])
+def test_recipe_trains_on_two_ranks_resumes_and_is_evaluated(clone, tmp_path, recipe):
+    """By its preset, fp16 and scaler included. What the scripts would start runs in processes that exist already."""
+    data, folder = make_tiny(tmp_path), tmp_path / "logs" / "run"
+    (tmp_path / "vit.json").write_text(json.dumps(VIT))
+    arguments = ["--model", str(tmp_path / "vit.json"), "--log-every-n-steps", "1", "--max-steps", "2"]
+    arguments += ["--workers", "0", "--device", "cpu", "--batch-size", "4"]
+    own = {"TRAIN_DATA": data["train_data"], "VAL_DATA": data["val_data"], "OUTPUT": str(folder), "NPROC_PER_NODE": "2"}
+    (call,) = called(clone, recipe, *arguments, **own)
+    launch, settings = call[: call.index("--")], call[call.index("--") + 1 :]
+    assert launch[launch.index("--nproc_per_node") + 1] == "2" and launch[-2:] == ["-m", "rwkv_clip.training.main"]
+    run_ranks(2, tmp_path, train, settings)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in log if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2] and "val_mean_recall" in log[-1]
+    assert METHODS[recipe][3] <= steps[0].keys()
+    used = json.loads((folder / "settings.json").read_text())
+    assert (used["precision"], used["decay"], used["cycle_beta1"]) == ("fp16", "all", True)
+    (folder / "log.jsonl").write_text("")
+    settings[settings.index("--max-steps") + 1] = "4"
+    run_ranks(2, tmp_path, train, [*settings, "--allow-change", "total_steps", "max_steps"])
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()][:2] == [3, 4]
+
+    shutil.copytree(tmp_path / "images", tmp_path / "classes" / "stripes")
+    evaluated = called(clone, "test_zero_shot_retrieval.sh", CHECKPOINT=str(folder), DATA=data["val_data"])
+    evaluated += called(
+        clone, "test_zero_shot_classificaiton.sh", CHECKPOINT=str(folder), DATA_ROOT=str(tmp_path / "classes")
+    )
+    for start, module, *rest in evaluated:
+        assert (start, module) == ("-m", "rwkv_clip.eval.main") and evaluate(rest) == 0
+    assert list(folder.glob("eval/*retrieval*/result.json")) and list(folder.glob("eval/*classification*/result.json"))
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_defaults_of_a_recipe(clone, recipe):
+    preset, folder, demo, _ = METHODS[recipe]
+    (call,) = called(
+        clone, recipe, "--seed", "3", TRAIN_DATA="x", NNODES="2", NODE_RANK="1", MASTER_ADDR="a", MAX_RESTARTS="3"
+    )
+    launch, settings = call[: call.index("--")], read_command_line(call[call.index("--") + 1 :])
+    for flag, value in {"nnodes": "2", "node_rank": "1", "master_addr": "a", "master_port": "29500"}.items():
+        assert launch[launch.index(f"--{flag}") + 1] == value
+    assert launch[launch.index("--max-restarts") + 1] == "3" and call[call.index("--preset") + 1] == preset
+    published = dataclasses.replace(load_settings(preset), train_data="x", name=folder, resume="latest", seed=3)
+    assert settings == published
+
+    (clone / "shell" / "train_demo.sh").write_text('set -u\npython "$OUTPUT" "$@"\n')
+    (call,) = called(clone, recipe, "--seed", "3")
+    assert re.fullmatch(rf"logs/demo-{demo}-\d{{8}}-\d{{6}}", call[0]) and call[-2:] == ["--seed", "3"]
+    (call,) = called(clone, recipe, OUTPUT="mine")
+    assert call[0] == "mine"
+
+
+@pytest.mark.parametrize("recipe", list(METHODS)[1:])
+def test_demo_of_a_recipe(clone, tmp_path, recipe):
+    """What its demo trains, for two steps, on other pictures."""
+    data = make_tiny(tmp_path)
+    build_records(str(tmp_path / "all.jsonl"), str(tmp_path / "wide"), context=32)
+    (clone / "shell" / "train_demo.sh").write_text('python "$@"\n')
+    (call,) = called(clone, recipe)
+    arguments = ["--preset", "demo", *call, "--train-data", str(tmp_path / "wide"), "--logs", data["logs"]]
+    folder = run(read_command_line([*arguments, "--max-steps", "2", "--batch-size", "8", "--device", "cpu"]))
+    state = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert state["model"] == "ViT-Ti-8" and state["settings"]["objective"] in recipe.lower() + " infonce"
+    assert (state["settings"]["objective"] == "alip") == ("ALIP" in recipe)
+
+
+def test_the_newest_demo_run_is_evaluated(clone):
+    """By when it was trained, not by its name; a folder without a run does not count."""
+    for age, name in enumerate(("demo-clip-2", "demo-alip-3", "demo-rwkv-clip-1")):
+        log = clone / "logs" / name / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text("{}\n")
+        os.utime(log, (1e9 - age, 1e9 - age))
+    (clone / "logs" / "demo-x").mkdir()
+    for script in ("test_zero_shot_retrieval.sh", "test_zero_shot_classificaiton.sh"):
+        (call,) = called(clone, script)
+        assert call[call.index("--checkpoint") + 1] == "logs/demo-clip-2"
+        (call,) = called(clone, script, CHECKPOINT="logs/demo-alip-3/")
+        assert call[call.index("--checkpoint") + 1] == "logs/demo-alip-3"
+
+
+@pytest.mark.parametrize("task, message", [("retrieval", "DATA"), ("classificaiton", "DATA_ROOT")])
+def test_evaluation_without_a_run_says_what_to_do(clone, task, message):
+    ((said,),) = called(clone, f"test_zero_shot_{task}.sh", expect=2)
+    assert "no demo run yet" in said and message in said
+
+
+@pytest.mark.parametrize("recipe", list(METHODS)[1:])
+def test_slurm_starts_any_recipe(clone, recipe):
+    for name, text in (SLURM | {"srun": 'shift; for n in 0 1; do SLURM_NODEID=$n "$@"; done'}).items():
+        (clone / "bin" / name).write_text(f"#!/usr/bin/env bash\nset -eu\n{text}\n")
+        (clone / "bin" / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(clone), "SLURM_JOB_NODELIST": "n", "SLURM_NNODES": "2", "SLURM_JOB_ID": "4711"}
+    job |= {"FAKE": str(clone / "bin"), "PATH": f"{clone / 'bin'}:{os.environ['PATH']}"}
+    nodes = called(clone, "slurm_train.sh", "--seed", "3", RECIPE=recipe, TRAIN_DATA="x", **job)
+    assert [call[call.index("--node_rank") + 1] for call in nodes] == ["0", "1"]
+    for call in nodes:
+        assert call[call.index("--preset") + 1] == METHODS[recipe][0] and call[-2:] == ["--seed", "3"]
+        assert call[call.index("--nnodes") + 1] == "2" and call[call.index("--master_addr") + 1] == "127.0.0.1"
 
 
 SLURM = {
