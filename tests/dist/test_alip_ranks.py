@@ -118,6 +118,12 @@ def test_runs_agree(plain, world, accum):
     assert "momentum_text_sim" in expected[0] and expected[0]["momentum_text_sim"] != expected[-1]["momentum_text_sim"]
 
 
+def test_a_sharded_run_agrees(data, plain):
+    found = logged(Runs(data, plain.changes | {"parallel": "fsdp"})(2))
+    for line, whole in zip(found, logged(plain(1)), strict=True):
+        assert line == pytest.approx(whole, rel=2e-5, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def fixed(data):
     return Runs(data, {"deterministic": True, "max_ranks": 4, "drop_path": 0.2})

@@ -235,6 +235,14 @@ def test_a_resumed_run_has_the_same_bits(data, whole, stop):
     assert torch.equal(means_of(folder), means_of(whole)) and not torch.equal(means_of(whole), means_of(whole, stop))
 
 
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"batch_size": BATCH // 2, "accum_freq": 2}], ids=str)
+def test_a_resumed_run_has_the_same_bits_in_other_modes(data, changes):
+    other = run(parse(Settings, data | ALIP | changes | {"name": "other mode", "resume": "latest"}))
+    folder = branch_off(data | ALIP | changes, other, "from 3, too", 3)
+    assert digest(find_checkpoint(folder)) == digest(find_checkpoint(other))
+    shutil.rmtree(other)
+
+
 def test_what_is_saved_is_what_is_logged(whole):
     for line in logged(whole):
         saved = means_of(whole, line["step"])
