@@ -189,7 +189,7 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
     sample, pairs = objective.weigh(similarities)
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     logged = torch.tensor([last[f"momentum_{name}_sim"] for name in ("text", "raw", "caption")])
-    found = {"mean_similarity": saved.tolist(), "restored": float((logged - saved).abs().max())}
+    found = {"mean_similarity": saved.tolist(), "restored": float((logged - objective.mean_similarity).abs().max())}
     for name, column in zip(("S_tc", "S_xt", "S_xc"), similarities.numpy().T):
         found[name] = compare(column, swapped)
     values = (sample, pairs[:, 0], pairs[:, 1], sample * pairs[:, 0])
@@ -270,8 +270,10 @@ def chance(images: int, captions: int) -> dict[str, float]:
     figures = {}
     for name in RECALLS:
         k = int(name.partition("@")[2])
-        missed = math.comb(captions - each, k) / math.comb(captions, k) if name.startswith("image") else 1 - k / images
-        figures[short(name)] = 100 * (1 - missed)
+        found = min(k / images, 1)
+        if name.startswith("image"):
+            found = 1 - math.comb(captions - each, k) / math.comb(captions, k)
+        figures[short(name)] = 100 * found
     return figures | {"mean_recall": statistics.fmean(figures.values())}
 
 

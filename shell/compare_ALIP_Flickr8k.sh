@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# CLIP, ALIP and RWKV towers on Flickr8k, 30 % of whose raw texts belong to another picture: not a published row, but who
+# minds noise, and whether ALIP's gates find it. Three seeds each, about an hour on two cores; README.md says what came out.
+#
+#   FLICKR8K=folder with captions.jsonl ({"image", "captions": [5], "split"}) and images/ [OUTPUT=logs/noise]
+#   bash shell/compare_ALIP_Flickr8k.sh [--extras] [--share 0.3 --epochs 10 --repeats 3 --jobs 2]
+#
+# Table and numbers: tests/bench/results/noise-*.json; pictures: figure/alip_gates.png, figure/alip_noise.png. The same
+# command goes on after an interruption. With --extras also two rows that explain the others.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+: "${FLICKR8K:?set FLICKR8K to the folder that holds captions.jsonl}"
+exec python tests/bench/noise.py --data "$FLICKR8K/captions.jsonl" --work "${OUTPUT:-logs/noise}" "$@"
