@@ -58,7 +58,8 @@ class ALIP(nn.Module):
     step however many pieces it is computed in.
 
     NOTE(parity): the released code does so with every accumulated piece and in steps that overflow float16 (a skipped
-    step of ours leaves no trace), forgets the means when it stops, and cannot score own rows only.
+    step of ours leaves no trace), forgets the means when it stops, and cannot score own rows only. By default its
+    towers get gradients divided by the number of ranks, its temperature does not; ours are those of one process.
     """
 
     texts = 2
@@ -74,9 +75,9 @@ class ALIP(nn.Module):
         """image_features (B, D), text_features (B, 2, D), normalised; logit_scale: scalar, already exponentiated.
 
         ValueError where the shapes are others. In evaluation mode the running means stay as they are."""
-        if text_features.dim() != 3 or text_features.shape[1] != self.texts:
-            raise ValueError(f"features: texts {tuple(text_features.shape)}; ALIP needs (B, 2, D): raw, synthetic")
         of_images, of_texts = contrastive_losses(image_features, text_features, logit_scale)
+        if of_images.shape[1:] != (self.texts,):
+            raise ValueError(f"features: texts {tuple(text_features.shape)}; ALIP needs (B, 2, D): raw, synthetic")
         with torch.no_grad():  # the weights are constants
             similarities = self.similarities(image_features, text_features)
             means = gather(similarities).mean(0)  # no sum over ranks: these are the bits of one process

@@ -183,6 +183,8 @@ def test_records_of_two_texts_serve_without_a_number(data):
 def test_features_that_do_not_fit_are_refused(shape):
     with pytest.raises(ValueError, match=r"features: .*texts \("):
         make_objective("alip")(torch.ones(4, 3), torch.ones(shape), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="features: texts are not a floating-point tensor"):
+        make_objective("alip")(torch.ones(4, 3), torch.ones(shape).tolist(), torch.tensor(1.0))
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_settings_of_the_gates():
 
 def test_evaluation_leaves_the_means():
     alip = make_objective("alip").eval()
-    alip(torch.eye(3), torch.eye(3).unsqueeze(1).expand(3, 2, 3), torch.tensor(2.0))
+    alip(torch.eye(3), torch.eye(3).flip(0).unsqueeze(1).expand(3, 2, 3), torch.tensor(2.0))
     assert alip.mean_similarity.tolist() == [1, 1, 1]
 
 
