@@ -25,7 +25,9 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -59,7 +61,7 @@ EXTRAS = {  # what is it in ALIP: two texts a step, or their weights? and its sl
 PRESET = "flickr8k-small"  # learning rate, schedule and augmentation of everybody
 SIDE = 64  # px of the stored training pictures; the towers see crops of them at 48
 BINS = np.linspace(0, 2.5, 51)  # of the weights' histograms; the last one takes what is beyond
-WEIGHTS = ("Ws", "Wt", "Wc", "Ws Wt")
+SIMILARITIES, WEIGHTS = ("S_tc", "S_xt", "S_xc"), ("Ws", "Wt", "Wc", "Ws Wt")  # t: raw, c: synthetic, x: picture
 RECALLS = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 FIGURES = ROOT / "figure"
 
@@ -190,7 +192,7 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     logged = torch.tensor([last[f"momentum_{name}_sim"] for name in ("text", "raw", "caption")])
     found = {"mean_similarity": saved.tolist(), "restored": float((logged - objective.mean_similarity).abs().max())}
-    for name, column in zip(("S_tc", "S_xt", "S_xc"), similarities.numpy().T):
+    for name, column in zip(SIMILARITIES, similarities.numpy().T):
         found[name] = compare(column, swapped)
     values = (sample, pairs[:, 0], pairs[:, 1], sample * pairs[:, 0])
     for name, column in zip(WEIGHTS, (value.numpy() for value in values)):
@@ -257,7 +259,7 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
         own = [result["gates"] for result in results if result["method"] == label]
         for gates in own:
             report.gate(f"{label}: running means of the checkpoint against the log", gates["restored"], 1e-6)
-        for name in WEIGHTS:
+        for name in SIMILARITIES + WEIGHTS:
             means = {part: statistics.fmean(gates[name][part] for gates in own) for part in ("clean", "swapped")}
             areas = dict(zip(("area", "area_least", "area_largest"), spread([gates[name]["area"] for gates in own])))
             report.add(f"gates of {label}", name, **means, **areas)
@@ -350,6 +352,7 @@ def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_command_line(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pool is ended, and its runs save
     results = run_all(args, [*METHODS, *EXTRAS] if args.extras else list(METHODS))
     report = Report("noise", args.device, commit=args.commit)
     report_runs(report, results, args)
