@@ -6,6 +6,7 @@ import pytest
 from rwkv_clip.config import (
     CONFIGS,
     ConfigError,
+    GateConfig,
     ModelConfig,
     Settings,
     list_presets,
@@ -85,3 +86,18 @@ def test_presets_hold_known_fields_only():
     names = {f.name for f in dataclasses.fields(Settings)}
     for path in (CONFIGS / "recipes").glob("*.json"):
         assert set(json.loads(path.read_text())) <= names
+
+
+@pytest.mark.parametrize("method", ["alip", "clip"])
+def test_the_published_settings_of_alip_and_its_baseline(method):
+    """The released code's and its script's; the batch is 8 ranks of 512."""
+    optimizer = {"lr": 1e-3, "wd": 0.2, "decay": "all", "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "grad_clip_norm": 1.0}
+    schedule = {"epochs": 32, "schedule": "onecycle", "cycle_beta1": True, "warmup": 0.1, "batch_size": 512}
+    pictures = {"crop_area": (0.7, 1.0), "crop_aspect": (0.8, 1.25), "flip": 0.5}
+    texts = {
+        "alip": {"objective": "alip", "views": "all", "texts": 2, "gates": GateConfig(1.0, 0.99, 2.0, 2.0)},
+        "clip": {"objective": "infonce", "views": "first"},
+    }
+    rest = {"model": "ViT-B-32", "precision": "fp16", "accum_freq": 1, "val_prefix": "a photo of "}
+    published = dataclasses.replace(Settings(), **optimizer, **schedule, **pictures, **texts[method], **rest)
+    assert load_settings(f"{method}-b32-yfcc15m") == published

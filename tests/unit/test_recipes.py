@@ -146,6 +146,8 @@ def test_recipe_trains_on_two_ranks_resumes_and_is_evaluated(clone, tmp_path, re
     assert METHODS[recipe][3] <= steps[0].keys()
     used = json.loads((folder / "settings.json").read_text())
     assert (used["precision"], used["decay"], used["cycle_beta1"]) == ("fp16", "all", True)
+    state = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert state["scaler"]["growth_interval"] == 200
     (folder / "log.jsonl").write_text("")
     settings[settings.index("--max-steps") + 1] = "4"
     run_ranks(2, tmp_path, train, [*settings, "--allow-change", "total_steps", "max_steps"])
