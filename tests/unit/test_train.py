@@ -370,7 +370,7 @@ def test_command_line(data):
     assert (parsed.model, parsed.lr, parsed.flip, parsed.decay) == ("RWKV-CLIP-B-32", 0.5, 0.0, "all")
     assert read_command_line(to_arguments(data)) == settings(data)
     assert read_command_line(["--train-data", "x", "--preset=demo"]).model == "RWKV-CLIP-Ti-8"
-    with pytest.raises(ConfigError, match="preset: needs a value; shipped: .*demo"):
+    with pytest.raises(ConfigError, match=r"preset: needs a value; shipped: .*demo"):
         read_command_line(["--preset"])
     with pytest.raises(ConfigError) as error:
         read_command_line(["--lr", "-1", "--epochs", "0"])
