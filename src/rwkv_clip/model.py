@@ -28,7 +28,8 @@ from .tokenizer import Tokenizer, make_tokenizer
 from .towers import ImageTower, TextTower
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ModelSpec = ModelConfig | dict[str, Any]  # ours, or {"open_clip": name} / {"open_clip": {embed_dim, ..}}
+# Ours, or {"open_clip": name or {embed_dim, ..}}, with "pixels": [mean, std] where these are not CLIP's.
+ModelSpec = ModelConfig | dict[str, Any]
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
     source = spec["open_clip"]
     if isinstance(source, str):
-        return open_clip.create_model(source)
+        pixels = dict(zip(("mean", "std"), map(tuple, spec.get("pixels", ()))))
+        return open_clip.create_model(source, force_preprocess_cfg=pixels or None)
     source = dict(source)
     kind = open_clip.CustomTextCLIP if source.pop("custom_text", False) else open_clip.CLIP
     try:
@@ -170,8 +172,12 @@ def create_model(
     if pretrained and known and not Path(pretrained).exists():
         import open_clip
 
+        from .image import CLIP_MEAN, CLIP_STD
+
         spec = {"open_clip": _name_for_tag(spec["open_clip"], str(pretrained))}
         net = open_clip.create_model(spec["open_clip"], pretrained=str(pretrained))
+        if (pixels := pixel_statistics(net)) != (CLIP_MEAN, CLIP_STD):
+            spec["pixels"] = pixels
     else:
         net = build_model(spec)
         if pretrained:

@@ -1,21 +1,25 @@
 """CLIP's towers, which open_clip builds, against what the released ALIP code says of them: names, shapes, function and
 initial values; and the files that hold their weights: ALIP's, open_clip's, OpenAI's."""
 
+import json
 import math
 import re
 import warnings
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError
-from rwkv_clip.model import QUICK, _name_for_tag, build_model
+from rwkv_clip.model import QUICK, _name_for_tag, build_model, pixel_statistics, preprocess_of, spec_to_json
 from rwkv_clip.tensorfile import CheckpointError
 
+HALF = (0.5, 0.5, 0.5)
 TEXT = {"context_length": 9, "vocab_size": 60, "width": 24, "heads": 3, "layers": 2}
 SMALL = {
     "ViT-B-32": {
@@ -275,6 +279,21 @@ def test_weights_of_a_tag_get_the_function_that_they_were_trained_as(
     other = rwkv_clip.create_model(taken.removesuffix(QUICK) if taken.endswith(QUICK) else taken + QUICK)
     other.load_state_dict(state)
     assert not torch.allclose(other.encode_text(text), model.encode_text(text), rtol=1e-3)
+
+
+def test_pixels_of_a_tag_are_those_of_its_checkpoints(small, tmp_path, monkeypatch):
+    """Some weights (SigLIP) were trained on pixels from -1 to 1; a run that starts from them goes on so."""
+    torch.save(draw("ViT-B-32"), tmp_path / "fetched.pt")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "fetched.pt"))
+    tag = open_clip.pretrained._PRETRAINED["ViT-B-32"]["laion2b_e16"]
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-32"], "laion2b_e16", {**tag, "mean": HALF, "std": HALF})
+    model = rwkv_clip.create_model("ViT-B-32", "laion2b_e16")
+    again = rwkv_clip.create_model(json.loads(json.dumps(spec_to_json(model.spec))))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8))
+    seen = preprocess_of(again)(picture)
+    assert pixel_statistics(model) == pixel_statistics(again) == (HALF, HALF)
+    assert torch.equal(preprocess_of(model)(picture), seen) and seen.min() < -0.9
+    assert rwkv_clip.create_model("ViT-B-32").spec == {"open_clip": "ViT-B-32"}, "nothing for CLIP's own"
 
 
 def test_every_tag_finds_its_function():
