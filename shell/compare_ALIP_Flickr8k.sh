@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CLIP, ALIP and RWKV towers on Flickr8k, 30 % of whose raw texts belong to another picture: not a published row, but who
-# minds noise, and whether ALIP's gates find it. Three seeds each, about an hour on two cores; README.md says what came out.
+# minds noise, and whether ALIP's gates find it. Three seeds each, 15 runs in all.
 #
 #   FLICKR8K=folder with captions.jsonl ({"image", "captions": [5], "split"}) and images/ [OUTPUT=logs/noise]
 #   bash shell/compare_ALIP_Flickr8k.sh [--extras] [--share 0.3 --epochs 7 --repeats 3 --jobs 2]

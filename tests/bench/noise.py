@@ -12,8 +12,7 @@ ALIP's gates are those of its last checkpoint: all training pictures without aug
 saved. `area` is the chance that a clean pair has a larger weight than a swapped one (0.5: the gate knows nothing).
 
 --repeats: seeds 0, 1, ..; runs share the cores, --jobs at a time: seconds say nothing about speed. Finished runs are
-kept in --work, interrupted ones go on where they stopped. An hour on two cores; results hold numbers only, no text and
-no picture.
+kept in --work, interrupted ones go on where they stopped. Results hold numbers only, no text and no picture.
 """
 
 from __future__ import annotations
@@ -352,7 +351,6 @@ def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_command_line(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pool is ended, and its runs save
     results = run_all(args, [*METHODS, *EXTRAS] if args.extras else list(METHODS))
     report = Report("noise", args.device, commit=args.commit)
     report_runs(report, results, args)
@@ -363,4 +361,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pool is ended, and its runs save
     main()
