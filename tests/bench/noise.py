@@ -304,7 +304,7 @@ def plot_gates(result: dict, path: Path) -> None:
                 label_of = f"{what}, mean {statistics.fmean(gates[name][what] for gates in own):.2f}"
                 axes.stairs(part / part.sum(), edges, fill=True, alpha=0.45, color=color, label=label_of)
             area = spread([gates[name]["area"] for gates in own])
-            axes.set_title(f"{title}: area {area[0]:.2f} ({area[1]:.2f} - {area[2]:.2f})", fontsize=9)
+            axes.set_title(f"{title}\narea {area[0]:.2f} ({area[1]:.2f} - {area[2]:.2f})", fontsize=9)
             last = np.flatnonzero(counts.sum(0))[-1] + 1
             axes.set(xlim=(0, edges[last]), xlabel="weight")
             axes.legend(frameon=False, fontsize=8)
