@@ -126,7 +126,7 @@ def test_loader_bench_runs_where_only_our_loader_is(tmp_path):
     hide = "import sys; sys.modules.update(dict.fromkeys(['nvidia.dali', 'webdataset', 'pandas', 'tyro', 'open_clip']))"
     code = f"{hide}; sys.path.insert(0, {str(BENCH)!r}); import loader; loader.main()"
     command = [sys.executable, "-c", code, *options, "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("loader-*.json")
     result = json.loads(path.read_text())

@@ -80,7 +80,7 @@ def test_processes_that_start_at_once_build_once(source, tmp_path):
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "cache")]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in started]
+    outputs = [process.communicate(timeout=600) for process in started]
     assert [out for out, _ in outputs] == ["42\n", "42\n"], outputs
     assert sum("compiling answer" in err for _, err in outputs) == 1
     assert len(list((tmp_path / "cache").glob("*.so"))) == 1
@@ -101,7 +101,7 @@ def test_a_killed_build_leaves_no_trap(source, tmp_path, monkeypatch):
         "cache=Path(sys.argv[2]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(source), str(cache), str(slow)])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(cache.glob("*.build/answer.so")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(cache.glob("*.build/answer.so"))

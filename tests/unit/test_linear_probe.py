@@ -266,7 +266,7 @@ def _probe_without_data_on_rank_1(folder: str) -> None:
 
 def test_what_one_rank_lacks_ends_all(tmp_path):
     save_shades(tmp_path / "set")
-    run_ranks(2, tmp_path, _probe_without_data_on_rank_1, str(tmp_path), timeout=60)
+    run_ranks(2, tmp_path, _probe_without_data_on_rank_1, str(tmp_path), timeout=300)
     (entry,) = results(tmp_path)
     assert entry["status"] == "failed" and "nowhere has no folders train and test" in entry["reason"]
 

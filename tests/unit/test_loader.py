@@ -289,7 +289,7 @@ def run_script(records, tmp_path, event: str) -> subprocess.CompletedProcess:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), str(records.files[0].prefix), event]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, start_new_session=True)
 
 
 def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):

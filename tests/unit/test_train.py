@@ -406,6 +406,6 @@ def test_mistakes_end_with_a_code_and_no_traceback(arguments, code, message):
         [sys.executable, "-m", "rwkv_clip.training.main", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
