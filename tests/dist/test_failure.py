@@ -191,7 +191,7 @@ def test_torchrun_restarts_a_run_with_the_same_bits(data, reference, tmp_path, f
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
     command += ["--master_port", str(free_port), str(Path(__file__).with_name("fail_at.py")), str(tmp_path)]
     command += ["0:13:SIGKILL,1:17:SIGKILL", "--", *to_arguments(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank, step in ((0, 13), (1, 17)):
         assert f"error: rank {rank} last seen at step {step}, " in done.stderr

@@ -21,7 +21,7 @@ def launch(world: int, port: int, settings: dict, expect: int = 0) -> Path:
     settings = settings | {"batch_size": BATCH // world}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
     command += ["--master_port", str(port), "-m", "rwkv_clip.training.main", "--", *to_arguments(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:]
     return Path(settings["logs"]) / settings["name"]
 

@@ -40,7 +40,7 @@ def start_nodes(folder: Path, port: int, plan: str, per_node: int, restarts: int
 def finish(nodes: list, folder: Path) -> tuple[list[int], list[str]]:
     """Exit codes and output of the nodes."""
     try:
-        codes = [node.wait(600) for node in nodes]
+        codes = [node.wait(1800) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
