@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
-from rwkv_clip.features import encode_images, encode_texts, raise_together
+from rwkv_clip.features import encode_images, encode_texts
 from rwkv_clip.metrics import accuracy, target_ranks
 from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
-from .cache import model_key, write_whole
+from .cache import model_key, on_all_ranks, write_whole
 from .confusion import worst_classes
 from .datasets import KNOWN, ClassificationSet, MissingData, load_classification
 from .legacy import legacy_classification
@@ -131,7 +131,8 @@ def run(settings: ClassificationSettings, loaded, device: torch.device) -> Repor
 
 def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: torch.device) -> dict:
     started = time.monotonic()
-    data = _load(dataset, settings, device)
+    source = {"language": settings.language}
+    data = on_all_ranks(lambda: load_classification(dataset, settings.data, settings.names, **source), device)
     details: dict = {}
 
     def inspect(features: Tensor, weights: Tensor, labels: Tensor) -> None:
@@ -165,14 +166,3 @@ def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: to
         "note": data.note,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _load(dataset: str, settings: ClassificationSettings, device: torch.device) -> ClassificationSet:
-    """The set on every rank, or an error on all of them: a rank may have a disk of its own."""
-    data, problem = None, None
-    try:
-        data = load_classification(dataset, settings.data, settings.names, language=settings.language)
-    except (MissingData, ValueError, OSError) as error:
-        problem = error
-    raise_together(problem, 0, device)
-    return data
