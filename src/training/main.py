@@ -9,6 +9,7 @@ be written; 1 and a traceback: an error of ours.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import socket
@@ -152,10 +153,20 @@ def make_validator(
     return validate
 
 
+def claim_folder(logs: Path, name: str) -> str:
+    """Make a run folder of that name and the time; its name. Runs that start in the same second get -2, -3 .."""
+    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for name in itertools.chain([stamp], (f"{stamp}-{count}" for count in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (logs / name).mkdir(parents=True)
+            return name
+
+
 def open_run(settings: Settings, world: World, name: str) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None). ConfigError when the folder holds another run already."""
-    own_name = settings.name or tell(world, "name", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(settings.logs) / own_name
+    logs = Path(settings.logs)
+    own_name = settings.name or tell(world, "name", claim_folder(logs, name) if world.is_lead else "")
+    folder = logs / own_name
     has_run = folder.is_dir() and bool(list_checkpoints(folder))
     if world.restarted and settings.name and has_run:  # by torchrun, with the arguments of the first start
         return folder, find_checkpoint(folder)

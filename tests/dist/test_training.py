@@ -14,7 +14,8 @@ from tiny import BATCH, make_tiny, to_arguments
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     settings = make_tiny(tmp_path_factory.mktemp("tiny"))
-    return settings | {"drop_path": 0.0, "max_steps": 6, "save_every_n_steps": 3, "log_every_n_steps": 1}
+    # lr: at 1e-2 this model bounces, and the order of float32 sums shows in the third digit of step 6
+    return settings | {"drop_path": 0.0, "max_steps": 6, "save_every_n_steps": 3, "log_every_n_steps": 1, "lr": 3e-4}
 
 
 def launch(world: int, port: int, settings: dict, expect: int = 0) -> Path:
@@ -35,7 +36,8 @@ def curve(folder: Path) -> list[float]:
 def test_world_sizes_agree(data, free_port):
     folders = {world: launch(world, free_port, data | {"name": f"world{world}"}) for world in (1, 2, 4)}
     for world in (2, 4):
-        assert curve(folders[world]) == pytest.approx(curve(folders[1]), rel=2e-4)
+        assert curve(folders[world])[:2] == pytest.approx(curve(folders[1])[:2], rel=1e-6)
+        assert curve(folders[world]) == pytest.approx(curve(folders[1]), rel=1e-4)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(data, free_port):
@@ -46,7 +48,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, free_port):
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "step-00000006")
     launch(2, free_port, data | {"name": "moved", "resume": "latest"})
-    assert curve(part) == pytest.approx(curve(whole), rel=2e-4)
+    assert curve(part) == pytest.approx(curve(whole), rel=1e-4)
 
 
 def test_a_batch_that_changes_is_refused(data, free_port):

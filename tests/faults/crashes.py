@@ -167,7 +167,7 @@ def kill_at_random(settings: dict, kills: int, seed: int, seen: str) -> None:
             done += 1
             written = folder / "checkpoints"
             saving = written.is_dir() and bool(leftovers(written))
-            rows.append({"delay": delay / life, "saving": saving, "intact": intact(folder)})
+            rows.append({"saving": saving, "intact": intact(folder)})
         else:
             runs[-1] |= {"whole": True, "code": code, "same": final_digest(folder) == reference}
             runs[-1]["left"] = leftovers(folder / "checkpoints")

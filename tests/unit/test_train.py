@@ -20,6 +20,7 @@ from rwkv_clip.dist import join_world
 from rwkv_clip.objective import make_objective
 from rwkv_clip.training import loop
 from rwkv_clip.training.data import Batch
+from rwkv_clip.training import main
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.numerics import Watch
 from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
@@ -144,6 +145,13 @@ def test_a_second_run_does_not_overwrite_the_first(data, whole):
         run(settings(data, name="whole"))
     with pytest.raises(CheckpointError, match="no such file"):
         run(settings(data, name="new", resume="nowhere"))
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(main.time, "strftime", lambda _: "20261121-120000")
+    names = [main.claim_folder(tmp_path / "logs", "vit") for _ in range(3)]
+    assert names == [f"vit-20261121-120000{end}" for end in ("", "-2", "-3")]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == sorted(names)
 
 
 @pytest.mark.parametrize(
