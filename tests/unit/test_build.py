@@ -1,6 +1,5 @@
 """Native code: built once, cached by all that went into it, safe with several processes, clear when it cannot be."""
 
-import ctypes
 import shutil
 import stat
 import subprocess

@@ -18,9 +18,8 @@ from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors,
 from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.objective import make_objective
-from rwkv_clip.training import loop
+from rwkv_clip.training import loop, main
 from rwkv_clip.training.data import Batch
-from rwkv_clip.training import main
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.numerics import Watch
 from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
