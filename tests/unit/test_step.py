@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._inductor.config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,7 +51,6 @@ def gradients(
     dtype: torch.dtype = torch.float64,
     world: World | None = None,
     loss_scale: float = 1.0,
-    backend="aot_eager",
     **changes,
 ) -> dict[str, torch.Tensor]:
     world = world or World(0, 1, torch.device("cpu"))
@@ -60,7 +58,7 @@ def gradients(
     model = build(dtype)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.torchcompile:
-        model.compile(backend=backend)
+        model.compile(backend="aot_eager")  # the graphs of inductor, without its minutes
     parallel = DistributedDataParallel(model) if world.size > 1 and not settings.deterministic else model
     objective_ = make_objective("infonce")
     step = GradientStep(model, parallel, objective_, settings, world, lambda x: normalize(x, MEAN, MEAN).to(dtype))
@@ -117,9 +115,8 @@ def test_accumulation_in_float32(changes):
 
 def work(folder: str, changes: dict) -> None:
     world = join_world("cpu")
-    torch._inductor.config.compile_threads = 1  # no pool of processes that could outlive this one
     objective.CPU_ROWS = 3  # chunks of the loss that end within a rank's share
-    torch.save(gradients(world=world, backend="inductor", **changes), f"{folder}/rank{world.rank}")
+    torch.save(gradients(world=world, **changes), f"{folder}/rank{world.rank}")
     leave_world()
 
 
