@@ -5,4 +5,4 @@ EXTRAS=${EXTRAS-dev,dali} source "$(dirname "$0")/setup.sh"
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=1 # same bits everywhere, and no fight over cores between processes
-python -m pytest -q -n "${TEST_PROCESSES:-2}" "$@"
+python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist worksteal "$@"
