@@ -337,7 +337,7 @@ def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="caption file of the set: {image, captions, split}")
     parser.add_argument("--work", type=Path, default=ROOT / "logs" / "noise", help="records, runs, results")
     parser.add_argument("--share", type=float, default=0.3, help="of the raw texts that are swapped (0.3)")
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
