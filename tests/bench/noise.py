@@ -9,7 +9,8 @@ records, steps, batch, schedule and augmentation, and is tested once, after its 
 nothing is chosen by a result. A seed is that of weights, data order, sentences and noise; methods share it.
 
 ALIP's gates are those of its last checkpoint: all training pictures without augmentation, and the running means as
-saved. `area` is the chance that a clean pair has a larger weight than a swapped one (0.5: the gate knows nothing).
+saved. `area` is the chance that a clean pair has a larger weight than a swapped one (0.5: the gate knows nothing). For
+comparison: the area of the similarity in untrained towers, and of the share of words that both texts have.
 
 --repeats: seeds 0, 1, ..; runs share the cores, --jobs at a time: seconds say nothing about speed. Finished runs are
 kept in --work, interrupted ones go on where they stopped. Results hold numbers only, no text and no picture.
@@ -38,7 +39,7 @@ from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import Settings, load_settings, parse, to_dict
 from rwkv_clip.features import encode_images, encode_texts, open_picture
-from rwkv_clip.model import load_for_inference
+from rwkv_clip.model import create_model, load_for_inference
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordSet
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
@@ -200,6 +201,23 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
     return found
 
 
+def measure_untrained(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """What finds swapped texts without any training: words that both texts of a record have, and towers as created."""
+    rows = [json.loads(line) for line in (args.work / "data" / f"seed-{seed}.jsonl").read_text().splitlines()]
+    swapped = np.array([row["raw_of"] != row["image"] for row in rows])
+    words = [(set(row["raw"].lower().split()), set(row["synthetic"].lower().split())) for row in rows]
+    found = {"words in common": compare(np.array([len(a & b) / len(a | b) for a, b in words]), swapped)}
+    records = RecordSet(str(args.work / "data" / f"train-{seed}"))
+    tokens = np.stack([records.sample(i)[1] for i in range(len(records))])
+    for model in (VIT, RWKV):
+        torch.manual_seed(seed)
+        texts = encode_texts(create_model(model).eval(), tokens.reshape(-1, records.context), device=args.device)
+        raw, synthetic = texts.view(len(records), 2, -1).unbind(1)
+        similarity = torch.nn.functional.cosine_similarity(raw, synthetic).numpy()
+        found[f"S_tc of an untrained {model}"] = compare(similarity, swapped)
+    return found
+
+
 def compare(values: np.ndarray, swapped: np.ndarray) -> dict[str, float]:
     """Means of clean and swapped, and the area."""
     clean, other = values[~swapped], values[swapped]
@@ -222,7 +240,8 @@ def run_all(args: argparse.Namespace, labels: list[str]) -> list[dict]:
     tasks = [(args, label, seed) for seed in range(args.repeats) for label in labels if label in METHODS]
     tasks += [(args, label, seed) for seed in range(args.repeats) for label in extra]
     todo = [task for task in tasks if read_kept(*task) is None]
-    for seed in sorted({seed for _, _, seed in todo}):
+    unmade = {seed for seed in range(args.repeats) if not (args.work / "data" / f"swapped-{seed}.json").exists()}
+    for seed in sorted(unmade | {seed for _, _, seed in todo}):
         write_records(args.data, args.work, args.share, seed)
     print(f"{len(tasks) - len(todo)} runs are finished, {len(todo)} to do", flush=True)
     with contextlib.ExitStack() as stack:
@@ -258,11 +277,19 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
         own = [result["gates"] for result in results if result["method"] == label]
         for gates in own:
             report.gate(f"{label}: running means of the checkpoint against the log", gates["restored"], 1e-6)
-        for name in SIMILARITIES + WEIGHTS:
-            means = {part: statistics.fmean(gates[name][part] for gates in own) for part in ("clean", "swapped")}
-            areas = dict(zip(("area", "area_least", "area_largest"), spread([gates[name]["area"] for gates in own])))
-            report.add(f"gates of {label}", name, **means, **areas)
+        found = {name: [gates[name] for gates in own] for name in SIMILARITIES + WEIGHTS}
+        report_areas(report, f"gates of {label}", found)
+    untrained = [measure_untrained(args, seed) for seed in range(args.repeats)]
+    report_areas(report, "without training", {name: [found[name] for found in untrained] for name in untrained[0]})
     report.facts |= {"jobs": args.jobs, "preset": PRESET, "bins": BINS.tolist(), "runs": results}
+
+
+def report_areas(report: Report, case: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """A row for each quantity: means of clean and swapped pairs over the seeds; mean, least and largest area."""
+    for name, own in found.items():
+        means = {part: statistics.fmean(one[part] for one in own) for part in ("clean", "swapped")}
+        areas = dict(zip(("area", "area_least", "area_largest"), spread([one["area"] for one in own])))
+        report.add(case, name, **means, **areas)
 
 
 def chance(images: int, captions: int) -> dict[str, float]:

@@ -92,6 +92,8 @@ def test_recipe_compares_all_methods_once(tmp_path, capsys):
     for gates in gated:  # before any learning a text is nearest to one of the same words
         assert gates["S_tc"]["area"] > 0.8
         assert [sum(part) for part in gates["Wt"]["histograms"]] == [36, 24]
+    areas = {row["contender"]: row["figures"]["area"] for row in result["rows"] if row["case"] == "without training"}
+    assert len(areas) == 3 and min(areas.values()) > 0.8
     assert not any(word in path.read_text() for word in (".jpg", "guitar", str(tmp_path)))
     assert {file.name for file in (tmp_path / "figure").iterdir()} == {"alip_gates.png", "alip_noise.png"}
 
