@@ -155,11 +155,15 @@ def make_validator(
 
 def claim_folder(logs: Path, name: str) -> str:
     """Make a run folder of that name and the time; its name. Runs that start in the same second get -2, -3 .."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"logs: {logs} cannot be made ({error.strerror}); name a folder that can"]) from None
     stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for name in itertools.chain([stamp], (f"{stamp}-{count}" for count in itertools.count(2))):
+    for free in itertools.chain([stamp], (f"{stamp}-{count}" for count in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            (logs / name).mkdir(parents=True)
-            return name
+            (logs / free).mkdir()
+            return free
 
 
 def open_run(settings: Settings, world: World, name: str) -> tuple[Path, Path | None]:

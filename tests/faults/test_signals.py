@@ -96,13 +96,12 @@ class Run:
         self.folder.mkdir(parents=True)
         self.settings = {**data, "name": name, **changes}
 
-    def start(self, pauses: dict | None = None, ready: str = "ready") -> None:
-        """Start, and wait until both ranks note signals (or one is at its pause)."""
+    def start(self, pauses: dict | None = None) -> None:
+        """Start, and wait until both ranks note signals and, where there are pauses, one is at its pause."""
         for path in [*self.folder.glob("ready*"), *self.folder.glob("paused*"), *self.folder.glob("messages*")]:
             path.unlink()
         self.ranks = start_ranks(2, self.folder, train_rank, self.settings, str(self.folder), pauses or {})
-        wanted = 2 if ready == "ready" else 1
-        while len(list(self.folder.glob(f"{ready}*"))) < wanted:
+        while len(list(self.folder.glob("ready*"))) < 2 or (pauses and not list(self.folder.glob("paused*"))):
             assert all(process.is_alive() for process in self.ranks), self.messages()
             time.sleep(0.005)
 
@@ -195,7 +194,7 @@ def test_signals_at_certain_places(data, whole):
     """Before the first step, while saving, during validation, in the last step."""
     run = Run(data, "places")
     for at, ranks, after in PLACES:
-        run.start({at: 0.3}, ready="paused")
+        run.start({at: 0.3})
         run.tell(signal.SIGTERM, ranks)
         assert run.end() == [75, 75] and run.steps() == after, (at, run.messages())
     run.start()
@@ -205,12 +204,12 @@ def test_signals_at_certain_places(data, whole):
 def test_a_second_signal_ends_at_once(data):
     """Not so its echo: who signals all processes reaches a rank twice, by itself and by torchrun."""
     run = Run(data, "second")
-    run.start({("step", 2): 1.5}, ready="paused")
+    run.start({("step", 2): 1.5})
     for _ in range(3):
         run.tell(signal.SIGTERM)
         time.sleep(0.05)
     assert run.end() == [75, 75] and run.steps() == 4
-    run.start({("step", 5): 30.0}, ready="paused")
+    run.start({("step", 5): 30.0})
     run.tell(signal.SIGINT)
     time.sleep(preempt.ECHO + 0.2)
     begin = time.monotonic()

@@ -153,6 +153,14 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, m
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == sorted(names)
 
 
+def test_logs_that_cannot_be_a_folder_are_named(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "file").touch()
+    for name in ("gone", "file", "file/below"):
+        with pytest.raises(ConfigError, match=f"logs: .*{name} cannot be made"):
+            main.claim_folder(tmp_path / name, "vit")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
