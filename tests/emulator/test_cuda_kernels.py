@@ -170,7 +170,7 @@ def test_a_planted_fault_is_seen(tmp_path, old, new, complaint):
 AMPERE_AND_HOPPER, HOPPER = [(8, 0), (9, 0)], [(9, 0)]
 SPILLS = {
     (80, "Bf16"): (AMPERE_AND_HOPPER, 0, 120),  # B/32 and B/16 images
-    (64, "Bf16"): (HOPPER, 0, 120),  # texts
+    (64, "Bf16"): (AMPERE_AND_HOPPER, 0, 120),  # texts
     (128, "Bf16"): (HOPPER, 0, 120),
     (48, "Fp16"): (HOPPER, 0, 120),
     (16, "Fp32"): (HOPPER, 0, 400),  # the exact kind serves comparisons
