@@ -14,25 +14,17 @@ import sys
 import tyro
 
 from rwkv_clip.builder import build_records
+from rwkv_clip.errors import INTERRUPTED, run_command
 
 
 def main() -> int:
     try:
         print(tyro.cli(build_records, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
-    except (ValueError, ImportError) as error:
-        print(f"data2rec: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"data2rec: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        return 76
     except KeyboardInterrupt:
-        print(
-            "data2rec: stopped; run the same command again to go on (complete shards are kept)",
-            file=sys.stderr,
-        )
-        return 130
+        print("data2rec: stopped; run the same command again to go on (complete shards are kept)", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "data2rec", memory="use fewer --workers"))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
 from rwkv_clip.features import encode_images, raise_together
+from rwkv_clip.files import write_whole
 from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
 SCHEMA = 1  # a new number when the same weights give other features
@@ -146,19 +147,6 @@ def data_key(
         listing.update(f"{known}\n".encode(errors="surrogateescape"))
     found = {"pictures": pictures.hexdigest(), "items": listing.hexdigest()}
     return {"set": name, "split": split, "count": count, **found}
-
-
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file that appears under its name only when all of it is on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _open_folder(root: str | Path, key: dict) -> Path:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
 from rwkv_clip.features import encode_images, encode_texts
+from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import accuracy, target_ranks
 from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
-from .cache import model_key, on_all_ranks, write_whole
+from .cache import model_key, on_all_ranks
 from .confusion import worst_classes
 from .datasets import KNOWN, ClassificationSet, MissingData, load_classification
 from .legacy import legacy_classification

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, rank_and_size
 from rwkv_clip.features import encode_texts
+from rwkv_clip.files import write_whole
 from rwkv_clip.retrieval import caption_tokens, load_retrieval
 from rwkv_clip.tensorfile import encode_tensors, read_tensors
 
-from .cache import data_key, encode_cached, encode_labelled, on_all_ranks, write_whole
+from .cache import data_key, encode_cached, encode_labelled, on_all_ranks
 from .datasets import IMAGEFOLDER, MissingData, load_classification
 from .known import TEST
 from .report import new_folder

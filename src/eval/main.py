@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
+from rwkv_clip.errors import run_command
 
 from . import classification, export, linear_probe, retrieval, search
 from .report import Report, collect
@@ -101,11 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     settings = tyro.extras.subcommand_cli_from_dict(TASKS, args=arguments, prog="python -m rwkv_clip.eval.main")
-    try:
-        return evaluate(settings)
-    except (ValueError, OSError) as error:
-        print("error: " + "; ".join(line.strip(" ;") for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    memory = "use --precision bf16, fewer --workers, or another --device"
+    return run_command(lambda: evaluate(settings), memory=memory, one_line=True)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, choose_device
 from rwkv_clip.features import encode_images, encode_texts, open_picture
+from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import exact_features
 
-from .cache import write_whole
 from .export import KINDS, Features, read_about, read_features
 from .report import markdown, new_folder
 from .settings import SearchSettings

@@ -19,12 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import PEER
+
 TIMEOUT = timedelta(minutes=10)  # of a collective, where nobody says otherwise
 JOINING = timedelta(minutes=5)  # for all ranks to be there: imports from a slow disk differ by minutes
 
 
 class PeerLost(RuntimeError):
     """Another rank is dead, silent or stuck, so this one cannot go on; names it and when it was last seen."""
+
+    exit_code = PEER
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .errors import DATA
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -36,6 +38,8 @@ COMPONENT_IDS = (b"\x01\x02\x03", b"\x00\x01\x02")  # the usual names of Y, Cb, 
 
 class ImageError(ValueError):
     """A picture cannot be used. `reason`: "image too large" or "image unreadable", for counting."""
+
+    exit_code = DATA
 
     def __init__(self, message: str, reason: str = "image unreadable"):
         super().__init__(message)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import DATA
+
 BLOCK = 1 << 24  # bytes parsed at once: bounds the temporary arrays to a few hundred MB
 MAX_DIGITS = 18  # an int64 holds every number of 18 digits
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})\Z", re.ASCII)
@@ -18,6 +20,8 @@ _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})\Z", re.ASCII)
 
 class RecordError(ValueError):
     """A record file or its index is damaged or not what was expected; names file, key and byte offset."""
+
+    exit_code = DATA
 
 
 def read_index(path: Path) -> tuple[np.ndarray | list[str], np.ndarray]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .errors import DATA
 from .image import MAX_BYTES
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -38,6 +39,8 @@ KINDS = {
 
 class SourceError(ValueError):
     """An input file is missing, damaged or not of a known kind; names file and place."""
+
+    exit_code = DATA
 
 
 class Problem(str):
@@ -64,7 +67,7 @@ class Source:
         self.images = Path(images) if images else None
         self.columns = columns  # parquet columns to read; None reads all
         if self.kind == "npy" and (len(self.files) > 1 or not self.images or not self.images.is_file()):
-            raise SourceError(f"{self.files[0]}: token ids need --images FILE, one file that lists the images in order")
+            raise ValueError(f"{self.files[0]}: token ids need --images FILE, one file that lists the images in order")
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Rows from number `start` on; what lies before is passed over without reading images."""
@@ -107,7 +110,7 @@ class _Skip:
 
 
 def list_inputs(spec: str | Path) -> list[Path]:
-    """Sorted input files of one kind. SourceError if there is none, or more than one kind."""
+    """Sorted input files of one kind. ValueError if there is none, or more than one kind."""
     parts = [str(spec)] if Path(spec).exists() else [part.strip() for part in _expand_braces(str(spec))]
     found: list[Path] = []
     for part in filter(None, parts):
@@ -119,11 +122,11 @@ def list_inputs(spec: str | Path) -> list[Path]:
         else:
             names = [path]
         if not names or not all(name.is_file() for name in names):
-            raise SourceError(f"source: {part!r} names no file; give a manifest, tar, parquet, npy or a folder of them")
+            raise ValueError(f"source: {part!r} names no file; give a manifest, tar, parquet, npy or a folder of them")
         found += names
     kinds = {_kind(name) for name in found}
     if len(kinds) != 1:
-        raise SourceError(f"source: {str(spec)!r} holds {sorted(kinds) or 'nothing'}; give files of one kind")
+        raise ValueError(f"source: {str(spec)!r} holds {sorted(kinds) or 'nothing'}; give files of one kind")
     return found
 
 
@@ -149,7 +152,7 @@ def _kind(path: Path, otherwise: str | None = "error") -> str | None:
             return kind
     if otherwise is None:
         return None
-    raise SourceError(f"{path}: not a known kind of input; known endings: {' '.join(KINDS)}")
+    raise ValueError(f"{path}: not a known kind of input; known endings: {' '.join(KINDS)}")
 
 
 def _fingerprint(file: Path) -> list:

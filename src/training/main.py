@@ -22,25 +22,29 @@ import torch
 import tyro
 
 from rwkv_clip.allocator import keep_freed_memory
-from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_description
+from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints, read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
 from rwkv_clip.dist import PeerLost, World, alone, autocast_dtype, fix_arithmetic, join_world, leave_world, tell
+from rwkv_clip.errors import run_command
 from rwkv_clip.model import create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of, vocab_of
 from rwkv_clip.objective import make_objective
-from rwkv_clip.recordio import RecordError, RecordSet
+from rwkv_clip.recordio import RecordSet
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .augment import Augmentation
-from .data import DataError, make_loader
+from .data import make_loader
 from .heartbeat import COLLECTIVES, Heartbeat, end_process, watch_peers
 from .log import RunLog
-from .loop import NumericsError, Trainer, train
+from .loop import Trainer, train
 from .parallel import WholeModel, has_shares
 from .plot import plot_training
 from .preempt import Preempted, Preemption, ignore_signals
-from .runlock import RunInUse, hold_run
-from .saver import Saver, StorageError
+from .runlock import hold_run
+from .saver import Saver
 from .snapshot import restore_snapshot
+
+# What to do where memory runs out, the host's or the GPU's.
+MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives), --grad-checkpointing, fewer --workers"
 
 
 def read_command_line(arguments: list[str]) -> Settings:
@@ -283,28 +287,20 @@ def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        run(read_command_line(sys.argv[1:]))
-    except Preempted as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
-        sys.exit(75)
-    except (DataError, RecordError) as error:
-        sys.exit(_explain(error, 3))
-    except NumericsError as error:
-        sys.exit(_explain(error, 4))
-    except PeerLost as error:
-        sys.exit(_explain(error, 5))
-    except (RunInUse, StorageError) as error:
-        sys.exit(_explain(error, 76))
-    except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
-        sys.exit(_explain(error, 2))
+        code = run_command(_command, memory=MEMORY)
     finally:
         ignore_signals()
         leave_world()
+    sys.exit(code)
 
 
-def _explain(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+def _command() -> int:
+    try:
+        run(read_command_line(sys.argv[1:]))
+    except Preempted as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.exit_code
+    return 0
 
 
 if __name__ == "__main__":

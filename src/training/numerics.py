@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_clip.dist import World, gather, max_over_ranks
+from rwkv_clip.errors import NUMERICS
 
 from .parallel import norms_of
 from .preempt import Preemption
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 class NumericsError(RuntimeError):
     """Loss or gradient is not finite. The weights of the step before are intact."""
+
+    exit_code = NUMERICS
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rwkv_clip.dist import World, max_over_ranks
+from rwkv_clip.errors import STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A cluster may signal every process, and torchrun passes on to its ranks what it gets: that is one signal, not two.
@@ -23,6 +24,8 @@ ECHO = 1.0  # seconds
 
 class Preempted(Exception):
     """The run was told to stop by a signal; all steps done are saved."""
+
+    exit_code = STOPPED
 
 
 class Interrupted(Exception):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rwkv_clip.errors import DATA
 from rwkv_clip.image import ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.recordio import RecordError, RecordSet
 
@@ -36,6 +37,8 @@ SPARE = 1.5
 
 class DataError(ValueError):
     """Too many records are bad; the message names the first ones."""
+
+    exit_code = DATA
 
 
 @dataclass(frozen=True)

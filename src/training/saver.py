@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.checkpoint import CheckpointError, clean_folder, save_checkpoint
+from rwkv_clip.errors import STORAGE
 
 LONGEST_WAIT = 2.0  # seconds that a save waits for the one before it
 DEADLINE = 300.0  # seconds after which a write counts as stuck
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 class StorageError(RuntimeError):
     """Checkpoints cannot be written; the message has the cause and what is left."""
+
+    exit_code = STORAGE
 
 
 class Saver:

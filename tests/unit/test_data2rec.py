@@ -201,7 +201,7 @@ def test_npy_of_token_ids(tmp_path, dtype):
     (tmp_path / "list.txt").write_text("0.jpg\n")
     with pytest.raises(SourceError, match=r"has 6 rows, but .* lists 1 images"):
         build_records(str(tmp_path / "tokens.npy"), str(tmp_path / "x"), images=str(tmp_path / "list.txt"))
-    with pytest.raises(SourceError, match="--images FILE"):
+    with pytest.raises(ValueError, match="--images FILE"):
         build_records(str(tmp_path / "tokens.npy"), str(tmp_path / "x"))
 
 
@@ -434,7 +434,7 @@ def test_inputs_are_of_one_kind(tmp_path):
         "",
         f"{tmp_path}/a.tar,{tmp_path}/c.csv",
     ):
-        with pytest.raises(SourceError, match="source: "):
+        with pytest.raises(ValueError, match="source: "):
             list_inputs(spec)
 
 

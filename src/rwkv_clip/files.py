@@ -1,0 +1,156 @@
+"""Files: written whole or not at all, read within bounds, and owned by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import STORAGE
+
+log = logging.getLogger(__name__)
+
+
+class InUse(RuntimeError):
+    """Another process owns what this one wants to write; names it."""
+
+    exit_code = STORAGE
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that appears under its name only when all of it is on the disk; what was there before stays if not.
+
+    OSError when it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_whole` of JSON for people: indented, in UTF-8."""
+    write_whole(path, [json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"])
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """All bytes of a regular file of at most `most` bytes, sizes checked before anything is read.
+
+    OSError (EFBIG where it is larger) with the file's name.
+    """
+    with open(path, "rb", opener=_open_regular) as file:
+        about = os.fstat(file.fileno())
+        content = file.read(most + 1) if about.st_size <= most else b""
+        if about.st_size > most or len(content) > most:
+            raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+        return content
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """A pipe would be waited for without end, and a device never ends."""
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """The JSON value in `data`. ValueError that begins with `where` for everything else, deep nesting included."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{where}: JSON nested too deeply to be read; flatten it or leave it out") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except ValueError as error:  # also a number of thousands of digits
+        raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def find_below(folder: Path, name: str, outside: bool = False) -> Path | None:
+    """The regular file `name` in `folder`; None where there is none.
+
+    ValueError where the path leads out of the folder (`..`, absolute, a link), unless `outside` allows that; also where the
+    name cannot be looked for.
+    """
+    path = folder / name
+    try:
+        if not path.is_file():
+            return None
+        if not outside and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{name!r} leads out of {folder}")
+    except (OSError, RuntimeError) as error:  # too long, no permission, links in a circle
+        raise ValueError(f"{name[:80]!r} cannot be looked for ({error})") from None
+    return path
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files to what `count` more need, as far as the system lets it."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256  # libraries, data workers, logs
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+# ---- owning ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold(lock: Path, what: str, remedy: str, keep: bool = False) -> Iterator[None]:
+    """Own `what` while inside, by the lock file `lock`. InUse, at once, when another process does.
+
+    The lock is the kernel's (`lockf`): it ends with the process, however that ends, and processes forked from its owner
+    do not hold it. keep: the file stays, to say who owned it last. A file system without locks is worth a warning.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - closed below; closing it gives up the lock
+    try:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    owner = file.read().strip() or "a process that just started"
+                    raise InUse(f"{what}: in use by {owner}; {remedy}") from None
+                log.warning("%s: cannot be locked (%s); take care to start it once only", what, error.strerror)
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
+                    file.truncate(0)
+                    file.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n")
+                    file.flush()
+                    break
+            file.close()  # its owner removed it while this process opened it
+            file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            yield
+        finally:
+            if not keep:
+                lock.unlink(missing_ok=True)
+    finally:
+        file.close()
