@@ -90,8 +90,8 @@ def parse_json(data: bytes | str, where: str) -> Any:
 def find_below(folder: Path, name: str, outside: bool = False) -> Path | None:
     """The regular file `name` in `folder`; None where there is none.
 
-    ValueError where the path leads out of the folder (`..`, absolute, a link), unless `outside` allows that; also where the
-    name cannot be looked for.
+    ValueError where the path leads out of the folder (`..`, absolute, a link), unless `outside` allows that; also where
+    the name cannot be looked for.
     """
     path = folder / name
     try:
