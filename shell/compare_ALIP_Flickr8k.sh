@@ -8,6 +8,7 @@
 # Table and numbers: tests/bench/results/noise-*.json; pictures: figure/alip_gates.png, figure/alip_noise.png. The same
 # command goes on after an interruption. With --extras also two rows that explain the others.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
-: "${FLICKR8K:?set FLICKR8K to the folder that holds captions.jsonl}"
+source "$(dirname "$0")/needs.sh"
+need_file FLICKR8K "the folder that holds captions.jsonl"
+source shell/setup.sh
 exec python tests/bench/noise.py --data "$FLICKR8K/captions.jsonl" --work "${OUTPUT:-logs/noise}" "$@"

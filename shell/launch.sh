@@ -8,7 +8,10 @@
 #             each, but for NODE_RANK, and OUTPUT on storage that all share. MAX_RESTARTS: how often torchrun starts failed ranks again
 # Arguments override the recipe, e.g. `--batch-size 256 --precision fp16`; all: `python -m rwkv_clip.training.main --help`.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/needs.sh"
+[ -z "${TRAIN_DATA:-}" ] || need_records TRAIN_DATA "records made by data2rec.py: prefix, folder or glob"
+[ -z "${VAL_DATA:-}" ] || need_records VAL_DATA "a retrieval set: JSON, JSONL or Karpathy file, or records"
+source shell/setup.sh
 if [ -z "${TRAIN_DATA:-}" ]; then
   echo "TRAIN_DATA is not set: training the demo model on the embedded demo set. The header of $0 says how to train the real one."
   export OUTPUT=${OUTPUT:-logs/demo-${PRESET%-b32-*}-$(date +%Y%m%d-%H%M%S)}

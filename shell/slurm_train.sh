@@ -10,6 +10,8 @@
 #SBATCH --time=24:00:00 --signal=B:USR1@120 --requeue --open-mode=append --output=%x-%j.log
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start me with sbatch}"
+source shell/needs.sh
+need_records TRAIN_DATA "records made by data2rec.py: prefix, folder or glob"
 source shell/setup.sh # once, here: the tasks find it done
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) NNODES=$SLURM_NNODES MAX_RESTARTS=${MAX_RESTARTS:-2}

@@ -8,9 +8,10 @@
 #            (default): DATA_ROOT holds train and test, each with a folder per class
 # Features are kept in LOGS/cache: a run that was killed goes on, and the next one starts with them.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
-: "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
-: "${DATA_ROOT:?set DATA_ROOT to the folder of the data sets}"
+source "$(dirname "$0")/needs.sh"
+need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"
+need_file DATA_ROOT "the folder of the data sets"
+source shell/setup.sh
 LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
 python -m rwkv_clip.eval.main linear-probe --checkpoint "${CHECKPOINT%/}" --dataset ${DATASETS:-imagefolder} --data "$DATA_ROOT" \
   ${MODEL:+--model "$MODEL"} --logs "$LOGS" "$@"

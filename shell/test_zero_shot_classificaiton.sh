@@ -8,14 +8,16 @@
 #            (default): a folder per class, and names.json with names and templates if you like
 # NPROC_PER_NODE  ranks that share the work, one a GPU. (The file's spelling is the released one: scripts depend on it.)
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/needs.sh"
 SETS=("${DATA_ROOT:-}")
 if [ -z "${DATA_ROOT:-}" ]; then
   SETS=("${DEMO_DATA:-data/demo}"/classification/*)
   CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA_ROOT" >&2; exit 2; }
 fi
-: "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
+need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"
+[ -z "${DATA_ROOT:-}" ] || need_file DATA_ROOT "the folder of the data sets"
+source shell/setup.sh
 LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
 LAUNCH=(python -m rwkv_clip.eval.main)
 [ "${NPROC_PER_NODE:-1}" = 1 ] || LAUNCH=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE" -m rwkv_clip.eval.main --)

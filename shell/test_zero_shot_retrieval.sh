@@ -8,13 +8,15 @@
 # PREFIX      before every caption; "a photo of " in the published tables (default), none on the demo set
 # CHECKPOINT  run folder, checkpoint folder, .safetensors, released .pt (with MODEL), or open_clip:NAME:TAG
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/needs.sh"
 if [ -z "${DATA:-}" ]; then
   DATA=${DEMO_DATA:-data/demo}/retrieval.jsonl PREFIX=${PREFIX-}
   CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA" >&2; exit 2; }
 fi
-: "${CHECKPOINT:?set CHECKPOINT to a run folder, weights file or open_clip:NAME:TAG}"
+need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"
+need_records DATA "a JSON, JSONL or Karpathy file, or records"
+source shell/setup.sh
 LOGS=${LOGS:-$([ -d "$CHECKPOINT" ] && echo "${CHECKPOINT%/}" || echo logs)/eval}
 LAUNCH=(python -m rwkv_clip.eval.main)
 [ "${NPROC_PER_NODE:-1}" = 1 ] || LAUNCH=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE" -m rwkv_clip.eval.main --)

@@ -5,8 +5,10 @@
 #   FLICKR8K=folder with captions.jsonl ({"image", "captions": [5], "split"}) and images/ [CIFAR10=folder of class folders]
 #   [MODEL=RWKV-CLIP-Ti-16 | ViT-Ti-16] [OUTPUT=logs/flickr8k-MODEL] bash shell/train_Flickr8k_small.sh [--setting value ..]
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
-: "${FLICKR8K:?set FLICKR8K to the folder that holds captions.jsonl}"
+source "$(dirname "$0")/needs.sh"
+need_file FLICKR8K "the folder that holds captions.jsonl"
+[ -z "${CIFAR10:-}" ] || need_file CIFAR10 "the folder of CIFAR-10's class folders"
+source shell/setup.sh
 MODEL=${MODEL:-RWKV-CLIP-Ti-16}
 OUTPUT=${OUTPUT:-logs/flickr8k-$MODEL}
 python data2rec.py "$FLICKR8K/captions.jsonl" data/flickr8k/train --images "$FLICKR8K/images" --where split=train \

@@ -90,6 +90,9 @@ def clone(tmp_path) -> Path:
     copy = tmp_path / "clone"
     shutil.copytree(ROOT / "shell", copy / "shell")
     (copy / "shell" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."\nexport PATH="$PWD/bin:$PATH"\n')
+    for name in ("x.rec", "data/demo/retrieval.jsonl"):  # what the scripts look for before they install
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
     (copy / "bin").mkdir()
     for name in ("torchrun", "python"):
         (copy / "bin" / name).write_text("""#!/usr/bin/env bash\n(IFS=$'\\x1f'; echo "$*") >> "$CALLS"\n""")
@@ -280,5 +283,52 @@ def test_recipes_are_short_and_safe():
     for path in (ROOT / "shell").glob("*.sh"):
         subprocess.run(["bash", "-n", str(path)], check=True)
         lines = path.read_text().splitlines()
-        assert len(lines) <= 25, path
-        assert path.name == "setup.sh" or "set -euo pipefail" in lines, path
+        assert len(lines) <= 30, path
+        assert path.name in ("setup.sh", "needs.sh") or "set -euo pipefail" in lines, path  # sourced after that line
+
+
+MISTAKES = [
+    ("test_zero_shot_retrieval.sh", {"CHECKPOINT": "none", "DATA": "x.rec"}, "CHECKPOINT=none: no such file"),
+    ("test_zero_shot_retrieval.sh", {"CHECKPOINT": "x.rec", "DATA": "none"}, "DATA=none: none names no file"),
+    ("test_zero_shot_classificaiton.sh", {"CHECKPOINT": "none", "DATA_ROOT": "data"}, "CHECKPOINT=none"),
+    ("test_zero_shot_classificaiton.sh", {"CHECKPOINT": "x.rec", "DATA_ROOT": "none"}, "DATA_ROOT=none"),
+    ("test_linear_probe.sh", {"DATA_ROOT": "data"}, "CHECKPOINT is not set"),
+    ("test_linear_probe.sh", {"CHECKPOINT": "x.rec"}, "DATA_ROOT is not set"),
+    ("train_Flickr8k_small.sh", {}, "FLICKR8K is not set"),
+    ("train_Flickr8k_small.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
+    ("compare_ALIP_Flickr8k.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
+    ("train_RWKV_CLIP_B32_YFCC15M.sh", {"TRAIN_DATA": "x,none"}, "TRAIN_DATA=x,none: none names no file"),
+    ("train_CLIP_B32_YFCC15M.sh", {"TRAIN_DATA": "x", "VAL_DATA": "none"}, "VAL_DATA=none"),
+]
+
+
+@pytest.mark.parametrize("name, variables, message", MISTAKES)
+def test_mistakes_are_said_before_anything_is_installed(clone, name, variables, message):
+    (clone / "shell" / "setup.sh").write_text("echo installing >&2\n")
+    ((said,),) = called(clone, name, expect=2, **variables)
+    assert message in said and said.startswith("error: ") and "installing" not in said
+
+
+@pytest.mark.parametrize("broken", ["too old", "does not start", "half made"])
+def test_a_wrong_python_is_named(tmp_path, broken):
+    for name in ("requirements.txt", "setup.py"):
+        (tmp_path / name).touch()
+    shutil.copytree(ROOT / "shell", tmp_path / "shell")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    if broken == "does not start":
+        python.symlink_to(tmp_path / "gone")
+    elif broken == "too old":
+        python.write_text('#!/usr/bin/env bash\n[ "$1" = --version ] && echo Python 3.6.9\nexit 1\n')
+        python.chmod(0o755)
+    done = subprocess.run(["bash", str(tmp_path / "shell" / "run_tests.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and "rm -r .venv" in done.stderr and "installing" not in done.stdout
+    if broken == "too old":
+        shutil.rmtree(tmp_path / ".venv")
+        old = tmp_path / "python"
+        old.write_text('#!/usr/bin/env bash\n[ "$1" = --version ] && echo Python 3.6.9\nexit 1\n')
+        old.chmod(0o755)
+        own = os.environ | {"PYTHON": str(old)}
+        command = ["bash", str(tmp_path / "shell" / "run_tests.sh")]
+        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        assert done.returncode == 2 and "Python 3.6.9, Python 3.10 or later is needed" in done.stderr
