@@ -17,25 +17,26 @@ from .image import MAX_BYTES
 from .readers import SHORT, Row, Skip, SourceError, iterate_lines, row_maker, take_pictures
 
 ROWS = 64  # read at a time
-BATCH = 1 << 26  # bytes that they should not grow beyond; then fewer are read at a time
+BATCH = 1 << 25  # bytes that they should not grow beyond; then fewer are read at a time
 GROWTH = 100  # bytes unpacked, or numbers in lists, per byte stored; small pages and lists may have more
+MAX_DICTIONARY = 1 << 21  # of texts: programs write a megabyte
 MAX_PAGE = MAX_BYTES + (1 << 20)
 MAX_LIST = 1 << 20
 
 
 def import_parquet():
-    """pyarrow.parquet, an optional package. ImportError that names the extra."""
+    """pyarrow with its parquet, an optional package. ImportError that names the extra."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ImportError("parquet input needs pyarrow: pip install -e '.[parquet]'") from None
-    return pyarrow.parquet
+    return pyarrow
 
 
-def _open_parquet(parquet, file: Path):
+def _open_parquet(arrow, file: Path):
     try:
-        return parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # pages, not whole row groups
-    except (OSError, ValueError, parquet.lib.ArrowException) as error:
+        return arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # pages, not whole row groups
+    except (OSError, ValueError, arrow.ArrowException) as error:
         raise SourceError(f"{file}: not a parquet file ({_line(error)})") from None
 
 
@@ -46,8 +47,8 @@ def count_parquet(file: Path) -> int:
 
 def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Iterator[Row]:
     """Rows of one file; `columns` None reads all. Row groups that are passed over are not read."""
-    parquet = import_parquet()
-    table = _open_parquet(parquet, file)
+    arrow = import_parquet()
+    table = _open_parquet(arrow, file)
     names = table.schema_arrow.names
     if len(set(names)) != len(names):
         raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
@@ -73,7 +74,7 @@ def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Ite
                         number += 1
             except SourceError:
                 raise
-            except (OSError, ValueError, OverflowError, parquet.lib.ArrowException) as error:
+            except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
                 raise SourceError(f"{file}: row group {group} is damaged ({_line(error)})") from None
             if number != end:
                 raise SourceError(f"{file}: row group {group} ends at row {number}, not {end}; damaged")
@@ -114,8 +115,9 @@ def _count_together(file: Path, stream: BinaryIO, table, group: int, names: list
                     f"{where}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times its size; "
                     f"store it with smaller pages, or leave the column out"
                 )
-            # Any row may be the largest value; but pictures, which lie in dictionaries as well, do not shrink.
-            most = max(most, size if (dictionary and size > 4 * stored) or shared else 1)
+            # Any row may be the largest value. Pictures lie in dictionaries as well, but do not shrink.
+            repeated = dictionary and size > max(MAX_DICTIONARY, 4 * stored)
+            most = max(most, size if repeated or shared else 1)
     return max(1, min(ROWS, BATCH // most))
 
 
@@ -210,7 +212,7 @@ def open_ids(file: Path) -> np.ndarray:
             if length > 1 << 16:
                 raise ValueError(f"a header of {length:,} bytes")
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError, RecursionError) as error:
+    except Exception as error:  # the header is read with Python's own parser: TokenError, RecursionError, ...
         raise SourceError(f"{file}: not an .npy array ({_line(error)})") from None
     if not isinstance(ids, np.memmap):
         raise SourceError(f"{file}: not an .npy array")
@@ -230,8 +232,8 @@ def read_ids(file: Path, listed: list[Row], images: Path) -> Iterator[Row]:
     ids = open_ids(file)
     if len(listed) != len(ids):
         raise SourceError(
-            f"{file} has {len(ids)} rows (shape {ids.shape}, images first), but {images} lists {len(listed)} images; "
-            f"they must agree"
+            f"{file} has {len(ids)} rows, but {images} lists {len(listed)} images; they must agree (its shape is "
+            f"{ids.shape}; should be (images, views * context) or (images, views, context))"
         )
     for row, tokens in zip(listed, ids):
         yield row._replace(fields={**row.fields, "tokens": np.array(tokens)})

@@ -178,9 +178,9 @@ class Encoder:
         return ids.numpy().astype(np.float32).reshape(-1), fallbacks
 
     def _load_image(self, row: Row) -> bytes:
-        if isinstance(row.image, Problem):
+        if isinstance(row.image, Problem) and not self.image_field:
             raise RowError(str(row.image))
-        if row.image is not None:
+        if row.image is not None and not self.image_field:
             return row.image
         names = (self.image_field,) if self.image_field else IMAGE_FIELDS
         value = next((found for name in names if (found := find_field(row.fields, name)) is not None), None)

