@@ -211,7 +211,8 @@ def open_ids(file: Path) -> np.ndarray:
             length = int.from_bytes(stream.read(width), "little")
             if length > 1 << 16:
                 raise ValueError(f"a header of {length:,} bytes")
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # of sizes that cannot be
+            ids = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # the header is read with Python's own parser: TokenError, RecursionError, ...
         raise SourceError(f"{file}: not an .npy array ({_line(error)})") from None
     if not isinstance(ids, np.memmap):

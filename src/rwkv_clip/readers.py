@@ -30,7 +30,7 @@ SHORT = 200  # bytes that hold neither a picture nor anything so deep
 
 # How pictures begin in base64: JPEG, PNG, GIF, RIFF (WebP), BMP, TIFF (both byte orders), AVIF.
 _BASE64 = re.compile(
-    r"(?:data:image/[\w.+-]+;base64,)?(?=/9j/|iVBORw0KGg|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0AK|AAAA..Z0eXBhdml)"
+    r"(?:data:image/[\w.+-]+;base64,)?(?=[/_]9j[/_]|iVBORw0KGg|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0AK|AAAA..Z0eXBhdml)"
 )
 _PATH = re.compile(r"\.(?:" + "|".join(IMAGE_ENDINGS) + r")\s*$", re.IGNORECASE)
 
