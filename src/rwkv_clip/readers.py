@@ -32,7 +32,9 @@ SHORT = 200  # bytes that hold neither a picture nor anything so deep
 _BASE64 = re.compile(
     r"(?:data:image/[\w.+-]+;base64,)?(?=[/_]9j[/_]|iVBORw0KGg|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0AK|AAAA..Z0eXBhdml)"
 )
-_PATH = re.compile(r"\.(?:" + "|".join(IMAGE_ENDINGS) + r")\s*$", re.IGNORECASE)
+_ENDING = r"\.(?:" + "|".join(IMAGE_ENDINGS) + ")"
+_PATH = re.compile(_ENDING + r"\s*$", re.IGNORECASE)
+_ROW_INSIDE = re.compile(r"\n[^\n]*" + _ENDING + r'"?\s*(?:,|\n|$)', re.IGNORECASE)  # in a text of several lines
 
 
 class SourceError(ValueError):
@@ -296,9 +298,15 @@ def _unquote(value: str) -> str:
 
 def _split_csv(file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(MAX_LINE)
-    table = csv.reader((line for _, line in lines), strict=True)
+    table, before = csv.reader((line for _, line in lines), strict=True), 0
     try:
         for values in table:
+            if table.line_num - before > 1 and (value := next(filter(_ROW_INSIDE.search, values), None)):
+                raise SourceError(
+                    f"{file}: line {before + 1} begins a quoted text that goes on to line {table.line_num} and holds "
+                    f"what looks like rows ({value[:60]!r}); double the quotation marks inside texts"
+                )
+            before = table.line_num
             if values:
                 yield table.line_num, values
     except csv.Error as error:
@@ -311,6 +319,10 @@ def _check_names(file: Path, names: list[str], tabs: bool) -> None:
         raise SourceError(f"{file}: the first line names {', '.join(map(repr, twice))} more than once; rename columns")
     if any("\r" in name for name in names):
         raise SourceError(f"{file}: its lines end with a carriage return only; save it with ordinary line ends")
+    if any(map(_PATH.search, names)):
+        raise SourceError(
+            f"{file}: begins with a row instead of the names of the columns; write them into the first line"
+        )
     if len(names) == 1:
         signs = "tabs" if tabs else "commas or tabs"
         raise SourceError(f"{file}: the first line, {names[0]!r:.80}, has one column; separate columns by {signs}")

@@ -88,12 +88,26 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, text, message):
         ("image;caption\n", "one column; separate columns by commas or tabs"),
         ('image,caption\na.jpg,"open\n', "not valid CSV"),
         ("image,caption\na.jpg,x,y\n", "line 2 has 3 columns, not 2"),
+        ("a.jpg,x\nb.jpg,y\n", "begins with a row instead of the names"),
+        (
+            'image,raw\na.jpg,"open\nb.jpg,x\nc.jpg,end"\nd.jpg,y\n',
+            "line 2 begins a quoted text that goes on to line 4",
+        ),
+        (
+            'raw,image\n"open,a.jpg\nx,b.jpg\nend",c.jpg\nd.jpg,y\n',
+            "line 2 begins a quoted text that goes on to line 4",
+        ),
     ],
 )
 def test_a_comma_separated_table_that_cannot_be_read_is_named(tmp_path, text, message):
     save(tmp_path, {"c.csv": text})
     with pytest.raises(SourceError, match=rf"c\.csv: .*{message}"):
         read(tmp_path / "c.csv")
+
+
+def test_texts_of_several_lines_are_those_of_csv(tmp_path):
+    save(tmp_path, {"c.csv": 'image,raw\na.jpg,"one,\ntwo, two\n\nthree"\nb.jpg,four\n'})
+    assert [row.fields["raw"] for row in read(tmp_path / "c.csv")] == ["one,\ntwo, two\n\nthree", "four"]
 
 
 def test_tables_without_rows_and_with_a_nameless_column(tmp_path):
