@@ -21,6 +21,7 @@ BATCH = 1 << 25  # bytes that they should not grow beyond; then fewer are read a
 GROWTH = 100  # bytes unpacked, or numbers in lists, per byte stored; small pages and lists may have more
 MAX_DICTIONARY = 1 << 21  # of texts: programs write a megabyte
 MAX_PAGE = MAX_BYTES + (1 << 20)
+MAX_FOOTER, MAX_VALUES = 1 << 25, 1 << 16  # bytes of a footer, and what a list in it may hold
 MAX_LIST = 1 << 20
 
 
@@ -48,24 +49,23 @@ def count_parquet(file: Path) -> int:
 def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Iterator[Row]:
     """Rows of one file; `columns` None reads all. Row groups that are passed over are not read."""
     arrow = import_parquet()
-    table = _open_parquet(arrow, file)
-    names = table.schema_arrow.names
-    if len(set(names)) != len(names):
-        raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
-    names = None if columns is None else [name for name in names if name in columns]
-    number, make = 0, row_maker(file)
     with open(file, "rb") as stream:
-        for group in range(table.num_row_groups):
-            size, end = table.metadata.row_group(group).num_rows, number
-            if size < 0:
-                raise SourceError(f"{file}: row group {group} has {size} rows; damaged")
-            end += size
-            if skip.pass_over(size):
+        groups = _read_footer(file, stream)
+        table = _open_parquet(arrow, file)
+        names = table.schema_arrow.names
+        if len(set(names)) != len(names):
+            raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
+        names = None if columns is None else [name for name in names if name in columns]
+        number, make = 0, row_maker(file)
+        for place, group in enumerate(groups):
+            end = number + group[NUM_ROWS]
+            if skip.pass_over(group[NUM_ROWS]):
                 number = end
                 continue
+            where = f"{file}: row group {place}"
             try:
-                rows = _count_together(file, stream, table, group, names)
-                for batch in table.iter_batches(rows, row_groups=[group], columns=names):
+                rows = _count_together(where, stream, table.schema, group, names)
+                for batch in table.iter_batches(rows, row_groups=[place], columns=names):
                     entries, long = _list_entries(batch)
                     for fields in entries:
                         if not skip():
@@ -75,9 +75,9 @@ def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Ite
             except SourceError:
                 raise
             except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
-                raise SourceError(f"{file}: row group {group} is damaged ({_line(error)})") from None
+                raise SourceError(f"{where} is damaged ({_line(error)})") from None
             if number != end:
-                raise SourceError(f"{file}: row group {group} ends at row {number}, not {end}; damaged")
+                raise SourceError(f"{where} ends at row {number}, not {end}; damaged")
 
 
 def _list_entries(batch) -> tuple[list[dict], bool]:
@@ -93,110 +93,147 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _count_together(file: Path, stream: BinaryIO, table, group: int, names: list[str] | None) -> int:
+def _count_together(where: str, stream: BinaryIO, schema, group: dict, names: list[str] | None) -> int:
     """How many rows of a row group are unpacked together. SourceError for what would fill the memory."""
-    about = table.metadata.row_group(group)
-    most = about.total_byte_size // max(1, about.num_rows)
-    for number in range(about.num_columns):
-        chunk = about.column(number)
-        if names is not None and chunk.path_in_schema.split(".")[0] not in names:
+    if len(group[COLUMNS]) != len(schema):
+        raise SourceError(f"{where} has {len(group[COLUMNS])} columns, not {len(schema)}; damaged")
+    most = group[TOTAL_BYTES] // max(1, group[NUM_ROWS])
+    for number, column in enumerate(group[COLUMNS]):
+        chunk = column[META]
+        path = ".".join(name.decode("utf-8", "backslashreplace") for name in chunk[PATH])
+        if names is not None and path.split(".")[0] not in names:
             continue
-        where = f"{file}: row group {group}, column {chunk.path_in_schema}"
-        lists = table.schema.column(number).max_repetition_level > 0
-        if lists and chunk.num_values > max(MAX_LIST, GROWTH * chunk.total_compressed_size):
+        lists = schema.column(number).max_repetition_level > 0
+        if lists and chunk[NUM_VALUES] > max(MAX_LIST, GROWTH * chunk[STORED]):
             raise SourceError(
-                f"{where}: {chunk.num_values:,} numbers in {chunk.total_compressed_size:,} bytes, more than "
-                f"{GROWTH} per byte; store smaller row groups, or leave the column out"
+                f"{where}, column {path!r}: {chunk[NUM_VALUES]:,} numbers in {chunk[STORED]:,} bytes, more than "
+                f"{GROWTH} per byte; write it anew with smaller row groups, or without the column"
             )
-        shared = any(name.startswith("DELTA_BYTE") for name in chunk.encodings)  # values begin with the one before
-        for dictionary, size, stored in _read_pages(where, stream, chunk):
+        shared = not DELTA_BYTES.isdisjoint(chunk[ENCODINGS])
+        for dictionary, size, stored in _read_pages(f"{where}, column {path!r}", stream, chunk):
             if size > max(MAX_PAGE, GROWTH * stored):
                 raise SourceError(
-                    f"{where}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times its size; "
-                    f"store it with smaller pages, or leave the column out"
+                    f"{where}, column {path!r}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times "
+                    f"its size; write it anew with smaller pages, or without the column"
                 )
             # Any row may be the largest value. Pictures lie in dictionaries as well, but do not shrink.
             repeated = dictionary and size > max(MAX_DICTIONARY, 4 * stored)
             most = max(most, size if repeated or shared else 1)
-    return max(1, min(ROWS, BATCH // most))
+    return max(1, min(ROWS, BATCH // max(1, most)))
 
 
-def _read_pages(where: str, stream: BinaryIO, chunk) -> Iterator[tuple[bool, int, int]]:
+def _read_pages(where: str, stream: BinaryIO, chunk: dict) -> Iterator[tuple[bool, int, int]]:
     """(whether it is a dictionary, bytes unpacked, bytes stored) of every page, from the pages' own headers."""
-    starts = [chunk.data_page_offset]
-    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-        starts.append(chunk.dictionary_page_offset)
-    at = min(starts)
-    end = at + chunk.total_compressed_size
+    at = min(chunk[DATA_PAGE], chunk.get(DICTIONARY_PAGE) or chunk[DATA_PAGE])
+    end = at + chunk[STORED]
     while at < end:
-        stream.seek(at)
         for length in (1 << 12, 1 << 16, 1 << 22):  # statistics in it may be long
             stream.seek(at)
             try:
-                (kind, size, stored), used = _parse_page(stream.read(length))
+                page, used = _read_value(stream.read(length), 0, STRUCT)
                 break
             except IndexError:
                 continue
         else:
             raise SourceError(f"{where}: no page at byte {at:,}; damaged")
-        if size < 0 or stored < 0:
-            raise SourceError(f"{where}: a page of {size} bytes at byte {at:,}; damaged")
-        yield kind == 2, size, stored
+        kind, size, stored = (_whole(page.get(field)) for field in (1, 2, 3))
+        if min(kind, size, stored) < 0:
+            raise SourceError(f"{where}: no page at byte {at:,}; damaged")
+        yield kind == DICTIONARY, size, stored
         at += used + stored
 
 
-def _parse_page(data: bytes) -> tuple[list[int], int]:
-    """([page type, bytes unpacked, bytes stored], length) of a page header: a struct of Thrift's compact protocol.
+# What is read of a footer, by the numbers of parquet.thrift. pyarrow ends the process where some of it is damaged.
+ROW_GROUPS = 4
+COLUMNS, TOTAL_BYTES, NUM_ROWS = 1, 2, 3
+META = 3
+ENCODINGS, PATH, NUM_VALUES, STORED, DATA_PAGE, DICTIONARY_PAGE = 2, 3, 5, 7, 9, 11
+DELTA_BYTES = {6, 7}  # encodings in which a value begins with the one before
+DICTIONARY = 2  # the type of a page
+LIST, SET, STRUCT = 9, 10, 12
 
-    IndexError if the data end before it does, or it has another form.
+
+def _read_footer(file: Path, stream: BinaryIO) -> list[dict]:
+    """The row groups, as {field: value}, with the fields that are used here. SourceError if there are none."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(size - 8, 0))
+    end = stream.read(8)
+    length = int.from_bytes(end[:4], "little")
+    if end[4:] != b"PAR1" or length > size - 12:
+        raise SourceError(f"{file}: not a parquet file, or cut short")
+    if length > MAX_FOOTER:
+        raise SourceError(f"{file}: a footer of {length:,} bytes, more than {MAX_FOOTER:,}; use larger row groups")
+    stream.seek(size - 8 - length)
+    try:
+        groups = _read_value(stream.read(length), 0, STRUCT)[0].get(ROW_GROUPS, [])
+        for group in groups:
+            numbers = [group[NUM_ROWS], group[TOTAL_BYTES]]
+            for column in group[COLUMNS]:
+                chunk = column[META]
+                numbers += [chunk[field] for field in (NUM_VALUES, STORED, DATA_PAGE)]
+                numbers += [chunk.get(DICTIONARY_PAGE, 0), *chunk[ENCODINGS], *map(len, chunk[PATH])]
+            if min(map(_whole, numbers)) < 0:
+                raise ValueError("negative numbers")
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"{file}: not a parquet file (its footer is damaged: {_line(error)})") from None
+    return groups
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else -1
+
+
+def _read_value(data: bytes, at: int, kind: int, depth: int = 0) -> tuple[object, int]:
+    """(value, where the next begins) in Thrift's compact protocol; a struct is {field: value}.
+
+    IndexError if the data end before it does, or have another form.
     """
-    first, at, field = [0, -1, -1], 0, 0
-    while data[at]:
-        kind, step = data[at] & 15, data[at] >> 4
-        at += 1
-        if not step:
-            raise IndexError
-        field += step
-        if field <= 3:
-            value, at = _varint(data, at)
-            first[field - 1] = (value >> 1) ^ -(value & 1)
-        else:
-            at = _pass_value(data, at, kind, 0)
-    return first, at + 1
+    if kind in (1, 2):  # true, false: a field has them in its type
+        return kind == 1, at
+    if kind == 3:
+        return data[at], at + 1
+    if kind in (4, 5, 6):
+        value, at = _read_varint(data, at)
+        return (value >> 1) ^ -(value & 1), at
+    if kind == 7:
+        return None, at + 8
+    if kind == 8:
+        size, at = _read_varint(data, at)
+        return data[at : at + size], at + size
+    if depth > 16 or kind not in (LIST, SET, STRUCT):
+        raise IndexError("not in Thrift's compact protocol")
+    if kind == STRUCT:
+        fields, field = {}, 0
+        while head := data[at]:
+            at, step = at + 1, head >> 4
+            if not step:
+                step, at = _read_varint(data, at)
+                step = (step >> 1) - field
+            field += step
+            fields[field], at = _read_value(data, at, head & 15, depth + 1)
+        return fields, at + 1
+    count, inner, at = data[at] >> 4, data[at] & 15, at + 1
+    if count == 15:
+        count, at = _read_varint(data, at)
+    if inner in (1, 2):
+        inner = 3  # in a list they have a byte of their own
+    if count > MAX_VALUES:
+        raise IndexError(f"a list of {count:,} values")
+    values = []
+    for _ in range(count):
+        value, at = _read_value(data, at, inner, depth + 1)
+        values.append(value)
+    return values, at
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while data[at] & 0x80:
         value |= (data[at] & 0x7F) << shift
         shift, at = shift + 7, at + 1
         if shift > 63:
-            raise IndexError
+            raise IndexError("a number of more than 64 bits")
     return value | data[at] << shift, at + 1
-
-
-def _pass_value(data: bytes, at: int, kind: int, depth: int) -> int:
-    """Where the value ends: 1, 2 truth in the kind itself; 3 a byte; 4-6 numbers; 7 double; 8 bytes; 12 a struct."""
-    if kind in (1, 2):
-        return at
-    if kind == 3:
-        return at + 1
-    if kind in (4, 5, 6):
-        return _varint(data, at)[1]
-    if kind == 7:
-        return at + 8
-    if kind == 8:
-        size, at = _varint(data, at)
-        return at + size
-    if kind != 12 or depth > 8:  # lists and maps are nothing that a page header has
-        raise IndexError
-    while data[at]:
-        inner, step = data[at] & 15, data[at] >> 4
-        at += 1
-        if not step:
-            _, at = _varint(data, at)
-        at = _pass_value(data, at, inner, depth + 1)
-    return at + 1
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------

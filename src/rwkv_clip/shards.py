@@ -213,7 +213,8 @@ class Tar:
 
     def error(self, words: str) -> SourceError:
         """`words`, with the place."""
-        return SourceError(f"{self.file}: byte {self.at:,} of the tar, after {self.last:.200}: {words}")
+        last = re.sub(r"[\x00-\x1f]", "?", self.last[:200])
+        return SourceError(f"{self.file}: byte {self.at:,} of the tar, after {last}: {words}")
 
     def _go_to(self, end: int) -> None:
         if self.length is not None:

@@ -764,8 +764,8 @@ def test_small_parquet_files_do_not_fill_the_memory(tmp_path):
     pytest.importorskip("pyarrow")
     subprocess.run([sys.executable, "-c", BOMBS, str(tmp_path)], check=True)
     expected = {
-        "zeros.parquet": r"row group 0, column tokens: a page of [\d,]+ bytes grows to 120,",
-        "list.parquet": r"row group 0, column tokens\S*: 30,000,000 numbers in [\d,]+ bytes",
+        "zeros.parquet": r"row group 0, column 'tokens': a page of [\d,]+ bytes grows to 120,",
+        "list.parquet": r"row group 0, column 'tokens\S*: 30,000,000 numbers in [\d,]+ bytes",
         "dictionary.parquet": "100 rows",
         "prefixes.parquet": "16 rows",
     }
@@ -775,19 +775,38 @@ def test_small_parquet_files_do_not_fill_the_memory(tmp_path):
 
 
 def test_damaged_parquet_files_are_named(tmp_path):
-    save_parquet(tmp_path / "c.parquet", {"raw": [f"text {i}" for i in range(500)]})
+    columns = {"raw": [f"text {i}" for i in range(40)], "tokens": [[1, 2] * (i % 3) for i in range(40)]}
+    save_parquet(tmp_path / "c.parquet", columns, row_group_size=20)
     good = (tmp_path / "c.parquet").read_bytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     rng, told = np.random.default_rng(0), 0
-    for _ in range(150):
+    for trial in range(400):  # every other bit in the footer, where pyarrow itself ends the process at some
         bad = bytearray(good)
-        bad[int(rng.integers(4, len(bad)))] ^= 1 << int(rng.integers(8))
+        bad[int(rng.integers(footer if trial % 2 else 4, len(bad)))] ^= 1 << int(rng.integers(8))
         save(tmp_path, {"c.parquet": bytes(bad)})
         try:
             read(tmp_path / "c.parquet")
         except SourceError as error:
             assert "c.parquet" in str(error)
             told += 1
-    assert told > 30  # without page checksums a flipped bit may be read as another letter
+    assert told > 200  # without page checksums a flipped bit may be read as another letter
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PAR1" + bytes(100) + b"PAR1", "not a parquet file"),
+        (b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1", "not a parquet file, or cut short"),
+        (b"PAR1" + bytes(40 << 20) + struct.pack("<I", 40 << 20) + b"PAR1", "a footer of 41,943,040 bytes"),
+        (b"PAR1\x49\xfc\xff\xff\xff\xff\x0f" + bytes(9) + struct.pack("<I", 16) + b"PAR1", "a list of"),
+        (b"", "not a parquet file, or cut short"),
+    ],
+)
+def test_footers_that_cannot_be_are_named(tmp_path, data, message):
+    pytest.importorskip("pyarrow")
+    save(tmp_path, {"c.parquet": data})
+    with pytest.raises(SourceError, match=rf"c\.parquet: .*{message}"):
+        read(tmp_path / "c.parquet")
 
 
 # ---- bounds ----------------------------------------------------------------------------------------------------------
