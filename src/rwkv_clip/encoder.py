@@ -178,6 +178,10 @@ class Encoder:
         return ids.numpy().astype(np.float32).reshape(-1), fallbacks
 
     def _load_image(self, row: Row) -> bytes:
+        if isinstance(row.image, Problem) and not self.image_field:
+            raise RowError(str(row.image))
+        if row.image is not None and not self.image_field:
+            return row.image
         names = (self.image_field,) if self.image_field else IMAGE_FIELDS
         value = next((found for name in names if (found := find_field(row.fields, name)) is not None), None)
         if isinstance(value, dict):  # how Hugging Face stores images
@@ -186,7 +190,7 @@ class Encoder:
             raise RowError(str(value))
         if isinstance(value, (bytes, bytearray)):
             return bytes(value)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or row.folder is None:
             raise RowError("missing image")
         for folder in (self.images,) if self.images else (row.folder, row.folder / "images"):
             path = folder / value

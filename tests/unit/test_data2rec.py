@@ -1,5 +1,6 @@
 """Building records: every kind of input, what is skipped and why, resuming, and the same bytes every time."""
 
+import base64
 import csv
 import io
 import json
@@ -91,7 +92,7 @@ def test_jsonl(manifest, tmp_path):
 def test_tables(tmp_path, name):
     save_images(tmp_path / "images", 6)
     rows, path = make_rows(6), tmp_path / name
-    rows[0]["comment"] = 'with, "quotes"\nand a line break'
+    rows[0]["comment"] = 'with, "quotes"' if name == "c.tsv" else 'with, "quotes"\nand a line break'
     if name == "c.json":
         path.write_text(json.dumps(rows))
     else:
@@ -153,6 +154,53 @@ def test_damaged_tar_is_refused(tmp_path):
         add(tar, "2.txt", b"good")
     report = build_records(str(tmp_path / "s.tar"), str(tmp_path / "train"))
     assert report.skipped == {"image too large": 1, "text is not UTF-8 or JSON": 1} and report.count == 1
+
+
+def test_a_damaged_checksum_fails_the_build(tmp_path):
+    with tarfile.open(tmp_path / "s.tgz", "w:gz") as tar:
+        for i in range(4):
+            add(tar, f"{i}.jpg", picture(i))
+            add(tar, f"{i}.txt", b"text")
+    whole = (tmp_path / "s.tgz").read_bytes()
+    (tmp_path / "s.tgz").write_bytes(whole[:-8] + bytes(4) + whole[-4:])  # every member is as it was
+    with pytest.raises(SourceError, match=r"s\.tgz: .*CRC"):
+        build_records(str(tmp_path / "s.tgz"), str(tmp_path / "train"))
+    assert not list(tmp_path.glob("train*"))
+
+
+@pytest.mark.parametrize("layout", ["coco", "karpathy", "base64.tsv", "base64.jsonl", "pairs", "tar"])
+def test_layouts_of_other_programs(tmp_path, layout):
+    rows, path = make_rows(6), tmp_path / "data" / "captions.json"
+    captions = [[row[text] for text in TEXTS] for row in rows]
+    options = {"views": ("captions.0", "captions.1", "captions.2")} if layout in ("coco", "karpathy") else {}
+    save_images(tmp_path / "data", 6)
+    if layout == "coco":
+        images = [{"id": 10 - i, "file_name": f"{i}.jpg"} for i in range(6)]
+        texts = [{"image_id": 10 - i, "caption": captions[i][k]} for k in range(3) for i in (3, 1, 0, 2, 5, 4)]
+        path.write_text(json.dumps({"images": images, "annotations": texts}))
+    elif layout == "karpathy":
+        images = [{"filename": f"{i}.jpg", "sentences": [{"raw": text} for text in captions[i]]} for i in range(6)]
+        path.write_text(json.dumps({"images": images}))
+    elif layout == "pairs":
+        path = path.parent
+        for i, texts in enumerate(captions):
+            (path / f"{i}.txt").write_text(texts[0])
+            (path / f"{i}.json").write_text(json.dumps(dict(zip(TEXTS[1:], texts[1:])) | {"image": "0.jpg"}))
+    elif layout == "tar":
+        path = tmp_path / "s.tar"
+        with tarfile.open(path, "w") as tar:
+            for i, row in enumerate(rows):
+                about = row | {"image": str(tmp_path / "data" / "0.jpg"), "path": "0.jpg", "filename": "0.jpg"}
+                add(tar, f"{i}.jpg", picture(i))
+                add(tar, f"{i}.json", json.dumps(about).encode())
+    else:
+        path = tmp_path / layout
+        rows = [row | {"image": base64.b64encode(picture(i)).decode()} for i, row in enumerate(rows)]
+        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+        lines = [json.dumps(row) for row in rows] if layout == "base64.jsonl" else lines
+        path.write_text("\n".join(lines))
+    build_records(str(path), str(tmp_path / "train"), **options)
+    check_standard(tmp_path / "train")
 
 
 @pytest.mark.parametrize("layout", ["bytes", "struct", "path", "yfcc15m"])
@@ -401,9 +449,9 @@ def test_verify_finds_damage(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.jsonl", '{"image": "0.jpg"\n', "line 1 is not JSON"),
+        ("c.jsonl", '{"image": "0.jpg"\n', "line 1: not JSON"),
         ("c.jsonl", '{"raw": "a"}\n[]\n', "line 2 is a list"),
-        ("c.jsonl", b'{"raw": "\xff"}\n', "line 1 is not JSON in UTF-8"),
+        ("c.jsonl", b'{"raw": "\xff"}\n', "line 1: not UTF-8"),
         ("c.jsonl", "", "no row was selected"),
         ("c.jsonl", '{"raw": "a", "image": "none.jpg"}\n', "missing image: 1"),
         ("c.json", "{}", "list of objects"),
