@@ -52,7 +52,8 @@ class Row(NamedTuple):
 
     name: str
     fields: dict[str, Any]
-    folder: Path
+    folder: Path | None  # None: the names in `fields` are no paths
+    image: bytes | Problem | None = None  # the picture that came with the row
 
 
 class Source:
@@ -82,7 +83,8 @@ class Source:
             yield from islice(_read_npy(self.files[0], self.images), start, None)
 
     def fingerprint(self) -> list[list]:
-        """[name, bytes, SHA-256 of both ends] of every input file: tells one input from another."""
+        """[name, bytes, time of the last change, SHA-256 of both ends] of every input file: tells one input from
+        another, and from itself before it was changed."""
         files = self.files + ([self.images] if self.kind == "npy" else [])
         return [_fingerprint(file) for file in files]
 
@@ -156,12 +158,12 @@ def _kind(path: Path, otherwise: str | None = "error") -> str | None:
 
 
 def _fingerprint(file: Path) -> list:
-    size, span = file.stat().st_size, 1 << 16
+    about, span = file.stat(), 1 << 16
     with open(file, "rb") as stream:
         ends = stream.read(span)
-        stream.seek(max(size - span, 0))
+        stream.seek(max(about.st_size - span, 0))
         ends += stream.read(span)
-    return [file.name, size, hashlib.sha256(ends).hexdigest()]
+    return [file.name, about.st_size, about.st_mtime_ns, hashlib.sha256(ends).hexdigest()]
 
 
 def _count_lines(file: Path) -> int:

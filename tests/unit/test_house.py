@@ -18,7 +18,7 @@ ROOMS = [
     {"dist", "allocator", "tokenizer", "image", "metrics", "recordindex", "recordfile", "pool"}
     | {"tensorfile", "checkpoint"},
     {"ops", "recordio", "convert"},
-    {"towers", "sources", "encoder"},
+    {"towers", "sources", "fields", "encoder", "counts"},
     {"model", "objective", "features", "builder"},
     {"retrieval"},
     {"__init__"},
