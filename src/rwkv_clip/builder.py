@@ -4,9 +4,8 @@ The output depends on the input and the settings only, not on the number of work
 are encoded in parallel but written in order, and a shard appears under its name when it is complete. The .idx
 comes last; a run that finds it, made with the same settings from the same input, keeps the shard and goes on behind it.
 
-The same input: input files of the same names, sizes, times of change and ends, wherever they are, and pictures beside
-them of the same names, sizes and times of change, which are asked for again, not read. One process at a time
-writes a prefix.
+The same input: see `Source.fingerprint`, and pictures of the same names, sizes and times of change, which are asked for
+again, not read. Where all of it lies does not count. One process at a time writes a prefix.
 """
 
 from __future__ import annotations

@@ -134,13 +134,13 @@ def _choose_tokens(
     rows: list[Row], named: Views | None, token_field: str | None, context: int
 ) -> tuple[str | None, int]:
     """(the field of ready token ids, texts in it); (None, 0) where there are none, or what looks like them does not fit
-    and there are texts."""
-    texts = not token_field and _choose(rows, RAW_FIELDS) is not None
+    and there are texts beside it."""
     for field in (token_field,) if token_field else TOKEN_FIELDS:
-        found = [(row.name, ids.shape) for row in rows if (ids := find_tokens(row.fields, field)) is not None]
+        found = [(row, ids.shape) for row in rows if (ids := find_tokens(row.fields, field)) is not None]
         if not found:
             continue
-        name, shape = found[0]
+        texts = not token_field and _choose([row for row, _ in found], RAW_FIELDS) is not None
+        row, shape = found[0]
         count = shape[0] // context if len(shape) == 1 else shape[0]
         fits = shape in ((count * context,), (count, context))
         fits &= count == len(named.names) if named else 1 <= count <= len(VIEWS)
@@ -149,8 +149,8 @@ def _choose_tokens(
         if not texts:
             wanted = f"the {len(named.names)} of --views" if named else "one to three"
             raise ValueError(
-                f"{name}: {field}: numbers of shape {shape} are not {wanted} texts of --context {context}, which would "
-                f"be (texts * {context},) or (texts, {context}); give the --context they were made with, or --views "
+                f"{row.name}: {field}: numbers of shape {shape} are not {wanted} texts of --context {context}, that is "
+                f"(texts * {context},) or (texts, {context}); give the --context they were made with, or --views "
                 f"raw=FIELD to take texts instead"
             )
     if token_field:
@@ -216,7 +216,7 @@ def check_image_field(rows: list[Row], image_field: str | None) -> None:
 
 # ---- conditions ------------------------------------------------------------------------------------------------------
 
-_CONDITION = re.compile(r"(.+?)(!=|==|>=|<=|=|>|<)(.*)", re.DOTALL)
+_CONDITION = re.compile(r"([^=!<>]+)(!=|==|>=|<=|=|>|<)(.*)", re.DOTALL)
 _ORDERS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 

@@ -101,7 +101,7 @@ def find_below(folder: Path, name: str, outside: bool = False) -> Path | None:
     try:
         if not path.is_file():
             return None
-        if not outside and not path.resolve().is_relative_to(folder.resolve()):
+        if not outside and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
             raise OutsideError(f"{name!r} leads out of {folder}")
     except (OSError, RuntimeError) as error:  # too long, no permission, links in a circle
         raise ValueError(f"{name[:80]!r} cannot be looked for ({error})") from None

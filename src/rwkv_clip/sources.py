@@ -24,6 +24,7 @@ from .image import MAX_BYTES
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 MAX_TEXT_BYTES = 1 << 20
+WHOLE = 1 << 26  # bytes of a file that is hashed as a whole
 KINDS = {
     ".jsonl": "jsonl",
     ".json": "json",
@@ -83,8 +84,9 @@ class Source:
             yield from islice(_read_npy(self.files[0], self.images), start, None)
 
     def fingerprint(self) -> list[list]:
-        """[name, bytes, time of the last change, SHA-256 of both ends] of every input file: tells one input from
-        another, and from itself before it was changed."""
+        """Tells one input from another, for every input file: [name, bytes, SHA-256], of larger files than WHOLE
+        [name, bytes, time of change, SHA-256 of both ends].
+        """
         files = self.files + ([self.images] if self.kind == "npy" else [])
         return [_fingerprint(file) for file in files]
 
@@ -159,11 +161,16 @@ def _kind(path: Path, otherwise: str | None = "error") -> str | None:
 
 def _fingerprint(file: Path) -> list:
     about, span = file.stat(), 1 << 16
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        ends = stream.read(span)
-        stream.seek(max(about.st_size - span, 0))
-        ends += stream.read(span)
-    return [file.name, about.st_size, about.st_mtime_ns, hashlib.sha256(ends).hexdigest()]
+        if about.st_size <= WHOLE:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+            return [file.name, about.st_size, digest.hexdigest()]
+        digest.update(stream.read(span))
+        stream.seek(about.st_size - span)
+        digest.update(stream.read(span))
+    return [file.name, about.st_size, about.st_mtime_ns, digest.hexdigest()]
 
 
 def _count_lines(file: Path) -> int:
