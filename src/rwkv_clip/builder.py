@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .counts import BuildReport, Counts, Pictures
 from .encoder import Encoded, Encoder
 from .fields import Choice, Condition, check_image_field, choose_fields, survey
-from .files import hold, write_json
+from .files import hold, naming, write_json
 from .image import ImageError, open_image
 from .pool import map_ordered
 from .recordfile import HEADER, RecordWriter, beside, split_path
@@ -356,7 +356,8 @@ class Build:
                     writer = RecordWriter(self._name(len(self.report.shards)))
                 packed = encoded.pack(len(writer))
                 self._content.update(HEADER.unpack_from(packed)[3].to_bytes(4, "little"))
-                writer.write(len(writer), packed)
+                with naming(beside(writer.prefix, ".rec")):
+                    writer.write(len(writer), packed)
                 if len(writer) == self.size:
                     counts.rows = stop - start
                     self._finish(writer, counts)
@@ -381,7 +382,9 @@ class Build:
 
     def _finish(self, writer: RecordWriter, counts: Counts) -> None:
         """Publish a shard. What was there before stays until everything is on the disk."""
-        size, side, name = writer.flush(), beside(writer.prefix, ".json"), beside(writer.prefix, ".json.tmp")
+        side, name = beside(writer.prefix, ".json"), beside(writer.prefix, ".json.tmp")
+        with naming(beside(writer.prefix, ".rec")):
+            size = writer.flush()
         made_of = {"bytes": size, "content": self._content.hexdigest(), "pictures": self._pictures.digest()}
         write_json(name, {**self.heading, **counts.to_json(), **made_of})
         if self.size and not beside(self.prefix, ".rec").exists():  # a summary of shards that go
