@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .encoder import NO_RAW, OUTSIDE, Encoded
-from .fields import RAW_FIELDS, SYNTHETIC_FIELDS, TOKEN_FIELDS, name_view
+from .encoder import NO_RAW, NUMBERS, OUTSIDE, Encoded
+from .fields import SYNTHETIC_FIELDS, name_view
+from .recordio import VIEWS
 
-NUMBERS = ("rows", "count", "reencoded")
+SCALARS = ("rows", "count", "reencoded")
 SUMS = ("skipped", "fallbacks", "cut", "unused", "where")
 EXAMPLES = 10  # skipped rows that the report names
 REMEDIES = {
@@ -54,7 +55,7 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Sum up."""
-        for name in NUMBERS:
+        for name in SCALARS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in SUMS:
             getattr(self, name).update(getattr(other, name))
@@ -67,7 +68,7 @@ class Counts:
     @classmethod
     def from_json(cls, side: dict) -> Counts:
         """The inverse of to_json. KeyError, TypeError where something is missing."""
-        return cls(*(int(side[name]) for name in NUMBERS), *(Counter(side[name]) for name in SUMS))
+        return cls(*(int(side[name]) for name in SCALARS), *(Counter(side[name]) for name in SUMS))
 
 
 @dataclass
@@ -144,7 +145,8 @@ class BuildReport:
         for view, n in sorted(counts.cut.items()):
             lines.append(f"{view} texts cut at --context {self.context}: {n}{self._example(f'cut {view}')}")
         for name, n in sorted(counts.unused.items()):
-            lines.append(f"texts of {name} not used: {n}{self._example(name)}; to use them: {self._suggest(name)}")
+            what = name if name.startswith(NUMBERS) else f"texts in {name}"
+            lines.append(f"{what} not used: {n}{self._example(name)}; to use them: {self._suggest(name)}")
         return lines
 
     def _example(self, what: str) -> str:
@@ -155,14 +157,11 @@ class BuildReport:
         if field.endswith("[1:]"):
             name = field.removesuffix("[1:]")
             return f"--views {name}.0 {name}.1 .."
-        if field in TOKEN_FIELDS:
-            return f"--token-field {field}, if they are token ids"
-        if field in RAW_FIELDS and field not in SYNTHETIC_FIELDS:
-            name = name_view(len(self.views))
-        else:
-            name = "synthetic" if field in SYNTHETIC_FIELDS else field
-        if name in self.views:
-            name = name_view(len(self.views))
+        if field.startswith(NUMBERS):
+            return f"--token-field {field.removeprefix(NUMBERS)}, if they are token ids"
+        names = ["synthetic" if field in SYNTHETIC_FIELDS else field] if field in (*SYNTHETIC_FIELDS, *VIEWS) else []
+        names += map(name_view, range(len(self.views), 2 * len(self.views) + 1))
+        name = next(name for name in names if name not in self.views)
         chosen = [f"{view}={place}" for view, place in zip(self.views, self.fields)]
         return f"--views {' '.join([*chosen, f'{name}={field}'])}"
 

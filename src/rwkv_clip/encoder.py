@@ -29,6 +29,7 @@ from .tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 
 OUTSIDE = "image outside the image folder"
 NO_RAW = "no raw text"
+NUMBERS = "numbers in "  # before the name of a field that holds no texts
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file: the next one would fail as well
 
 
@@ -171,8 +172,8 @@ class Encoder:
             if isinstance(text, str):
                 if text.strip() and text.strip() not in used and not isinstance(text, Problem):
                     found.append(name)
-            elif isinstance(value, (list, np.ndarray)) and len(value):  # numbers that are not taken for token ids
-                found.append(name)
+            elif isinstance(value, (list, np.ndarray)) and len(value):  # not taken for token ids
+                found.append(f"{NUMBERS}{name}")
         return found
 
     def _take_tokens(self, row: Row) -> Encoded:

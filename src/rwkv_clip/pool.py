@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 
 from .errors import SETTING
 
@@ -36,6 +36,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
     waiting: deque = deque()
     # spawn: a fork of a process that has threads (torch's, tqdm's) may stand still
     context = get_context("spawn")
+    _start_tracker()
     ended, ending = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function, ended))
     try:
@@ -55,6 +56,16 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
         ending.close()
         pool.shutdown(cancel_futures=True)
         ended.close()
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's tracker deaf to SIGHUP, which a terminal that closes sends to all: it has to outlive this
+    process, and then ends by itself. To SIGINT and SIGTERM it is deaf already."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # In a worker process: what it does with every item, and whether it is to stop.

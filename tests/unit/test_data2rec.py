@@ -328,7 +328,7 @@ def test_shards_and_summary(manifest, tmp_path):
         find_record_files(prefix)
 
 
-@pytest.mark.parametrize("stop", range(1, 11))
+@pytest.mark.parametrize("stop", range(1, 14))
 def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
     save_images(tmp_path, 10)
     rows = make_rows(10)
@@ -347,7 +347,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
 
         return replace
 
-    # Every publication of a file goes through os.replace: .json, .rec, .idx of each shard, then the summary.
+    # Every publication of a file goes through os.replace: .json (twice), .rec, .idx of each shard, then the summary.
     monkeypatch.setattr(builder.os, "replace", crash_at("replace", builder.os.replace))
     with pytest.raises(KeyboardInterrupt):
         build_records(source, str(prefix), shard_size=2, where=where)

@@ -64,6 +64,7 @@ def test_the_field_of_a_view_is_the_same_for_all_rows(tmp_path):
         ({"text": "a"}, {"text": "a", "raw": "b"}, "raw", ("raw", "synthetic")),
         ({"captions": ["a"]}, {"captions": ["a", "b", "c"]}, "captions[1:]", None),
         ({"caption": "a"}, {"caption": "a", "title": "b"}, "title", ("raw", "synthetic")),
+        ({"caption": "a"}, {"caption": "a", "texts": ["b"]}, "texts", ("raw", "synthetic")),
     ],
 )
 def test_texts_that_begin_late_are_counted_and_the_remedy_works(tmp_path, early, late, unused, views):
@@ -72,7 +73,7 @@ def test_texts_that_begin_late_are_counted_and_the_remedy_works(tmp_path, early,
     number = 6 if unused == "captions[1:]" else 3
     assert report.counts.unused == {unused: number} and report.count == 123
     line = next(line for line in str(report).splitlines() if "not used" in line)
-    assert f"texts of {unused} not used: {number} (first: c.jsonl line 121)" in line
+    assert f"texts in {unused} not used: {number} (first: c.jsonl line 121)" in line
     entries = line.split("--views ")[1].split()
     if entries[-1] == "..":
         entries[-1] = "captions.2"
@@ -128,8 +129,9 @@ def test_cut_texts_are_counted_to_the_token(tmp_path, context):
 def test_numbers_that_are_no_token_ids(tmp_path):
     rows = [{"caption": "a", "tokens": [1, 2, 3]}, {"caption": "b", "tokens": [4]}]
     report = build(tmp_path, rows)
-    assert texts_in(tmp_path, 1) == ids("b") and report.counts.unused == {"tokens": 2}
-    assert "--token-field tokens, if they are token ids" in str(report)
+    assert texts_in(tmp_path, 1) == ids("b") and report.counts.unused == {"numbers in tokens": 2}
+    told = "numbers in tokens not used: 2 (first: c.jsonl line 1); to use them: --token-field tokens, if they are"
+    assert told in str(report)
     fitting = [{"caption": "a", "tokens": [5] * 77}, {"caption": "b", "tokens": [5] * 77}]
     build(tmp_path, fitting)
     assert texts_in(tmp_path, 1) == [[5] * 77]
