@@ -110,7 +110,8 @@ class BuildReport:
         """Keep the name of a row that is the first example of something."""
         if encoded.problem and len(self.examples) < EXAMPLES:
             self.examples.append(f"{encoded.name}: {encoded.problem}")
-        for what in (*encoded.fallbacks, *(f"cut {view}" for view in encoded.cut), *encoded.unused):
+        missing, cut = (f"no {view}" for view in encoded.fallbacks), (f"cut {view}" for view in encoded.cut)
+        for what in (*missing, *cut, *encoded.unused):
             self.first.setdefault(what, encoded.name)
 
     def __str__(self) -> str:
@@ -141,7 +142,7 @@ class BuildReport:
     def _describe_texts(self) -> list[str]:
         counts, lines = self.counts, []
         for view, n in sorted(counts.fallbacks.items()):
-            lines.append(f"no {view} text, raw taken instead: {n}{self._example(view)}")
+            lines.append(f"no {view} text, raw taken instead: {n}{self._example(f'no {view}')}")
         for view, n in sorted(counts.cut.items()):
             lines.append(f"{view} texts cut at --context {self.context}: {n}{self._example(f'cut {view}')}")
         for name, n in sorted(counts.unused.items()):
