@@ -221,25 +221,27 @@ def test_files_of_an_earlier_release_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shard_size", [0, 3])
-@pytest.mark.parametrize("write", [1, 2, 5])
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, write, shard_size):
+@pytest.mark.parametrize("when", ["write 1", "write 2", "write 5", "flush", "side file"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, when, shard_size):
     make_set(tmp_path)
     build(tmp_path, shard_size)
-    before, calls, original = contents(tmp_path / "out" / "t"), [], RecordWriter.write
+    before, calls = contents(tmp_path / "out" / "t"), []
+    owner, name = (builder, "write_json") if when == "side file" else (RecordWriter, when.split()[0])
+    original = getattr(owner, name)
 
-    def fail(self, key, packed):
-        calls.append(key)
-        if len(calls) == write:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(self, key, packed)
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == int(when[-1] if name == "write" else 1):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/t" if owner is builder else None)
+        return original(*arguments)
 
-    monkeypatch.setattr(RecordWriter, "write", fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError) as error:
         build(tmp_path, shard_size, overwrite=True, quality=90)
     code, words = explain(error.value)
     assert code == 76 and "free some space" in words and "out/t" in words
     after = contents(tmp_path / "out" / "t")
-    if write < 5 or not shard_size:
+    if when != "write 5" or not shard_size:
         assert after == before
     else:  # the first shard was replaced, the rest is as it was, and no summary says that they belong together
         assert {name for name in before if before[name] != after.get(name)} == {"t-00000.json", "t.json"}
