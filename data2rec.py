@@ -9,21 +9,35 @@
 The same command again goes on where an interrupted one stopped.
 """
 
+import signal
 import sys
 
 import tyro
 
 from rwkv_clip.builder import build_records
-from rwkv_clip.errors import INTERRUPTED, run_command
+from rwkv_clip.errors import INTERRUPTED, STOPPED, run_command
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
     try:
         print(tyro.cli(build_records, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("data2rec: stopped; run the same command again to go on (complete shards are kept)", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
     return 0
+
+
+def stop(number: int, _) -> None:
+    """The first signal ends the work in good order, a second one at once."""
+    for other in SIGNALS:
+        if signal.getsignal(other) == stop:
+            signal.signal(other, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,54 @@
 """One row of a source -> the bytes of one training record, or the reason why it is skipped.
 
-JPEGs that every decoder reads alike are kept byte for byte; other pictures are encoded anew as JPEG, without
-metadata and with their pixels as stored (rotation tags are not applied: training ignores them, too).
+JPEGs that are stored upright and that every decoder reads alike are kept byte for byte; other pictures are encoded
+anew as JPEG, turned as their orientation tag (EXIF) says and without metadata, so that all readers of the records see
+the same.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
 
-from .image import ImageError, inspect_image, open_image
+from .fields import IMAGE_FIELDS, Views, find_field, find_tokens, first_text
+from .files import OutsideError, find_below, read_bytes
+from .image import MAX_BYTES, ImageError, inspect_image, open_image
 from .recordfile import Header, pack
-from .recordio import EXACT, VIEWS, checksum
-from .sources import IMAGE_ENDINGS, MAX_TEXT_BYTES, Problem, Row
+from .recordio import EXACT, checksum
+from .sources import MAX_TEXT_BYTES, Problem, Row
 from .tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 
-# Other names of the two texts. `caption` is the raw text where it is the first of these, else the synthetic one.
-RAW_FIELDS = ("raw", "raw_caption", "caption", "captions", "text", "txt")
-SYNTHETIC_FIELDS = ("synthetic", "ofa", "caption")
-IMAGE_FIELDS = ("image", "images", "image_path", "filepath", "file_name", "filename", "path", *IMAGE_ENDINGS)
-TOKEN_FIELDS = ("tokens", "texts")  # `texts` is what the published YFCC15M calls them
+OUTSIDE = "image outside the image folder"
+NO_RAW = "no raw text"
+NUMBERS = "numbers in "  # before the name of a field that holds no texts
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file: the next one would fail as well
 
 
 class Encoded(NamedTuple):
-    """Result for one row: `labels` and `image`, or `problem`; `fallbacks`: views that took the raw text."""
+    """Result for one row: `labels` and `image`, or `problem`.
+
+    fallbacks: views that took the raw text; cut: views whose text is longer than the context; unused: fields with
+    texts that are not taken, once for each text; seen: which file the picture was in, see `Picture`.
+    """
 
     name: str
     problem: str | None = None
     labels: np.ndarray | None = None
     image: bytes = b""
     fallbacks: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     reencoded: bool = False
+    seen: str = ""
 
     def pack(self, key: int) -> bytes:
         """Record bytes under `key`, which is also the header's id; id2 is the checksum."""
@@ -48,69 +60,39 @@ class RowError(ValueError):
     """A row cannot become a record; the message is the reason it is counted under."""
 
 
-@dataclass(frozen=True)
-class Views:
-    """The texts of a record: names, raw first, and the field that each one is found in."""
+class Picture(NamedTuple):
+    """The picture of a row: its bytes, the file that has them, or the problem.
 
-    names: tuple[str, ...]
-    fields: tuple[str, ...]
+    seen: JSON of the name in the row with size and time of change in ns of the file, or with the problem; tells a later
+    run whether it would find the same. "" where the row names no file.
+    """
 
-    @classmethod
-    def parse(cls, entries: tuple[str, ...]) -> Views:
-        """'raw', 'raw=captions.0' or 'captions.0' (named by its place: raw, synthetic, generated)."""
-        names, fields = [], []
-        for place, entry in enumerate(entries):
-            name, equals, field = entry.partition("=")
-            if not equals:
-                field = name
-                if "." in name:
-                    name = VIEWS[place] if place < len(VIEWS) else f"view{place + 1}"
-            if not name or not field:
-                raise ValueError(f"views: {entry!r} is not NAME, NAME=FIELD or FIELD.NUMBER")
-            names.append(name)
-            fields.append(field)
-        if not names or names[0] != "raw" or len(set(names)) != len(names):
-            raise ValueError(
-                f"views: {list(entries)} gives the names {names}; they must differ and begin with raw, the "
-                f"text that stands in for a missing one; for example raw=caption synthetic=blip"
-            )
-        return cls(tuple(names), tuple(fields))
+    data: bytes = b""
+    file: Path | None = None
+    problem: str | None = None
+    seen: str = ""
+
+    def read(self) -> bytes:
+        """The bytes, at most MAX_BYTES. RowError."""
+        if self.problem:
+            raise RowError(self.problem)
+        if self.file is None:
+            return self.data
+        try:
+            return read_bytes(self.file, MAX_BYTES)
+        except OSError as error:
+            if error.errno in _PASSING:
+                raise
+            raise RowError("image too large" if error.errno == errno.EFBIG else "unreadable image") from None
 
 
-def find_field(fields: dict[str, Any], path: str) -> Any:
-    """fields["a"], fields["a.0"] or fields["a"][0] for the path "a.0"; None where there is nothing."""
-    if path in fields:
-        return fields[path]
-    value: Any = fields
-    for step in path.split("."):
-        if isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(value, (list, tuple)) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return None
-    return value
-
-
-def find_view(fields: dict[str, Any], path: str) -> Any:
-    """find_field, and for raw and synthetic what has another of their names; of a list of captions the first one."""
-    value = find_field(fields, path)
-    if value is not None or path not in ("raw", "synthetic"):
-        return value
-    name = raw = next((name for name in RAW_FIELDS if fields.get(name)), None)
-    if path == "synthetic":
-        name = next((name for name in SYNTHETIC_FIELDS if fields.get(name) and name != raw), None)
-    value = fields.get(name)
-    return value[0] if isinstance(value, list) else value
-
-
-def find_text(fields: dict[str, Any], path: str) -> str:
-    """The stripped text at `path`, by `find_view`; "" if there is none."""
-    value = find_view(fields, path)
+def find_text(fields: dict[str, Any], field: str) -> str | None:
+    """The stripped text at `field`, of a list the first one; None if there is none."""
+    value = first_text(find_field(fields, field))
     if isinstance(value, Problem):
         raise RowError(str(value))
     if value is None:
-        return ""
+        return None
     if not isinstance(value, str):
         raise RowError("text is not a string")
     if len(value) > MAX_TEXT_BYTES:
@@ -118,21 +100,13 @@ def find_text(fields: dict[str, Any], path: str) -> str:
     return value.strip()
 
 
-def find_tokens(fields: dict[str, Any], field: str | None) -> np.ndarray | None:
-    """Ready token ids as a flat float64 array; None if the row has none."""
-    for name in (field,) if field else TOKEN_FIELDS:
-        value = find_field(fields, name)
-        if isinstance(value, (list, np.ndarray)) and len(value):
-            try:
-                return np.asarray(value, np.float64).reshape(-1)
-            except (TypeError, ValueError):  # a list of texts, for example
-                continue
-    return None
-
-
 @dataclass(frozen=True)
 class Encoder:
-    """Row -> Encoded. Picklable; every process makes its own tokenizer. `max_side` 0 keeps every size."""
+    """Row -> Encoded. Picklable; every process makes its own tokenizer.
+
+    `token_field`: ready token ids; None: the texts of `views` are tokenized. `aside`: fields whose texts are counted.
+    `max_side` 0 keeps every size. `allow_outside`: names may lead out of the image folder.
+    """
 
     views: Views
     tokenizer: str = CLIP_BPE
@@ -142,6 +116,8 @@ class Encoder:
     token_field: str | None = None
     max_side: int = 0
     quality: int = 95
+    aside: tuple[str, ...] = ()
+    allow_outside: bool = False
 
     @cached_property
     def tokenize(self) -> Tokenizer:
@@ -149,64 +125,128 @@ class Encoder:
         return make_tokenizer(self.tokenizer, self.context)
 
     def __call__(self, row: Row) -> Encoded:
+        picture = self.find_picture(row)
         try:
-            labels, fallbacks = self._label(row.fields)
-            image, reencoded = self._encode_image(self._load_image(row), row.name)
+            encoded = self._label(row) if self.token_field is None else self._take_tokens(row)
+            image, reencoded = self._encode_image(picture.read(), row.name)
         except RowError as error:
-            return Encoded(row.name, str(error))
+            return Encoded(row.name, str(error), seen=picture.seen)
         except ImageError as error:
-            return Encoded(row.name, "unreadable image" if "unreadable" in error.reason else error.reason)
-        return Encoded(row.name, None, labels, image, fallbacks, reencoded)
+            reason = "unreadable image" if "unreadable" in error.reason else error.reason
+            return Encoded(row.name, reason, seen=picture.seen)
+        return encoded._replace(image=image, reencoded=reencoded, seen=picture.seen)
 
-    def _label(self, fields: dict[str, Any]) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Token ids of all views as float32 (V * context,), and the views that fell back to raw."""
-        tokens = find_tokens(fields, self.token_field)
-        if tokens is not None:
-            if len(tokens) != len(self.views.names) * self.context:
-                raise RowError("wrong number of token ids")
-            vocab = min(self.tokenize.vocab_size, EXACT)
-            if not (tokens.min() >= 0 and tokens.max() < vocab) or (tokens != np.floor(tokens)).any():
-                raise RowError("token ids out of range")
-            return tokens.astype(np.float32), ()
-        texts = [find_text(fields, field) for field in self.views.fields]
+    # ---- texts
+
+    def _label(self, row: Row) -> Encoded:
+        """Labels are the token ids of all views as float32 (V * context,)."""
+        texts = [find_text(row.fields, field) for field in self.views.fields]
         if not texts[0]:
-            raise RowError("empty text")
-        fallbacks = tuple(name for name, text in zip(self.views.names, texts) if not text)
+            raise RowError(NO_RAW if texts[0] is None else "empty text")
+        missing = [not text for text in texts]
         ids = self.tokenize([text or texts[0] for text in texts])
         if self.context > 2 and not ids[0, 2:].any():  # characters that stand for nothing, NUL for example
             raise RowError("empty text")
-        return ids.numpy().astype(np.float32).reshape(-1), fallbacks
+        full = ids[:, -1].ne(0).tolist()  # to the last place, perhaps beyond
+        cut = [own and not lacks and self._is_cut(text) for own, lacks, text in zip(full, missing, texts)]
+        return Encoded(
+            row.name,
+            labels=ids.numpy().astype(np.float32).reshape(-1),
+            fallbacks=tuple(name for name, lacks in zip(self.views.names, missing) if lacks),
+            cut=tuple(name for name, is_cut in zip(self.views.names, cut) if is_cut),
+            unused=tuple(self._find_unused(row.fields, texts)),
+        )
 
-    def _load_image(self, row: Row) -> bytes:
-        if isinstance(row.image, Problem) and not self.image_field:
-            raise RowError(str(row.image))
+    def _is_cut(self, text: str) -> bool:
+        """Whether a text that fills the context would fill one more place: no token of text is 0 at the end."""
+        return bool(self.tokenize(text, self.context + 1)[0, -1] != 0)
+
+    def _find_unused(self, fields: dict[str, Any], used: list[str | None]) -> list[str]:
+        found = []
+        for field in self.views.fields:
+            value = find_field(fields, field)
+            if isinstance(value, (list, tuple)):
+                found += [f"{field}[1:]"] * sum(bool(text) for text in value[1:])
+        for name in self.aside:
+            text = first_text(value := fields.get(name))
+            if isinstance(text, str):
+                if text.strip() and text.strip() not in used and not isinstance(text, Problem):
+                    found.append(name)
+            elif isinstance(value, (list, np.ndarray)) and len(value):  # not taken for token ids
+                found.append(f"{NUMBERS}{name}")
+        return found
+
+    def _take_tokens(self, row: Row) -> Encoded:
+        tokens = find_tokens(row.fields, self.token_field)
+        if tokens is None:
+            raise RowError("no token ids")
+        shape = (len(self.views.names), self.context)
+        if tokens.ndim > 1 and tokens.shape != shape:
+            raise RowError(f"token ids of shape {tokens.shape}, should be {shape}")
+        if tokens.size != shape[0] * shape[1]:
+            raise RowError("wrong number of token ids")
+        vocab = min(self.tokenize.vocab_size, EXACT)
+        if not (tokens.min() >= 0 and tokens.max() < vocab) or (tokens != np.floor(tokens)).any():
+            raise RowError("token ids out of range")
+        return Encoded(row.name, labels=tokens.astype(np.float32).reshape(-1))
+
+    # ---- pictures
+
+    def find_picture(self, row: Row) -> Picture:
+        """Where the picture of a row is. Nothing of a file is read, so that a later run can ask again, quickly."""
+        value = self._name_picture(row)
+        if isinstance(value, Problem):
+            return Picture(problem=str(value))
+        if isinstance(value, (bytes, bytearray)):
+            return Picture(bytes(value))
+        if not isinstance(value, str) or not value.strip():
+            return Picture(problem="missing image")
+        try:
+            file, about = self._find_file(value, row.folder)
+        except RowError as error:
+            return Picture(problem=str(error), seen=json.dumps([value, str(error)]))
+        return Picture(file=file, seen=json.dumps([value, about.st_size, about.st_mtime_ns]))
+
+    def _name_picture(self, row: Row) -> Any:
         if row.image is not None and not self.image_field:
             return row.image
         names = (self.image_field,) if self.image_field else IMAGE_FIELDS
         value = next((found for name in names if (found := find_field(row.fields, name)) is not None), None)
         if isinstance(value, dict):  # how Hugging Face stores images
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, Problem):
-            raise RowError(str(value))
-        if isinstance(value, (bytes, bytearray)):
-            return bytes(value)
-        if not isinstance(value, str) or not value.strip() or row.folder is None:
-            raise RowError("missing image")
-        for folder in (self.images,) if self.images else (row.folder, row.folder / "images"):
-            path = folder / value
-            try:
-                if path.is_file():
-                    return path.read_bytes()
-            except (OSError, ValueError):  # no permission, a name with NUL or too long
-                raise RowError("unreadable image") from None
+        return value
+
+    def _find_file(self, name: str, folder: Path | None) -> tuple[Path, os.stat_result]:
+        """RowError where there is no such file, where it lies outside, or where it cannot be read."""
+        if self.images:
+            folders = (self.images,)
+        else:
+            folders = (folder, folder / "images") if folder else ()
+        try:
+            for place in folders:
+                if (file := find_below(place, name, self.allow_outside)) is not None:
+                    if not os.access(file, os.R_OK):
+                        raise RowError("unreadable image")
+                    return file, os.stat(file)
+            if any((place / name).exists() for place in folders):
+                raise RowError("image is not a regular file")
+        except OutsideError:
+            raise RowError(OUTSIDE) from None
+        except FileNotFoundError:  # it was there a moment ago
+            raise RowError("missing image") from None
+        except RowError:
+            raise
+        except (OSError, ValueError):  # a name with NUL or too long, a folder that may not be entered
+            raise RowError("unreadable image") from None
         raise RowError("missing image")
 
     def _encode_image(self, data: bytes, name: str) -> tuple[bytes, bool]:
         """(JPEG bytes, whether they are new). The picture is decoded in any case: a header proves nothing."""
         info = inspect_image(data, name)
         picture = open_image(data)
-        fits = not self.max_side or max(info.width, info.height) <= self.max_side
-        if info.plain and fits:
+        turned = _turn_upright(picture)
+        fits = not self.max_side or max(picture.size) <= self.max_side
+        if info.plain and fits and not turned:
             return data, False
         if not fits:
             scale = self.max_side / max(picture.size)
@@ -218,40 +258,14 @@ class Encoder:
         return buffer.getvalue(), True
 
 
-@dataclass(frozen=True)
-class Condition:
-    """`field=value`, `field=one,two` or `field!=value`: which rows to take."""
-
-    field: str
-    values: tuple[str, ...]
-    equal: bool
-
-    @classmethod
-    def parse(cls, text: str) -> Condition:
-        """ValueError if `text` has another form."""
-        field, equals, values = text.partition("=")
-        equal = not field.endswith("!")
-        field = field.removesuffix("!").strip()
-        if not equals or not field:
-            raise ValueError(f"where: {text!r} is not FIELD=VALUE, FIELD=VALUE,VALUE or FIELD!=VALUE")
-        return cls(field, tuple(value.strip() for value in values.split(",")), equal)
-
-    def __call__(self, row: Row) -> bool:
-        value = find_field(row.fields, self.field)
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        return (text in self.values) == self.equal
-
-
-def guess_views(rows: list[Row], token_field: str | None, context: int) -> Views:
-    """Views where the user names none: raw, and what else the first rows have by its usual name."""
-    for row in rows:
-        tokens = find_tokens(row.fields, token_field)
-        if tokens is not None:
-            views, rest = divmod(len(tokens), context)
-            if rest or not 1 <= views <= len(VIEWS):
-                raise ValueError(
-                    f"{row.name}: {len(tokens)} token ids are not one to three texts of --context {context}"
-                )
-            return Views.parse(VIEWS[:views])
-    names = [name for name in VIEWS[1:] if any(find_view(row.fields, name) for row in rows)]
-    return Views.parse(("raw", *names))
+def _turn_upright(picture: Image.Image) -> bool:
+    """Turn a picture, in place, as its EXIF tag says; whether there was anything to turn."""
+    if not {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"} & picture.info.keys():
+        return False
+    try:
+        turned = picture.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:  # PIL's parsers raise SyntaxError, struct.error, ...: no tag that anybody can read
+        return False
+    if turned:
+        ImageOps.exif_transpose(picture, in_place=True)
+    return turned

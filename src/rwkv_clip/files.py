@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import STORAGE
 
@@ -29,6 +29,17 @@ class InUse(RuntimeError):
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file, as those of writing do, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file that appears under its name only when all of it is on the disk; what was there before stays if not.
 
@@ -36,7 +47,7 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with naming(path), open(part, "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -87,18 +98,22 @@ def parse_json(data: bytes | str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error})") from None
 
 
+class OutsideError(ValueError):
+    """A name leads out of the folder that it should be in."""
+
+
 def find_below(folder: Path, name: str, outside: bool = False) -> Path | None:
     """The regular file `name` in `folder`; None where there is none.
 
-    ValueError where the path leads out of the folder (`..`, absolute, a link), unless `outside` allows that; also where
-    the name cannot be looked for.
+    OutsideError where the path leads out of the folder (`..`, absolute, a link), unless `outside` allows that;
+    ValueError where the name cannot be looked for.
     """
     path = folder / name
     try:
         if not path.is_file():
             return None
-        if not outside and not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{name!r} leads out of {folder}")
+        if not outside and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+            raise OutsideError(f"{name!r} leads out of {folder}")
     except (OSError, RuntimeError) as error:  # too long, no permission, links in a circle
         raise ValueError(f"{name[:80]!r} cannot be looked for ({error})") from None
     return path
@@ -120,18 +135,20 @@ def allow_open_files(count: int) -> None:
 
 
 @contextlib.contextmanager
-def hold(lock: Path, what: str, remedy: str, keep: bool = False) -> Iterator[None]:
+def hold(lock: Path, what: str, remedy: str, keep: bool = False, shared: bool = False) -> Iterator[None]:
     """Own `what` while inside, by the lock file `lock`. InUse, at once, when another process does.
 
     The lock is the kernel's (`lockf`): it ends with the process, however that ends, and processes forked from its owner
-    do not hold it. keep: the file stays, to say who owned it last. A file system without locks is worth a warning.
+    do not hold it. keep: the file stays, to say who owned it last. shared: others who share it may own it, too. A file
+    system without locks is worth a warning.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
+    way = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - closed below; closing it gives up the lock
     try:
         while True:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, way | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     file.seek(0)
@@ -150,7 +167,16 @@ def hold(lock: Path, what: str, remedy: str, keep: bool = False) -> Iterator[Non
         try:
             yield
         finally:
-            if not keep:
+            if not keep and not (shared and _is_shared(file)):
                 lock.unlink(missing_ok=True)
     finally:
         file.close()
+
+
+def _is_shared(file: TextIO) -> bool:
+    """Whether another process has a lock on it, too; if not, this one's is exclusive from now on."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False

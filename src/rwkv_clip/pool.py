@@ -1,27 +1,44 @@
-"""An ordered map over worker processes with a bounded number of items under way."""
+"""An ordered map over worker processes with a bounded number of items under way.
+
+No worker outlives its parent, however that ends, and none goes on for longer than one item when it stops.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+
+from .errors import SETTING
 
 CHUNK = 16  # items per task: a picture takes milliseconds, so tasks stay short and queues small
 
 
+class WorkerDied(RuntimeError):
+    """A worker process ended by itself or was killed."""
+
+    exit_code = SETTING
+
+
 def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """function(item) for every item, in order, by `workers` processes; 1 works in this one."""
+    """function(item) for every item, in order, by `workers` processes; 1 works in this one. WorkerDied."""
     if workers == 1:
         yield from map(function, items)
         return
     items = iter(items)
     waiting: deque = deque()
     # spawn: a fork of a process that has threads (torch's, tqdm's) may stand still
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (function,))
+    context = get_context("spawn")
+    _start_tracker()
+    ended, ending = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function, ended))
     try:
         while True:
             while len(waiting) < 4 * workers and (chunk := list(islice(items, CHUNK))):
@@ -30,19 +47,46 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
                 return
             yield from waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError("a worker process died (out of memory?); run again: complete shards are kept") from None
+        time.sleep(0.1)  # a signal that ended the workers may be on its way to this process, too
+        raise WorkerDied(
+            "a worker process died, most likely because memory ran out; use fewer --workers; complete shards are "
+            "kept, and the same command goes on"
+        ) from None
     finally:
+        ending.close()
         pool.shutdown(cancel_futures=True)
+        ended.close()
 
 
-_function: Callable | None = None  # in a worker process: what it does with every item
+def _start_tracker() -> None:
+    """Start multiprocessing's tracker deaf to SIGHUP, which a terminal that closes sends to all: it has to outlive this
+    process, and then ends by itself. To SIGINT and SIGTERM it is deaf already."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(function: Callable) -> None:
+# In a worker process: what it does with every item, and whether it is to stop.
+_function: Callable | None = None
+_stopping = threading.Event()
+
+
+def _start_worker(function: Callable, ended: connection.Connection) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent ends the workers
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(ended, parent_process().sentinel), daemon=True).start()
+
+
+def _watch(ended: connection.Connection, parent: int) -> None:
+    connection.wait([ended, parent])
+    _stopping.set()
+    connection.wait([parent])
+    os._exit(1)  # nobody is left to take results, and the main thread may be waiting for tasks
 
 
 def _work(chunk: list) -> list:
-    return [_function(item) for item in chunk]
+    return [_function(item) for item in chunk if not _stopping.is_set()]

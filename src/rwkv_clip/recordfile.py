@@ -113,13 +113,19 @@ class RecordWriter:
         self._offset += padding
         self._idx.write(f"{text}\t{start}\n")
 
+    def flush(self) -> int:
+        """Write everything to the disk, under names of its own still -> bytes of the .rec."""
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        return self._offset
+
     def close(self) -> None:
         """Flush to disk and publish: .rec first, .idx last, so that an index never describes another file."""
         if self._rec.closed:
             return
+        self.flush()
         for file in (self._rec, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
         self._names[1][1].unlink(missing_ok=True)
         for temporary, final in self._names:
@@ -133,7 +139,8 @@ class RecordWriter:
     def discard(self) -> None:
         """Drop everything written so far; files of an earlier run under the same name stay as they are."""
         for file in (self._rec, self._idx):
-            file.close()
+            with suppress(OSError):  # what is still to be written may find no room
+                file.close()
         for temporary, _ in self._names:
             temporary.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rwkv_clip import builder
 from rwkv_clip.builder import build_records, verify_records
-from rwkv_clip.encoder import Condition, Views
+from rwkv_clip.fields import Condition, Views
 from rwkv_clip.recordio import RecordError, RecordFile, RecordSet, find_record_files, unpack
 from rwkv_clip.sources import Source, SourceError, list_inputs
 from rwkv_clip.tokenizer import make_tokenizer
@@ -117,8 +117,9 @@ def test_webdataset(tmp_path, ending):
             for i in range(3 * shard, 3 * shard + 3):
                 add(tar, f"a/{i:03d}.jpg", picture(i))
                 if i % 2:  # texts in files of their own
-                    for text in TEXTS:
+                    for text in TEXTS[1:]:
                         add(tar, f"a/{i:03d}.{text}.txt", f"{text} text {i}\n".encode())
+                    add(tar, f"a/{i:03d}.txt", f"raw text {i}\n".encode())
                 else:
                     add(tar, f"a/{i:03d}.txt", f"raw text {i}".encode())
                     add(
@@ -278,12 +279,12 @@ def test_missing_views_fall_back_to_raw_and_are_counted(tmp_path):
     rows[5]["generated"] = 5
     report = build_records(save_jsonl(tmp_path / "c.jsonl", rows), str(tmp_path / "train"))
     assert report.fallbacks == {"synthetic": 2, "generated": 1} and report.count == 3
-    assert report.skipped == {"empty text": 2, "text is not a string": 1}
+    assert report.skipped == {"empty text": 1, "no raw text": 1, "text is not a string": 1}
     tokens, raw = RecordSet(tmp_path / "train").sample(2)[1], make_tokenizer()("raw text 2")
     assert (tokens == raw.numpy()).all()
     side = json.loads((tmp_path / "train.json").read_text())
     assert side["fallbacks"] == report.fallbacks and side["skipped"] == report.skipped
-    assert "empty text: 2" in str(report) and "no synthetic text, raw taken instead: 2" in str(report)
+    assert "empty text: 1" in str(report) and "no synthetic text, raw taken instead: 2" in str(report)
 
 
 @pytest.mark.parametrize("field", ["raw", "caption", "captions", "text", "txt"])
@@ -375,7 +376,7 @@ def test_shards_and_summary(manifest, tmp_path):
         find_record_files(prefix)
 
 
-@pytest.mark.parametrize("stop", range(1, 11))
+@pytest.mark.parametrize("stop", range(1, 14))
 def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
     save_images(tmp_path, 10)
     rows = make_rows(10)
@@ -394,7 +395,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
 
         return replace
 
-    # Every publication of a file goes through os.replace: .json, .rec, .idx of each shard, then the summary.
+    # Every publication of a file goes through os.replace: .json (twice), .rec, .idx of each shard, then the summary.
     monkeypatch.setattr(builder.os, "replace", crash_at("replace", builder.os.replace))
     with pytest.raises(KeyboardInterrupt):
         build_records(source, str(prefix), shard_size=2, where=where)

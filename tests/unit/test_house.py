@@ -18,7 +18,7 @@ ROOMS = [
     {"dist", "allocator", "tokenizer", "image", "metrics", "recordindex", "recordfile", "pool"}
     | {"tensorfile", "checkpoint"},
     {"ops", "recordio", "convert"},
-    {"towers", "readers", "shards", "arrays", "sources", "encoder"},
+    {"towers", "readers", "shards", "arrays", "sources", "fields", "encoder", "counts"},
     {"model", "objective", "features", "builder"},
     {"retrieval"},
     {"__init__"},

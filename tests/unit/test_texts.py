@@ -233,7 +233,7 @@ def test_texts_by_their_usual_names(tmp_path, row, expected):
 def test_a_text_that_no_row_has_is_refused_before_building(tmp_path):
     rows = [{"raw": "alt", "blip": "made"}] * 3
     message = (
-        r"none of the first 3 rows has a text 'synthetic'; they have image, raw, blip; .* synthetic=FIELD, or leave"
+        r"no row has a text 'synthetic' \(nor ofa, caption\); they have image, raw, blip; .* synthetic=FIELD, or leave"
     )
     with pytest.raises(ValueError, match=message):
         build(tmp_path, rows, views=("raw", "synthetic"))
