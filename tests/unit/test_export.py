@@ -139,7 +139,7 @@ DAMAGES = [
     (_ragged, "x.img_feat.jsonl:2: `feature` must be"),
     (_words, "x.img_feat.jsonl:1: `feature` holds"),
     (_no_id, "images.jsonl:2: has no `image_id`"),
-    (_half_a_line, "images.jsonl:2: is not JSON"),
+    (_half_a_line, "images.jsonl:2: not JSON"),
     (_two, "holds x.img_feat.jsonl and y.img_feat.jsonl"),
 ]
 

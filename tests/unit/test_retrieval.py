@@ -105,7 +105,7 @@ BAD_LINES = [
     ('{"image": "red.png", "captions": ["x", 5]}', "set.jsonl:2: field 'captions' holds 5"),
     ('{"image": "red.png", "caption": "  "}', "set.jsonl:2: field 'caption' holds '  '"),
     ('{"image": "red.png", "caption": "x", "split": 1}', "set.jsonl:2: field 'split' is 1"),
-    ('{"image": "gone.png", "caption": "x"}', r"set.jsonl:2: field 'image': 'gone.png' .*\(1 of 2 entries"),
+    ('{"image": "gone.png", "caption": "x"}', r"set.jsonl:2: field 'image': 'gone.png' .*\(1 of 2 pictures"),
 ]
 
 
@@ -120,8 +120,8 @@ def test_bad_lines_are_named(folder, line, message):
     ("content", "message"),
     [
         (b"", "no entries"),
-        (b"[", "set.json:1: not JSON"),
-        (b"\xff[]", "byte 0 is not UTF-8"),
+        (b"[", "set.json: not JSON"),
+        (b"\xff[]", r"not UTF-8 \(byte 0\)"),
         (b"{}", "neither a list"),
         (b"[]", "no entries"),
         (b'{"images": [{"filename": "red.png"}]}', r"images\[0\]: field 'sentences'"),
@@ -289,15 +289,13 @@ def test_open_clip_models_go_through_the_same_functions(folder, colors):
 
 
 def brute_force(image: torch.Tensor, text: torch.Tensor, owner: np.ndarray) -> tuple[list[int], list[int]]:
-    """The definition: strictly better items, and equal ones that come before; an image ranks as its best caption."""
+    """The definition: wrong items that are as similar or more; an image ranks as its best caption."""
     similarity = text.double().numpy() @ image.double().numpy().T  # exact: products and sums of small integers / 64
-
-    def rank(row: np.ndarray, own: int) -> int:
-        return int((row > row[own]).sum() + (row[:own] == row[own]).sum())
-
-    captions = [[c for c in range(len(owner)) if owner[c] == i] for i in range(len(image))]
-    of_images = [min(rank(similarity[:, i], c) for c in own) for i, own in enumerate(captions) if own]
-    return of_images, [rank(similarity[c], owner[c]) for c in range(len(owner))]
+    of_images = []
+    for i in np.unique(owner):
+        own = owner == i
+        of_images.append(int((similarity[~own, i] >= similarity[own, i].max()).sum()))
+    return of_images, [int((row >= row[own]).sum()) - 1 for row, own in zip(similarity, owner)]
 
 
 def coarse(rng: np.random.Generator, count: int, width: int) -> torch.Tensor:

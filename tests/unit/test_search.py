@@ -51,7 +51,9 @@ def test_an_item_stands_where_recall_ranks_it():
     items, queries = unit(40, 4)[torch.arange(80) % 40], unit(30, 4, seed=1)
     places, _ = nearest(queries, items, 80, chunk=(7, 11))
     targets = torch.arange(30) * 2
-    assert torch.equal(target_ranks(queries, items, targets), (places == targets[:, None]).int().argmax(1))
+    # Every item is there twice; a list has to begin with one of the two, recall counts the other against the model.
+    twins = (places % 40 == targets[:, None] % 40) * torch.arange(80)
+    assert torch.equal(target_ranks(queries, items, targets), twins.amax(1))
 
 
 def test_nothing_to_search():
