@@ -25,6 +25,7 @@ from . import prompts
 from .cache import on_all_ranks
 from .folders import (
     IMAGE_SUFFIXES,
+    are_numbers,
     class_folders,
     list_files,
     list_pictures,
@@ -134,11 +135,12 @@ def load_classification(
 def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names and templates from a JSON file: ({folder: class name} in label order, templates; () for none).
 
-    {"names": {folder: name} or a list with the name of each of the `folders` in their order, "templates": ["a {}.",
-    ...]}, both optional; "classes" is read as "names". A class of the file without a folder stays a
-    candidate.
+    {"names": {folder: name} or a list with the name of each of the `folders` in their order (by number where all are
+    numbers), "templates": ["a {}.", ...]}, both optional; "classes" is read as "names". A class of the file without a
+    folder stays a candidate.
     """
     content = _names_content(path)
+    folders = sorted(folders, key=int) if are_numbers(folders) else folders
     names = content.get("names", content.get("classes", {folder: spoken(folder) for folder in folders}))
     if isinstance(names, list):
         if len(names) != len(folders):

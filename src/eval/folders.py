@@ -24,9 +24,12 @@ def class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_litter(entry.name)]
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else sorted(names)
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether every name is a number, in digits."""
+    return all(name.isascii() and name.isdigit() for name in names)
 
 
 def list_pictures(folder: Path, deep: bool = True) -> tuple[list[Path], list[Path]]:
@@ -81,7 +84,7 @@ def refuse_unclear_order(folders: Sequence[str], where: str) -> None:
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
     other = next((name for name, natural in zip(folders, sorted(folders, key=by_number)) if name != natural), None)
-    if other is not None and not all(name.isdigit() for name in folders):
+    if other is not None and not are_numbers(folders):
         raise ValueError(
             f'{where}: "names" is a list, and the class folders ({folders[0]}, .., {other}, ..) come in another order '
             'by number than as texts; write {"names": {folder: name}}'

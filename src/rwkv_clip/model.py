@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
 from .convert import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
-from .errors import STORAGE, explain, is_out_of_memory
+from .errors import is_out_of_memory
 from .ops import Linear
 from .tokenizer import Tokenizer, make_tokenizer
 from .towers import ImageTower, TextTower
@@ -143,7 +144,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     source = spec["open_clip"]
     if isinstance(source, str):
         pixels = dict(zip(("mean", "std"), map(tuple, spec.get("pixels", ()))))
-        with fetching("model", source):
+        with _fetching("model", source):
             return open_clip.create_model(source, force_preprocess_cfg=pixels or None)
     source = dict(source)
     kind = open_clip.CustomTextCLIP if source.pop("custom_text", False) else open_clip.CLIP
@@ -179,7 +180,7 @@ def create_model(
         from .image import CLIP_MEAN, CLIP_STD
 
         spec = {"open_clip": _name_for_tag(spec["open_clip"], str(pretrained))}
-        with fetching("pretrained", str(pretrained)):
+        with _fetching("pretrained", str(pretrained)):
             net = open_clip.create_model(spec["open_clip"], pretrained=str(pretrained))
         if (pixels := pixel_statistics(net)) != (CLIP_MEAN, CLIP_STD):
             spec["pixels"] = pixels
@@ -192,7 +193,7 @@ def create_model(
 
 
 @contextlib.contextmanager
-def fetching(field: str, what: str) -> Iterator[None]:
+def _fetching(field: str, what: str) -> Iterator[None]:
     """Inside, open_clip may fetch `what` from the network. ConfigError that names it where that fails.
 
     Its libraries raise errors of many kinds, one inside the other; what tells them is a system's or a network's error
@@ -206,8 +207,7 @@ def fetching(field: str, what: str) -> Iterator[None]:
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
-        own = next((e for e in chain if is_out_of_memory(e) or (explain(e) or (0,))[0] == STORAGE), None)
-        if own is not None:
+        if own := next(filter(_is_of_this_machine, chain), None):
             raise own from None
         if not any(isinstance(e, OSError) or type(e).__module__.startswith(_NETWORK) for e in chain):
             raise
@@ -218,6 +218,13 @@ def fetching(field: str, what: str) -> Iterator[None]:
                 "network, copy its cache (~/.cache/huggingface) here, or give the weights as a file"
             ]
         ) from error
+
+
+def _is_of_this_machine(error: BaseException) -> bool:
+    """Whether a disk is full or closed, or memory ran out."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    closed = isinstance(error, PermissionError) and error.filename is not None
+    return full or closed or is_out_of_memory(error)
 
 
 def _name_for_tag(name: str, tag: str) -> str:
@@ -282,7 +289,7 @@ def tokenizer_of(spec: ModelSpec) -> Tokenizer:
         return make_tokenizer(context=source["text_cfg"].get("context_length", 77))
     import open_clip
 
-    with fetching("tokenizer", f"that of {source}"):
+    with _fetching("tokenizer", f"that of {source}"):
         tokenizer = open_clip.get_tokenizer(source)
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return make_tokenizer(context=tokenizer.context_length)
