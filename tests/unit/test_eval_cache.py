@@ -40,7 +40,7 @@ def save(path: Path, number: int) -> None:
     path.write_bytes(shade(number))
 
 
-# ---- sets of every kind: how each is made, where its pictures lie, and how `features` is told of it --------------------
+# ---- sets of every kind: how each is made, where its pictures lie, and how `features` is told of it ------------------
 
 
 class Captions:
