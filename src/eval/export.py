@@ -199,7 +199,9 @@ def _labelled(
 def _read_npy(path: Path) -> Tensor:
     try:  # as a mapping: a file that announces more than it holds takes no memory
         return torch.from_numpy(np.array(np.lib.format.open_memmap(path, mode="r")))
-    except (ValueError, TypeError, EOFError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python, which has many errors
         raise ValueError(f"{path}: is not a readable .npy file ({error}); write the features again") from None
 
 

@@ -158,8 +158,6 @@ def _find_again(place: str | None, features: Path) -> str | None:
 
 def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) -> Iterator[tuple[str, Features]]:
     """Texts and pictures of the user, encoded by the model that the features came from."""
-    from rwkv_clip.model import load_for_inference
-
     for way, given in (("text_to_image", settings.query), ("image_to_text", settings.picture)):
         if given:
             _need(settings, stored, way, 1)
@@ -174,6 +172,8 @@ def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) ->
     model = settings.model or about.get("model_setting")
     if model and not settings.model and model.endswith(".json"):
         model = _find_again(model, folder)
+    from rwkv_clip.model import load_for_inference
+
     loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=precision)
     if about and loaded.digest != about["checkpoint_sha256"]:
         raise ValueError(f"checkpoint: {checkpoint} is not what made {settings.features}; write the features again")
