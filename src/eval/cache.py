@@ -153,7 +153,7 @@ def data_key(
         if isinstance(item, Path):
             state = os.stat(item)
             known = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
-        listing.update(f"{known}\n".encode(errors="surrogateescape"))
+        listing.update(f"{known}\n".encode("utf-8", "backslashreplace"))
     found = {"pictures": pictures.hexdigest(), "items": listing.hexdigest()}
     return {"set": name, "split": split, "count": count, **found}
 
@@ -161,13 +161,13 @@ def data_key(
 def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
     """The folder of a key. Ranks that see other files (disks of their own) have one for all that they see together."""
     text = json.dumps({"schema": SCHEMA, **key}, sort_keys=True, indent=1, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
     every = gather(torch.tensor([list(digest)], dtype=torch.int64, device=device)).cpu()
     if (every != every[0]).any():
         digest = hashlib.sha256(every.numpy().tobytes()).digest()
     folder = root / digest.hex()[:24]
     if not (folder / "key.json").is_file():
-        keep(folder / "key.json", [text.encode("utf-8", "surrogateescape")])  # for people: what is in here
+        keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
     return folder
 
 

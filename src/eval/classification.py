@@ -116,7 +116,7 @@ def load(settings: ClassificationSettings, device: torch.device) -> list[Asked]:
     """Every set asked for, or why it is not here. ValueError where there is none at all."""
 
     def make(dataset: str) -> ClassificationSet:
-        return load_classification(dataset, settings.data, settings.names, language=settings.language)
+        return load_classification(dataset, settings.data, settings.names, language=settings.language).checked()
 
     return load_each(settings.dataset, make, device)
 

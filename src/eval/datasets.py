@@ -65,6 +65,11 @@ class ClassificationSet:
         label_of = self.label_of or (lambda index: self.read(index)[1])
         return torch.tensor([label_of(index) for index in range(self.count)], dtype=torch.int64)
 
+    def checked(self) -> ClassificationSet:
+        """The set, once every label has been seen. ValueError for one that is no class."""
+        self.labels()
+        return self
+
     def open_one(self, labels: Tensor) -> Callable[[int], Image]:
         """`read` for the pictures alone. ValueError where one comes with another label than `labels` has."""
 
@@ -306,7 +311,7 @@ def _sun397(root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
     items = []
     for path in paths:
         name = path.strip("/").rpartition("/")[0]
-        if name not in labels:
+        if name not in labels or ".." in name.split("/"):
             raise ValueError(f"{found or folder}: {path} is in no class of {classes_file.name}; download both again")
         items.append((folder / path.strip("/"), labels[name]))
     missing = [path for path, _ in items if not path.is_file()]

@@ -66,7 +66,7 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
         raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
     try:
         part = settings.split or TEST
-        return on_all_ranks(lambda: load_classification(settings.dataset, settings.data, part=part), device)
+        return on_all_ranks(lambda: load_classification(settings.dataset, settings.data, part=part).checked(), device)
     except MissingData as error:
         raise ValueError(f"dataset: {settings.dataset}: {error}") from None
 
@@ -97,7 +97,8 @@ def run(
     folder = new_folder(parent, settings.name or f"{stamp}-features-{model}")
     for features in found:
         write_features(folder, features, settings.form)
-    write_whole(folder / "about.json", [json.dumps(about, indent=2, ensure_ascii=False).encode() + b"\n"])
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / "about.json", [text.encode("utf-8", "backslashreplace")])
     return folder
 
 
@@ -247,4 +248,5 @@ def _checked(path: Path, vectors: Tensor | None, rows: Sequence[dict]) -> Tensor
 
 
 def _line(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+    # What UTF-8 cannot hold (a name, a text) is written as an escape, which JSON reads back.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

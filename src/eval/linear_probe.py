@@ -47,7 +47,11 @@ class Samples:
 def load(settings: LinearProbeSettings, device: torch.device) -> list[Asked]:
     """The parts of every set asked for, or why they are not here. ValueError where there is none at all."""
     hint = "" if settings.split_test else "; or test on a part of the test pictures with --split-test 0.5"
-    return load_each(settings.dataset, lambda dataset: load_parts(dataset, settings), device, hint)
+
+    def make(dataset: str) -> list[ClassificationSet]:
+        return [part.checked() for part in load_parts(dataset, settings)]
+
+    return load_each(settings.dataset, make, device, hint)
 
 
 def run(settings: LinearProbeSettings, sets: list[Asked], loaded, device: torch.device) -> Report:

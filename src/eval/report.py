@@ -2,8 +2,8 @@
 
 A run writes result.json, table.md, table.csv and table.tex, again after every data set, so that an error in a later
 one loses nothing; at its end pictures and page.html. What finds no room is named, and the run goes on: its figures are
-printed in any case. Ranks other than 0 write nothing. `collect` reads the result.json
-files of several runs and writes the same files with all models, and all published ones, in one table for each task.
+printed in any case. Ranks other than 0 write nothing. `collect` reads the result.json files of several runs and writes
+the same files with all models, and all published ones, in one table for each task.
 """
 
 from __future__ import annotations
@@ -140,8 +140,11 @@ def start_report(task: str, settings, loaded, device: torch.device) -> Report:
 def check_place(logs: str) -> None:
     """Make the folder of all runs and write into it, before any work. OSError where that cannot be."""
     Path(logs).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=logs) as file:
-        file.write(bytes(1 << 16))
+    try:
+        with tempfile.TemporaryFile(dir=logs) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, logs) from None
 
 
 def keep(path: Path, make: Callable[[Path], None]) -> bool:
@@ -232,7 +235,7 @@ def _read_run(path: Path) -> dict:
         raise ValueError(f"{path}: task {run['task']!r}; known: {', '.join(TASKS)}")
     try:
         _rows_of(run)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: results lack {error}; run that evaluation again") from error
     return run
 

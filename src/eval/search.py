@@ -209,4 +209,4 @@ def _lines(queries: Features, items: Features, places: Tensor, scores: Tensor) -
     for query, found, values in zip(queries.ids, places.tolist(), scores.tolist()):
         kept = [(ids[place], value) for place, value in zip(found, values) if place >= 0]
         row = {asked: query, answer: [name for name, _ in kept], "scores": [value for _, value in kept]}
-        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -13,6 +13,7 @@ from color_model import COLORS, loaded, save_color
 from rwkv_clip.eval import report, retrieval
 from rwkv_clip.eval.main import main
 from rwkv_clip.files import write_whole
+from rwkv_clip.recordio import Header, RecordWriter, pack
 
 
 @pytest.fixture
@@ -90,7 +91,15 @@ def _cut(folder: Path) -> list[str]:
     return ["classification", "--data", "set", "--names", "names.json"]
 
 
+def _label(folder: Path) -> list[str]:
+    with RecordWriter(folder / "val") as writer:
+        for key, label in enumerate((0.0, 1000.0)):
+            writer.write(key, pack(Header(0, label, key, 0), (folder / "set" / "red" / "0.png").read_bytes()))
+    return ["classification", "--dataset", "imagenet", "--data", "."]
+
+
 BEFORE = [
+    (_label, "record 1: its label is 1000.0"),
     (lambda folder: ["retrieval", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (lambda folder: ["retrieval", "--data", "set.jsonl", "--split", "test"], "split 'test'"),
     (lambda folder: ["retrieval", "--data", "set.jsonl", "--image-root", "no"], "set image_root"),

@@ -179,6 +179,12 @@ def test_damage_is_named(tmp_path, make, message):
     assert not (tmp_path / "it ran").exists()
 
 
+def test_names_and_texts_that_are_not_utf_8_are_read_back(tmp_path):
+    rows = [{"image_id": name} for name in ("a\udcff.jpg", "\ud800", "ü")]
+    write_features(tmp_path, Features("images", vectors(3), rows), "jsonl")
+    assert (tmp_path / "images.jsonl").read_bytes().decode("utf-8") and read_features(tmp_path, "images").rows == rows
+
+
 def test_a_file_is_whole_or_not_there(tmp_path):
     def pieces():
         yield b"half"

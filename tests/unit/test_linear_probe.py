@@ -404,6 +404,9 @@ def test_every_set_has_the_parts_of_torchvision(dataset, monkeypatch, tmp_path):
         inspect.signature(loader).bind(root="x", **arguments)
         assert "split" not in arguments or f'"{arguments["split"]}"' in source
     assert len({json.dumps(arguments) for arguments in wanted.values()}) == len(wanted) or dataset == "caltech101"
+    assert (
+        KNOWN[dataset].folder in source or KNOWN[dataset].folder == loader.__name__.lower()
+    )  # what the cache looks at
     asked = []
 
     class Stand:
