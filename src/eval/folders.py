@@ -23,7 +23,8 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the folders in `folder`: by number where all are numbers, else as texts; none where it is not there."""
     if not folder.is_dir():
         return []
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_litter(entry.name)]
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not _is_litter(entry.name)]
     return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else sorted(names)
 
 

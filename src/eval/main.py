@@ -7,8 +7,8 @@
     python -m rwkv_clip.eval.main search --features logs/eval/mine --query "a dog in the snow"
     python -m rwkv_clip.eval.main report logs/eval/run-1 logs/eval/run-2 --output logs/eval/comparison
 
-Exit codes: 0 done, 2 a mistake of the user or nothing evaluated, 76 results cannot be written (one line says what, no
-traceback; figures are printed all the same).
+Exit codes: 0 done, 2 a mistake of the user or nothing evaluated, 3 damaged records, 76 results cannot be written (one
+line says what, no traceback; figures are printed all the same).
 """
 
 from __future__ import annotations
