@@ -103,7 +103,8 @@ def load_each(
         except (ValueError, OSError) as error:
             found.append((dataset, {"dataset": dataset, "status": "failed", "reason": str(error)}))
     if all(isinstance(result, dict) for _, result in found):
-        raise ValueError("; ".join(f"{name}: {result['status']}: {result['reason']}" for name, result in found))
+        named = [("" if name == IMAGEFOLDER else f"{name}: ") + result["reason"] for name, result in found]
+        raise ValueError("; ".join(named))
     return found
 
 
