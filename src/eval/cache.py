@@ -2,14 +2,19 @@
 
 A cache folder has one folder for each (weights, data, transform, precision), and in it one file for every CHUNK items,
 which appears whole or not at all. CHUNK is a multiple of the blocks that the model gets, so features are the same bits
-with and without a cache, resumed or not, on any number of ranks. A file that is damaged is made again. What a key does
-not see: a change to some pictures only of a set that keeps its names, see `data_key`.
+with and without a cache, resumed or not, on any number of ranks. A file that is damaged is made again.
+
+The key sees the state of every file that pictures lie in: size, time of change (of content, and of anything else: a
+copy may bring an older time of content along) and inode. A picture that was replaced, moved or touched makes all
+features new; a copy of the set elsewhere as well. Labels are never kept. A cache is an aid: where it cannot be
+written, the run goes on without, and says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable
@@ -21,15 +26,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
+from rwkv_clip.dist import AUTOCAST, gather, max_over_ranks, rank_and_size
 from rwkv_clip.features import encode_images, raise_together
 from rwkv_clip.files import write_whole
 from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
-SCHEMA = 1  # a new number when the same weights give other features
+SCHEMA = 2  # a new number when the same weights give other features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
 T = TypeVar("T")
-_SAMPLES = 16  # pictures that stand for a set
+_SAMPLES = 16  # pictures that are looked at all the same: a file system may have no times worth the name
+log = logging.getLogger(__name__)
 
 
 def encode_cached(
@@ -42,17 +48,13 @@ def encode_cached(
     device: torch.device,
     batch_size: int,
     workers: int,
-    labels: Tensor | None = None,
 ) -> Tensor:
     """`features.encode_images` of a whole set, with what the cache below `root` (None: no cache) already has.
 
     loaded: a model of `load_for_inference`; data: the set's `data_key`. All ranks call it and get all features; the
-    lead alone writes. labels: int64 (count,) of -1 that open_one fills in where it is called; the cache fills the rest.
+    lead alone writes.
     """
-    labels = torch.full((count,), -1) if labels is None else labels
-    folder = None
-    if root is not None:
-        folder = on_all_ranks(lambda: _open_folder(root, model_key(loaded) | data), device)
+    folder = _folder_of(Path(root), model_key(loaded) | data, device) if root is not None else None
     parts = []
     for start in range(0, count, CHUNK) or [0]:
         stop = min(start + CHUNK, count)
@@ -60,26 +62,32 @@ def encode_cached(
         found = _read(path) if path else None
         # One rank that lacks a chunk (a disk of its own) needs the others to compute it.
         if max_over_ranks(torch.tensor(float(found is None), device=device)):
-            found = (
-                encode_images(
-                    loaded.model,
-                    lambda i, start=start: open_one(start + i),
-                    stop - start,
-                    loaded.preprocess,
-                    device=device,
-                    batch_size=batch_size,
-                    autocast=AUTOCAST[loaded.precision],
-                    workers=workers,
-                    progress=True,
-                ),
-                max_over_ranks(labels[start:stop].to(device)).cpu(),
+            found = encode_images(
+                loaded.model,
+                lambda i, start=start: open_one(start + i),
+                stop - start,
+                loaded.preprocess,
+                device=device,
+                batch_size=batch_size,
+                autocast=AUTOCAST[loaded.precision],
+                workers=workers,
+                progress=True,
             )
-            if path and rank_and_size()[0] == 0:
-                tensors = {"features": found[0], "labels": found[1], "checksum": _checksum(path, *found)}
-                write_whole(path, encode_tensors(tensors))
-        parts.append(found[0])
-        labels[start:stop] = found[1]
+            if path:
+                keep(path, encode_tensors({"features": found, "checksum": _checksum(path, found)}))
+        parts.append(found)
     return torch.cat(parts)
+
+
+def keep(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file of a cache, by the lead rank. Where that cannot be, a warning says so."""
+    if rank_and_size()[0]:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, pieces)
+    except OSError as error:
+        log.warning("cache: %s cannot be written (%s); the run goes on without it", path, error.strerror)
 
 
 def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
@@ -95,24 +103,22 @@ def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
 
 def encode_labelled(root: str | Path | None, loaded, data, **work) -> tuple[Tensor, Tensor]:
     """Features and labels (count,) of a `ClassificationSet`; `work` goes to `encode_cached`."""
-    labels = torch.full((data.count,), -1, dtype=torch.int64)
-
-    def open_one(index: int) -> Image.Image:
-        picture, labels[index] = data.read(index)
-        return picture
+    labels = on_all_ranks(data.labels, work["device"])
 
     def make_key() -> dict:
-        return data_key(data.name, data.split, data.count, lambda index: data.read(index)[0], data.class_names)
+        return data_key(data.name, data.split, data.count, lambda index: data.read(index)[0], data.files)
 
     key = on_all_ranks(make_key, work["device"])
-    return encode_cached(root, loaded, key, open_one, data.count, labels=labels, **work), labels
+    return encode_cached(root, loaded, key, data.open_one(labels), data.count, **work), labels
 
 
 def model_key(loaded) -> dict:
-    """What tells one model of `load_for_inference` from another: digest, precision, a look at weights and transform.
+    """What tells one model of `load_for_inference` from another: its description, the digest of the weights, precision,
+    a look at weights and transform.
 
-    The look at the weights is for `open_clip:NAME` without a tag, whose weights are random and new in every process.
-    The transform is known by what it does to a picture.
+    One file of weights may be read as several models (QuickGELU or not). The look at the weights is for
+    `open_clip:NAME` without a tag, whose weights are random and new in every process. The transform is known by what
+    it does to a picture.
     """
     weights = hashlib.sha256()
     for name, value in sorted(loaded.model.state_dict().items()):
@@ -121,6 +127,7 @@ def model_key(loaded) -> dict:
     pixels = np.stack([rows * 7 % 256, columns * 5 % 256, rows * columns % 256], -1).astype(np.uint8)
     seen = loaded.preprocess(Image.fromarray(pixels))
     return {
+        "model": repr(getattr(loaded.model, "spec", None)),
         "checkpoint": loaded.digest,
         "precision": loaded.precision,
         "weights": weights.hexdigest(),
@@ -135,44 +142,48 @@ def data_key(
     open_one: Callable[[int], Image.Image],
     items: Iterable[str | Path] = (),
 ) -> dict:
-    """What tells one set of pictures from another: name, split, number, some decoded pictures spread over it, and the
-    names of all (strings) or also size and time of change (paths of files) where they are known."""
+    """What tells one set of pictures from another: name, split, number, some decoded pictures spread over it, and of
+    all `items`, in their order, the names (strings) or also the state (paths of files)."""
     pictures, listing = hashlib.sha256(), hashlib.sha256()
     for place in np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int).tolist():
         picture = open_one(place)
         pictures.update(f"{place} {picture.size}".encode() + picture.tobytes())
     for item in items:
-        state = os.stat(item) if isinstance(item, Path) else None
-        known = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}" if state else str(item)
-        listing.update(f"{known}\n".encode(errors="surrogateescape"))
+        known = str(item)
+        if isinstance(item, Path):
+            state = os.stat(item)
+            known = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
+        listing.update(f"{known}\n".encode("utf-8", "backslashreplace"))
     found = {"pictures": pictures.hexdigest(), "items": listing.hexdigest()}
     return {"set": name, "split": split, "count": count, **found}
 
 
-def _open_folder(root: str | Path, key: dict) -> Path:
+def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
+    """The folder of a key. Ranks that see other files (disks of their own) have one for all that they see together."""
     text = json.dumps({"schema": SCHEMA, **key}, sort_keys=True, indent=1, ensure_ascii=False)
-    folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
+    every = gather(torch.tensor([list(digest)], dtype=torch.int64, device=device)).cpu()
+    if (every != every[0]).any():
+        digest = hashlib.sha256(every.numpy().tobytes()).digest()
+    folder = root / digest.hex()[:24]
     if not (folder / "key.json").is_file():
-        write_whole(folder / "key.json", [text.encode()])  # for people: what is in here
+        keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
     return folder
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Features and labels of a chunk; None where it is not there or not as it was written."""
+def _read(path: Path) -> Tensor | None:
+    """Features of a chunk; None where it is not there or not as it was written."""
     if not path.is_file():
         return None
     try:
         tensors = read_tensors(path)
-        found = tensors["features"], tensors["labels"]
-        return found if torch.equal(tensors["checksum"], _checksum(path, *found)) else None
-    except (CheckpointError, KeyError):
+        found = tensors["features"]
+        return found if torch.equal(tensors["checksum"], _checksum(path, found)) else None
+    except (CheckpointError, KeyError, OSError):
         return None
 
 
-def _checksum(path: Path, features: Tensor, labels: Tensor) -> Tensor:
+def _checksum(path: Path, features: Tensor) -> Tensor:
     """Of the place as well: a good file under another name is wrong."""
     value = zlib.crc32(f"{path.parent.name}/{path.name}".encode())
-    for tensor in (features, labels):
-        value = zlib.crc32(tensor.contiguous().numpy(), value)
-    return torch.tensor([value])
+    return torch.tensor([zlib.crc32(features.contiguous().numpy(), value)])

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, max_over_ranks, rank_and_size
+from rwkv_clip.dist import AUTOCAST, max_over_ranks
 from rwkv_clip.features import encode_images, encode_texts
-from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import accuracy, target_ranks
+from rwkv_clip.retrieval import count_cut_texts
 from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
 
-from .cache import model_key, on_all_ranks
+from .cache import keep, model_key, on_all_ranks
 from .confusion import worst_classes
-from .datasets import KNOWN, ClassificationSet, MissingData, load_classification
+from .datasets import Asked, ClassificationSet, load_classification, load_each
 from .legacy import legacy_classification
 from .report import Report, start_report
 from .settings import ClassificationSettings
@@ -39,10 +39,14 @@ def class_weights(
 
     `encoding` goes to `features.encode_texts`: device, batch_size, autocast, progress.
     """
-    texts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = encode_texts(model, tokenizer(texts), **encoding)
+    features = encode_texts(model, tokenizer(prompts_of(class_names, templates)), **encoding)
     means = features.view(len(class_names), len(templates), -1).mean(1)
     return torch.nn.functional.normalize(means, dim=-1)
+
+
+def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every template with every class name, those of a class one after the other."""
+    return [template.replace("{}", name) for name in class_names for template in templates]
 
 
 def evaluate_classification(
@@ -59,7 +63,7 @@ def evaluate_classification(
     weights: Tensor | None = None,
     inspect: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, object]:
-    """Metrics of `metrics.accuracy`, on every rank. Similarities are floats; equal ones rank in class order.
+    """Metrics of `metrics.accuracy`, on every rank. Similarities are floats; equal ones count against the model.
 
     weights: what `class_weights` gave before; default: encoded now.
     inspect(features, class weights, labels) sees what the metrics are made from.
@@ -67,14 +71,9 @@ def evaluate_classification(
     encoding = {"device": device, "batch_size": batch_size, "autocast": autocast, "progress": progress}
     if weights is None:
         weights = class_weights(model, tokenizer, data.class_names, data.templates, **encoding)
-    labels = torch.full((data.count,), -1, dtype=torch.int64)
-
-    def open_one(index: int):
-        picture, labels[index] = data.read(index)
-        return picture
-
+    labels = on_all_ranks(data.labels, torch.device(device))
+    open_one = data.open_one(labels)
     features = encode_images(model, open_one, data.count, preprocess, workers=workers, **encoding)
-    labels = max_over_ranks(labels.to(device)).cpu()  # each rank knows those of the pictures that it opened
     if inspect is not None:
         inspect(features, weights, labels)
     return accuracy(target_ranks(features, weights, labels), labels, data.class_names)
@@ -85,9 +84,7 @@ def cached_class_weights(folder: Path, loaded, data: ClassificationSet, **encodi
 
     All ranks call it. One that finds nothing (a disk of its own) needs the others to compute.
     """
-    tokens = loaded.tokenizer(
-        [template.replace("{}", name) for name in data.class_names for template in data.templates]
-    )
+    tokens = loaded.tokenizer(prompts_of(data.class_names, data.templates))
     device = torch.device(encoding["device"])
     known = f"{len(data.class_names)} {tuple(tokens.shape)} {device.type} {sorted(model_key(loaded).items())}".encode()
     key = hashlib.sha256(known + tokens.numpy().tobytes()).hexdigest()
@@ -96,9 +93,7 @@ def cached_class_weights(folder: Path, loaded, data: ClassificationSet, **encodi
     if not max_over_ranks(torch.tensor(float(found is None), device=device)):
         return found
     weights = class_weights(loaded.model, loaded.tokenizer, data.class_names, data.templates, **encoding)
-    if rank_and_size()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, encode_tensors({"weights": weights, "sha256": _digest(weights)}))
+    keep(path, encode_tensors({"weights": weights, "sha256": _digest(weights)}))
     return weights
 
 
@@ -108,7 +103,7 @@ def _read_weights(path: Path, classes: int) -> Tensor | None:
         tensors = read_tensors(path) if path.is_file() else {}
         weights = tensors["weights"]
         return weights if len(weights) == classes and torch.equal(tensors["sha256"], _digest(weights)) else None
-    except (CheckpointError, KeyError):
+    except (CheckpointError, KeyError, OSError):
         return None
 
 
@@ -117,23 +112,50 @@ def _digest(weights: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 
-def run(settings: ClassificationSettings, loaded, device: torch.device) -> Report:
-    """Evaluate every set asked for. One that is missing is reported as skipped, one that fails as failed."""
+def load(settings: ClassificationSettings, device: torch.device) -> list[Asked]:
+    """Every set asked for, or why it is not here. ValueError where there is none at all."""
+
+    def make(dataset: str) -> ClassificationSet:
+        return load_classification(dataset, settings.data, settings.names, language=settings.language).checked()
+
+    return load_each(settings.dataset, make, device)
+
+
+def run(settings: ClassificationSettings, sets: list[Asked], loaded, device: torch.device) -> Report:
+    """Evaluate every set of `load`. One that is missing is reported as skipped, one that fails as failed."""
     report = start_report("classification", settings, loaded, device)
-    for dataset in KNOWN if settings.dataset == ("all",) else settings.dataset:
+    for dataset, data in sets:
+        if isinstance(data, dict):
+            report.add(data)
+            continue
         try:
-            report.add(_evaluate(dataset, settings, loaded, device))
-        except MissingData as error:
-            report.add({"dataset": dataset, "status": "skipped", "reason": str(error)})
+            report.add(_evaluate(data, settings, loaded, device))
         except (ValueError, OSError) as error:
             report.add({"dataset": dataset, "status": "failed", "reason": str(error)})
     return report
 
 
-def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: torch.device) -> dict:
+def _notes(data: ClassificationSet, tokenizer: Callable) -> str:
+    """What a reader of the figures should know about the set and its prompts."""
+    texts = prompts_of(data.class_names, data.templates)
+    tokens = tokenizer(texts)
+    notes = [data.note] if data.note else []
+    if cut := count_cut_texts(texts, tokens, tokenizer):
+        notes.append(f"{cut} of {len(texts)} prompts are longer than the context of {tokens.shape[1]}: cut")
+    rows = tokens.view(len(data.class_names), -1)
+    groups: dict[bytes, list[str]] = {}
+    for name, row in zip(data.class_names, rows):
+        groups.setdefault(row.numpy().tobytes(), []).append(name)
+    if same := [names for names in groups.values() if len(names) > 1]:
+        count = sum(map(len, same))
+        notes.append(
+            f"{count} classes have the prompts of another, e.g. {same[0][0]}: never told apart, so never right"
+        )
+    return "; ".join(notes)
+
+
+def _evaluate(data: ClassificationSet, settings: ClassificationSettings, loaded, device: torch.device) -> dict:
     started = time.monotonic()
-    source = {"language": settings.language}
-    data = on_all_ranks(lambda: load_classification(dataset, settings.data, settings.names, **source), device)
     details: dict = {}
 
     def inspect(features: Tensor, weights: Tensor, labels: Tensor) -> None:
@@ -164,6 +186,6 @@ def _evaluate(dataset: str, settings: ClassificationSettings, loaded, device: to
         **details,
         "class_names": list(data.class_names),
         "templates": list(data.templates),
-        "note": data.note,
+        "note": _notes(data, loaded.tokenizer),
         "seconds": round(time.monotonic() - started, 3),
     }

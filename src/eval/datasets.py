@@ -3,24 +3,39 @@
 Nothing is downloaded here. A known set that is not there raises MissingData, which says what to fetch and
 where to put it; the run reports it as skipped and goes on. Pictures come in an order that does not depend on the
 file system, so that all ranks and all machines agree on it.
+
+Class folders are `folders`' business: what counts as one, in which order, and what is in them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from rwkv_clip.features import open_picture
+from rwkv_clip.files import parse_json
 
 from . import prompts
+from .cache import on_all_ranks
+from .folders import (
+    IMAGE_SUFFIXES,
+    are_numbers,
+    class_folders,
+    list_files,
+    list_pictures,
+    refuse_splits,
+    refuse_unclear_order,
+    refuse_unreadable,
+)
 from .known import KNOWN, TEST, TRAIN, random_part
 from .prompts import spoken
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 IMAGEFOLDER = "imagefolder"
 SUN_COUNT, SUN_TRAIN, SUN_TEST, SUN_SEED = 108_754, 19_850, 19_850, 0
 
@@ -42,6 +57,55 @@ class ClassificationSet:
     templates: Sequence[str]
     headline: str = "top1"  # or mean_per_class
     note: str = ""
+    label_of: Callable[[int], int] | None = None  # label i without its picture; default: by `read`
+    files: Sequence[Path] = ()  # all files that the pictures lie in
+
+    def labels(self) -> Tensor:
+        """int64 (count,): every label, read now. ValueError for one that is no class."""
+        label_of = self.label_of or (lambda index: self.read(index)[1])
+        return torch.tensor([label_of(index) for index in range(self.count)], dtype=torch.int64)
+
+    def checked(self) -> ClassificationSet:
+        """The set, once every label has been seen. ValueError for one that is no class."""
+        self.labels()
+        return self
+
+    def open_one(self, labels: Tensor) -> Callable[[int], Image]:
+        """`read` for the pictures alone. ValueError where one comes with another label than `labels` has."""
+
+        def open_one(index: int) -> Image:
+            picture, label = self.read(index)
+            if label != labels[index]:
+                raise ValueError(f"{self.path}: picture {index} has label {label}, and had {int(labels[index])} before")
+            return picture
+
+        return open_one
+
+
+# The name of a set, and what was made of it or its result: why it is not evaluated.
+Asked = tuple[str, Any]
+
+
+def load_each(
+    datasets: Sequence[str], make: Callable[[str], object], device: torch.device, hint: str = ""
+) -> list[Asked]:
+    """make(name) of every set ("all": of all known ones), before any model is loaded; all ranks call it.
+
+    A set that is missing is a result `skipped` (its reason ends with `hint`), one that fails a result `failed`.
+    ValueError with all reasons where nothing is left to evaluate.
+    """
+    found: list[Asked] = []
+    for dataset in KNOWN if tuple(datasets) == ("all",) else datasets:
+        try:
+            found.append((dataset, on_all_ranks(lambda name=dataset: make(name), device)))
+        except MissingData as error:
+            found.append((dataset, {"dataset": dataset, "status": "skipped", "reason": f"{error}{hint}"}))
+        except (ValueError, OSError) as error:
+            found.append((dataset, {"dataset": dataset, "status": "failed", "reason": str(error)}))
+    if all(isinstance(result, dict) for _, result in found):
+        named = [("" if name == IMAGEFOLDER else f"{name}: ") + result["reason"] for name, result in found]
+        raise ValueError("; ".join(named))
+    return found
 
 
 def load_classification(
@@ -77,16 +141,12 @@ def load_classification(
 def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names and templates from a JSON file: ({folder: class name} in label order, templates; () for none).
 
-    {"names": {folder: name} or a list with the name of each of the sorted `folders`, "templates": ["a {}.",
-    ...]}, both optional; "classes" is read as "names". A class of the file without a folder stays a
-    candidate.
+    {"names": {folder: name} or a list with the name of each of the `folders` in their order (by number where all are
+    numbers), "templates": ["a {}.", ...]}, both optional; "classes" is read as "names". A class of the file without a
+    folder stays a candidate.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{path}: cannot be read as JSON ({error}); write {{"names": ..., ...}}') from error
-    if not isinstance(content, dict) or not content.keys() <= {"names", "classes", "templates"}:
-        raise ValueError(f'{path}: write an object with "names" and "templates" and nothing else')
+    content = _names_content(path)
+    folders = sorted(folders, key=int) if are_numbers(folders) else folders
     names = content.get("names", content.get("classes", {folder: spoken(folder) for folder in folders}))
     if isinstance(names, list):
         if len(names) != len(folders):
@@ -103,11 +163,29 @@ def read_names(path: str | Path, folders: Sequence[str]) -> tuple[dict[str, str]
     return names, tuple(templates)
 
 
+def _names_content(path: str | Path) -> dict:
+    try:
+        content = parse_json(Path(path).read_bytes(), str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path}: cannot be read as JSON ({error}); write {{"names": ..., ...}}') from error
+    if not isinstance(content, dict) or not content.keys() <= {"names", "classes", "templates"}:
+        raise ValueError(f'{path}: write an object with "names" and "templates" and nothing else')
+    return content
+
+
 def _imagefolder(folder: Path, names: str | Path | None) -> ClassificationSet:
-    folders = _subfolders(folder)
+    folders = class_folders(folder)
     if not folders:
         raise ValueError(f"data: {folder} holds no class folders; give a folder with one folder of pictures a class")
-    said, templates = _names_for(folder, folders, names) or ({name: spoken(name) for name in folders}, ())
+    refuse_unreadable(folder, folders)
+    path = _names_path(folder, names)
+    content = _names_content(path) if path else {}
+    named = content.get("names", content.get("classes", ()))
+    if isinstance(named, list):
+        refuse_unclear_order(folders, str(path))
+    else:
+        refuse_splits(folder, folders, named if isinstance(named, dict) else ())
+    said, templates = read_names(path, folders) if path else ({name: spoken(name) for name in folders}, ())
     # Two levels of the path: "cifar10" alone would pass for the published set, and "test" says little.
     name = "/".join(folder.resolve().parts[-2:])
     return _from_folders(name, folder, said, templates or prompts.PLAIN, "-")
@@ -118,7 +196,7 @@ def _class_folders(dataset: str, root: Path, part: str) -> tuple[Path, Sequence[
     inside = ("train",) if part == TRAIN else ("test", "val")
     near = [root] if part != TRAIN else []
     for folder in (*near, *(root / name for name in inside), root / dataset, *(root / dataset / i for i in inside)):
-        present = _subfolders(folder)
+        present = class_folders(folder)
         folders = KNOWN[dataset].folders
         if dataset == "imagenet":
             folders = [name for name in present if name[:1] == "n" and name[1:].isdigit()]
@@ -132,7 +210,7 @@ def _known_folder(
 ) -> ClassificationSet:
     """A known set as class folders: its own names unless a names file says otherwise."""
     known, templates = KNOWN[dataset], KNOWN[dataset].templates
-    foreign = sorted(set(_subfolders(folder)) - set(folders))
+    foreign = sorted(set(class_folders(folder)) - set(folders))
     if foreign:
         raise ValueError(f"data: {folder} holds {foreign[0]!r}, which is no class of {dataset}; give its classes only")
     if dataset == "imagenet":
@@ -142,15 +220,16 @@ def _known_folder(
         said = dict(zip(folders, listed))
     else:
         said = {name: spoken(name, dataset) for name in folders}
-    given = _names_for(folder, folders, names)
-    if given:
-        said, templates = given[0], given[1] or templates
+    if path := _names_path(folder, names):
+        said, others = read_names(path, folders)
+        templates = others or templates
     return _from_folders(dataset, folder, said, templates, known.split(part), known.headline)
 
 
-def _names_for(folder: Path, folders: Sequence[str], names: str | Path | None):
+def _names_path(folder: Path, names: str | Path | None) -> Path | None:
+    """The names file that was given, else that of the folder, if it has one."""
     path = Path(names) if names is not None else folder / "names.json"
-    return read_names(path, folders) if names is not None or path.is_file() else None
+    return path if names is not None or path.is_file() else None
 
 
 def _with_names(data: tuple[ClassificationSet, Sequence[str]], names: str | Path | None) -> ClassificationSet:
@@ -161,11 +240,15 @@ def _with_names(data: tuple[ClassificationSet, Sequence[str]], names: str | Path
     said, templates = read_names(names, classes)
     place = {name: label for label, name in enumerate(said)}
 
+    def label_of(index: int) -> int:
+        return place[classes[found.label_of(index)]]
+
     def read(index: int) -> tuple[Image, int]:
         picture, label = found.read(index)
         return picture, place[classes[label]]
 
-    return replace(found, read=read, class_names=list(said.values()), templates=templates or found.templates)
+    said = list(said.values())
+    return replace(found, read=read, label_of=label_of, class_names=said, templates=templates or found.templates)
 
 
 def _from_folders(
@@ -176,25 +259,35 @@ def _from_folders(
     split: str,
     headline: str = "top1",
 ) -> ClassificationSet:
-    items = [
-        (path, label)
-        for label, key in enumerate(said)
-        for path in sorted((folder / key).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
+    present, items, passed = set(class_folders(folder)), [], []
+    for label, key in enumerate(said):
+        pictures, others = list_pictures(folder / key) if key in present else ([], [])
+        items += [(path, label) for path in pictures]
+        passed += others
     if not items:
         raise ValueError(f"data: the class folders of {folder} hold no picture ({' '.join(IMAGE_SUFFIXES)})")
-    return ClassificationSet(
-        name, str(folder), split, len(items), _reader(items), list(said.values()), templates, headline
-    )
+    passed += list_pictures(folder, deep=False)[0]  # beside the class folders
+    example = passed and passed[0].relative_to(folder).as_posix()
+    note = f"{len(passed)} files that are no pictures, or in no class, left out, e.g. {example}" if passed else ""
+    return _from_items(name, folder, split, items, list(said.values()), templates, headline, note)
 
 
-def _reader(items: Sequence[tuple[Path, int]]) -> Callable[[int], tuple[Image, int]]:
+def _from_items(
+    name: str,
+    folder: Path,
+    split: str,
+    items: Sequence[tuple[Path, int]],
+    *about,
+) -> ClassificationSet:
+    """The set of files with their labels; about: class names, templates, headline, note."""
+
     def read(index: int) -> tuple[Image, int]:
         path, label = items[index]
         return open_picture(path), label
 
-    return read
+    files = [path for path, _ in items]
+    found = ClassificationSet(name, str(folder), split, len(items), read, *about)
+    return replace(found, label_of=lambda index: items[index][1], files=files)
 
 
 def _sun397(root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
@@ -219,14 +312,16 @@ def _sun397(root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
     items = []
     for path in paths:
         name = path.strip("/").rpartition("/")[0]
-        if name not in labels:
+        if name not in labels or ".." in name.split("/"):
             raise ValueError(f"{found or folder}: {path} is in no class of {classes_file.name}; download both again")
         items.append((folder / path.strip("/"), labels[name]))
+    missing = [path for path, _ in items if not path.is_file()]
+    if missing:
+        raise ValueError(f"sun397: {len(missing)} of {len(items)} pictures are missing, the first is {missing[0]}")
     classes = [name.partition("/")[2] for name in labels]
     note = "" if found else f"no {listing}: not the official partition 1"
     said = [spoken(name) for name in classes]
-    data = ClassificationSet("sun397", str(folder), split, len(items), _reader(items), said, known.templates, note=note)
-    return data, classes
+    return _from_items("sun397", folder, split, items, said, known.templates, known.headline, note), classes
 
 
 def _imagenet_records(root: Path, part: str, language: str) -> tuple[ClassificationSet, list[str]]:
@@ -241,17 +336,21 @@ def _imagenet_records(root: Path, part: str, language: str) -> tuple[Classificat
     records = RecordFile(path)
     said, templates = prompts.imagenet_prompts(language)
 
-    def read(index: int) -> tuple[Image, int]:
-        header, payload = unpack(records.view(index))
-        name = f"{path}: record {records.key(index)}"
+    def label_of(index: int) -> int:
+        header = unpack(records.view(index))[0]
         label = float(header.label) if header.flag == 0 else -1.0
         if label not in range(len(said)):
+            name = f"{path}: record {records.key(index)}"
             raise ValueError(f"{name}: its label is {header.label}, should be one number from 0 to {len(said) - 1}")
-        return open_picture(bytes(payload), name), int(label)
+        return int(label)
 
-    split = known.split(part)
+    def read(index: int) -> tuple[Image, int]:
+        payload = unpack(records.view(index))[1]
+        return open_picture(bytes(payload), f"{path}: record {records.key(index)}"), label_of(index)
+
+    split, files = known.split(part), (records.path, records.index_path)
     data = ClassificationSet("imagenet", str(path), split, len(records), read, said, templates, known.headline)
-    return data, [str(label) for label in range(len(said))]
+    return replace(data, label_of=label_of, files=files), [str(label) for label in range(len(said))]
 
 
 def _torchvision(dataset: str, root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
@@ -271,6 +370,8 @@ def _torchvision(dataset: str, root: Path, part: str) -> tuple[ClassificationSet
         raise ValueError(f"{dataset}: this torchvision does not name its classes; install a newer one")
     kept = known.keep(len(source), part) if known.keep else range(len(source))
 
+    labels = _torchvision_labels(source)
+
     def read(index: int) -> tuple[Image, int]:
         picture, label = source[kept[index]]
         return picture.convert("RGB"), int(label)
@@ -278,11 +379,16 @@ def _torchvision(dataset: str, root: Path, part: str) -> tuple[ClassificationSet
     said = [spoken(name, dataset) for name in classes]
     split = known.split(part)
     data = ClassificationSet(dataset, str(root), split, len(kept), read, said, known.templates, known.headline)
-    return data, list(classes)
+    files = list_files(root / known.folder)
+    return replace(data, label_of=lambda index: int(labels(kept[index])), files=files), list(classes)
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted; none where it does not exist."""
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _torchvision_labels(source) -> Callable[[int], int]:
+    """Label i of a set of torchvision without its picture: it keeps them under one of a few names."""
+    for name in ("targets", "_labels", "y"):
+        found = getattr(source, name, None)
+        if found is not None and len(found) == len(source):
+            return found.__getitem__
+    if samples := getattr(source, "_samples", None):  # of StanfordCars: (path, label)
+        return lambda index: samples[index][1]
+    return lambda index: source[index][1]

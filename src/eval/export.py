@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,13 @@ from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, rank_and_size
 from rwkv_clip.features import encode_texts
-from rwkv_clip.files import write_whole
-from rwkv_clip.retrieval import caption_tokens, load_retrieval
+from rwkv_clip.files import parse_json, write_whole
+from rwkv_clip.retrieval import RetrievalSet, caption_tokens, count_cut
 from rwkv_clip.tensorfile import encode_tensors, read_tensors
 
+from . import retrieval
 from .cache import data_key, encode_cached, encode_labelled, on_all_ranks
-from .datasets import IMAGEFOLDER, MissingData, load_classification
+from .datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
 from .known import TEST
 from .report import new_folder
 from .settings import FeaturesSettings
@@ -54,18 +56,34 @@ class Features:
         return [row[KINDS[self.kind]] for row in self.rows]
 
 
-def run(settings: FeaturesSettings, loaded, device: torch.device) -> Path | None:
-    """Encode the set of `settings` and write it; returns the folder, None on ranks other than the lead."""
+def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | ClassificationSet:
+    """The set that `settings` name; all ranks call it."""
+    if not settings.dataset:
+        return retrieval.load(settings, device)
+    inapplicable = [name for name in ("image_root", "views", "allow_outside", "prefix") if getattr(settings, name)]
+    inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
+    if inapplicable:
+        raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
+    try:
+        part = settings.split or TEST
+        return on_all_ranks(lambda: load_classification(settings.dataset, settings.data, part=part).checked(), device)
+    except MissingData as error:
+        raise ValueError(f"dataset: {settings.dataset}: {error}") from None
+
+
+def run(
+    settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, loaded, device: torch.device
+) -> Path | None:
+    """Encode the set of `load` and write it; returns the folder, None on ranks other than the lead."""
     started = time.monotonic()
-    read = _labelled if settings.dataset else _captioned
-    about, found = read(settings, loaded, device)
+    about, found = (_labelled if settings.dataset else _captioned)(settings, data, loaded, device)
     if rank_and_size()[0]:
         return None
     about = {
         "schema": SCHEMA,
         "model": loaded.name,
-        "checkpoint": settings.checkpoint,
-        "model_setting": settings.model,
+        "checkpoint": _absolute(settings.checkpoint),
+        "model_setting": _absolute(settings.model) if (settings.model or "").endswith(".json") else settings.model,
         "checkpoint_sha256": loaded.digest,
         "precision": loaded.precision,
         **about,
@@ -79,7 +97,8 @@ def run(settings: FeaturesSettings, loaded, device: torch.device) -> Path | None
     folder = new_folder(parent, settings.name or f"{stamp}-features-{model}")
     for features in found:
         write_features(folder, features, settings.form)
-    write_whole(folder / "about.json", [json.dumps(about, indent=2, ensure_ascii=False).encode() + b"\n"])
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / "about.json", [text.encode("utf-8", "backslashreplace")])
     return folder
 
 
@@ -103,7 +122,7 @@ def read_about(folder: Path) -> dict:
     """about.json of a folder of features; {} for a folder that holds only Chinese-CLIP's files."""
     path = folder / "about.json"
     if path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = parse_json(path.read_bytes(), str(path))
         if not isinstance(about, dict) or about.get("schema") != SCHEMA:
             raise ValueError(f"{path}: is not of schema {SCHEMA}; write the features again")
         return about
@@ -135,13 +154,19 @@ def read_features(folder: Path, kind: str) -> Features | None:
     return Features(kind, _checked(path, vectors, rows), rows)
 
 
-def _captioned(settings: FeaturesSettings, loaded, device: torch.device) -> tuple[dict, list[Features]]:
+def _absolute(place: str | None) -> str | None:
+    """A file or folder as it is found from everywhere; a name stays one."""
+    return os.path.abspath(place) if place and os.path.exists(place) else place
+
+
+def _captioned(
+    settings: FeaturesSettings, data: RetrievalSet, loaded, device: torch.device
+) -> tuple[dict, list[Features]]:
     """A retrieval set: pictures, and texts with the pictures that they belong to."""
-    source = {"split": settings.split, "image_root": settings.image_root, "views": settings.views}
-    data = on_all_ranks(lambda: load_retrieval(settings.data, **source), device)
     tokens = caption_tokens(data, loaded.tokenizer, settings.prefix)
     names = list(map(str, data.image_names))
-    key = on_all_ranks(lambda: data_key(data.name, data.split, len(names), data.open, names), device)
+    items = [*names, *data.files]
+    key = on_all_ranks(lambda: data_key(data.name, data.split, len(names), data.open, items), device)
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     images = encode_cached(settings.cache_folder, loaded, key, data.open, len(names), **work)
     common = {"device": device, "batch_size": settings.batch_size, "autocast": AUTOCAST[loaded.precision]}
@@ -151,33 +176,33 @@ def _captioned(settings: FeaturesSettings, loaded, device: torch.device) -> tupl
     text_rows = [
         {"text_id": i, "text": data.caption_text(i), "image_ids": [names[owner]]} for i, owner in enumerate(owners)
     ]
+    cut = count_cut(data, tokens, loaded.tokenizer, settings.prefix)
+    note = "; ".join(filter(None, [data.note, retrieval.cut_note(data, cut, loaded.tokenizer)]))
     about = {"dataset": data.name, "path": data.path, "split": data.split, "prefix": settings.prefix}
+    about |= {"captions_cut": cut, "note": note}
     return about, [Features("images", images, image_rows), Features("texts", texts, text_rows)]
 
 
-def _labelled(settings: FeaturesSettings, loaded, device: torch.device) -> tuple[dict, list[Features]]:
+def _labelled(
+    settings: FeaturesSettings, data: ClassificationSet, loaded, device: torch.device
+) -> tuple[dict, list[Features]]:
     """A part of a classification set: pictures with their labels."""
-    inapplicable = [name for name in ("image_root", "views", "prefix") if getattr(settings, name)]
-    inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
-    if inapplicable:
-        raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
-    try:
-        part = settings.split or TEST
-        data = on_all_ranks(lambda: load_classification(settings.dataset, settings.data, part=part), device)
-    except MissingData as error:
-        raise ValueError(f"dataset: {settings.dataset}: {error}") from None
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     vectors, labels = encode_labelled(settings.cache_folder, loaded, data, **work)
     names = list(data.class_names)
     rows = [{"image_id": i, "label": label, "class": names[label]} for i, label in enumerate(labels.tolist())]
-    about = {"dataset": data.name, "path": data.path, "split": data.split, "class_names": names}
+    empty = [name for label, name in enumerate(names) if not (labels == label).any()]
+    note = "; ".join(filter(None, [data.note, f"no samples: {', '.join(empty)}" if empty else ""]))
+    about = {"dataset": data.name, "path": data.path, "split": data.split, "class_names": names, "note": note}
     return about, [Features("images", vectors, rows)]
 
 
 def _read_npy(path: Path) -> Tensor:
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (ValueError, TypeError, EOFError) as error:
+    try:  # as a mapping: a file that announces more than it holds takes no memory
+        return torch.from_numpy(np.array(np.lib.format.open_memmap(path, mode="r")))
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python, which has many errors
         raise ValueError(f"{path}: is not a readable .npy file ({error}); write the features again") from None
 
 
@@ -201,9 +226,9 @@ def _rows(path: Path, key: str) -> Iterator[dict]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line, f"{path}:{number}")
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: is not JSON ({error}); write the features again") from None
+                raise ValueError(f"{error}; write the features again") from None
             if not isinstance(row, dict) or key not in row:
                 raise ValueError(f"{path}:{number}: has no `{key}`; write the features again")
             yield row
@@ -223,4 +248,5 @@ def _checked(path: Path, vectors: Tensor | None, rows: Sequence[dict]) -> Tensor
 
 
 def _line(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+    # What UTF-8 cannot hold (a name, a text) is written as an escape, which JSON reads back.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -17,6 +17,7 @@ class KnownSet:
     loader: str  # class in torchvision.datasets; empty: class folders, or a reader of ours
     templates: tuple[str, ...]
     source: str  # what to download
+    folder: str = ""  # torchvision's folder of the set, below its root
     parts: dict[str, dict] = field(default_factory=dict)  # part -> arguments of the loader
     headline: str = "top1"
     splits: dict[str, str] = field(default_factory=dict)  # part -> what a report calls it, where it needs words
@@ -51,6 +52,7 @@ KNOWN = {
         "CIFAR10",
         prompts.CIFAR,
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz, unpacked to {root}/cifar-10-batches-py",
+        "cifar-10-batches-py",
         _BY_FLAG,
         folders=prompts.CIFAR10_CLASSES,
     ),
@@ -58,6 +60,7 @@ KNOWN = {
         "CIFAR100",
         prompts.CIFAR,
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz, unpacked to {root}/cifar-100-python",
+        "cifar-100-python",
         _BY_FLAG,
         folders=prompts.CIFAR100_CLASSES,
     ),
@@ -65,6 +68,7 @@ KNOWN = {
         "Food101",
         prompts.FOOD,
         "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz, unpacked to {root}/food-101",
+        "food-101",
         _BY_SPLIT,
     ),
     "pets": KnownSet(
@@ -72,6 +76,7 @@ KNOWN = {
         prompts.PETS,
         "images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets, unpacked to "
         "{root}/oxford-iiit-pet",
+        "oxford-iiit-pet",
         {TEST: {"split": "test"}, TRAIN: {"split": "trainval"}},
         headline="mean_per_class",
         splits={TRAIN: "trainval"},
@@ -81,6 +86,7 @@ KNOWN = {
         prompts.FLOWERS,
         "102flowers.tgz (unpacked), imagelabels.mat and setid.mat of "
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102, in {root}/flowers-102 (needs scipy)",
+        "flowers-102",
         _WITH_VAL,
         headline="mean_per_class",
     ),
@@ -89,19 +95,21 @@ KNOWN = {
         prompts.SCENES,
         "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz, unpacked to {root}/SUN397, and there too "
         "Testing_01.txt and Training_01.txt of https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip",
-        {TEST: {}, TRAIN: {}},
+        parts={TEST: {}, TRAIN: {}},
     ),
     "stanford_cars": KnownSet(
         "StanfordCars",
         prompts.CARS,
         "Stanford Cars: devkit, cars_train, cars_test and cars_test_annos_withlabels.mat in {root}/stanford_cars "
         "(needs scipy)",
+        "stanford_cars",
         _BY_SPLIT,
     ),
     "dtd": KnownSet(
         "DTD",
         prompts.TEXTURES,
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz, unpacked to {root}/dtd",
+        "dtd",
         {part: arguments | {"partition": 1} for part, arguments in _WITH_VAL.items()},
         splits={part: f"{part}, partition 1" for part in _WITH_VAL},
     ),
@@ -109,6 +117,7 @@ KNOWN = {
         "Caltech101",
         prompts.CALTECH,
         "https://data.caltech.edu/records/mzrjq-6wc02 (caltech-101.zip), unpacked to {root}/caltech101",
+        "caltech101",
         {TEST: {}, TRAIN: {}},
         headline="mean_per_class",
         splits={TEST: "random, seed 3072", TRAIN: "random, seed 3072, first part"},
@@ -119,6 +128,7 @@ KNOWN = {
         prompts.AIRCRAFT,
         "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz, "
         "unpacked to {root}/fgvc-aircraft-2013b",
+        "fgvc-aircraft-2013b",
         {part: arguments | {"annotation_level": "variant"} for part, arguments in _WITH_VAL.items()},
         headline="mean_per_class",
     ),
@@ -127,7 +137,7 @@ KNOWN = {
         (),
         "the validation pictures of https://image-net.org as {root}/imagenet/val/<wnid>/*.JPEG, 1000 class folders, or "
         "as records with their class number for a label, {root}/imagenet/val.rec and val.idx",
-        {TEST: {}, TRAIN: {}},
+        parts={TEST: {}, TRAIN: {}},
         splits={TEST: "val"},
     ),
 }

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy
 
-from .cache import encode_labelled, on_all_ranks
-from .datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
+from .cache import encode_labelled
+from .datasets import IMAGEFOLDER, Asked, ClassificationSet, load_classification, load_each
 from .known import KNOWN, TRAIN, VAL
 from .logistic import Classifier, find_strength, fit, hold_out
 from .report import Report, start_report
@@ -44,20 +44,27 @@ class Samples:
         return Samples(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
 
 
-def run(settings: LinearProbeSettings, loaded, device: torch.device) -> Report:
-    """Probe every set asked for. One that is missing is reported as skipped, one that fails as failed.
+def load(settings: LinearProbeSettings, device: torch.device) -> list[Asked]:
+    """The parts of every set asked for, or why they are not here. ValueError where there is none at all."""
+    hint = "" if settings.split_test else "; or test on a part of the test pictures with --split-test 0.5"
+
+    def make(dataset: str) -> list[ClassificationSet]:
+        return [part.checked() for part in load_parts(dataset, settings)]
+
+    return load_each(settings.dataset, make, device, hint)
+
+
+def run(settings: LinearProbeSettings, sets: list[Asked], loaded, device: torch.device) -> Report:
+    """Probe every set of `load`. One that is missing is reported as skipped, one that fails as failed.
 
     Ranks share the encoding of all sets; then the others end, and the lead computes what is left.
     """
     report = start_report("linear_probe", settings, loaded, device)
     report.rows = probe_rows
     encoded = []
-    for dataset in KNOWN if settings.dataset == ("all",) else settings.dataset:
+    for dataset, parts in sets:
         try:
-            encoded.append(_encode(dataset, settings, loaded, device))
-        except MissingData as error:
-            hint = "" if settings.split_test else "; or test on a part of the test pictures with --split-test 0.5"
-            encoded.append({"dataset": dataset, "status": "skipped", "reason": f"{error}{hint}"})
+            encoded.append(parts if isinstance(parts, dict) else _encode(parts, settings, loaded, device))
         except (ValueError, OSError) as error:
             encoded.append({"dataset": dataset, "status": "failed", "reason": str(error)})
     for found in encoded if rank_and_size()[0] == 0 else ():
@@ -154,10 +161,9 @@ def probe_rows(results: Sequence[dict], model: str) -> list[list[str]]:
     return rows
 
 
-def _encode(dataset: str, settings: LinearProbeSettings, loaded, device: torch.device) -> tuple:
+def _encode(parts: list[ClassificationSet], settings: LinearProbeSettings, loaded, device: torch.device) -> tuple:
     """The parts of a set with their samples; all ranks call it."""
     started = time.monotonic()
-    parts = on_all_ranks(lambda: load_parts(dataset, settings), device)
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     samples = [Samples(*encode_labelled(settings.cache_folder, loaded, part, **work)) for part in parts]
     return parts, samples, time.monotonic() - started
@@ -172,7 +178,7 @@ def _probe(
 ) -> dict:
     started = time.monotonic()
     data, test, train = parts[0], samples[0], samples[1] if len(samples) > 1 else None
-    note, split = data.note, data.split
+    note, split = "; ".join(dict.fromkeys(part.note for part in parts if part.note)), data.split
     if settings.split_test is not None:
         places = hold_out(test.labels, settings.split_test, SEED)
         train, test = test[places[0]], test[places[1]]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkv_clip.metrics import ranks_of
+
 MAX_ITERATIONS = 1000  # of L-BFGS, as in the CLIP paper (arXiv 2103.00020, appendix A.3)
 TOLERANCE = 1e-7  # largest entry of the mean loss's gradient in its scale; scikit-learn stops at 1e-4
 STEPS_PER_DECADE, FIRST_DECADE, LAST_DECADE = 8, -6, 6  # the paper's 96 steps from 1e-6 to 1e6
@@ -35,13 +37,9 @@ class Classifier:
         return self.gradient <= TOLERANCE
 
     def ranks(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Rank (from 0) of each sample's right class, int64 on the CPU; of equal scores the earlier class is first."""
-        ranks = []
-        classes = torch.arange(len(self.bias), device=self.bias.device)
-        for x, label in _chunks(features, labels, self.weights):
-            scores = torch.addmm(self.bias, x, self.weights.T)
-            own = scores.gather(1, label[:, None])
-            ranks.append(((scores > own) | ((scores == own) & (classes < label[:, None]))).sum(1).cpu())
+        """Rank (from 0) of each sample's right class, int64 on the CPU; equal scores of other classes come first."""
+        parts = _chunks(features, labels, self.weights)
+        ranks = [ranks_of(torch.addmm(self.bias, x, self.weights.T), label).cpu() for x, label in parts]
         return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 
 

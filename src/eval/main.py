@@ -7,7 +7,8 @@
     python -m rwkv_clip.eval.main search --features logs/eval/mine --query "a dog in the snow"
     python -m rwkv_clip.eval.main report logs/eval/run-1 logs/eval/run-2 --output logs/eval/comparison
 
-Exit codes: 0 done, 2 a mistake of the user or nothing evaluated (one line says what, no traceback).
+Exit codes: 0 done, 2 a mistake of the user or nothing evaluated, 3 damaged records, 76 results cannot be written (one
+line says what, no traceback; figures are printed all the same).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from collections.abc import Sequence
 
 from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.errors import run_command
+from rwkv_clip.errors import STORAGE, run_command
 
 from . import classification, export, linear_probe, retrieval, search
-from .report import Report, collect
+from .cache import on_all_ranks
+from .report import Report, check_place, collect
 from .settings import (
     ClassificationSettings,
     EvalSettings,
@@ -73,10 +75,13 @@ def _evaluate(settings: EvalSettings, world: World) -> int:
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
+    room = ROOMS[type(settings)]
+    data = room.load(settings, device)  # before the model: what is wrong here costs no minute
+    on_all_ranks(lambda: check_place(settings.logs) if world.is_lead else None, device)
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )
-    found = ROOMS[type(settings)].run(settings, loaded, device)
+    found = room.run(settings, data, loaded, device)
     if isinstance(found, Report):
         return _finish(found, world)
     if world.is_lead:
@@ -89,9 +94,12 @@ def _finish(report: Report, world: World) -> int:
     undone = [result for result in report.results if result["status"] != "done"]
     if world.is_lead:
         print(report.text(), end="")
-        print(f"results: {report.folder}")
+        if report.folder:
+            print(f"results: {report.folder}")
         for result in undone:
             print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)
+    if world.is_lead and not report.saved:
+        return STORAGE
     failed = any(result["status"] == "failed" for result in undone)
     # A rank without results has left them to the lead.
     return 2 if failed or (report.results and len(undone) == len(report.results)) else 0

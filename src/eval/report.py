@@ -1,16 +1,20 @@
 """What an evaluation leaves behind: one folder of its own, and what several of them say together.
 
 A run writes result.json, table.md, table.csv and table.tex, again after every data set, so that an error in a later
-one loses nothing; at its end pictures and page.html. Ranks other than 0 write nothing. `collect` reads the result.json
-files of several runs and writes the same files with all models, and all published ones, in one table for each task.
+one loses nothing; at its end pictures and page.html. What finds no room is named, and the run goes on: its figures are
+printed in any case. Ranks other than 0 write nothing. `collect` reads the result.json files of several runs and writes
+the same files with all models, and all published ones, in one table for each task.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import re
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +23,7 @@ from pathlib import Path
 import torch
 
 from rwkv_clip.dist import rank_and_size
+from rwkv_clip.files import parse_json, write_whole
 
 from .page import write_page
 from .plots import chances, draw_bars, draw_confusion
@@ -51,6 +56,7 @@ class Report:
     started: float = field(default_factory=time.monotonic)
     folder: Path | None = None  # made by the first save: a run that fails before any result leaves nothing
     rows: Callable[[Sequence[dict], str], list[list[str]]] | None = None  # a table of the task's own
+    saved: bool = True  # whether result.json has all that is known
 
     def add(self, result: dict) -> None:
         """Append the result of a data set and write everything known so far."""
@@ -66,14 +72,20 @@ class Report:
         """Write result.json and the tables into the folder, each whole or not at all."""
         if rank_and_size()[0]:
             return
-        if self.folder is None:
-            self.folder = new_folder(self.parent, self.name)
+        try:
+            self.folder = self.folder or new_folder(self.parent, self.name)
+        except OSError as error:
+            self.saved = False
+            _say_missing(self.parent / self.name, error)
+            return
         content = self.content()
-        _write(self.folder / "result.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         compared = comparison(self.task, [content])
-        _write(self.folder / "table.md", self.text())
-        _write(self.folder / "table.csv", csv_text(self.table()))
-        _write(self.folder / "table.tex", latex(compared) if compared else "% no set is done\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        self.saved = keep(self.folder / "result.json", lambda part: _write(part, text))
+        keep(self.folder / "table.md", lambda part: _write(part, self.text()))
+        keep(self.folder / "table.csv", lambda part: _write(part, csv_text(self.table())))
+        latex_text = latex(compared) if compared else "% no set is done\n"
+        keep(self.folder / "table.tex", lambda part: _write(part, latex_text))
 
     def finish(self) -> None:
         """Draw the pictures and write page.html, once all sets are done."""
@@ -88,7 +100,7 @@ class Report:
         title = f"{run['model']}: {self.task.replace('_', ' ')}"
         pictures = _draw(self.folder, tables[:1] if compared else [], [run])
         pictures.append((self.folder / "retrieval.png", GALLERY))
-        write_page(self.folder / "page.html", title, about, tables, pictures, [run])
+        keep(self.folder / "page.html", lambda part: write_page(part, title, about, tables, pictures, [run]))
 
     def text(self) -> str:
         """The table, and below it its notes or, for sets of classes, the published rows of all methods."""
@@ -125,6 +137,36 @@ def start_report(task: str, settings, loaded, device: torch.device) -> Report:
     return Report(parent, name, task, about)
 
 
+def check_place(logs: str) -> None:
+    """Make the folder of all runs and write into it, before any work. OSError where that cannot be."""
+    Path(logs).mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=logs) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, logs) from None
+
+
+def keep(path: Path, make: Callable[[Path], None]) -> bool:
+    """Write `path` whole or not at all: make(part), a file that then takes its name. False, and a line on standard
+    error, where it cannot be written."""
+    part = path.with_name(f"part-{path.name}")  # the ending says what is drawn
+    try:
+        make(part)
+        os.replace(part, path)
+        return True
+    except OSError as error:
+        _say_missing(path, error)
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _say_missing(path: Path, error: OSError) -> None:
+    print(f"missing: {path}: {error.strerror or error}", file=sys.stderr)
+
+
 def new_folder(parent: Path, name: str) -> Path:
     """Create parent/name, or parent/name-2, -3, ... where that exists already."""
     number = 1
@@ -159,7 +201,7 @@ def collect(places: Sequence[str], output: str | Path) -> tuple[Path, list[Table
         gallery = Path(place).parent / "retrieval.png"
         pictures.append((gallery, f"{run['model']}: {GALLERY}"))
     about = [f"{len(runs)} runs, {len({run['model'] for run in contents})} models; our figures beside published ones"]
-    write_page(folder / "page.html", "Comparison", about, tables, pictures, contents)
+    keep(folder / "page.html", lambda part: write_page(part, "Comparison", about, tables, pictures, contents))
     return folder, tables
 
 
@@ -180,9 +222,9 @@ def _read_runs(places: Sequence[str]) -> dict[str, dict]:
 
 def _read_run(path: Path) -> dict:
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); run that evaluation again") from error
+        run = parse_json(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; run that evaluation again") from None
     wanted = {"schema": int, "task": str, "model": str, "results": list}
     for key, kind in wanted.items():
         if not isinstance(run, dict) or not isinstance(run.get(key), kind):
@@ -193,7 +235,7 @@ def _read_run(path: Path) -> dict:
         raise ValueError(f"{path}: task {run['task']!r}; known: {', '.join(TASKS)}")
     try:
         _rows_of(run)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: results lack {error}; run that evaluation again") from error
     return run
 
@@ -212,7 +254,7 @@ def _draw(folder: Path, tables: Sequence[Table], runs: Sequence[dict]) -> list[t
             "bars.png" if len(tables) == 1 else f"bars-{re.sub('[^a-z]+', '-', table.title.split(',')[0].lower())}.png"
         )
         guess = chances(runs) if table.header[0] != "data set" else None
-        draw_bars(table, folder / name, guess)
+        keep(folder / name, lambda part, table=table, guess=guess: draw_bars(table, part, guess))
         pictures.append((folder / name, f"{table.title}. Line: chance." if guess else f"{table.title}."))
     for run in runs:
         for result in run["results"]:
@@ -222,7 +264,8 @@ def _draw(folder: Path, tables: Sequence[Table], runs: Sequence[dict]) -> list[t
                     r"[^A-Za-z0-9._-]+", "-", f"{run['model'] + '-' if len(runs) > 1 else ''}{result['dataset']}"
                 )
                 file = new_file(folder, f"confusion-{safe}")
-                draw_confusion(worst, result["dataset"], file)
+                name = result["dataset"]
+                keep(file, lambda part, worst=worst, name=name: draw_confusion(worst, name, part))
                 pictures.append((file, f"{run['model']}, {result['dataset']}: what the worst classes are taken for."))
     return pictures
 
@@ -236,6 +279,5 @@ def new_file(folder: Path, stem: str) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    # What is not UTF-8 (a part of a path) is written as an escape, which JSON reads back.
+    write_whole(path, [text.encode("utf-8", "backslashreplace")])

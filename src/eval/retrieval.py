@@ -12,17 +12,23 @@ from rwkv_clip.dist import AUTOCAST
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
 
+from .cache import on_all_ranks
 from .legacy import legacy_retrieval
-from .report import Report, start_report
-from .settings import RetrievalSettings
+from .report import Report, keep, start_report
+from .settings import FeaturesSettings, RetrievalSettings
 
 SHOWN = 5  # pictures for each query of the gallery
 
 
-def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
-    """Evaluate retrieval as `settings` say with a model of `load_for_inference`."""
+def load(settings: RetrievalSettings | FeaturesSettings, device: torch.device) -> RetrievalSet:
+    """The set that `settings` name; all ranks call it."""
+    names = ("split", "image_root", "views", "allow_outside")
+    return on_all_ranks(lambda: load_retrieval(settings.data, **{n: getattr(settings, n) for n in names}), device)
+
+
+def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.device) -> Report:
+    """Evaluate retrieval on `data` as `settings` say with a model of `load_for_inference`."""
     report = start_report("retrieval", settings, loaded, device)
-    data = load_retrieval(settings.data, split=settings.split, image_root=settings.image_root, views=settings.views)
     result = evaluate_retrieval(
         loaded.model,
         data,
@@ -47,6 +53,8 @@ def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
             "split": data.split,
             "images": len(data.image_names),
             "captions": len(data.image_of_caption),
+            "captions_cut": result.captions_cut,
+            "note": "; ".join(filter(None, [data.note, cut_note(data, result.captions_cut, loaded.tokenizer)])),
             "prefix": settings.prefix,
             "metrics": result.metrics,
             **legacy,
@@ -54,8 +62,18 @@ def run(settings: RetrievalSettings, loaded, device: torch.device) -> Report:
         }
     )
     if settings.gallery and report.folder:  # the lead rank has one
-        draw_gallery(data, result, report.folder / "retrieval.png", settings.gallery)
+        keep(report.folder / "retrieval.png", lambda path: draw_gallery(data, result, path, settings.gallery))
     return report
+
+
+def cut_note(data: RetrievalSet, count: int, tokenizer) -> str:
+    """`count_cut` in words; nothing where none is cut."""
+    if not count:
+        return ""
+    which = f"{count} of {len(data.image_of_caption)} captions"
+    if data.captions is None:
+        return f"{which} fill the context of {data.tokens.shape[1]} tokens: records do not say which of them were cut"
+    return f"{which} are longer than the context of {tokenizer.context} tokens: their ends were cut off"
 
 
 def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, queries: int) -> None:
@@ -82,7 +100,7 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, querie
         row[0].text(0, 0.5, text.replace("$", r"\$"), va="center", fontsize=9, transform=row[0].transAxes)
         for axes, image in zip(row[1:], found):
             _show(axes, data.open(image), "tab:green" if image == owner else None)
-        if rank >= SHOWN:
+        if owner not in found:
             _show(row[-1], data.open(owner), "tab:orange", f"rank {rank + 1} of {len(data.image_names)}")
     figure.savefig(path, dpi=90)
 

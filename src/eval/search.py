@@ -11,6 +11,7 @@ image_to_text.jsonl, best first: what Chinese-CLIP's evaluation reads.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rwkv_clip.dist import AUTOCAST, choose_device
 from rwkv_clip.features import encode_images, encode_texts, open_picture
 from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import exact_features
+from rwkv_clip.retrieval import count_cut_texts
 
 from .export import KINDS, Features, read_about, read_features
 from .report import markdown, new_folder
@@ -46,7 +48,7 @@ def run(settings: SearchSettings) -> list[Path]:
     ]
     if not wanted:
         raise ValueError(f"{folder}: holds no pair of images and texts; give --query or --picture")
-    found = [(way, *_search(settings, way, stored[WAYS[way][0]], stored, device)) for way in wanted]
+    found = [(way, *_search(settings, way, _need(settings, stored, way, 0), stored, device)) for way in wanted]
     output = Path(settings.output) if settings.output else folder / "search"
     output.parent.mkdir(parents=True, exist_ok=True)
     output = new_folder(output.parent, output.name)
@@ -129,36 +131,62 @@ def _descending(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _search(
-    settings: SearchSettings, way: str, queries: Features | None, stored: dict, device: torch.device
+    settings: SearchSettings, way: str, queries: Features, stored: dict, device: torch.device
 ) -> tuple[Features, Tensor, Tensor]:
-    items = stored[WAYS[way][1]]
-    if queries is None or items is None:
-        missing = WAYS[way][0] if queries is None else WAYS[way][1]
-        raise ValueError(f"{settings.features}: holds no {missing}, which {way} needs; write them with `features`")
+    items = _need(settings, stored, way, 1)
     if settings.index == EXACT:
         return items, *nearest(queries.vectors, items.vectors, settings.k, device)
     return items, *nearest_by_faiss(queries.vectors, items.vectors, settings.k, settings.index)
 
 
+def _need(settings: SearchSettings, stored: dict, way: str, role: int) -> Features:
+    """The queries (role 0) or items (1) of the folder. ValueError where it has none."""
+    kind = WAYS[way][role]
+    if stored[kind] is None:
+        raise ValueError(f"{settings.features}: holds no {kind}, which {way} needs; write them with `features`")
+    return stored[kind]
+
+
+def _find_again(place: str | None, features: Path) -> str | None:
+    """A file or folder that a folder of features names. Older ones name it from where `features` was started, which
+    was most often a folder above; what is found is checked by its digest."""
+    if place is None or Path(place).exists():
+        return place
+    above = (folder / place for folder in features.resolve().parents)
+    return next((str(path) for path in above if path.exists()), place)
+
+
 def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) -> Iterator[tuple[str, Features]]:
     """Texts and pictures of the user, encoded by the model that the features came from."""
-    from rwkv_clip.model import load_for_inference
-
-    checkpoint, precision = settings.checkpoint or about.get("checkpoint"), about.get("precision", "fp32")
+    for way, given in (("text_to_image", settings.query), ("image_to_text", settings.picture)):
+        if given:
+            _need(settings, stored, way, 1)
+    paths = [Path(path) for path in settings.picture]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"picture: {path}: no such file")
+    folder, precision = Path(settings.features), about.get("precision", "fp32")
+    checkpoint = settings.checkpoint or _find_again(about.get("checkpoint"), folder)
     if not checkpoint:
         raise ValueError(f"checkpoint: {settings.features} does not say what made it; name the model's checkpoint")
     model = settings.model or about.get("model_setting")
+    if model and not settings.model and model.endswith(".json"):
+        model = _find_again(model, folder)
+    from rwkv_clip.model import load_for_inference
+
     loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=precision)
     if about and loaded.digest != about["checkpoint_sha256"]:
         raise ValueError(f"checkpoint: {checkpoint} is not what made {settings.features}; write the features again")
     common = {"device": device, "autocast": AUTOCAST[precision]}
     if settings.query:
         prefix = about.get("prefix", "") if settings.prefix is None else settings.prefix
-        tokens = loaded.tokenizer([prefix + text for text in settings.query])
+        texts = [prefix + text for text in settings.query]
+        tokens = loaded.tokenizer(texts)
+        if cut := count_cut_texts(texts, tokens, loaded.tokenizer):
+            print(f"{cut} queries are longer than the context of {tokens.shape[1]} tokens: cut", file=sys.stderr)
         rows = [{"text_id": text} for text in settings.query]
         yield "text_to_image", Features("texts", encode_texts(loaded.model, tokens, **common), rows)
     if settings.picture:
-        paths = [Path(path) for path in settings.picture]
         vectors = encode_images(
             loaded.model, lambda i: open_picture(paths[i]), len(paths), loaded.preprocess, workers=0, **common
         )
@@ -181,4 +209,4 @@ def _lines(queries: Features, items: Features, places: Tensor, scores: Tensor) -
     for query, found, values in zip(queries.ids, places.tolist(), scores.tolist()):
         kept = [(ids[place], value) for place, value in zip(found, values) if place >= 0]
         row = {asked: query, answer: [name for name, _ in kept], "scores": [value for _, value in kept]}
-        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+        yield json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

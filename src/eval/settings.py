@@ -53,13 +53,15 @@ class RetrievalSettings(EvalSettings):
     """Zero-shot retrieval, image to text and text to image: recall at 1, 5 and 10."""
 
     data: str
-    """JSON list, JSON lines, Karpathy JSON, or records (prefix, .rec, glob, comma list)."""
+    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records (prefix, .rec, glob, comma list)."""
     split: str | None = None
     """Take only entries of this split ("all": every one); needed where the file holds several."""
     image_root: str | None = None
     """Folder of the pictures; default: the data file's folder or its `images` folder."""
     views: tuple[str, ...] | None = None
     """For records: names of the texts that count as captions; default: all."""
+    allow_outside: bool = False
+    """Take pictures whose names lead out of the pictures' folder (`..`, absolute, links)."""
     dataset: str | None = None
     """Name in the report; flickr30k and coco bring the published rows. Default: from the file."""
     prefix: str = ""
@@ -87,8 +89,9 @@ class ClassificationSettings(EvalSettings):
     language: Literal["en", "zh"] = "en"
     """Of ImageNet's names and templates; zh needs the extra clip-benchmark. Other sets: a file for `names`."""
     names: str | None = None
-    """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order
-    of the sorted folders. Default: names.json in the data folder, else the folders and its own templates."""
+    """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order of the
+    sorted folders, by number where all are numbers. Default: names.json in the data folder, else the folders and its
+    own templates."""
     legacy: bool = False
     """Count a second time as the released code does, its defects named; the exact figures stay the result."""
 
@@ -131,7 +134,7 @@ class FeaturesSettings(EvalSettings):
     """Write normalised features of pictures and texts, with their ids, into a folder."""
 
     data: str
-    """JSON list, JSON lines, Karpathy JSON, or records; with `dataset` a folder as in classification."""
+    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records; with `dataset` a folder as in classification."""
     dataset: str | None = None
     """imagefolder or a known set (cifar10 ..): its pictures with their labels, and no texts."""
     split: str | None = None
@@ -141,6 +144,8 @@ class FeaturesSettings(EvalSettings):
     """Folder of the pictures; default: the data file's folder or its `images` folder."""
     views: tuple[str, ...] | None = None
     """For records: names of the texts that count as captions; default: all."""
+    allow_outside: bool = False
+    """Take pictures whose names lead out of the pictures' folder (`..`, absolute, links)."""
     prefix: str = ""
     """Put before every caption."""
     form: Literal["safetensors", "npy", "jsonl"] = "safetensors"

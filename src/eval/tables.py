@@ -87,7 +87,7 @@ def comparison(task: str, runs: Sequence[dict]) -> Table | None:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns; the first row is its header."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells = [[_plain(cell) for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(cells[0]))]
     cells.insert(1, ["-" * width for width in widths])
     lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells)
@@ -96,7 +96,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def notes_text(table: Table) -> str:
     """The notes as a Markdown list."""
-    return "".join(f"- {note}\n" for note in table.notes)
+    return "".join(f"- {_plain(note)}\n" for note in table.notes)
 
 
 def markdown_section(table: Table) -> str:
@@ -177,6 +177,7 @@ def _compare_retrieval(runs: Sequence[dict]) -> Table:
     notes = _notes("retrieval") if any(r["dataset"].lower() in sets for _, r in results) else []
     prefixes = {r.get("prefix", "") for _, r in results}
     notes.append("Caption prefix: " + ", ".join(repr(prefix) for prefix in sorted(prefixes)))
+    notes += dict.fromkeys(f"{r['dataset']}: {r['note']}" for _, r in results if r.get("note"))
     notes += _legacy_notes(runs)
     title = "Zero-shot retrieval, percent"
     return Table(title, header, rows, notes, frozenset(best), frozenset(published))
@@ -306,6 +307,12 @@ def _is_done(result: dict) -> bool:
 
 def _is_number(cell: str) -> bool:
     return cell.replace(".", "", 1).isdigit()
+
+
+def _plain(text: str) -> str:
+    """A text (a name from somebody's data) as part of a Markdown table on a terminal: no markup, no control signs."""
+    text = text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _percent(fraction: float) -> str:

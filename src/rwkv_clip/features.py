@@ -234,7 +234,7 @@ def raise_together(problem: Exception | None, at: int, device: torch.device) -> 
         return
     note = torch.full((1 + _NOTE,), -1, dtype=torch.int64)
     if problem:
-        text = torch.tensor(list(str(problem).encode()[:_NOTE]), dtype=torch.int64)
+        text = torch.tensor(list(str(problem).encode("utf-8", "backslashreplace")[:_NOTE]), dtype=torch.int64)
         note[0], note[1 : 1 + len(text)] = at * world + rank, text
     notes = [note for note in gather(note.to(device)).view(world, -1).cpu() if note[0] >= 0]
     if notes:

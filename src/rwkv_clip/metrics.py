@@ -1,10 +1,10 @@
 """Retrieval recall and classification accuracy as pure functions, the same for training and evaluation.
 
-Everything rests on one count: the rank of the right item of a query = items strictly better + equal items
-that come before it. Similarities are formed from features rounded to multiples of 2^-26, so a float64 sum of
-products of unit vectors is exact in any order: hit counts do not depend on chunk size, device or BLAS, and
-equal features tie exactly. The rounding (7.5e-9 per coordinate) is finer than the float32 that features come
-in.
+Everything rests on one count: the rank of the right item of a query = the wrong items that are as similar or more.
+Ties count against the model, so one that says the same of everything finds nothing. Similarities are formed from
+features rounded to multiples of 2^-26, so a float64 sum of products of unit vectors is exact in any order: hit
+counts do not depend on chunk size, device, BLAS or the order of the items, and equal features tie exactly. The
+rounding (7.5e-9 per coordinate) is finer than the float32 that features come in.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def exact_features(features: Tensor, name: str = "features") -> Tensor:
 
 
 def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
-    """Rank (from 0) of item `targets[i]` among all `items` for query i; int64 (n,) on the CPU.
+    """Rank (from 0) of item `targets[i]` among all `items` for query i, equal ones before it; int64 (n,) on the CPU.
 
     queries (n, d) and items (m, d) are normalised features, targets (n,) indices into items. Only `chunk`
     rows of the similarity matrix exist at a time.
@@ -58,19 +58,20 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = 2
     if queries.shape[1] != items.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions and items {items.shape[1]}; give equal ones")
     items, targets = items.to(queries.device), targets.to(queries.device)
-    positions = torch.arange(len(items), device=queries.device)
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ items.T
-        target = targets[start : start + chunk, None]
-        own = similarity.gather(1, target)
-        ahead = (similarity > own) | ((similarity == own) & (positions < target))
-        ranks.append(ahead.sum(1))
-    return torch.cat(ranks).cpu()
+    parts = zip(queries.split(chunk), targets.split(chunk))
+    return torch.cat([ranks_of(query @ items.T, target) for query, target in parts]).cpu()
+
+
+def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
+    """Rank (from 0) of column `targets[i]` in row i of scores (n, m): columns with its score or more, but itself."""
+    return (scores >= scores.gather(1, targets[:, None])).sum(1) - 1
 
 
 def nearest_items(queries: Tensor, items: Tensor, count: int) -> Tensor:
-    """Indices of each query's `count` best items, best first, equal ones in index order; int64 (n, count)."""
+    """Indices of each query's `count` best items, best first, equal ones in index order; int64 (n, count).
+
+    An order for people to look at; what counts as found is a question of ranks.
+    """
     queries, items = exact_features(queries, "queries"), exact_features(items, "items")
     order = torch.sort(queries @ items.to(queries.device).T, dim=1, descending=True, stable=True).indices
     return order[:, :count].cpu()
@@ -82,9 +83,13 @@ def retrieval_ranks(
     """Ranks (from 0) in both directions: (image -> text, text -> image), int64, on the CPU.
 
     image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs
-    to. An image may have any number of captions and ranks as the best of them does. An image without a
-    caption is a candidate for text -> image but no query: the first result has one entry per image that has
-    captions, in order. Of the similarity matrix, a tile of `chunk` captions x 16 `chunk` images exists at a time.
+    to. An image may have any number of captions and ranks as the best of them does among the captions of others. An
+    image without a caption is a candidate for text -> image but no query: the first result has one entry per image
+    that has captions, in order. Of the similarity matrix, a tile of `chunk` captions x 16 `chunk` images exists at a
+    time.
+
+    NOTE(parity): two pictures with one and the same caption tie on it by construction, and neither has it to itself;
+    clip_benchmark leaves the order of equal captions to torch.topk.
     """
     if chunk < 1:
         raise ValueError(f"chunk: {chunk}; use at least 1")
@@ -97,15 +102,17 @@ def retrieval_ranks(
         raise ValueError(f"image has {image.shape[1]} dimensions and text {text.shape[1]}; give equal ones")
     owner, text = owner.to(image.device), text.to(image.device)
     own = _own_similarity(image, text, owner)
-    best, first = _best_captions(own, owner, len(image))
-    of_text, of_image = torch.zeros_like(owner), torch.zeros_like(first)
+    best = own.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")
+    # The right items are as similar as themselves: an image's captions that are its best, and a caption's one image.
+    of_image = -torch.bincount(owner[own == best[owner]], minlength=len(image))
+    of_text = torch.full_like(owner, -1)
     # Each tile of the similarity matrix exists once and serves both directions.
     for rows in _slices(len(text), chunk):
         for columns in _slices(len(image), COLUMNS * chunk):
             tile = text[rows] @ image[columns].T
-            of_text[rows] += _count_ahead(tile, own[rows], owner[rows], columns)
-            of_image[columns] += _count_ahead(tile.T, best[columns], first[columns], rows)
-    return of_image[first < len(text)].cpu(), of_text.cpu()
+            of_text[rows] += (tile >= own[rows, None]).sum(1)
+            of_image[columns] += (tile >= best[columns]).sum(0)
+    return of_image[torch.bincount(owner, minlength=len(image)) > 0].cpu(), of_text.cpu()
 
 
 def recall_hits(ranks: Tensor, ks: Sequence[int] = RECALL_AT) -> dict[int, int]:
@@ -177,33 +184,9 @@ def accuracy(ranks: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[
     }
 
 
-def _count_ahead(similarity: Tensor, own: Tensor, target: Tensor, items: slice) -> Tensor:
-    """How many of these `items` come before the target of each query: (queries, items) -> int64 (queries,).
-
-    own (queries,): similarity of the right item, target (queries,): its index among all items.
-    """
-    ahead = (similarity > own[:, None]).sum(1)
-    equal = similarity == own[:, None]
-    expected = (items.start <= target) & (target < items.stop)
-    tied = torch.nonzero(equal.sum(1) != expected).flatten()  # few, unless a model says the same of everything
-    if len(tied):
-        positions = torch.arange(items.start, items.stop, device=similarity.device)
-        ahead[tied] += (equal[tied] & (positions < target[tied, None])).sum(1)
-    return ahead
-
-
 def _own_similarity(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
     """Similarity of every caption with its own picture, in slices: all owners at once would double the features."""
     return torch.cat([(image[o] * t).sum(1) for o, t in zip(owner.split(4096), text.split(4096))])
-
-
-def _best_captions(own: Tensor, owner: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Per image its best own caption, the first of equal ones: (similarity, index), (-inf, captions) without any."""
-    best = torch.full((images,), -torch.inf, dtype=own.dtype, device=own.device)
-    best = best.scatter_reduce(0, owner, own, "amax")
-    first = torch.full((images,), len(own), dtype=torch.int64, device=own.device)
-    candidates = torch.nonzero(own == best[owner]).flatten()
-    return best, first.scatter_reduce(0, owner[candidates], candidates, "amin")
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -6,12 +6,14 @@ that is not ours goes to open_clip, so any of its models trains and evaluates he
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
 from .convert import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
+from .errors import is_out_of_memory
 from .ops import Linear
 from .tokenizer import Tokenizer, make_tokenizer
 from .towers import ImageTower, TextTower
@@ -30,6 +33,7 @@ from .towers import ImageTower, TextTower
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Ours, or {"open_clip": name or {embed_dim, ..}}, with "pixels": [mean, std] where these are not CLIP's.
 ModelSpec = ModelConfig | dict[str, Any]
+_NETWORK = ("httpx", "httpcore", "requests", "urllib", "huggingface_hub", "ssl")  # modules of network errors
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
 log = logging.getLogger(__name__)
 
@@ -140,7 +144,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     source = spec["open_clip"]
     if isinstance(source, str):
         pixels = dict(zip(("mean", "std"), map(tuple, spec.get("pixels", ()))))
-        return open_clip.create_model(source, force_preprocess_cfg=pixels or None)
+        with _fetching("model", source):
+            return open_clip.create_model(source, force_preprocess_cfg=pixels or None)
     source = dict(source)
     kind = open_clip.CustomTextCLIP if source.pop("custom_text", False) else open_clip.CLIP
     try:
@@ -175,7 +180,8 @@ def create_model(
         from .image import CLIP_MEAN, CLIP_STD
 
         spec = {"open_clip": _name_for_tag(spec["open_clip"], str(pretrained))}
-        net = open_clip.create_model(spec["open_clip"], pretrained=str(pretrained))
+        with _fetching("pretrained", str(pretrained)):
+            net = open_clip.create_model(spec["open_clip"], pretrained=str(pretrained))
         if (pixels := pixel_statistics(net)) != (CLIP_MEAN, CLIP_STD):
             spec["pixels"] = pixels
     else:
@@ -184,6 +190,41 @@ def create_model(
             load_checkpoint(net, pretrained)
     net.spec = spec
     return cast_weights(net, DTYPES[precision]).to(device).eval()
+
+
+@contextlib.contextmanager
+def _fetching(field: str, what: str) -> Iterator[None]:
+    """Inside, open_clip may fetch `what` from the network. ConfigError that names it where that fails.
+
+    Its libraries raise errors of many kinds, one inside the other; what tells them is a system's or a network's error
+    somewhere in the chain. One that is about this machine (a full disk, no memory) stays what it is.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+            chain.append(cause)
+        if own := next(filter(_is_of_this_machine, chain), None):
+            raise own from None
+        if not any(isinstance(e, OSError) or type(e).__module__.startswith(_NETWORK) for e in chain):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            [
+                f"{field}: {what!r} has to be downloaded once, which failed ({reason[:200]}); run it where there is a "
+                "network, copy its cache (~/.cache/huggingface) here, or give the weights as a file"
+            ]
+        ) from error
+
+
+def _is_of_this_machine(error: BaseException) -> bool:
+    """Whether a disk is full or closed, or memory ran out."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    closed = isinstance(error, PermissionError) and error.filename is not None
+    return full or closed or is_out_of_memory(error)
 
 
 def _name_for_tag(name: str, tag: str) -> str:
@@ -248,7 +289,8 @@ def tokenizer_of(spec: ModelSpec) -> Tokenizer:
         return make_tokenizer(context=source["text_cfg"].get("context_length", 77))
     import open_clip
 
-    tokenizer = open_clip.get_tokenizer(source)
+    with _fetching("tokenizer", f"that of {source}"):
+        tokenizer = open_clip.get_tokenizer(source)
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return make_tokenizer(context=tokenizer.context_length)
     return Tokenizer(f"open_clip:{source}", tokenizer, tokenizer.vocab_size, tokenizer.context_length)

@@ -1,12 +1,13 @@
 """Zero-shot retrieval: a set of pictures with captions, and the recall of a model on it.
 
 Used by validation during training and by `rwkv_clip.eval`. A set comes from a JSON list, JSON lines, a
-Karpathy split file or .rec shards. Pictures stay on disk until they are needed.
+Karpathy split file, COCO's captions or .rec shards. Pictures stay on disk until they are needed.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,16 @@ import numpy as np
 import torch
 
 from rwkv_clip.features import DECODE_WORKERS, encode_images, encode_texts, open_picture
+from rwkv_clip.files import find_below, parse_json
 from rwkv_clip.metrics import RECALL_AT, recall_at_k
+from rwkv_clip.tokenizer import Tokenizer
 
 EVERY_SPLIT = "all"
+JSON = (".json", ".jsonl", ".ndjson")
+FORMS = "JSON lines (.jsonl), a JSON list, Karpathy's or COCO's JSON (.json), or records (.rec) that data2rec.py made"
+# What rows call them, the first that is there.
+IMAGE_FIELDS = ("image", "image_path", "filepath", "file_name", "filename", "path")
+CAPTION_FIELDS = ("captions", "caption", "title", "text", "raw", "raw_caption", "txt")
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class RetrievalSet:
     captions: list[str] | None = None
     tokens: np.ndarray | None = None  # int64 (captions, context)
     tokenizer: str | None = None  # the name of the tokenizer that made `tokens`, where known
+    files: Sequence[Path] = ()  # all files that the pictures lie in
+    note: str = ""  # what a reader of the figures should know about the set
 
     def caption_text(self, index: int) -> str:
         """A caption for people to read; a token row has no text, so it shows as its number."""
@@ -50,6 +60,7 @@ class RetrievalResult:
     metrics: dict[str, float | int]
     image_features: torch.Tensor
     text_features: torch.Tensor
+    captions_cut: int = 0  # as `count_cut` has it
 
 
 @dataclass(frozen=True)
@@ -68,22 +79,27 @@ def load_retrieval(
     split: str | None = None,
     image_root: str | Path | None = None,
     views: Sequence[str] | None = None,
+    allow_outside: bool = False,
 ) -> RetrievalSet:
     """Read a retrieval set.
 
-    path: a JSON list or JSON lines of {"image": path, "caption" | "captions": text or list, "split":
-    optional}; a Karpathy file {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}]}; or
-    .rec shards (prefix, file, glob, comma list). Rows that name the same picture are joined. Pictures lie
-    below `image_root`, else below the file's folder or its `images` folder. split: which rows to take ("all":
-    every row); required where the file holds several. views: for .rec, the names of the texts to use
-    (default: all; equal ones of a picture count once). ValueError with file, line and field for whatever is
-    wrong, FileNotFoundError where there is no such file.
+    path: a JSON list or JSON lines of {"image": path, "caption" | "captions": text or list, "split": optional} (other
+    names: IMAGE_FIELDS, CAPTION_FIELDS); a Karpathy file {"images": [{"filename", "filepath", "split", "sentences":
+    [{"raw"}]}]}; COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; or .rec shards
+    (prefix, file, glob, comma list). Rows that name the same file are one picture, records that hold the same bytes
+    as well. Pictures lie below `image_root`, else below the file's folder or its `images` folder; names that lead out
+    of it (`..`, absolute, links) are refused unless `allow_outside`. split: which rows to take ("all": every row);
+    required where the file holds several. views: for .rec, the names of the texts to use (default: all; equal ones
+    of a picture count once). ValueError with file, line and field for whatever is wrong, FileNotFoundError where
+    there is no such file.
     """
     source = Path(path)
-    if source.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+    if source.suffix.lower() in JSON:
         if views is not None:
             raise ValueError(f"views: {list(views)} given, but {source} is no .rec; leave views out")
-        return _from_captions(source, split, Path(image_root) if image_root is not None else None)
+        return _from_captions(source, split, Path(image_root) if image_root is not None else None, allow_outside)
+    if source.suffix.lower() not in ("", ".rec") and source.is_file():
+        raise ValueError(f"{source}: a {source.suffix} file is no retrieval set; give {FORMS}")
     if split not in (None, EVERY_SPLIT) or image_root is not None:
         raise ValueError(f"{path}: records have no split and no image folder; leave split and image_root out")
     return _from_records(str(path), views)
@@ -113,7 +129,7 @@ def evaluate_retrieval(
     images = encode_images(model, data.open, len(data.image_names), preprocess, workers=workers, **common)
     texts = encode_texts(model, tokens, **common)
     metrics = recall_at_k(images, texts, torch.from_numpy(data.image_of_caption), ks)
-    return RetrievalResult(metrics, images, texts)
+    return RetrievalResult(metrics, images, texts, count_cut(data, tokens, tokenizer, prefix))
 
 
 def caption_tokens(data: RetrievalSet, tokenizer: Callable, prefix: str = "") -> torch.Tensor:
@@ -130,28 +146,73 @@ def caption_tokens(data: RetrievalSet, tokenizer: Callable, prefix: str = "") ->
     return torch.from_numpy(data.tokens)
 
 
-def _from_captions(source: Path, split: str | None, image_root: Path | None) -> RetrievalSet:
+def count_cut(data: RetrievalSet, tokens: torch.Tensor, tokenizer: Callable, prefix: str = "") -> int:
+    """How many captions are longer than the context, so that `tokens` (`caption_tokens`) lack their ends.
+
+    Records do not say which of their captions were cut: of these all that fill the context are counted.
+    """
+    if data.captions is None:
+        return int((tokens[:, -1] != 0).sum())
+    return count_cut_texts([prefix + caption for caption in data.captions], tokens, tokenizer)
+
+
+def count_cut_texts(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -> int:
+    """How many of the texts have more tokens than fit into the rows (n, context) that the tokenizer made of them.
+
+    0 for a tokenizer that is none of ours and cannot be asked for a longer context.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        return 0
+    longer = tokens.shape[1] + 1
+    padding = tokenizer("", longer)[0, -1]
+    full = torch.nonzero(tokens[:, -1] != padding).flatten().tolist()
+    return int((tokenizer([texts[i] for i in full], longer)[:, -1] != padding).sum())
+
+
+def _from_captions(source: Path, split: str | None, image_root: Path | None, outside: bool) -> RetrievalSet:
     if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; give a .json, .jsonl or .rec retrieval set")
+        raise FileNotFoundError(f"{source}: no such file; give {FORMS}")
     name, rows = _read_rows(source)
     rows, split = _choose_split(source, rows, split)
-    places: dict[str, int] = {}
+    files = _find_images(source, rows, image_root, outside)
+    # One file is one picture, however its name is spelled.
+    own = {image: os.path.realpath(file) for image, file in files.items()}
+    images: dict[str, tuple[int, str]] = {}
     captions, owner = [], []
     for row in rows:
-        index = places.setdefault(row.image, len(places))
+        index, _ = images.setdefault(own[row.image], (len(images), row.image))
         captions += row.captions
         owner += [index] * len(row.captions)
-    files = _find_images(source, rows, image_root)
-    images = [files[image] for image in places]
+    if not captions:
+        raise ValueError(f"{source}: no picture has a caption; give at least one")
+    names = [image for _, image in images.values()]
+    paths = [files[image] for image in names]
     return RetrievalSet(
         name=name,
         path=str(source),
         split=split,
-        image_names=list(places),
-        open=lambda index: open_picture(images[index]),
+        image_names=names,
+        open=lambda index: open_picture(paths[index]),
         image_of_caption=np.asarray(owner, np.int64),
         captions=captions,
+        files=paths,
+        note=_note_of(names, captions, owner),
     )
+
+
+def _note_of(names: list[str], captions: list[str], owner: list[int]) -> str:
+    """What is unusual about a set, counted, with an example."""
+    notes, silent = [], sorted(set(range(len(names))) - set(owner))
+    if silent:
+        example = f"the first is {names[silent[0]]}"
+        notes.append(
+            f"{len(silent)} of {len(names)} pictures have no caption ({example}): found by texts, but no query"
+        )
+    counts = Counter(zip(owner, captions))
+    if again := len(captions) - len(counts):
+        place, text = next(pair for pair, count in counts.items() if count > 1)
+        notes.append(f"{again} captions stand a second time with their picture, e.g. {text[:60]!r} of {names[place]}")
+    return "; ".join(notes)
 
 
 def _read_rows(source: Path) -> tuple[str, list[_Row]]:
@@ -160,42 +221,76 @@ def _read_rows(source: Path) -> tuple[str, list[_Row]]:
     if source.suffix.lower() != ".json":
         return name, list(_lines(source))
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}:{error.lineno}: not JSON ({error.msg}); JSON lines end in .jsonl") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        content = parse_json(source.read_bytes(), str(source))
+    except ValueError as error:
+        raise ValueError(f"{error}; JSON lines end in .jsonl") from None
     if isinstance(content, list):
         return name, [_row(entry, f"{source}: entry {i}") for i, entry in enumerate(content)]
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        entries = enumerate(content["images"])
-        rows = [_karpathy_row(entry, f"{source}: images[{i}]") for i, entry in entries]
-        return str(content.get("dataset") or name), rows
-    raise ValueError(f'{source}: neither a list of entries nor {{"images": [...]}}; see load_retrieval for the forms')
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        found = f"an object of {', '.join(content) or 'nothing'}" if isinstance(content, dict) else repr(content)[:80]
+        raise ValueError(
+            f'{source}: neither a list of entries nor {{"images": [...]}}, but {found[:200]}; give {FORMS}'
+        )
+    if isinstance(content.get("annotations"), list):
+        return name, _coco_rows(entries, content["annotations"], str(source))
+    rows = [_karpathy_row(entry, f"{source}: images[{i}]") for i, entry in enumerate(entries)]
+    return str(content.get("dataset") or name), rows
 
 
 def _lines(source: Path) -> Iterator[_Row]:
     # Read as bytes: universal newlines would count a lone carriage return inside a text as a line.
     for number, line in enumerate(source.read_bytes().split(b"\n"), 1):
         where = f"{source}:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}); every line is one JSON object") from error
-        yield _row(entry, where)
+        if line.strip():
+            try:
+                entry = parse_json(line, where)
+            except ValueError as error:
+                raise ValueError(f"{error}; every line is one JSON object") from None
+            yield _row(entry, where)
 
 
 def _row(entry: object, where: str) -> _Row:
     entry = _object(entry, where)
-    field = "captions" if "captions" in entry else "caption"
-    if field not in entry:
-        raise ValueError(f"{where}: no field 'caption' or 'captions'; add the text or texts of the picture")
+    image, field = _field(entry, IMAGE_FIELDS), _field(entry, CAPTION_FIELDS)
+    if field is None:
+        also, own = ", ".join(CAPTION_FIELDS[2:]), ", ".join(entry)[:200] or "no field"
+        raise ValueError(
+            f"{where}: no field 'caption' or 'captions' (also read: {also}), but {own}; add the picture's text or texts"
+        )
     texts = entry[field] if isinstance(entry[field], list) else [entry[field]]
-    return _Row(where, _text(entry, "image", where), _texts(texts, field, where), _split_of(entry, where))
+    return _Row(where, _text(entry, image or "image", where), _texts(texts, field, where), _split_of(entry, where))
+
+
+def _coco_rows(images: list, annotations: list, where: str) -> list[_Row]:
+    """One row for each picture, captions in the order of the file; pictures without one are rows as well."""
+    captions: dict[object, list[str]] = {}
+    names = []
+    for i, entry in enumerate(images):
+        entry = _object(entry, f"{where}: images[{i}]")
+        identity = entry.get("id")
+        if not isinstance(identity, (int, str)) or identity in captions:
+            why = "stands there twice" if isinstance(identity, (int, str)) else "is no number"
+            raise ValueError(f"{where}: images[{i}]: field 'id': {identity!r} {why}; give each picture its own")
+        captions[identity] = []
+        names.append((f"{where}: images[{i}]", identity, _text(entry, "file_name", f"{where}: images[{i}]")))
+    for i, entry in enumerate(annotations):
+        place = f"{where}: annotations[{i}]"
+        entry = _object(entry, place)
+        identity = entry.get("image_id")
+        if not isinstance(identity, (int, str)) or identity not in captions:
+            raise ValueError(
+                f"{place}: field 'image_id': {identity!r} is no 'id' of images; take the file as published"
+            )
+        if "caption" not in entry:
+            raise ValueError(f"{place}: no field 'caption', but {', '.join(entry)[:200]}; take captions_*.json")
+        captions[identity] += _texts([entry["caption"]], "caption", place)
+    return [_Row(place, name, captions[identity], None) for place, identity, name in names]
+
+
+def _field(entry: dict, names: Sequence[str]) -> str | None:
+    """The first of the names that has a value, else the first that is there."""
+    return next((n for n in names if entry.get(n)), next((n for n in names if n in entry), None))
 
 
 def _karpathy_row(entry: object, where: str) -> _Row:
@@ -218,7 +313,8 @@ def _object(entry: object, where: str) -> dict:
 def _text(entry: dict, field: str, where: str) -> str:
     value = entry.get(field)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: field {field!r} is {value!r}; give a path as text")
+        own = ", ".join(entry)[:200] or "no field"
+        raise ValueError(f"{where}: field {field!r} is {value!r}; give a path as text (the entry has {own})")
     return value
 
 
@@ -254,24 +350,29 @@ def _choose_split(source: Path, rows: list[_Row], split: str | None) -> tuple[li
     return [row for row in rows if row.split == split], split
 
 
-def _find_images(source: Path, rows: list[_Row], image_root: Path | None) -> dict[str, Path]:
-    """File of every picture. ValueError that counts the missing ones and names the first."""
+def _find_images(source: Path, rows: list[_Row], image_root: Path | None, outside: bool) -> dict[str, Path]:
+    """File of every picture. ValueError that counts the missing ones, and those that lead out, and names the first."""
     roots = [source.parent, source.parent / "images"] if image_root is None else [image_root]
-    found, missing = {}, []
+    found: dict[str, Path | None] = {}
+    wrong: dict[bool, list[str]] = {True: [], False: []}  # leads out, is not there
     for row in rows:
         if row.image in found:
             continue
-        file = next((root / row.image for root in roots if (root / row.image).is_file()), None)
-        if file is None:
-            missing.append(row)
-        else:
-            found[row.image] = file
-    if missing:
-        looked = " or ".join(str(root) for root in roots)
-        raise ValueError(
-            f"{missing[0].where}: field 'image': {missing[0].image!r} is not below {looked} "
-            f"({len(missing)} of {len(rows)} entries lack theirs); set image_root to the pictures' folder"
-        )
+        reason = f"{row.image!r} is not below {' or '.join(map(str, roots))}"
+        leads_out = found[row.image] = None
+        for root in roots:
+            try:
+                found[row.image] = found[row.image] or find_below(root, row.image, outside)
+            except ValueError as error:
+                leads_out, reason = not outside, str(error)
+        if found[row.image] is None:
+            wrong[bool(leads_out)].append(f"{row.where}: field 'image': {reason}")
+    for leads_out, places in wrong.items():
+        if places:
+            remedy = "set image_root to the pictures' folder"
+            remedy += ", or trust the names with --allow-outside" if leads_out else ""
+            kind = "such names" if leads_out else "pictures are missing"
+            raise ValueError(f"{places[0]} ({len(places)} of {len(found)} {kind}); {remedy}")
     return found
 
 
@@ -283,19 +384,32 @@ def _from_records(spec: str, views: Sequence[str] | None) -> RetrievalSet:
     if unknown or (views is not None and not len(views)):
         raise ValueError(f"views: {list(views)} of {spec}; choose from {list(records.views)}")
     wanted = [records.views.index(view) for view in views or records.views]
-    tokens, owner = [], []
+    # Records have no names, so a picture is known by its bytes: (its number, the first record that holds it).
+    pictures: dict[bytes, tuple[int, int]] = {}
+    tokens, owner, seen = [], [], set()
+
+    def known(content: bytes) -> bytes:
+        return hashlib.blake2b(content, digest_size=16).digest()
+
     for index in range(len(records)):
-        rows = records.sample(index)[1][wanted]
-        _, first = np.unique(rows, axis=0, return_index=True)
-        tokens.append(rows[np.sort(first)])
-        owner += [index] * len(first)
+        payload, rows = records.sample(index)
+        number, _ = pictures.setdefault(known(payload), (len(pictures), index))
+        for row in rows[wanted]:
+            if (text := known(number.to_bytes(8, "little") + row.tobytes())) not in seen:
+                seen.add(text)
+                tokens.append(row)
+                owner.append(number)
+    first = [index for _, index in pictures.values()]
+    joined = f"{len(records)} records hold {len(first)} different pictures: equal ones are joined"
     return RetrievalSet(
         name=Path(spec).stem,
         path=spec,
         split=None,
-        image_names=[records.name(index) for index in range(len(records))],
-        open=lambda index: open_picture(records.sample(index)[0], records.name(index)),
+        image_names=[records.name(index) for index in first],
+        open=lambda number: open_picture(records.sample(first[number])[0], records.name(first[number])),
         image_of_caption=np.asarray(owner, np.int64),
-        tokens=np.concatenate(tokens).astype(np.int64),
+        tokens=np.stack(tokens).astype(np.int64),
         tokenizer=records.tokenizer,
+        files=[path for file in records.files for path in (file.path, file.index_path)],
+        note=joined if len(first) < len(records) else "",
     )

@@ -58,7 +58,8 @@ def picture(index: int) -> Image.Image:
 
 
 def make_set(read=lambda index: (picture(index), index * 7 % len(CLASSES)), count=SAMPLES) -> ClassificationSet:
-    return ClassificationSet("noise", "-", "-", count, read, CLASSES, TEMPLATES)
+    labels = [index * 7 % len(CLASSES) for index in range(count)]
+    return ClassificationSet("noise", "-", "-", count, read, CLASSES, TEMPLATES, label_of=labels.__getitem__)
 
 
 def evaluate(folder: str, autocast: torch.dtype | None, batches: tuple[int, ...], threads: int = 1) -> None:
@@ -170,7 +171,7 @@ def fail(folder: str, bad: tuple[int, ...]) -> None:
     def read(index: int):
         if index in bad:
             raise ValueError(f"{index}.png: not a picture")
-        return Image.new("RGB", (4, 4), COLORS["red"]), 0
+        return Image.new("RGB", (4, 4), COLORS["red"]), index * 7 % len(CLASSES)
 
     with pytest.raises(ValueError) as error:
         evaluate_classification(ColorModel(), make_set(read, 100), preprocess, ColorTokenizer())

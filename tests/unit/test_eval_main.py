@@ -1,14 +1,17 @@
 """The evaluation's command line from arguments to files, with a stand-in for the model."""
 
 import csv
+import errno
 import json
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from color_model import COLORS, ColorModel, loaded, save_color
 from PIL import Image
 
+import rwkv_clip
 from rwkv_clip.eval import tables
 from rwkv_clip.eval.main import main
 
@@ -210,3 +213,49 @@ def test_every_precision_runs(folder, model, precision):
     assert retrieve(folder, "--precision", precision, "--gallery", "0") == 0
     _, result = only_result(folder)
     assert result["environment"]["precision"] == precision
+
+
+def _raise_inside(*errors: Exception):
+    """A function that raises the last of the errors while it handles those before, as libraries do."""
+
+    def create_model(*arguments, **named):
+        for inner, outer in pairwise(errors):
+            outer.__context__ = inner
+        raise errors[-1]
+
+    return create_model
+
+
+class ConnectError(Exception):
+    """As httpx has it: no error of the system."""
+
+
+ConnectError.__module__ = "httpx._exceptions"
+FAILED = RuntimeError("Failed to download weights for tag 'openai': no route")
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "errors, code, words",
+    [
+        ([FileNotFoundError("cannot be found in the cache"), FAILED], 2, "'openai' has to be downloaded once"),
+        ([ConnectError("no address"), FAILED], 2, "'openai' has to be downloaded once"),
+        ([OSError(errno.ENETUNREACH, "Network is unreachable"), FAILED], 2, "'openai' has to be downloaded once"),
+        ([FULL, FAILED], 76, "No space left on device"),
+        ([MemoryError(), RuntimeError("no weights")], 2, "out of memory"),
+    ],
+    ids=["not cached", "httpx", "no route", "disk full", "memory"],
+)
+def test_a_tag_that_cannot_be_fetched_is_one_line(folder, monkeypatch, capsys, errors, code, words):
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setattr(open_clip, "create_model", _raise_inside(*errors))
+    assert main(["retrieval", "--checkpoint", "open_clip:ViT-B-32:openai", "--data", str(folder / "set.jsonl")]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_an_error_of_ours_in_a_model_is_no_matter_of_networks(monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setattr(open_clip, "create_model", _raise_inside(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        rwkv_clip.create_model("ViT-B-32", "openai")

@@ -106,6 +106,24 @@ def _short_npy(folder) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def _npy_header(text: bytes):
+    """An .npy file whose header is `text`, with the numbers of three vectors behind it."""
+
+    def damage(folder) -> None:
+        _write(folder, "npy")
+        header = text.ljust(118, b" ") + b"\n"
+        content = b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + bytes(72)
+        (folder / "images.npy").write_bytes(content)
+
+    return damage
+
+
+def _npz(folder) -> None:
+    _write(folder, "npy")
+    np.savez(folder / "images.npz", vectors(3).numpy())
+    os.replace(folder / "images.npz", folder / "images.npy")
+
+
 def _ragged(folder) -> None:
     (folder / "x.img_feat.jsonl").write_text('{"image_id": 1, "feature": [1, 0]}\n{"image_id": 2, "feature": [1]}\n')
 
@@ -136,21 +154,35 @@ DAMAGES = [
     (_long, "row 2 (of 1 such rows)"),
     (_objects, "images.npy: is not a readable"),
     (_short_npy, "images.npy: is not a readable"),
+    (_npz, "images.npy: is not a readable"),
+    (_npy_header(b"(" * 9000), "images.npy: is not a readable"),
+    (
+        _npy_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (9000000000, 6)}"),
+        "images.npy: is not a readable",
+    ),
+    (_npy_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-3, 6)}"), "images.npy"),
+    (_npy_header(b"{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (3,)}"), "images.npy: is not a readable"),
     (_ragged, "x.img_feat.jsonl:2: `feature` must be"),
     (_words, "x.img_feat.jsonl:1: `feature` holds"),
     (_no_id, "images.jsonl:2: has no `image_id`"),
-    (_half_a_line, "images.jsonl:2: is not JSON"),
+    (_half_a_line, "images.jsonl:2: not JSON"),
     (_two, "holds x.img_feat.jsonl and y.img_feat.jsonl"),
 ]
 
 
-@pytest.mark.parametrize("make, message", DAMAGES, ids=[make.__name__ for make, _ in DAMAGES])
+@pytest.mark.parametrize("make, message", DAMAGES, ids=lambda value: getattr(value, "__name__", None))
 def test_damage_is_named(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(ValueError) as raised:
         read_features(tmp_path, "images")
     assert message in str(raised.value) and str(tmp_path) in str(raised.value)
     assert not (tmp_path / "it ran").exists()
+
+
+def test_names_and_texts_that_are_not_utf_8_are_read_back(tmp_path):
+    rows = [{"image_id": name} for name in ("a\udcff.jpg", "\ud800", "ü")]
+    write_features(tmp_path, Features("images", vectors(3), rows), "jsonl")
+    assert (tmp_path / "images.jsonl").read_bytes().decode("utf-8") and read_features(tmp_path, "images").rows == rows
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

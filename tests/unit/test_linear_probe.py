@@ -70,9 +70,9 @@ def test_chunks_change_nothing(monkeypatch):
     assert parts.ranks(features, labels).tolist() == whole.ranks(features, labels).tolist()
 
 
-def test_ranks_of_equal_scores_follow_the_order_of_classes():
+def test_equal_scores_count_against_the_probe():
     same = logistic.Classifier(torch.zeros(4, 2).double(), torch.tensor([0.0, 1, 1, 1]).double(), 0, 0.0)
-    assert same.ranks(torch.ones(4, 2), torch.arange(4)).tolist() == [3, 0, 1, 2]
+    assert same.ranks(torch.ones(4, 2), torch.arange(4)).tolist() == [3, 2, 2, 2]
 
 
 def test_search_finds_every_peak_of_the_scale():
@@ -181,30 +181,24 @@ def test_a_killed_extraction_goes_on(small_chunks, tmp_path, at):
     assert sorted(opened) == list(range(at // 16 * 16, COUNT))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "flip a label", "empty", "other file", "no checksum"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other file", "no checksum"])
 def test_a_damaged_chunk_is_made_again(small_chunks, tmp_path, damage):
-    encode(tmp_path, labels=torch.arange(COUNT))
+    encode(tmp_path)
     path, other = sorted(tmp_path.glob("*/*.safetensors"))[1:3]
     content = bytearray(path.read_bytes())
     if damage == "cut":
         content = content[:-5]
-    elif damage.startswith("flip"):
+    elif damage == "flip":
         start = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:start])
-        content[start + header["labels" if "label" in damage else "features"]["data_offsets"][0]] ^= 1
+        content[start + header["features"]["data_offsets"][0]] ^= 1
     elif damage == "other file":
         content = other.read_bytes()
     elif damage == "no checksum":
-        content = b"".join(cache.encode_tensors({"features": torch.zeros(16, 3), "labels": torch.zeros(16).long()}))
+        content = b"".join(cache.encode_tensors({"features": torch.zeros(16, 3)}))
     path.write_bytes(content if damage != "empty" else b"")
-    opened, labels = [], torch.full((COUNT,), -1)
-
-    def open_one(index: int) -> Image.Image:
-        labels[index] = index
-        return pictures(opened)(index)
-
-    assert torch.equal(encode(tmp_path, open_one, labels=labels), encode(None))
-    assert sorted(opened) == list(range(16, 32)) and labels.tolist() == list(range(COUNT))
+    opened = []
+    assert torch.equal(encode(tmp_path, pictures(opened)), encode(None)) and sorted(opened) == list(range(16, 32))
 
 
 def test_keys_tell_models_transforms_and_precisions_apart():
@@ -261,14 +255,13 @@ def _probe_without_data_on_rank_1(folder: str) -> None:
     data = f"{folder}/set" if os.environ["RANK"] == "0" else f"{folder}/nowhere"
     places = ["--data", data, "--logs", f"{folder}/logs", "--device", "cpu", "--name", "run"]
     code = main(["linear-probe", "--checkpoint", "run", "--dataset", "imagefolder", *places])
-    assert code == 2 or os.environ["RANK"] == "1"
+    assert code == 2
 
 
 def test_what_one_rank_lacks_ends_all(tmp_path):
     save_shades(tmp_path / "set")
     run_ranks(2, tmp_path, _probe_without_data_on_rank_1, str(tmp_path), timeout=300)
-    (entry,) = results(tmp_path)
-    assert entry["status"] == "failed" and "nowhere has no folders train and test" in entry["reason"]
+    assert not list((tmp_path / "logs").glob("*/result.json"))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -381,7 +374,7 @@ SET_MISTAKES = [
 def test_mistakes_in_a_set_are_named(tmp_path, model, capsys, make, message):
     assert probe(tmp_path, *make(tmp_path)) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and results(tmp_path)[0]["status"] == "failed"
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -411,6 +404,9 @@ def test_every_set_has_the_parts_of_torchvision(dataset, monkeypatch, tmp_path):
         inspect.signature(loader).bind(root="x", **arguments)
         assert "split" not in arguments or f'"{arguments["split"]}"' in source
     assert len({json.dumps(arguments) for arguments in wanted.values()}) == len(wanted) or dataset == "caltech101"
+    assert (
+        KNOWN[dataset].folder in source or KNOWN[dataset].folder == loader.__name__.lower()
+    )  # what the cache looks at
     asked = []
 
     class Stand:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from rwkv_clip.eval.confusion import worst_classes
+from rwkv_clip.eval.logistic import Classifier
 from rwkv_clip.metrics import (
     accuracy,
     nearest_items,
@@ -20,18 +22,16 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def slow_rank(similarity: np.ndarray, target: int) -> int:
-    """The definition, word by word: strictly better ones, and equal ones that come before."""
-    better = sum(value > similarity[target] for value in similarity)
-    return int(better + sum(value == similarity[target] for value in similarity[:target]))
+    """The definition, word by word: other items that are as similar or more."""
+    return sum(value >= similarity[target] for place, value in enumerate(similarity) if place != target)
 
 
 def slow_ranks(image: torch.Tensor, text: torch.Tensor, owner: list[int]) -> tuple[list[int], list[int]]:
     similarity = image.double().numpy() @ text.double().numpy().T
-    image_to_text = [
-        min(slow_rank(similarity[i], c) for c in range(len(owner)) if owner[c] == i)
-        for i in range(len(image))
-        if i in owner
-    ]
+    image_to_text = []
+    for i in sorted(set(owner)):
+        best = max(similarity[i, c] for c in range(len(owner)) if owner[c] == i)
+        image_to_text.append(sum(similarity[i, c] >= best for c in range(len(owner)) if owner[c] != i))
     return image_to_text, [slow_rank(similarity[:, c], o) for c, o in enumerate(owner)]
 
 
@@ -47,19 +47,34 @@ def test_ranks_equal_brute_force_with_any_number_of_captions(chunk):
     assert 7 not in owner and len(image_to_text) == len(set(owner))
 
 
-def test_ties_count_items_that_come_before():
-    same = torch.tensor([[0.6, 0.8]]).repeat(5, 1)
-    image_to_text, text_to_image = retrieval_ranks(same, same, [0, 1, 2, 3, 4])
-    assert image_to_text.tolist() == text_to_image.tolist() == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("count", [2, 8, 100])
+def test_a_model_that_says_the_same_of_everything_finds_nothing(count):
+    """At every metric: a hit needs the right answer to be better than all wrong ones, or room for all of them."""
+    same, places, names = unit(1, 5).repeat(count, 1), torch.arange(count), [str(i) for i in range(count)]
+    report = recall_at_k(same, same, places, ks=(1, 5, 10, count - 1, count))
+    for way in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10, count - 1, count):
+            assert report[f"{way}_R@{k}"] == float(k >= count), (way, k)
+    probe = Classifier(torch.zeros(count, 5).double(), torch.ones(count).double(), 0, 0.0)
+    for ranks in (target_ranks(same, same, places), probe.ranks(same, places)):
+        assert ranks.tolist() == [count - 1] * count
+        report = accuracy(ranks, places, names)
+        assert report["top1"] == report["mean_per_class"] == 0.0 and report["top5"] == float(count <= 5)
+    for entry in worst_classes(same, same, places, names):
+        wrong = int(entry["class"] == 0)  # the first of the others
+        assert entry["right"] == 0 and entry["predicted"] == [[wrong, str(wrong), 1]]
+    assert nearest_items(same[:1], same, 3).tolist() == [[0, 1, 2][:count]]  # an order to look at, no metric
 
 
-def test_a_model_that_says_the_same_of_everything_scores_by_chance():
-    same = torch.tensor([[1.0, 0.0]]).repeat(100, 1)
-    report = recall_at_k(same, same, range(100))
-    assert report["text_to_image_R@1"] == 0.01 and report["image_to_text_R@10"] == 0.1
+def test_captions_that_pictures_share_are_found_by_none_of_them():
+    """Two pictures with one text: it ties on the way to the texts; on the way back it is a query for either."""
+    image, text = torch.eye(3), torch.eye(3)[[0, 0, 2, 2]]
+    image_to_text, text_to_image = retrieval_ranks(image, text, [0, 1, 2, 2])
+    assert image_to_text.tolist() == [1, 3, 0]  # the last picture says one text twice, which harms nobody
+    assert text_to_image.tolist() == [0, 2, 0, 0]
 
 
-def test_ties_follow_index_order_whatever_the_chunk():
+def test_ties_do_not_depend_on_order_or_chunk():
     # Few distinct vectors of awkward length: a sum in another order would break these ties at random.
     image, text = unit(7, 637)[torch.arange(140) % 7], unit(7, 637)[torch.arange(420) % 7]
     owner = torch.arange(420) % 140
@@ -67,15 +82,17 @@ def test_ties_follow_index_order_whatever_the_chunk():
     for chunk in (1, 2, 5, 33, 256):
         for ours, expected in zip(retrieval_ranks(image, text, owner, chunk), reference):
             assert torch.equal(ours, expected)
-    # Caption c equals pictures c % 7, c % 7 + 7, ...; its own is number (c % 140) // 7 of these.
-    assert reference[1].tolist() == [(c % 140) // 7 for c in range(420)]
+    assert set(reference[1].tolist()) == {19}  # each caption equals 20 pictures
+    order = torch.randperm(140, generator=torch.Generator().manual_seed(0))
+    moved = retrieval_ranks(image[order], text, torch.argsort(order)[owner])
+    assert torch.equal(moved[0], reference[0][order]) and torch.equal(moved[1], reference[1])
 
 
 def test_image_ranks_as_its_best_caption():
     image = torch.eye(3)
     text = torch.stack([image[1], image[0], image[2], image[1]])
     image_to_text, _ = retrieval_ranks(image, text, [0, 0, 1, 1])
-    assert image_to_text.tolist() == [0, 1]  # picture 1: caption 3 ties with caption 0, which comes before
+    assert image_to_text.tolist() == [0, 1]  # picture 1: caption 3 ties with caption 0, which is another picture's
 
 
 def test_recall_counts_and_fractions():

@@ -284,7 +284,8 @@ def test_csv_and_markdown_of_a_report_hold_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "result.json: not JSON"),
+        ("[" * 100_000, "nested too deeply"),
         ("[]", "no 'schema'"),
         ({"schema": 1}, "no 'task'"),
         (run_of("retrieval") | {"schema": 2}, "schema 2, known is 1"),
