@@ -29,6 +29,17 @@ class InUse(RuntimeError):
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file, as those of writing do, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file that appears under its name only when all of it is on the disk; what was there before stays if not.
 
@@ -36,7 +47,7 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with naming(path), open(part, "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -141,9 +152,10 @@ def hold(lock: Path, what: str, remedy: str, keep: bool = False) -> Iterator[Non
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
-                    file.truncate(0)
-                    file.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n")
-                    file.flush()
+                    with contextlib.suppress(OSError):  # a full disk takes no name, but is owned all the same
+                        os.ftruncate(file.fileno(), 0)
+                        owner = f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n"
+                        os.write(file.fileno(), owner.encode())
                     break
             file.close()  # its owner removed it while this process opened it
             file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115
