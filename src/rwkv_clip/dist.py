@@ -187,22 +187,24 @@ def ask_lead(world: World, what: str, work: Callable[[], Any]) -> Any:
     return told["answer"]
 
 
-def tell_lead(world: World, what: str, facts: dict[str, Any]) -> Callable[[], list[dict[str, Any]]]:
-    """Send this rank's facts, JSON data; returns what the lead calls to have those of all ranks, in their order."""
+def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[list[dict[str, Any]]], None]) -> None:
+    """`judge` gets, on the lead, the facts of all ranks, JSON data, in their order; its error is told as by `ask_lead`.
+
+    PeerLost for a rank that says nothing."""
     if world.store is None:
-        return lambda: [facts]
+        return judge([facts])
     world.store.set(f"fact/{what}/{world.rank}", json.dumps(facts))
 
-    def hear() -> list[dict[str, Any]]:
+    def work() -> None:
         heard = []
         for rank in range(world.size):
             try:
                 heard.append(json.loads(world.store.get(f"fact/{what}/{rank}")))
             except dist.DistError as error:
                 raise PeerLost(f"rank {rank} said nothing before the run began ({first_line(error)})") from None
-        return heard
+        judge(heard)
 
-    return hear
+    return ask_lead(world, what, work)
 
 
 def first_line(error: BaseException) -> str:

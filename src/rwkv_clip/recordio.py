@@ -181,7 +181,7 @@ def read_layout(file: RecordFile) -> Layout:
         raise RecordError(f"{path}: tokenizer is {tokenizer!r}, should be a name")
     content = side.get("content")
     if content is not None and not isinstance(content, str):
-        raise RecordError(f"{path}: content is {str(content)[:40]!r}, should be a hash; build the records again")
+        raise RecordError(f"{path}: content is {str(content)[:40]}, should be a hash; build the records again")
     return Layout(tuple(views), context, tokenizer, vocab, side.get("checksum") == CHECKSUM, content)
 
 

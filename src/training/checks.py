@@ -12,7 +12,7 @@ from torch import nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.dist import World, ask_lead, autocast_dtype, gather, tell_lead
+from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
 from rwkv_clip.model import ModelSpec, spec_to_json, tokenizer_of, vocab_of
 from rwkv_clip.recordio import RecordSet
 
@@ -77,15 +77,15 @@ def check_batch(settings: Settings, world: World, count: int) -> None:
     A batch that an epoch ends in may still hold a record twice: once of each epoch."""
     pairs = settings.batch_size * settings.accum_freq * world.size
     step = f"{settings.batch_size} x accum_freq {settings.accum_freq} x {world.size} ranks"
+    if count < 2:
+        raise ConfigError([f"train_data: {count} record, and a pair is told from others; at least two are needed"])
     if pairs == 1:
-        raise ConfigError(
-            [f"batch_size: {step} is one pair a step, which has no negatives to learn from; use a --batch-size of 2 up"]
-        )
+        raise ConfigError([f"batch_size: {step} is one pair a step, which has none to be told from; use 2 or more"])
     if pairs > count:
         raise ConfigError(
             [
                 f"batch_size: {step} is {pairs} pairs a step, but there are {count} records: a pair would be its own "
-                f"negative; use a smaller --batch-size (at most {count} pairs a step), or more records"
+                f"negative; use a smaller --batch-size, at most {count} pairs a step, or more records"
             ]
         )
 
@@ -98,8 +98,8 @@ def check_ranks(settings: Settings, spec: ModelSpec, records: RecordSet, world: 
     settings, model, records, version and code. It names rank and setting with both values."""
     if world.size == 1:
         return
-    hear = tell_lead(world, "plan", {"host": socket.gethostname(), **describe_plan(settings, spec, records, world)})
-    ask_lead(world, "plan", lambda: compare_plans(hear()))
+    plan = {"host": socket.gethostname(), **describe_plan(settings, spec, records, world)}
+    judge_all(world, "plan", plan, compare_plans)
 
 
 def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world: World) -> dict[str, Any]:
