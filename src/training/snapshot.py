@@ -103,9 +103,11 @@ def restore_snapshot(trainer: Trainer, path: Path, state: dict[str, Any]) -> Non
     progress.validated = state.get("validated", state["step"])  # absent before version 0.3
     version = state.get("version")
     if version != rwkv_clip.__version__:
-        if trainer.world.is_lead:
-            log.warning("%s: of version %s, this is %s", path, version or "0.4 or before", rwkv_clip.__version__)
         changes.append(("version", version, rwkv_clip.__version__))
+        if trainer.world.is_lead:
+            silent = "" if state.get("records") else "; it does not say which records it comes from, so any are taken"
+            about = version or "0.4 or before", rwkv_clip.__version__
+            log.warning("%s: of version %s, this is %s%s", path, *about, silent)
     new = [{"step": progress.step, "setting": key, "from": then, "to": now} for key, then, now in changes]
     progress.changes = [*state.get("changes", []), *new]
 
@@ -123,11 +125,9 @@ def compare_runs(trainer: Trainer, state: dict[str, Any]) -> list[tuple[str, Any
 
 def _compare_records(trainer: Trainer, state: dict[str, Any]) -> list[tuple[str, str, str]]:
     then, now = state.get("records"), trainer.progress.records
-    if then and now and then != now:
-        return [("train_data", describe_records(then), describe_records(now))]
-    if now and not then and trainer.world.is_lead:
-        log.warning("the checkpoint does not say which records it comes from: these are taken for the same")
-    return []
+    if not then or not now or then == now:  # versions before 0.5 say nothing of the records
+        return []
+    return [("train_data", describe_records(then), describe_records(now))]
 
 
 def describe_arithmetic(trainer: Trainer) -> str:

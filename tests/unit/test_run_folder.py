@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tiny import make_smaller, make_tiny, to_arguments
 
+import rwkv_clip
+from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, hash_file
 from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import LeadFailed, World
 from rwkv_clip.errors import run_command
 from rwkv_clip.files import InUse, hold
+from rwkv_clip.recordio import RecordSet
 from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
 from rwkv_clip.training.main import run
@@ -141,6 +146,84 @@ def test_what_a_run_cannot_go_on_from(own, resume, error, words, data, capsys):
         pass
     code, said = command(data | {"logs": str(own.parent), "name": "new", "resume": str(own / resume)}, capsys)
     assert code == 2 and len(said) == 1, said
+
+
+# ---- the records of a run
+
+
+def go_back(folder: Path, change=lambda state: state) -> None:
+    """To the second step of three, with another state.json."""
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    path = folder / "checkpoints" / "step-00000002"
+    (path / "state.json").write_text(json.dumps(change(json.loads((path / "state.json").read_text()))))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    size = (path / "state.json").stat().st_size
+    manifest["files"]["state.json"] = {"sha256": hash_file(path / "state.json"), "bytes": size}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def resume(own: Path, data: dict, **changes) -> dict:
+    """state.json of the end of a run that goes on in that folder."""
+    folder = run(parse(Settings, data | {"logs": str(own.parent), "name": "own", "resume": "latest"} | changes))
+    return json.loads((find_checkpoint(folder) / "state.json").read_text())
+
+
+def build_others(data: dict, prefix: Path, count: int = 60, word: str = "stripes", color: int = 0) -> str:
+    """Records as those of the run, but for their number, a word, or the pictures."""
+    source = Path(data["train_data"]).parent
+    rows = [json.loads(line) for line in (source / "all.jsonl").read_text().splitlines()][:count]
+    prefix.parent.mkdir()
+    for row in rows:
+        row["generated"] = row["generated"].replace("stripes", word)
+        row["image"] = str(source / row["image"])
+    if color:
+        Image.new("RGB", (40, 36), (color, 0, 0)).save(prefix.parent / "other.jpg")
+        rows[7]["image"] = str(prefix.parent / "other.jpg")
+    (prefix.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_records(str(prefix.parent / "rows.jsonl"), str(prefix), views=("raw", "synthetic", "generated"), context=8)
+    return str(prefix)
+
+
+@pytest.mark.parametrize("other", [{"word": "dots"}, {"color": 200}, {"count": 50}], ids=str)
+def test_other_records_are_refused_unless_allowed(own, data, other, tmp_path):
+    go_back(own)
+    others = build_others(data, tmp_path / "others" / "train", **other)
+    count = other.get("count", 60)
+    with pytest.raises(ConfigError, match="--allow-change train_data goes on anyway") as caught:
+        resume(own, data, train_data=others)
+    (line,) = caught.value.problems[1:]
+    assert re.fullmatch(rf"train_data: '60 records \(\w{{12}}\)' -> '{count} records \(\w{{12}}\)'", line)
+    state = resume(own, data, train_data=others, allow_change=["train_data"])
+    assert state["records"] == {"count": count, "digest": RecordSet(others).digest}
+    (note,) = state["changes"]
+    assert (note["step"], note["setting"]) == (2, "train_data") and note["to"].startswith(f"{count} records (")
+    assert resume(own, data, train_data=others)["changes"] == [note], "they are the run's own from now on"
+    with pytest.raises(ConfigError, match="train_data"):
+        resume(own, data)
+
+
+def test_the_same_records_elsewhere_are_the_same(own, data, tmp_path, caplog):
+    go_back(own)
+    for path in Path(data["train_data"]).parent.glob("train.*"):
+        shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
+    assert resume(own, data, train_data=str(tmp_path / "moved"))["changes"] == [] and not caplog.records
+
+
+def test_a_checkpoint_without_a_digest_goes_on_and_has_one_then(own, data, tmp_path, caplog):
+    """As versions 0.2 to 0.4 wrote them."""
+    go_back(own, lambda state: {key: value for key, value in state.items() if key not in ("records", "version")})
+    state = resume(own, data, workers=0)
+    (warning,) = (record.message for record in caplog.records)
+    assert f"step-00000002: of version 0.4 or before, this is {rwkv_clip.__version__}; it does not say" in warning
+    assert state["records"]["digest"] == RecordSet(data["train_data"]).digest
+    assert state["version"] == rwkv_clip.__version__ and [note["setting"] for note in state["changes"]] == ["version"]
+
+
+@pytest.mark.parametrize("records", [7, [], {"count": "many"}, {"digest": 3}], ids=str)
+def test_records_that_make_no_sense_are_no_crash(own, data, records):
+    go_back(own, lambda state: state | {"records": records})
+    with pytest.raises((CheckpointError, ConfigError), match=r"records is|train_data: "):
+        resume(own, data)
 
 
 # ---- several ranks
@@ -282,20 +365,14 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(data, why, monkeypatch, capl
 @pytest.mark.parametrize("way", ["> /dev/full 2>&1", ">&- 2>&-"])
 def test_output_that_is_gone_ends_no_run(own, data, way):
     """All that a run says, warnings included: the checkpoint is one of an older version."""
-    shutil.rmtree(own / "checkpoints" / "step-00000003")
-    state = own / "checkpoints" / "step-00000002" / "state.json"
-    state.write_text(state.read_text().replace('"version": "', '"version": "0.'))
-    manifest = state.with_name("MANIFEST.json")
-    files = json.loads(manifest.read_text())
-    files["files"]["state.json"] = {"sha256": hash_file(state), "bytes": state.stat().st_size}
-    manifest.write_text(json.dumps(files))
+    go_back(own, lambda state: state | {"version": "0.0.1"})
     settings = to_arguments(data | {"logs": str(own.parent), "name": "own", "resume": "latest"})
     line = " ".join([sys.executable, "-m", "rwkv_clip.training.main", *settings, way])
     assert subprocess.run(["bash", "-c", line]).returncode == 0
     last = find_checkpoint(own)
     assert last.name == "step-00000003"
     (note,) = json.loads((last / "state.json").read_text())["changes"]
-    assert note["step"] == 2 and note["setting"] == "version" and note["from"] == f"0.{note['to']}"
+    assert note == {"step": 2, "setting": "version", "from": "0.0.1", "to": rwkv_clip.__version__}
 
 
 # ---- reports
@@ -350,7 +427,6 @@ def test_a_folder_that_tensorboard_cannot_write(data, monkeypatch, caplog):
 
 def fail_in(place: str, monkeypatch) -> None:
     """Let memory run out at a place of the second step, in saving, or in validation."""
-    import rwkv_clip
     from rwkv_clip.training import saver
 
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..\nSee documentation")
