@@ -109,8 +109,8 @@ def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world
         if chosen[key] not in (None, "latest"):
             chosen[key] = "given"
     return {
-        **_flatten("", chosen),
-        **_flatten("model.", spec_to_json(spec)),
+        **flatten_table("", chosen),
+        **flatten_table("model.", spec_to_json(spec)),
         "precision": f"{settings.precision} ({autocast_dtype(settings.precision, world.device) or torch.float32})",
         "train_data": describe_records({"count": len(records), "digest": records.digest}),
         "version": rwkv_clip.__version__,
@@ -140,10 +140,11 @@ def compare_plans(plans: list[dict[str, Any]]) -> None:
         raise ConfigError(["ranks: start all with the same settings, records and code", *listed[:NAMED], *more])
 
 
-def _flatten(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
+def flatten_table(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
+    """A nested table as one of its leaves, by dotted names behind `prefix`."""
     flat = {}
     for key, value in table.items():
-        flat |= _flatten(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten_table(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.model import read_fitting_weights, spec_to_json
+from rwkv_clip.model import read_fitting_weights, resolve_spec, spec_to_json
 
-from .checks import describe_records
+from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
 from .parallel import whole_tensors
 
@@ -119,8 +119,21 @@ def compare_runs(trainer: Trainer, state: dict[str, Any]) -> list[tuple[str, Any
     now = to_dict(trainer.settings)
     free = FREE_ON_RESUME if trainer.settings.deterministic else FREE_ON_RESUME | {"max_ranks"}
     changes = [(key, then[key], now[key]) for key in now if key not in free and then[key] != now[key]]
+    changes += _compare_models(trainer, state, [key for key, *_ in changes])
     whole = [(key, state[key], getattr(trainer, key)) for key in WHOLE]
     return changes + [change for change in whole if change[1] != change[2]] + _compare_records(trainer, state)
+
+
+def _compare_models(trainer: Trainer, state: dict[str, Any], changed: list[str]) -> list[tuple[str, Any, Any]]:
+    """The description behind an unchanged name, a file or what --pretrained makes of it; fields that are newer than the
+    checkpoint had their defaults then."""
+    if "model" in changed or "spec" not in state:
+        return []
+    specs = spec_to_json(resolve_spec(state["spec"])[1]), spec_to_json(trainer.model.spec)
+    then, now = (flatten_table("", spec) for spec in specs)
+    own = {"image.drop_path"} if "drop_path" in changed else set()  # a setting, too
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in own]
+    return [("model", *({name: flat.get(name) for name in names} for flat in (then, now)))] if names else []
 
 
 def _compare_records(trainer: Trainer, state: dict[str, Any]) -> list[tuple[str, str, str]]:

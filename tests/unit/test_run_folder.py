@@ -219,6 +219,25 @@ def test_a_checkpoint_without_a_digest_goes_on_and_has_one_then(own, data, tmp_p
     assert state["version"] == rwkv_clip.__version__ and [note["setting"] for note in state["changes"]] == ["version"]
 
 
+def test_another_description_behind_the_same_name_is_refused(own, data):
+    """Its weights would fit."""
+    go_back(own, lambda state: {**state, "spec": {**state["spec"], "text": {**state["spec"]["text"], "norm_eps": 0.5}}})
+    with pytest.raises(ConfigError, match=r"model: \{'text.norm_eps': 0.5\} -> \{'text.norm_eps': 0.00064\}"):
+        resume(own, data)
+    (note,) = resume(own, data, allow_change=["model"])["changes"]
+    assert note["setting"] == "model" and note["from"] == {"text.norm_eps": 0.5}
+
+
+def test_a_description_without_newer_fields_is_the_same(own, data):
+    drop = {"norm_eps", "rwkv_init", "class_token"}
+    old = lambda state: {  # noqa: E731
+        part: {key: value for key, value in state["spec"][part].items() if key not in drop}
+        for part in ("image", "text")
+    }
+    go_back(own, lambda state: state | {"spec": old(state)})
+    assert resume(own, data)["changes"] == []
+
+
 @pytest.mark.parametrize("records", [7, [], {"count": "many"}, {"digest": 3}], ids=str)
 def test_records_that_make_no_sense_are_no_crash(own, data, records):
     go_back(own, lambda state: state | {"records": records})
