@@ -45,10 +45,10 @@ class WorkerLost(RuntimeError):
     """A data worker's process is gone. Killed (-9) it is mostly a lack of memory, else its data ended it."""
 
     def __init__(self, pid: int | None, code: int | None):
-        super().__init__(
-            f"data worker {pid} died with exit code {code}; -9 is mostly a lack of memory: use fewer --workers"
-        )
-        self.exit_code = SETTING if code == -signal.SIGKILL else DATA
+        killed = code == -signal.SIGKILL
+        remedy = "mostly a lack of memory: use fewer --workers" if killed else "--workers 0 shows why"
+        super().__init__(f"data worker {pid} died with exit code {code}; {remedy}")
+        self.exit_code = SETTING if killed else DATA
 
 
 @dataclass
