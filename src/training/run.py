@@ -13,10 +13,11 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
 from rwkv_clip.config import ConfigError, Settings
-from rwkv_clip.dist import World, ask_lead
+from rwkv_clip.dist import World, ask_lead, judge_all
 from rwkv_clip.files import hold
 
 
@@ -43,8 +44,11 @@ def open_run(settings: Settings, world: World, model: str) -> Iterator[tuple[Pat
 
         told = ask_lead(world, "run", begin)
         folder, checkpoint = logs / told["name"], told["checkpoint"] and Path(told["checkpoint"])
-        if checkpoint and not world.is_lead:
-            checkpoint = _find_same(settings, world, folder, checkpoint.name, told["manifest"])
+        if checkpoint and world.size > 1:
+            name = checkpoint.name
+            checkpoint = _find_same(settings, folder, name, told["manifest"])
+            seen = {"host": socket.gethostname(), "seen": checkpoint is not None}
+            judge_all(world, "checkpoint", seen, lambda ranks: _check_seen(ranks, folder / "checkpoints" / name))
         yield folder, checkpoint
 
 
@@ -91,17 +95,22 @@ def _choose_checkpoint(settings: Settings, world: World, folder: Path) -> Path |
     )
 
 
-def _find_same(settings: Settings, world: World, folder: Path, name: str, manifest: str) -> Path:
-    """The lead's checkpoint as this rank sees it. ConfigError where it does not, or sees another one."""
+def _find_same(settings: Settings, folder: Path, name: str, manifest: str) -> Path | None:
+    """The lead's checkpoint as this rank sees it; None where it does not, or sees another one."""
     start = _resumed_path(settings, folder)
-    places = [start, start / "checkpoints" / name, start / name, folder / "checkpoints" / name]
-    for path in places:
+    for path in (start, start / "checkpoints" / name, start / name, folder / "checkpoints" / name):
         with contextlib.suppress(OSError):
             if path.name == name and hash_file(path / "MANIFEST.json") == manifest:
                 return path
-    raise ConfigError(
-        [
-            f"logs: rank {world.rank} on {socket.gethostname()} does not see {folder / 'checkpoints' / name} as rank 0 "
-            f"does; all nodes have to share the storage of the run folder"
-        ]
-    )
+    return None
+
+
+def _check_seen(ranks: list[dict[str, Any]], path: Path) -> None:
+    blind = [f"rank {rank} on {one['host']}" for rank, one in enumerate(ranks) if not one["seen"]]
+    if blind:
+        raise ConfigError(
+            [
+                f"logs: {blind[0]} does not see {path} as rank 0 on {ranks[0]['host']} does; all nodes have to share "
+                f"the storage of the run folder"
+            ]
+        )

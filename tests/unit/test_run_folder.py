@@ -284,9 +284,9 @@ def test_a_rank_that_sees_another_folder_is_refused(own, tmp_path, other):
             shutil.rmtree(last)
         else:
             (last / "MANIFEST.json").write_text("{}")
-    (_, checkpoint), error = on_ranks([own.parent, far], name="own", resume="latest")
-    assert checkpoint.name == "step-00000003"
-    assert isinstance(error, ConfigError) and "rank 1 on" in str(error) and "share the storage" in str(error)
+    errors = on_ranks([own.parent, own.parent, far], name="own", resume="latest")
+    assert [type(error) for error in errors] == [ConfigError, LeadFailed, LeadFailed]
+    assert all("logs: rank 2 on" in str(error) and "share the storage" in str(error) for error in errors)
 
 
 def test_a_refusal_of_the_lead_is_every_rank_s(own):
