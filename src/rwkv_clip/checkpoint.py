@@ -44,7 +44,7 @@ MAX_JSON = 2**20  # bytes of state.json or a manifest that are read; real ones h
 _STEP = re.compile(r"step-(\d{8})(\.old)?")
 _FIELDS = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
-    **dict.fromkeys(("spec", "settings", "scaler"), dict),
+    **dict.fromkeys(("spec", "settings", "scaler", "records"), dict),
     "model": str,
 }
 _proven: dict[Path, list] = {}  # what this process wrote and verified, so that it is not hashed at each save again

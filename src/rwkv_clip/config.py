@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .files import parse_json, read_bytes
+
 CONFIGS = Path(__file__).parent / "configs"
+MAX_JSON = 1 << 24  # bytes of a preset or model description that are read
 LARGEST = (1 << 63) - 1  # what a tensor, a file and a seed can hold
 T = TypeVar("T")
 
@@ -345,11 +348,12 @@ def list_presets(kind: str) -> list[str]:
 def load_json(path: str | Path) -> Any:
     """Read JSON; ConfigError names the file when it is absent or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(read_bytes(Path(path), MAX_JSON), str(path))
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
-    except (ValueError, RecursionError) as error:  # also a path with NUL, numbers of thousands of digits
-        raise ConfigError([f"{path}: is not valid JSON ({error})"]) from None
+    except ValueError as error:
+        named = str(error).startswith(f"{path}: ")  # unlike a path that no file can have
+        raise ConfigError([str(error) if named else f"{path!r}: cannot be read ({error})"]) from None
 
 
 def load_settings(recipe: str | None) -> Settings:

@@ -8,27 +8,40 @@ run find the addresses of processes that are gone, and `--max-restarts` never wo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PEER
+from .errors import PEER, explain
 
 TIMEOUT = timedelta(minutes=10)  # of a collective, where nobody says otherwise
 JOINING = timedelta(minutes=5)  # for all ranks to be there: imports from a slow disk differ by minutes
+ANSWERING = timedelta(minutes=30)  # for an answer of the lead, who may have to read large checkpoints for it
+HEARING = 5.0  # seconds that the lead stays after bad news
 
 
 class PeerLost(RuntimeError):
     """Another rank is dead, silent or stuck, so this one cannot go on; names it and when it was last seen."""
 
     exit_code = PEER
+
+
+class LeadFailed(RuntimeError):
+    """What the lead rank was to do for all did not succeed; its words and its exit code."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere.
 
-    timeout: of every collective. PeerLost when a rank does not come within five minutes.
+    timeout: of every collective. PeerLost when a rank does not come within five minutes; ValueError where one has
+    another kind of device.
     """
     kind = choose_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -87,9 +101,10 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
         torch.cuda.set_device(kind)
     if size == 1:
         return World(rank, size, kind, restarted=restarted)
-    store = next(dist.rendezvous("env://", rank, size, timeout=JOINING))[0]
     try:
+        store = next(dist.rendezvous("env://", rank, size, timeout=JOINING))[0]
         name = _agree_on_name(store, rank, size)
+        _check_kinds(dist.PrefixStore(name, store), rank, size, kind)
         dist.init_process_group(
             "nccl" if kind.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"{name}/group", store),
@@ -98,6 +113,8 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
             timeout=timeout,
         )
     except dist.DistError as error:
+        if (found := explain(error)) is not None:  # the port is in use
+            raise ValueError(f"rank {rank} on {socket.gethostname()}: {found[1]}") from None
         raise PeerLost(f"rank {rank} waited {JOINING} for the other {size - 1} ranks ({first_line(error)})") from None
     # A connection of its own: torch's is blocked while a collective waits for a key.
     own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOINING)
@@ -131,13 +148,63 @@ def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:
     return word
 
 
-def tell(world: World, what: str, text: str) -> str:
-    """The lead's `text` on every rank. `what` names the question; each is asked once."""
+def _check_kinds(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    """ValueError, on all ranks, unless their devices are of one kind: others could not talk to each other, and wait."""
+    store.set(f"device/{rank}", f"{device.type} on {socket.gethostname()}")
+    first, *others = [kind.decode() for kind in store.multi_get([f"device/{r}" for r in range(size)])]
+    for other, kind in enumerate(others, 1):
+        if kind.split()[0] != first.split()[0]:
+            raise ValueError(f"device: rank {other} has {kind}, rank 0 has {first}; give all ranks one --device")
+
+
+def ask_lead(world: World, what: str, work: Callable[[], Any]) -> Any:
+    """What `work()` returns on the lead, JSON data, on every rank. `what` names the question; each is asked once.
+
+    An error of the lead's is raised there and, as LeadFailed with the same words and exit code, on the other ranks.
+    """
     if world.store is None:
-        return text
+        return work()
     if world.is_lead:
-        world.store.set(f"told/{what}", text)
-    return world.store.get(f"told/{what}").decode()
+        try:
+            answer = work()
+        except BaseException as error:
+            code, text = explain(error) or (PEER, f"rank 0 failed ({type(error).__name__}: {first_line(error)})")
+            world.store.set(f"told/{what}", json.dumps({"error": text, "code": code}))
+            until = time.monotonic() + HEARING
+            while world.store.add(f"heard/{what}", 0) < world.size - 1 and time.monotonic() < until:
+                time.sleep(0.01)  # the store may go with this process
+            raise
+        world.store.set(f"told/{what}", json.dumps({"answer": answer}))
+        return answer
+    try:
+        world.store.wait([f"told/{what}"], ANSWERING)
+        told = json.loads(world.store.get(f"told/{what}"))
+        world.store.add(f"heard/{what}", 1)
+    except dist.DistError as error:
+        raise PeerLost(f"rank {world.rank} got no answer from rank 0 ({first_line(error)})") from None
+    if "error" in told:
+        raise LeadFailed(told["error"], told["code"])
+    return told["answer"]
+
+
+def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[list[dict[str, Any]]], None]) -> None:
+    """`judge` gets, on the lead, the facts of all ranks, JSON data, in their order; its error is told as by `ask_lead`.
+
+    PeerLost for a rank that says nothing."""
+    if world.store is None:
+        return judge([facts])
+    world.store.set(f"fact/{what}/{world.rank}", json.dumps(facts))
+
+    def work() -> None:
+        heard = []
+        for rank in range(world.size):
+            try:
+                heard.append(json.loads(world.store.get(f"fact/{what}/{rank}")))
+            except dist.DistError as error:
+                raise PeerLost(f"rank {rank} said nothing before the run began ({first_line(error)})") from None
+        judge(heard)
+
+    return ask_lead(world, what, work)
 
 
 def first_line(error: BaseException) -> str:

@@ -158,9 +158,10 @@ def hold(lock: Path, what: str, remedy: str, keep: bool = False, shared: bool = 
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
-                    file.truncate(0)
-                    file.write(f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n")
-                    file.flush()
+                    with contextlib.suppress(OSError):  # a full disk takes no name, but is owned all the same
+                        os.ftruncate(file.fileno(), 0)
+                        owner = f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n"
+                        os.write(file.fileno(), owner.encode())
                     break
             file.close()  # its owner removed it while this process opened it
             file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115

@@ -210,6 +210,16 @@ class RecordFile:
             raise RecordError(f"{self.path}: changed since it was opened ({state['size']} -> {self._size} bytes)")
 
     @property
+    def size(self) -> int:
+        """Bytes of the .rec."""
+        return self._size
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte at which each record's frame starts, in index order: int64 (n,)."""
+        return self._offsets
+
+    @property
     def keys(self) -> list[int] | list[str]:
         """All keys in index order, as a new list."""
         return self._keys.tolist() if isinstance(self._keys, np.ndarray) else list(self._keys)

@@ -7,17 +7,22 @@ released code have none, there the number of labels tells. `recordfile` has the 
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import hashlib
 import json
+import os
 import zlib
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
+from .files import allow_open_files, parse_json, read_bytes
 from .recordfile import HEADER, Header, RecordFile, RecordWriter, beside, pack, split_path, unpack
 from .recordindex import RecordError
 
@@ -40,18 +45,24 @@ SCHEMA = 1
 EXACT = 1 << 24  # float32 labels hold every id below this exactly
 CHECKSUM = "crc32"
 LOOKED_AT = 64  # records of a file whose token ids are seen before training begins
-WAYS = "give a prefix, file, glob, folder or comma list"
+DIGESTED = (16, 256)  # records of a file that a digest reads, at least and at most
+ALL_DIGESTED = 4096  # records of all files, where that leaves each the least
+BEGINNING = 1 << 14  # bytes of such a record
+MAX_JSON = 1 << 24  # bytes of a side file that are read
+WAYS = "give a prefix, file, glob, folder or comma list of records, which data2rec.py makes from other data"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the labels of a file mean. `checksum`: header id2 is the CRC-32 of labels and payload."""
+    """What the labels of a file mean. `checksum`: header id2 is the CRC-32 of labels and payload. `content`: what the
+    builder says of all records together, the sha256 over their checksums."""
 
     views: tuple[str, ...]
     context: int = CONTEXT
     tokenizer: str | None = None
     vocab_size: int | None = None
     checksum: bool = False
+    content: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def width(self) -> int:
@@ -67,17 +78,18 @@ def checksum(content: bytes | memoryview) -> int:
 def find_record_files(spec: str | Path | list[str]) -> list[Path]:
     """The .rec files that `spec` names, sorted: a prefix, a .rec, a glob, a folder, or a comma list of these.
 
-    The prefix of a sharded set (`train` for train-00000.rec, ...) means all its shards. ValueError if a part
-    of `spec` names nothing, or if shards that the builder wrote are missing.
+    The prefix of a sharded set (`train` for train-00000.rec, ...) means all its shards. A name with a comma in it is
+    a list only where there are no records of that name. ValueError if a part of `spec` names nothing, or if shards
+    that the builder wrote are missing.
     """
     parts = [str(part) for part in spec] if isinstance(spec, list) else [str(spec)]
-    if len(parts) == 1 and not Path(parts[0]).exists():
+    if len(parts) == 1 and "," in parts[0] and not _is_name(parts[0]):
         parts = [part.strip() for part in parts[0].split(",") if part.strip()]
     found: dict[Path, None] = {}
     for part in parts:
         files = _expand(part)
         if not files:
-            raise ValueError(f"records: {part!r} names no .rec file; {WAYS}")
+            raise ValueError(f"records: {part!r} {_explain_none(Path(part))}")
         found.update(dict.fromkeys(files))
     if not found:
         raise ValueError(f"records: {str(spec)!r} is empty; {WAYS}")
@@ -85,6 +97,13 @@ def find_record_files(spec: str | Path | list[str]) -> list[Path]:
         if not beside(split_path(file), ".idx").is_file():
             raise ValueError(f"records: {file} has no .idx beside it")
     return sorted(found)
+
+
+def _is_name(part: str) -> bool:
+    try:
+        return os.path.exists(part) or bool(_expand(part))
+    except OSError:  # longer than a name can be
+        return False
 
 
 def _expand(part: str) -> list[Path]:
@@ -110,13 +129,22 @@ def _expand(part: str) -> list[Path]:
     return shards
 
 
+def _explain_none(path: Path) -> str:
+    if not path.is_file():
+        return f"names no .rec file; {WAYS}"
+    prefix = path.with_suffix("")
+    if beside(prefix, ".rec").is_file():
+        return f"lies beside the records; give their prefix {str(prefix)!r}"
+    return f"is a file, but no .rec; make records of it first: python data2rec.py {path} PREFIX, and give PREFIX"
+
+
 def _read_json(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{path}: not JSON ({error})") from None
+        content = parse_json(read_bytes(path, MAX_JSON), str(path))
+    except (ValueError, OSError) as error:
+        raise RecordError(str(error)) from None
     if not isinstance(content, dict):
         raise RecordError(f"{path}: holds a {type(content).__name__}, not an object")
     return content
@@ -151,7 +179,10 @@ def read_layout(file: RecordFile) -> Layout:
     tokenizer = side.get("tokenizer")
     if tokenizer is not None and not isinstance(tokenizer, str):
         raise RecordError(f"{path}: tokenizer is {tokenizer!r}, should be a name")
-    return Layout(tuple(views), context, tokenizer, vocab, side.get("checksum") == CHECKSUM)
+    content = side.get("content")
+    if content is not None and not isinstance(content, str):
+        raise RecordError(f"{path}: content is {str(content)[:40]}, should be a hash; build the records again")
+    return Layout(tuple(views), context, tokenizer, vocab, side.get("checksum") == CHECKSUM, content)
 
 
 class RecordSet:
@@ -162,8 +193,12 @@ class RecordSet:
     """
 
     def __init__(self, spec: str | Path | list[str], *, check: bool = True):
-        self.files = [RecordFile(path) for path in find_record_files(spec)]
-        self.files = [file for file in self.files if len(file)]
+        paths = find_record_files(spec)
+        allow_open_files(len(paths))  # a mapped file stays open
+        try:
+            self.files = [file for file in map(RecordFile, paths) if len(file)]
+        except PermissionError as error:  # output that cannot be written is another matter
+            raise RecordError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions") from None
         if not self.files:
             raise RecordError(f"{spec}: the files hold no record")
         layouts = [read_layout(file) for file in self.files]
@@ -172,6 +207,7 @@ class RecordSet:
                 raise RecordError(f"{file.path}: {layout} differs from {layouts[0]} of {self.files[0].path}")
         self.layout = layouts[0]
         self.check = check
+        self._layouts = layouts
         self._ends = list(accumulate(len(file) for file in self.files))
 
     def __len__(self) -> int:
@@ -196,6 +232,26 @@ class RecordSet:
     def vocab_size(self) -> int | None:
         """Ids are below this; None if the files do not say."""
         return self.layout.vocab_size
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, hexadecimal, that tells these records from others, wherever they lie and whenever they were written.
+
+        Over each file's layout, size and offsets, and what its side file says of the content. Where that says nothing,
+        over the beginnings of some records: what differs in others of the same length only is not seen.
+        """
+        least, most = DIGESTED
+        some = min(most, max(least, ALL_DIGESTED // len(self.files)))
+        total = hashlib.sha256()
+        for file, layout in zip(self.files, self._layouts):
+            about = [layout.views, layout.context, layout.tokenizer, layout.vocab_size, layout.content]
+            total.update(json.dumps([*about, file.size, len(file)]).encode())
+            total.update(file.offsets.astype("<i8", copy=False))
+            if layout.content is None:
+                for i in np.unique(np.linspace(0, len(file) - 1, some).astype(int)).tolist():
+                    with suppress(RecordError):  # a damaged one: counted and replaced when its turn comes
+                        total.update(file.view(i)[:BEGINNING])
+        return total.hexdigest()
 
     def limit_vocab(self, vocab: int) -> int:
         """From now on records with a token id of `vocab` or more are damaged ones. Looks at some records of every file

@@ -27,9 +27,9 @@ from rwkv_clip.model import create_model, image_size_of, resolve_spec
 from rwkv_clip.objective import make_objective
 from rwkv_clip.recordio import RecordError, RecordSet
 
+from .checks import check_records
 from .data import CHUNK, Batch, DataError, TorchLoader, make_loader
 from .loop import Trainer
-from .main import check_records
 from .samples import Sample, SampleReader, decode_window, fit_pixels
 
 ENDLESS = 1 << 40  # steps of a loader that is stopped by the clock

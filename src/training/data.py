@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from rwkv_clip.errors import DATA, SETTING
 from rwkv_clip.recordio import RecordSet
 
 from .augment import Augmentation
@@ -38,6 +39,16 @@ LOADERS = ("auto", "dali", "torch")
 CHUNK = 32  # samples per message of a worker: 5 MB at 224 px, so small /dev/shm (64 MB in containers) will do
 AHEAD = 2  # batches decoded ahead of the training step
 NAMED = 10  # bad records that are named
+
+
+class WorkerLost(RuntimeError):
+    """A data worker's process is gone. Killed (-9) it is mostly a lack of memory, else its data ended it."""
+
+    def __init__(self, pid: int | None, code: int | None):
+        killed = code == -signal.SIGKILL
+        remedy = "mostly a lack of memory: use fewer --workers" if killed else "--workers 0 shows why"
+        super().__init__(f"data worker {pid} died with exit code {code}; {remedy}")
+        self.exit_code = SETTING if killed else DATA
 
 
 @dataclass
@@ -267,10 +278,7 @@ class TorchLoader(Loader):
                 process.join(timeout=5)
             if not dead:
                 raise
-            raise RuntimeError(
-                f"data worker {dead[0].pid} died with exit code {dead[0].exitcode}; -9 is mostly "
-                f"a lack of memory: use fewer --workers"
-            ) from error
+            raise WorkerLost(dead[0].pid, dead[0].exitcode) from error
 
     def close(self) -> None:
         # torch ends its workers when its iterator is deleted, which the traceback of an error in it delays to

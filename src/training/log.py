@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rwkv_clip.config import Settings, to_dict
+from rwkv_clip.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +29,20 @@ class RunLog:
         self._terminal = sys.stderr.isatty()
         self._total = total_steps
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self._terminal, leave=True)
-        self._writers = [_WRITERS[name](folder, settings) for name in settings.report_to]
+        self._writers: dict[str, Callable[[int | None, dict[str, float]], None]] = {}
+        for name in settings.report_to:
+            make = _WRITERS[name]()
+            with self._guarding(name):
+                self._writers[name] = make(folder, settings)
 
     def _drop_future(self, first_step: int) -> None:
         """Lines behind the step that the run resumes from will be written again. One that was cut off (a full disk, a
         kill) goes, too."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= first_step]
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(line + "\n" for line in kept))
-        draft.replace(self.path)  # at once: a kill in between loses no line
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= first_step]
+        write_whole(self.path, [f"{line}\n".encode() for line in kept])
 
     def advance(self) -> None:
         """One step is done."""
@@ -45,8 +51,7 @@ class RunLog:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one record; numbers only, plus what JSON holds."""
         self._append(json.dumps({"step": step, **values}) + "\n")
-        for writer in self._writers:
-            writer(step, {key: value for key, value in values.items() if isinstance(value, (int, float))})
+        self._report(step, {key: value for key, value in values.items() if isinstance(value, (int, float))})
         if "loss" in values:
             shown = {"loss": f"{values['loss']:.3f}", "samples/s": f"{values['samples_per_second']:.0f}"}
             self._bar.set_postfix(shown)
@@ -63,6 +68,20 @@ class RunLog:
         except OSError as error:
             log.error("%s: not written (%s); %d bytes wait for the next record", self.path, error, len(self._unwritten))
 
+    def _report(self, step: int | None, values: dict[str, float]) -> None:
+        for name, writer in list(self._writers.items()):
+            with self._guarding(name):
+                writer(step, values)
+
+    @contextlib.contextmanager
+    def _guarding(self, name: str) -> Iterator[None]:
+        """A report that fails, by a full disk or a network, is given up and ends no run: log.jsonl has all of it."""
+        try:
+            yield
+        except Exception as error:
+            self._writers.pop(name, None)
+            log.warning("report_to: %s failed (%s: %s) and gets no more", name, type(error).__name__, error)
+
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
         self._bar.write(text, file=sys.stdout)
@@ -71,8 +90,7 @@ class RunLog:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        for writer in self._writers:
-            writer(None, {})
+        self._report(None, {})
 
 
 def _step_of(line: str) -> float:
@@ -88,44 +106,56 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _tensorboard(folder: Path, settings: Settings):
+# Each finds its package, ValueError without, and returns what opens a report: (folder, settings) -> a function that
+# writes (step, values), and ends the report when the step is None.
+
+
+def _tensorboard():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("report_to: tensorboard is not installed; pip install -e .[tensorboard]") from None
-    writer = SummaryWriter(folder / "tensorboard")
 
-    def write(step: int | None, values: dict[str, float]) -> None:
-        if step is None:
-            writer.close()
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
+    def start(folder: Path, settings: Settings):
+        writer = SummaryWriter(folder / "tensorboard")
 
-    return write
+        def write(step: int | None, values: dict[str, float]) -> None:
+            if step is None:
+                writer.close()
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write
+
+    return start
 
 
-def _wandb(folder: Path, settings: Settings):
+def _wandb():
     try:
         import wandb
     except ImportError:
         raise ValueError("report_to: wandb is not installed; pip install -e .[wandb]") from None
-    # The folder's name is the run's identity, so that a resumed run goes on in the same chart.
-    run = wandb.init(
-        project="rwkv-clip",
-        name=folder.name,
-        id=folder.name,
-        dir=folder,
-        resume="allow",
-        config=to_dict(settings),
-    )
 
-    def write(step: int | None, values: dict[str, float]) -> None:
-        if step is None:
-            run.finish()
-        else:
-            run.log(values, step=step)
+    def start(folder: Path, settings: Settings):
+        # The folder's name is the run's identity, so that a resumed run goes on in the same chart.
+        run = wandb.init(
+            project="rwkv-clip",
+            name=folder.name,
+            id=folder.name,
+            dir=folder,
+            resume="allow",
+            config=to_dict(settings),
+        )
 
-    return write
+        def write(step: int | None, values: dict[str, float]) -> None:
+            if step is None:
+                run.finish()
+            else:
+                run.log(values, step=step)
+
+        return write
+
+    return start
 
 
 _WRITERS = {"tensorboard": _tensorboard, "wandb": _wandb}

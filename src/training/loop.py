@@ -51,6 +51,7 @@ class Progress:
     samples_seen: int = 0
     validated: int = 0  # the step of the last validation
     changes: list[dict[str, Any]] = field(default_factory=list)  # settings that --allow-change let differ, and when
+    records: dict[str, Any] = field(default_factory=dict)  # number and digest of those trained on, where that is said
 
 
 class Trainer:

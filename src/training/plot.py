@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+
+from rwkv_clip.files import write_whole
 
 
 def plot_training(folder: Path) -> Path:
@@ -37,7 +40,8 @@ def plot_training(folder: Path) -> Path:
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    path = folder / "training.png"
-    figure.savefig(path, dpi=110)
+    path, image = folder / "training.png", io.BytesIO()
+    figure.savefig(image, dpi=110)
     plt.close(figure)
+    write_whole(path, [image.getvalue()])
     return path

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.model import read_fitting_weights, spec_to_json
+from rwkv_clip.model import read_fitting_weights, resolve_spec, spec_to_json
 
+from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
 from .parallel import whole_tensors
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 OBJECTIVE = "objective/"  # prefix of an objective's buffers among the optimizer's tensors
 
 # What may differ between a run and its resumption without making it another run. The batch may be cut in other ways
-# (--batch-size, --accum-freq, ranks) as long as the global batch is the same.
+# (--batch-size, --accum-freq, ranks) as long as the global batch is the same. Of the records it is the content that
+# counts, not where they lie.
 FREE_ON_RESUME = {
     *("train_data", "val_data", "val_split", "val_prefix", "pretrained", "logs", "name", "resume", "allow_change"),
     *("report_to", "device", "workers", "loader", "torchcompile", "grad_checkpointing", "parallel", "timeout"),
@@ -59,6 +62,8 @@ def take_snapshot(trainer: Trainer, name: str) -> tuple[dict[str, Tensor], dict[
         **trainer.watch.state_dict(),
         "arithmetic": describe_arithmetic(trainer),
         "changes": trainer.progress.changes,
+        "records": trainer.progress.records,
+        "version": rwkv_clip.__version__,
     }
     lead = trainer.world.is_lead
     return whole_tensors(trainer.model.state_dict(), lead), whole_tensors(optim, lead), state
@@ -96,6 +101,13 @@ def restore_snapshot(trainer: Trainer, path: Path, state: dict[str, Any]) -> Non
     progress = trainer.progress
     progress.step, progress.samples_seen = state["step"], state["samples_seen"]
     progress.validated = state.get("validated", state["step"])  # absent before version 0.3
+    version = state.get("version")
+    if version != rwkv_clip.__version__:
+        changes.append(("version", version, rwkv_clip.__version__))
+        if trainer.world.is_lead:
+            silent = "" if state.get("records") else "; it does not say which records it comes from, so any are taken"
+            about = version or "0.4 or before", rwkv_clip.__version__
+            log.warning("%s: of version %s, this is %s%s", path, *about, silent)
     new = [{"step": progress.step, "setting": key, "from": then, "to": now} for key, then, now in changes]
     progress.changes = [*state.get("changes", []), *new]
 
@@ -107,8 +119,28 @@ def compare_runs(trainer: Trainer, state: dict[str, Any]) -> list[tuple[str, Any
     now = to_dict(trainer.settings)
     free = FREE_ON_RESUME if trainer.settings.deterministic else FREE_ON_RESUME | {"max_ranks"}
     changes = [(key, then[key], now[key]) for key in now if key not in free and then[key] != now[key]]
+    changes += _compare_models(trainer, state, [key for key, *_ in changes])
     whole = [(key, state[key], getattr(trainer, key)) for key in WHOLE]
-    return changes + [change for change in whole if change[1] != change[2]]
+    return changes + [change for change in whole if change[1] != change[2]] + _compare_records(trainer, state)
+
+
+def _compare_models(trainer: Trainer, state: dict[str, Any], changed: list[str]) -> list[tuple[str, Any, Any]]:
+    """The description behind an unchanged name, a file or what --pretrained makes of it; fields that are newer than the
+    checkpoint had their defaults then."""
+    if "model" in changed or "spec" not in state:
+        return []
+    specs = spec_to_json(resolve_spec(state["spec"])[1]), spec_to_json(trainer.model.spec)
+    then, now = (flatten_table("", spec) for spec in specs)
+    own = {"image.drop_path"} if "drop_path" in changed else set()  # a setting, too
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in own]
+    return [("model", *({name: flat.get(name) for name in names} for flat in (then, now)))] if names else []
+
+
+def _compare_records(trainer: Trainer, state: dict[str, Any]) -> list[tuple[str, str, str]]:
+    then, now = state.get("records"), trainer.progress.records
+    if not then or not now or then == now:  # versions before 0.5 say nothing of the records
+        return []
+    return [("train_data", describe_records(then), describe_records(now))]
 
 
 def describe_arithmetic(trainer: Trainer) -> str:

@@ -90,8 +90,8 @@ PRESETS = [
     ("[1]", "Settings", "[1]", "table of settings"),
     ("", "preset.json", "JSON", "char 0"),
     ('{"lr": 1', "preset.json", "JSON", "char"),
-    ("[" * 100_000, "preset.json", "JSON", "recursion"),
-    ("\udcff", "preset.json", "JSON", "utf-8"),
+    ("[" * 100_000, "preset.json", "JSON", "nested too deeply"),
+    ("\udcff", "preset.json", "not UTF-8", "save it as UTF-8"),
 ]
 
 

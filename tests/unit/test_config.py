@@ -74,7 +74,7 @@ def test_recipes_by_path_and_wrong_name(tmp_path):
     path.write_text('{"lr": 0.5}')
     assert load_settings(str(path)).lr == 0.5
     path.write_text("{lr: 0.5}")
-    with pytest.raises(ConfigError, match=r"mine\.json: is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"mine\.json: not JSON"):
         load_settings(str(path))
     with pytest.raises(ConfigError, match="did you mean 'rwkv-clip-b32-yfcc15m'"):
         load_settings("rwkv-clip-b32-yfcc")

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from rwkv_clip.dist import World, _agree_on_name, autocast_dtype, gather, join_world, mean_over_ranks
+from rwkv_clip.files import hold
 from rwkv_clip.training import heartbeat
 from rwkv_clip.training.heartbeat import Heartbeat, start_time, watch_peers
-from rwkv_clip.training.runlock import hold_run
 
 
 def test_one_process_is_a_world(monkeypatch):
@@ -68,6 +68,6 @@ def test_a_file_system_without_locks_is_a_warning(monkeypatch, tmp_path, caplog)
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with hold_run(tmp_path / "run", World(0, 1, torch.device("cpu"))):
+    with hold(tmp_path / "run.lock", "run", "wait"):
         pass
     assert "cannot be locked" in caplog.text

@@ -18,11 +18,12 @@ from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors,
 from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.objective import make_objective
-from rwkv_clip.training import loop, main
+from rwkv_clip.training import loop
 from rwkv_clip.training.data import Batch
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.numerics import Watch
 from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
+from rwkv_clip.training.run import claim_folder
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +148,8 @@ def test_a_second_run_does_not_overwrite_the_first(data, whole):
 
 
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(main.time, "strftime", lambda _: "20261121-120000")
-    names = [main.claim_folder(tmp_path / "logs", "vit") for _ in range(3)]
+    monkeypatch.setattr("rwkv_clip.training.run.time.strftime", lambda _: "20261121-120000")
+    names = [claim_folder(tmp_path / "logs", "vit") for _ in range(3)]
     assert names == [f"vit-20261121-120000{end}" for end in ("", "-2", "-3")]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == sorted(names)
 
@@ -158,7 +159,7 @@ def test_logs_that_cannot_be_a_folder_are_named(tmp_path):
     (tmp_path / "file").touch()
     for name in ("gone", "file", "file/below"):
         with pytest.raises(ConfigError, match=f"logs: .*{name} cannot be made"):
-            main.claim_folder(tmp_path / name, "vit")
+            claim_folder(tmp_path / name, "vit")
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,11 @@ def _openmp(compiler: Path) -> tuple[list[str], list[str]]:
 def _openmp_runtime() -> Path | None:
     names = ("libgomp", "libiomp5", "libomp")
     maps = Path("/proc/self/maps")
-    mapped = [Path(line.split(maxsplit=5)[-1]) for line in maps.read_text().splitlines()] if maps.exists() else []
+    mapped = (
+        [Path(line.split(maxsplit=5)[-1]) for line in maps.read_text(errors="surrogateescape").splitlines()]
+        if maps.exists()
+        else []
+    )
     shipped = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
     return next((path for path in [*mapped, *shipped] if path.name.startswith(names) and path.exists()), None)
 

@@ -1,0 +1,116 @@
+"""Run folders: which one a run writes, who owns it, and which checkpoint it goes on from.
+
+One process at a time writes a run folder; `run.lock` in it stays, to say who owned it last. The lead rank opens it and
+decides, after it owns the folder, what there is to go on from; it tells the other ranks, which hold what they see of
+the folder against that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
+from rwkv_clip.config import ConfigError, Settings
+from rwkv_clip.dist import World, ask_lead, judge_all
+from rwkv_clip.files import hold
+
+
+@contextlib.contextmanager
+def open_run(settings: Settings, world: World, model: str) -> Iterator[tuple[Path, Path | None]]:
+    """(run folder, checkpoint to resume from or None); the folder is owned while inside. A run without a name gets the
+    model's and the time.
+
+    InUse, at once, when another process owns it. ConfigError when it holds another run already, CheckpointError when
+    there is nothing intact to resume from, OSError when it cannot be written. What the lead meets, the others say, too.
+    """
+    logs = Path(settings.logs)
+    with contextlib.ExitStack() as owned:
+
+        def begin() -> dict[str, str | None]:
+            name = settings.name or claim_folder(logs, model)
+            _make_folder(logs, "logs")
+            _make_folder(logs / name, "name")
+            lock, remedy = logs / name / "run.lock", "wait for it, end it, or take another --name"
+            owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))
+            checkpoint = _choose_checkpoint(settings, world, logs / name)
+            digest = hash_file(checkpoint / "MANIFEST.json") if checkpoint else None
+            return {"name": name, "checkpoint": checkpoint and str(checkpoint), "manifest": digest}
+
+        told = ask_lead(world, "run", begin)
+        folder, checkpoint = logs / told["name"], told["checkpoint"] and Path(told["checkpoint"])
+        if checkpoint and world.size > 1:
+            name = checkpoint.name
+            checkpoint = _find_same(settings, folder, name, told["manifest"])
+            seen = {"host": socket.gethostname(), "seen": checkpoint is not None}
+            judge_all(world, "checkpoint", seen, lambda ranks: _check_seen(ranks, folder / "checkpoints" / name))
+        yield folder, checkpoint
+
+
+def claim_folder(logs: Path, name: str) -> str:
+    """Make a run folder of that name and the time; its name. Runs that start in the same second get -2, -3 .."""
+    _make_folder(logs, "logs")
+    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for free in itertools.chain([stamp], (f"{stamp}-{count}" for count in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (logs / free).mkdir()
+            return free
+
+
+def _make_folder(path: Path, setting: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError([f"{setting}: {path} cannot be made ({error.strerror}); name a folder that can"]) from None
+
+
+def _resumed_path(settings: Settings, folder: Path) -> Path:
+    """Where the checkpoint to resume from is looked for."""
+    return folder if settings.resume in (None, "latest") else Path(settings.resume)
+
+
+def _choose_checkpoint(settings: Settings, world: World, folder: Path) -> Path | None:
+    """The checkpoint folder to go on from, verified; None to start anew."""
+    has_run = bool(list_checkpoints(folder))
+    again = world.restarted and settings.name and has_run  # by torchrun, with the arguments of the first start
+    if settings.resume is None and has_run and not again:
+        raise ConfigError([f"name: {folder} holds a run already; add --resume latest to go on, or take another name"])
+    if again:
+        return find_checkpoint(folder)
+    if settings.resume is None or (settings.resume == "latest" and not has_run):
+        return None
+    found = find_checkpoint(_resumed_path(settings, folder))
+    if found.is_dir():
+        return found
+    raise ConfigError(
+        [
+            f"resume: {found} is a file of weights, a run goes on from a run folder or a checkpoint folder in it; "
+            f"--pretrained {found} begins a new run with these weights"
+        ]
+    )
+
+
+def _find_same(settings: Settings, folder: Path, name: str, manifest: str) -> Path | None:
+    """The lead's checkpoint as this rank sees it; None where it does not, or sees another one."""
+    start = _resumed_path(settings, folder)
+    for path in (start, start / "checkpoints" / name, start / name, folder / "checkpoints" / name):
+        with contextlib.suppress(OSError):
+            if path.name == name and hash_file(path / "MANIFEST.json") == manifest:
+                return path
+    return None
+
+
+def _check_seen(ranks: list[dict[str, Any]], path: Path) -> None:
+    blind = [f"rank {rank} on {one['host']}" for rank, one in enumerate(ranks) if not one["seen"]]
+    if blind:
+        raise ConfigError(
+            [
+                f"logs: {blind[0]} does not see {path} as rank 0 on {ranks[0]['host']} does; all nodes have to share "
+                f"the storage of the run folder"
+            ]
+        )
