@@ -283,15 +283,17 @@ def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def preprocess_of(model: nn.Module) -> Callable:
-    """Evaluation transform of a model: PIL image -> float (3, h, w)."""
-    from .image import CLIP_MEAN, CLIP_STD, val_transform
+    """Evaluation transform of a model: PIL image of any mode -> float (3, h, w)."""
+    from .image import CLIP_MEAN, CLIP_STD, prepare, val_transform
 
     mean, std = pixel_statistics(model)
     if (mean, std) == (CLIP_MEAN, CLIP_STD):
         return val_transform(image_size_of(model))
     import open_clip
 
-    return open_clip.image_transform(model.visual.image_size, is_train=False, mean=mean, std=std)
+    theirs = open_clip.image_transform(model.visual.image_size, is_train=False, mean=mean, std=std)
+    theirs.transforms[:0] = prepare(image_size_of(model))
+    return theirs
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
