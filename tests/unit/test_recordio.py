@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_clip import recordfile
 from rwkv_clip.recordio import (
     Header,
     RecordError,
@@ -243,13 +244,14 @@ def test_cut_and_overwritten_files_are_refused_when_opened(tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_flipped_bits_in_frames_are_found_without_a_checksum(tmp_path, step):
+def test_flipped_bits_in_frames_are_found_without_a_checksum(tmp_path, step, monkeypatch):
     """Every bit of every frame. What is not found gave the record a byte or two of its zero padding. step: how many
     records the index goes on at a time; records that it leaves out are no excuse."""
+    monkeypatch.setattr(recordfile, "_SPOT_CHECKS", 0)  # or opening so small a file looks at every frame
     random = np.random.default_rng(0)
     records = {}
     for key in range(24):
-        picture = random.bytes(60 + key) + (MAGIC * 2 + b"12" if key in (5, 9, 10) else b"") + b"\xff\xd9"
+        picture = random.bytes(60 + key) + (MAGIC * 2 + b"12" if key in (4, 8, 12) else b"") + b"\xff\xd9"
         records[key] = pack(Header(label=random.integers(0, 90, 8), id=key), picture)
     write(tmp_path / "x", records)
     data = (tmp_path / "x.rec").read_bytes()
