@@ -317,6 +317,8 @@ class RecordFile:
             if at + 8 + length > limit:
                 self._fail(i, at, f"{length} bytes announced, but only {limit - at - 8} are there")
             parts.append((at + 8, at + 8 + length))
+            if cflag != WHOLE and len(_parts(self._map[at + 8 : at + 8 + length])) > 1:
+                self._fail(i, at, f"{length} bytes announced, which go over the start of another part")
             if cflag in (WHOLE, LAST):
                 if not self._ends_well(parts[-1][1], limit):
                     what = f"the record ends at byte {parts[-1][1]}, its room at {limit}, and no record lies between"
