@@ -251,7 +251,8 @@ def tokenizer_of(spec: ModelSpec) -> Tokenizer:
     tokenizer = open_clip.get_tokenizer(source)
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return make_tokenizer(context=tokenizer.context_length)
-    return Tokenizer(f"open_clip:{source}", tokenizer, tokenizer.vocab_size, tokenizer.context_length)
+    vocab = tokenizer.vocab_size if hasattr(tokenizer, "vocab_size") else len(tokenizer.tokenizer)  # Hugging Face's
+    return Tokenizer(f"open_clip:{source}", tokenizer, vocab, tokenizer.context_length)
 
 
 def vocab_of(spec: ModelSpec) -> int | None:

@@ -11,30 +11,34 @@ import torch
 from PIL import Image
 
 from rwkv_clip.image import train_transform, val_transform
+from rwkv_clip.model import get_tokenizer
 from rwkv_clip.tokenizer import Tokenizer, make_tokenizer
 
 TEXTS = ["a photo of two dogs", "", "Ünïcödé and 日本", "word " * 200]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "two", "dogs", "word", "and"]
 
 
-def theirs(tmp_path) -> Tokenizer:
-    """How an open_clip model's tokenizer from Hugging Face is wrapped."""
+def hugging_face(tmp_path, monkeypatch) -> Tokenizer:
+    """That of an open_clip model whose texts go through transformers."""
     transformers = pytest.importorskip("transformers")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "hub")
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path / "hub"), context_length=12)
-    return Tokenizer("open_clip:x", tokenizer, tokenizer.vocab_size, tokenizer.context_length)
+    theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path / "hub"), context_length=12)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: theirs)
+    tokenizer = get_tokenizer("ViT-B-16-SigLIP")
+    assert tokenizer.vocab_size == len(WORDS)
+    return tokenizer
 
 
 @pytest.mark.parametrize("kind", ["ours", "open_clip", "hugging face"])
 @pytest.mark.parametrize("carry", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_give_equal_ids(kind, carry, tmp_path):
+def test_copies_give_equal_ids(kind, carry, tmp_path, monkeypatch):
     if kind == "ours":
         tokenizer = make_tokenizer(context=16)
     elif kind == "open_clip":
         tokenizer = Tokenizer("open_clip:x", open_clip.tokenizer.SimpleTokenizer(), 49408, 77)
     else:
-        tokenizer = theirs(tmp_path)
+        tokenizer = hugging_face(tmp_path, monkeypatch)
     carried = carry(tokenizer)
     assert torch.equal(carried(TEXTS), tokenizer(TEXTS))
     assert torch.equal(carried(TEXTS, 7), tokenizer(TEXTS, 7))
