@@ -25,10 +25,21 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_768
 MAX_BYTES = 32_000_000
-# Formats that every Pillow decodes by itself. Not in the list, for example: EPS, which starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-if "avif" in features.modules and features.check("avif"):  # Pillow from 11.3 on, where it was built with libavif
-    FORMATS += ("AVIF",)
+
+
+def _reads_avif() -> bool:
+    """Pillow does from 11.3 on, where it was built with libavif; else by a plugin that registers itself."""
+    if "avif" in features.modules and features.check("avif"):
+        return True
+    try:
+        import pillow_avif  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# Formats that every Pillow decodes by itself, and AVIF. Not in the list, for example: EPS, which starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", *(["AVIF"] if _reads_avif() else []))
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 EDGE = re.compile(b"\xff[\xd8\xd9]")
