@@ -142,6 +142,32 @@ def tiny():
     return rwkv_clip.create_model({"image": image, "text": text})
 
 
+@pytest.mark.parametrize("way", ["jvp", "jvp of the weights", "vmap", "per-sample gradients"])
+def test_towers_under_transforms(way):
+    model, pictures = tiny(), torch.randn(2, 3, 32, 32)
+
+    def found(model, x):
+        weights = dict(model.named_parameters())
+
+        def encode(weights, x):
+            return torch.func.functional_call(model, weights, (x, torch.arange(24).view(2, 12)))[0]
+
+        def loss(weights, x):
+            return encode(weights, x.expand(2, -1, -1, -1)).square()[:, :5].sum()
+
+        if way == "jvp":
+            return torch.func.jvp(lambda x: encode(weights, x), (x,), (x.flip(0),))[1]
+        if way == "jvp of the weights":
+            return torch.func.jvp(lambda w: encode(w, x), (weights,), ({k: v.sin() for k, v in weights.items()},))[1]
+        if way == "vmap":
+            return torch.func.vmap(lambda x: encode(weights, x))(torch.stack([x, x.flip(0)]))
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+        return torch.cat([gradients[key].reshape(2, -1) for key in sorted(gradients)], 1)
+
+    expected = found(tiny().double(), pictures.double()).float()
+    torch.testing.assert_close(found(model, pictures), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_quantisation_takes_the_linear_maps():
     model, pictures = tiny(), torch.randn(2, 3, 32, 32)

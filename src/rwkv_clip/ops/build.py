@@ -77,7 +77,7 @@ def build_library(
         return library
     ninja = _find_ninja()
     try:
-        with open(library.with_suffix(".lock"), "a+", encoding="utf-8", opener=_open_private) as lock:
+        with open(library.with_suffix(".lock"), "a+", errors="replace", opener=_open_private) as lock:
             _wait_for(lock, library, name)
             if not _is_good(library):  # nobody else was faster
                 damaged = " anew: the library there is not as it was built" if library.exists() else ""
