@@ -15,7 +15,8 @@ from the second save on two are. Beside checkpoints there may be
     step-00000100.tmp    half written or half deleted; goes at the next start or save
     step-00000100.aside  a step that the run had not reached again when it saved an earlier one: damaged, or given up
 
-The scan for the newest one verifies every hash and falls back to the one before.
+The scan for the newest one verifies every hash and falls back to the one before. A file of tensors that is read by
+itself is compared, too, where a manifest beside it lists it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 MAX_JSON = 2**20  # bytes of state.json or a manifest that are read; real ones have a few thousand
 _STEP = re.compile(r"step-(\d{8})(\.old)?")
+_STALE = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")  # all that a dead process can have left
 _FIELDS = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
     **dict.fromkeys(("spec", "settings", "scaler", "records"), dict),
@@ -96,7 +98,8 @@ def save_checkpoint(
 def clean_folder(folder: Path) -> None:
     """Remove what a process left that died while it saved. Only for the one process that writes here."""
     for stale in folder.glob("step-*.tmp"):
-        _remove(stale)
+        if _STALE.fullmatch(stale.name):
+            _remove(stale)
 
 
 def _make_folder(folder: Path) -> None:
@@ -250,14 +253,33 @@ def verify_checkpoint(path: Path) -> None:
     if not isinstance(files, dict) or files.keys() != set(FILES):
         raise CheckpointError(f"{path / 'MANIFEST.json'}: damaged; it has to list {', '.join(FILES)}")
     for name in FILES:
-        file, entry = path / name, files[name]
-        try:
-            good = isinstance(entry, dict) and _size(file) == entry.get("bytes")
-            good = good and hash_file(file) == entry.get("sha256")
-        except OSError as error:
-            raise CheckpointError(f"{file}: missing or not readable ({error.strerror})") from None
-        if not good:
-            raise CheckpointError(f"{file}: damaged (differs from MANIFEST.json)")
+        _compare(path / name, files[name])
+
+
+def _verify_file(path: Path) -> None:
+    """Compare one file with the manifest beside it (and beside what it links to), where that lists it; CheckpointError
+    as above."""
+    real = path.resolve()
+    for place in {path.absolute(), real}:
+        manifest = place.with_name("MANIFEST.json")
+        if not manifest.exists():
+            continue
+        files = _read_json(manifest.resolve()).get("files")
+        if isinstance(files, dict) and place.name in files:
+            _compare(real, files[place.name])
+        elif place.name in FILES and _STEP.match(place.parent.name):
+            raise CheckpointError(f"{manifest}: damaged; it has to list {', '.join(FILES)}")
+
+
+def _compare(file: Path, entry: Any) -> None:
+    """CheckpointError unless the file is what its manifest's entry says."""
+    try:
+        good = isinstance(entry, dict) and _size(file) == entry.get("bytes")
+        good = good and hash_file(file) == entry.get("sha256")
+    except OSError as error:
+        raise CheckpointError(f"{file}: missing or not readable ({error.strerror})") from None
+    if not good:
+        raise CheckpointError(f"{file}: damaged (differs from MANIFEST.json)")
 
 
 def _is_intact(path: Path) -> bool:
@@ -294,12 +316,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A weights file or checkpoint folder itself, or the newest intact checkpoint of a run folder.
+    """A weights file or checkpoint folder itself, compared with its manifest, or a run folder's newest intact one.
 
-    A damaged checkpoint in a run folder is named in a warning and passed over; CheckpointError when none is left.
+    A damaged checkpoint in a run folder is named in a warning and passed over; CheckpointError when none is left. A
+    weights file without a manifest, a copy for example, is taken as it is.
     """
     path = Path(path)
     if path.is_file():
+        _verify_file(path)
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")

@@ -2,8 +2,8 @@
 
 Sizes are checked on the header alone, so a small file that unpacks to gigabytes is refused before any pixel
 is decoded. PIL keeps the first frame of an animation. Transparency is dropped, as `convert("RGB")` does, not
-blended with a background. Rotation tags (EXIF) are obeyed in evaluation and ignored in training, where the
-released recipe takes the pixels as stored.
+blended with a background. Pictures are upright everywhere, in training as in evaluation: an orientation tag
+(EXIF, or XMP without it) is obeyed and then gone. What PIL cannot read in a tag is no tag.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from .errors import DATA
 
@@ -25,15 +25,44 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_768
 MAX_BYTES = 32_000_000
-# Formats that every Pillow decodes by itself. Not in the list, for example: EPS, which starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+
+def _reads_avif() -> bool:
+    """Pillow does from 11.3 on, where it was built with libavif; else by a plugin that registers itself."""
+    if "avif" in features.modules and features.check("avif"):
+        return True
+    try:
+        import pillow_avif  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# Formats that every Pillow decodes by itself, and AVIF. Not in the list, for example: EPS, which starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", *(["AVIF"] if _reads_avif() else []))
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 EDGE = re.compile(b"\xff[\xd8\xd9]")
 FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive: Huffman-coded frame headers
 OTHER_FRAMES = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
-SCAN, ADOBE = 0xDA, 0xEE
+SCAN, ADOBE, APP1 = 0xDA, 0xEE, 0xE1
 COMPONENT_IDS = (b"\x01\x02\x03", b"\x00\x01\x02")  # the usual names of Y, Cb, Cr
+
+EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # how APP1 segments of a JPEG begin
+ORIENTATION = 0x0112
+TURNS = {  # of the orientation tag: what makes the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = tuple(TURNS[number] for number in (5, 6, 7, 8))  # width and height change places
+PNG_TAGS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold an orientation
+
+THIN = 32  # long side / short side from which only the middle of a picture is scaled up
 
 
 class ImageError(ValueError):
@@ -48,12 +77,14 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Width and height in pixels as stored. `plain`: an ordinary 8-bit grey or YCbCr JPEG, complete, which
-    every decoder reads alike; anything else should go through PIL."""
+    """Width and height in pixels of the upright picture. `plain`: an ordinary 8-bit grey or YCbCr JPEG, complete and
+    stored upright, which every decoder reads alike; anything else should go through PIL. `turn`: what makes the stored
+    pixels upright, None where they are."""
 
     width: int
     height: int
     plain: bool
+    turn: Image.Transpose | None = None
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -92,16 +123,56 @@ def inspect_image(data: bytes, name: str = "image") -> ImageInfo:
     _check_bytes(len(data), name)
     info = _inspect_jpeg(data) if data[:2] == START else None
     if info is None:
-        image = open_header(io.BytesIO(data), name)
-        return ImageInfo(image.width, image.height, False)
+        return _inspect_with_pil(data, name)
     _check_size(info.width, info.height, name)
     return info
+
+
+def _inspect_with_pil(data: bytes, name: str) -> ImageInfo:
+    image = open_header(io.BytesIO(data), name)
+    if image.format == "PNG" and _tags_follow_pixels(data):
+        to_rgb(image, name)
+    turn = _find_turn(image)
+    width, height = getattr(image, "_tile_size", image.size)  # of a TIFF, whose `size` may be the upright one already
+    return ImageInfo(*((height, width) if turn in SIDEWAYS else (width, height)), False, turn)
+
+
+def _tags_follow_pixels(data: bytes) -> bool:
+    """Whether a PNG has chunks behind its pixels that may hold an orientation: PIL reads them with the pixels."""
+    at, pixels = 8, False
+    while at + 8 <= len(data):
+        kind = data[at + 4 : at + 8]
+        if pixels and kind in PNG_TAGS:
+            return True
+        if kind == b"IEND":
+            return False
+        pixels |= kind == b"IDAT"
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
+
+
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, from the tags that have been read so far; None where PIL finds no usable one."""
+    try:
+        return TURNS.get(Image.Image.getexif(image).get(ORIENTATION))  # PngImageFile's own would decode the picture
+    except Exception:  # PIL's parsers raise SyntaxError, struct.error, TypeError, ...
+        return None
+
+
+def _find_turn_in(exif: list[bytes], xmp: bytes) -> Image.Transpose | None:
+    """The same for a JPEG's APP1 segments, joined as PIL joins them."""
+    tags = b"".join(exif)
+    if not any(mark in tags for mark in (b"\x01\x12", b"\x12\x01")) and b"tiff:Orientation" not in xmp:
+        return None  # most JPEGs: PIL would need as long for this as the rest of the walk
+    holder = Image.Image()
+    holder.info = {"exif": EXIF + tags, "xmp": xmp} if exif else {"xmp": xmp}
+    return _find_turn(holder)
 
 
 def _inspect_jpeg(data: bytes) -> ImageInfo | None:
     """Walk the markers up to the first scan; None where the walk meets anything that PIL should judge
     instead."""
-    at, size, plain = 2, None, True
+    at, size, plain, exif, xmp = 2, None, True, [], b""
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         body = data[at + 4 : at + 2 + length]
@@ -115,6 +186,10 @@ def _inspect_jpeg(data: bytes) -> ImageInfo | None:
             plain &= body[0] == 8 and (grey or (body[5] == 3 and body[6::3] in COMPONENT_IDS))
         elif marker == ADOBE and body[:5] == b"Adobe":
             plain &= len(body) >= 12 and body[11] == 1  # stored as YCbCr, not RGB or CMYK
+        elif marker == APP1 and body.startswith(EXIF):
+            exif.append(body[len(EXIF) :])
+        elif marker == APP1 and body.startswith(XMP):
+            xmp = body[len(XMP) :]
         elif marker == SCAN:
             break
         at += 2 + length
@@ -123,22 +198,30 @@ def _inspect_jpeg(data: bytes) -> ImageInfo | None:
     if size is None or 0 in size:  # a height of 0 is given after the first scan: legal and rare
         return None
     edge = EDGE.search(data, at)  # 5 times as fast as two searches with find
-    return ImageInfo(*size, plain and edge is not None and edge[0] == END)
+    turn = _find_turn_in(exif, xmp) if exif or xmp else None
+    plain = plain and turn is None and edge is not None and edge[0] == END
+    return ImageInfo(*(size[::-1] if turn in SIDEWAYS else size), plain, turn)
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """Decode and convert any mode to 8-bit RGB. 16-bit greys are scaled to 8 bits. ImageError if PIL
-    cannot."""
+    """Decode, turn upright and convert any mode to 8-bit RGB, without tags; `image` keeps its mode and its tags.
+
+    16-bit greys are scaled to 8 bits. ImageError if PIL cannot."""
     try:
+        if image.mode == "F":
+            raise ImageError(f"{name}: floating-point pixels have no defined range; store 8-bit RGB")
+        image.load()
+        turn = _find_turn(image)
         if image.mode.startswith("I"):
             image = _scale_grey(image)
-        elif image.mode == "F":
-            raise ImageError(f"{name}: floating-point pixels have no defined range; store 8-bit RGB")
-        # A palette or grey PNG may name a transparent colour; dropping the tag keeps PIL from warning about
-        # it.
-        image.load()
-        image.info.pop("transparency", None)
-        return image.convert("RGB")
+        elif "transparency" in image.info:  # a tag that names a colour; PIL would warn about it
+            image = image.copy()
+            del image.info["transparency"]
+        image = image.convert("RGB")
+        if turn is not None:
+            image = image.transpose(turn)
+        image.info = {}
+        return image
     except ImageError:
         raise
     except Exception as error:
@@ -153,7 +236,7 @@ def _scale_grey(image: Image.Image) -> Image.Image:
 
 
 def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Image:
-    """Encoded bytes or a path -> RGB picture, EXIF tags kept in `.info`.
+    """Encoded bytes or a path -> RGB picture, upright, without tags.
 
     ImageError: more than 32 MB, 50 MP or 32768 pixels on a side (checked before decoding), unknown format,
     damaged.
@@ -171,12 +254,26 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
         return to_rgb(image, name)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image)
+class _Thin:
+    """Cut the long side of a picture that is far longer than wide to what a centre crop of (height, width) can see.
 
+    Scaled up whole, 32,768 x 1 pixels would become 7,340,032 x 224. From either end goes a multiple of the short side,
+    so that the middle of the scaled picture stays where it was, to a fraction of a pixel.
+    """
 
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else to_rgb(image)
+    def __init__(self, size: tuple[int, int]):
+        self.most = THIN * -(-max(size) // min(size))  # times the short side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short, long = min(image.size), max(image.size)
+        if long <= self.most * short:
+            return image
+        cut = (long - self.most * short) // (2 * short) * short
+        across, down = (cut, 0) if image.width == long else (0, cut)
+        return image.crop((across, down, image.width - across, image.height - down))
+
+    def __repr__(self) -> str:
+        return f"Thin(most={self.most})"
 
 
 class _Cover:
@@ -203,28 +300,35 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+def prepare(size: int | tuple[int, int]) -> list:
+    """What has to come before any transform that scales a PIL picture to cover `size` and crops its centre: upright,
+    RGB (a palette or 1-bit picture cannot be interpolated), and not too thin to be scaled in memory."""
+    return [to_rgb, _Thin(_pair(size))]
+
+
 def val_transform(size: int | tuple[int, int]):
-    """Evaluation: PIL picture -> normalised float32 (3, h, w): upright, short side bicubic, centre crop, CLIP
+    """Evaluation: PIL picture -> normalised float32 (3, h, w): upright, RGB, short side bicubic, centre crop, CLIP
     mean/std.
 
-    The same numbers as open_clip's and torchvision's for square sizes; (h, w) covers the frame, then crops.
+    The same numbers as open_clip's and torchvision's for upright RGB and square sizes; (h, w) covers the frame, then
+    crops.
     """
     from torchvision import transforms as T
 
     height, width = _pair(size)
     cover = T.Resize(height, T.InterpolationMode.BICUBIC) if height == width else _Cover((height, width))
     crop = T.CenterCrop((height, width))
-    return T.Compose([_upright, cover, crop, _rgb, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+    return T.Compose([*prepare(size), cover, crop, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
 def train_transform(size: int | tuple[int, int]):
-    """Training with PIL pictures: random crop (area 0.7-1, aspect 0.8-1.25) resized linearly, mirror p=0.5,
-    CLIP mean/std -> float32 (3, h, w). Random numbers come from torch's global generator."""
+    """Training with PIL pictures: upright, RGB, random crop (area 0.7-1, aspect 0.8-1.25) resized linearly, mirror
+    p=0.5, CLIP mean/std -> float32 (3, h, w). Random numbers come from torch's global generator."""
     from torchvision import transforms as T
 
     crop = T.RandomResizedCrop(_pair(size), (0.7, 1.0), (0.8, 1.25), T.InterpolationMode.BILINEAR)
     flip = T.RandomHorizontalFlip(0.5)
-    return T.Compose([_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+    return T.Compose([to_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
 def normalize(

@@ -26,7 +26,6 @@ from .checkpoint import find_checkpoint, hash_file, read_description, read_weigh
 from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
 from .convert import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
 from .errors import is_out_of_memory
-from .ops import Linear
 from .tokenizer import Tokenizer, make_tokenizer
 from .towers import ImageTower, TextTower
 
@@ -77,10 +76,9 @@ class RWKVCLIP(nn.Module):
         self.image_model.drop_numbers = numbers
 
     def pack(self) -> None:
-        """Hold bfloat16 weights on a CPU a second time, as it multiplies them fastest: for inference, see `Linear`."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        """Nothing any more; scripts may call it. It held bfloat16 weights a second time, in oneDNN's order: the second
+        copy could be older than the weights, and won 3 % of an encoder's time from batch 8 on, less than nothing on
+        processors with AMX."""
 
     @property
     def context_length(self) -> int:
@@ -293,7 +291,8 @@ def tokenizer_of(spec: ModelSpec) -> Tokenizer:
         tokenizer = open_clip.get_tokenizer(source)
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return make_tokenizer(context=tokenizer.context_length)
-    return Tokenizer(f"open_clip:{source}", tokenizer, tokenizer.vocab_size, tokenizer.context_length)
+    vocab = tokenizer.vocab_size if hasattr(tokenizer, "vocab_size") else len(tokenizer.tokenizer)  # Hugging Face's
+    return Tokenizer(f"open_clip:{source}", tokenizer, vocab, tokenizer.context_length)
 
 
 def vocab_of(spec: ModelSpec) -> int | None:
@@ -325,15 +324,17 @@ def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def preprocess_of(model: nn.Module) -> Callable:
-    """Evaluation transform of a model: PIL image -> float (3, h, w)."""
-    from .image import CLIP_MEAN, CLIP_STD, val_transform
+    """Evaluation transform of a model: PIL image of any mode -> float (3, h, w)."""
+    from .image import CLIP_MEAN, CLIP_STD, prepare, val_transform
 
     mean, std = pixel_statistics(model)
     if (mean, std) == (CLIP_MEAN, CLIP_STD):
         return val_transform(image_size_of(model))
     import open_clip
 
-    return open_clip.image_transform(model.visual.image_size, is_train=False, mean=mean, std=std)
+    theirs = open_clip.image_transform(model.visual.image_size, is_train=False, mean=mean, std=std)
+    theirs.transforms[:0] = prepare(image_size_of(model))
+    return theirs
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -403,8 +404,6 @@ def load_for_inference(
     else:
         name, spec = resolve_spec(model)
     net = create_model(spec, path, precision, device)
-    if isinstance(net, RWKVCLIP):
-        net.pack()
     weights = path / "model.safetensors" if path.is_dir() else path
     return Loaded(net, preprocess_of(net), tokenizer_of(net.spec), name, hash_file(weights), precision)
 

@@ -6,7 +6,9 @@ at a 4-byte aligned place of a record, the record is cut there and the word left
 (first), 2 (middle), 3 (last) and the reader puts the word back; cflag 0 is a whole record. A record starts
 with `<IfQQ` (flag, label, id, id2); flag > 0 says that so many float32 labels follow, then the payload.
 
-No length read from a file is used before it is checked against the file.
+No length read from a file is used before it is checked against the file, and a record has to end, zero padding
+included, where the next one starts: a flipped bit in a frame is found without a checksum, unless it makes one or two
+bytes of the padding part of the record.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ MAGIC_BYTES = struct.pack("<I", MAGIC)
 MAX_LENGTH = (1 << 29) - 1  # the length field has 29 bits
 WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 _FRAME = struct.Struct("<II")
+_PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")
 HEADER = struct.Struct("<IfQQ")
 _SPOT_CHECKS = 64  # frames looked at when a file is opened
 
@@ -236,7 +239,7 @@ class RecordFile:
         start, limit = self._extent(i)
         magic, word = _FRAME.unpack_from(self._view, start)
         end = start + 8 + (word & MAX_LENGTH)
-        if magic == MAGIC and word >> 29 == WHOLE and end <= limit:
+        if magic == MAGIC and word >> 29 == WHOLE and self._ends_well(end, limit):
             return self._view[start + 8 : end]
         return memoryview(self._join(i, start, limit))
 
@@ -271,9 +274,12 @@ class RecordFile:
             raise RecordError(f"{self.path}: no such file") from None
         self._view = memoryview(self._map if self._map is not None else b"")
         self._ends = self._check_offsets()
-        for i in np.unique(np.linspace(0, len(self) - 1, _SPOT_CHECKS + 2).astype(int)) if len(self) else ():
-            self._check_frame(int(i))
-        self._check_tail()
+        if not len(self) and self._size:
+            raise RecordError(f"{self.index_path}: empty, but {self.path} holds {self._size} bytes")
+        if len(self):
+            spots = np.linspace(0, len(self) - 1, _SPOT_CHECKS + 2).astype(int)
+            for i in np.unique(np.append(spots, np.argmax(self._offsets))).tolist():
+                self._frames(i, *self._extent(i))
 
     def _check_offsets(self) -> np.ndarray:
         """End of the room of each record: where the next one in the file starts. Bounds every later read."""
@@ -297,26 +303,16 @@ class RecordFile:
     def _extent(self, i: int) -> tuple[int, int]:
         return self._offsets.item(i), self._ends.item(i)
 
-    def _check_frame(self, i: int) -> None:
-        start, limit = self._extent(i)
+    def _ends_well(self, end: int, limit: int) -> bool:
+        """Whether a record that ends at byte `end` fills its room up to `limit` with its padding, or is followed there
+        by another one, left out of the index."""
+        if 0 <= limit - end < 4:
+            return self._map[end:limit] in _PADDING
+        start = end + -end % 4
+        if start > limit - 8 or self._map[end:start] not in _PADDING:
+            return False
         magic, word = _FRAME.unpack_from(self._view, start)
-        if magic != MAGIC or word >> 29 not in (WHOLE, FIRST) or start + 8 + (word & MAX_LENGTH) > limit:
-            self._frames(i, start, limit)  # says what is wrong
-
-    def _check_tail(self) -> None:
-        """Behind the last indexed record the file ends or another, left out of the index, starts."""
-        if not len(self):
-            if self._size:
-                raise RecordError(f"{self.index_path}: empty, but {self.path} holds {self._size} bytes")
-            return
-        last = int(np.argmax(self._offsets))
-        start = self._offsets.item(last)
-        end = self._frames(last, start, self._size)[-1][1]
-        end += -end % 4
-        if end == self._size:
-            return
-        if end > self._size - 8 or _FRAME.unpack_from(self._view, end)[0] != MAGIC:
-            self._fail(last, start, f"the record ends at byte {end}, the file at {self._size}: cut or overwritten")
+        return magic == MAGIC and word >> 29 in (WHOLE, FIRST)
 
     def _join(self, i: int, start: int, limit: int) -> bytes:
         """The slow way: a record in parts, or a damaged one."""
@@ -338,7 +334,12 @@ class RecordFile:
             if at + 8 + length > limit:
                 self._fail(i, at, f"{length} bytes announced, but only {limit - at - 8} are there")
             parts.append((at + 8, at + 8 + length))
+            if cflag != WHOLE and len(_parts(self._map[at + 8 : at + 8 + length])) > 1:
+                self._fail(i, at, f"{length} bytes announced, which go over the start of another part")
             if cflag in (WHOLE, LAST):
+                if not self._ends_well(parts[-1][1], limit):
+                    what = f"the record ends at byte {parts[-1][1]}, its room at {limit}, and no record lies between"
+                    self._fail(i, at, f"{what}: cut or overwritten")
                 return parts
             if length % 4:
                 self._fail(i, at, f"part of {length} bytes goes on, but is not cut at a 4-byte place")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,10 +17,11 @@ class Tokenizer:
 
     A text longer than the context is cut and keeps EOT as its last token (open_clip's rule). Of a text of thousands of
     characters only the beginning is read, enough to fill the context: a tokenizer needs a second for a megabyte.
-    ValueError for what is no text, or has more than MAX_CHARACTERS characters.
+    ValueError for what is no text, or has more than MAX_CHARACTERS characters. Picklable and copyable where `encode`,
+    (list of str, context) -> ids, is: for workers that are spawned.
     """
 
-    def __init__(self, name: str, encode, vocab_size: int, context: int):
+    def __init__(self, name: str, encode: Callable[[list[str], int], torch.Tensor], vocab_size: int, context: int):
         self.name, self.vocab_size, self.context = name, vocab_size, context
         self._encode = encode
 
@@ -51,11 +53,14 @@ def _clip_bpe():
     return SimpleTokenizer()
 
 
+def _encode_clip(texts: list[str], context: int) -> torch.Tensor:
+    return _clip_bpe()(texts, context_length=context)
+
+
 def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
     """Build the tokenizer called `name` for sequences of `context` tokens. ValueError for an unknown name."""
     if context < 2:
         raise ValueError(f"context: {context} leaves no room for start and end of text; use at least 2")
     if name != CLIP_BPE:
         raise ValueError(f"tokenizer: {name!r} is not known; known: {CLIP_BPE!r}")
-    bpe = _clip_bpe()
-    return Tokenizer(name, lambda texts, length: bpe(texts, context_length=length), bpe.vocab_size, context)
+    return Tokenizer(name, _encode_clip, _clip_bpe().vocab_size, context)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from rwkv_clip.errors import DATA
-from rwkv_clip.image import ImageError, ImageInfo, inspect_image, open_header, to_rgb
+from rwkv_clip.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.recordio import RecordError, RecordSet
 
 from .augment import Augmentation, crop_windows, draw_flips
@@ -52,7 +52,7 @@ class Fault:
 
 @dataclass
 class Sample:
-    """A readable record, its crop (x, y, width, height) in pixels of the stored picture, mirror, and texts
+    """A readable record, its crop (x, y, width, height) in pixels of the upright picture, mirror, and texts
     (V, T)."""
 
     position: int
@@ -197,10 +197,12 @@ def _decode_plain(sample: Sample, size: tuple[int, int]) -> torch.Tensor | None:
 def _decode_with_pil(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
     x, y, width, height = sample.window
     image = open_header(io.BytesIO(sample.data), sample.name)
-    if sample.info.plain:  # libjpeg decodes at 1/2, 1/4 or 1/8 of the size where that leaves enough
-        image.draft(None, _enough(sample, size))
-    across, down = image.width / sample.info.width, image.height / sample.info.height
+    turn = sample.info.turn
+    if sample.info.plain or turn is not None:  # libjpeg decodes at 1/2, 1/4 or 1/8 of the size where that leaves enough
+        enough = _enough(sample, size)
+        image.draft(None, enough[::-1] if turn in SIDEWAYS else enough)
     image = to_rgb(image, sample.name)
+    across, down = image.width / sample.info.width, image.height / sample.info.height
     if across < 1:
         box = (x * across, y * down, (x + width) * across, (y + height) * down)
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)

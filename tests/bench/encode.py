@@ -2,8 +2,8 @@
 
 python tests/bench/encode.py [--models RWKV-CLIP-B-32 RWKV-CLIP-B-16 --batches 1 8]
 
-Each contender as it is fastest: on a CPU eager with bfloat16 weights (ours packed, as `load_for_inference` does; a
-compiled ViT is slower there, see --compile), on a GPU both eager and compiled.
+Each contender as it is fastest: on a CPU eager with bfloat16 weights (a compiled ViT is slower there, see --compile),
+on a GPU both eager and compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 
 def contenders(name: str, device: torch.device, compiled: bool) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {"ours": make_ours(name, device, "bf16").eval()}
-    found["ours"].pack()
     if has_open_clip():
         found[f"open_clip {PEERS[name]}"] = make_open_clip(PEERS[name], device, "bf16")
     return found

@@ -32,7 +32,6 @@ def prepare(label: str, size: int, batch: int, device: str) -> Callable[[], torc
     where = torch.device(device)
     if label == "ours":
         model = make_ours(NAMES[label], where, "bf16").eval()
-        model.pack()
     else:
         model = make_open_clip(NAMES[label], where, "bf16", size)
     image, _ = make_inputs(batch, size, where, torch.bfloat16)

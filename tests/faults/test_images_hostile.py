@@ -141,7 +141,7 @@ MODES = {
     "palette and alpha": (encode(TABLE, "PNG", transparency=bytes(range(64))), TABLE.convert("RGB")),
     "LA": (encode(ALPHA.convert("LA"), "PNG"), GREY),
     "1-bit": (encode(RGB.convert("1"), "PNG"), RGB.convert("1").convert("RGB")),
-    "EXIF rotation": (encode(RGB, "JPEG", exif=TURNED, **FINE), RGB),
+    "EXIF rotation": (encode(RGB, "JPEG", exif=TURNED, **FINE), RGB.transpose(Image.Transpose.ROTATE_270)),
     "1x1": (encode(RGB.resize((1, 1)), "PNG"), RGB.resize((1, 1))),
     "animated GIF": (encode(TABLE, "GIF", save_all=True, append_images=[GREY.quantize(9)]), TABLE.convert("RGB")),
     "animated WebP": (encode(RGB, "WEBP", save_all=True, append_images=[GREY], lossless=True), RGB),

@@ -51,7 +51,7 @@ def images() -> list[bytes]:
     images[13] = encode(photo(13, 301, 203), progressive=True, quality=90)
     images[21] = encode(photo(21, 1500, 1100), quality=90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotation tags are ignored
+    exif[0x0112] = 6  # stored sideways, shown upright
     images[22] = encode(photo(22, 301, 203), quality=90, exif=exif)
     return images
 

@@ -1,4 +1,4 @@
-"""The block around WKV6: native kernels against their formulas, drop path, checkpointing, compilation, packing."""
+"""The block around WKV6: native kernels against their formulas, drop path, checkpointing, compilation, weights."""
 
 import copy
 import warnings
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_clip
 from rwkv_clip.model import cast_weights
-from rwkv_clip.ops import Linear, block_cpu, pointwise
+from rwkv_clip.ops import block_cpu, pointwise
 from rwkv_clip.ops.build import BuildError
 from rwkv_clip.towers.rwkv import DropPath
 
@@ -153,32 +153,44 @@ def test_every_matrix_product_is_in_bfloat16():
         assert recorder.dtypes.keys() == {torch.bfloat16} and recorder.dtypes.total() > 40
 
 
-def test_packed_weights_give_the_same_bits():
-    model = cast_weights(small(), torch.bfloat16).eval()
-    linear, image = model.image_model.layers[0].ffn.key, INPUTS[0]
+def replace_data(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def step(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+CHANGES = {  # all that has been seen in soups, merges and scripts
+    "load_state_dict": lambda m: m.load_state_dict({key: value * 1.5 for key, value in m.state_dict().items()}),
+    "assigned": lambda m: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}, assign=True),
+    "copy_": lambda m: [p.copy_(p * 1.5) for p in m.parameters()],
+    "add_": lambda m: [p.add_(0.1) for p in m.parameters()],
+    "data.copy_": lambda m: [p.data.copy_(p.data * 1.5) for p in m.parameters()],
+    "data =": replace_data,
+    "foreach": lambda m: torch._foreach_mul_([*m.parameters()], 1.5),
+    "numpy": lambda m: [p.data.view(torch.uint8).numpy().fill(60) for p in m.parameters() if p.dim()],
+    "state_dict's tensors": lambda m: [value.mul_(1.5) for value in m.state_dict().values()],
+    "optimizer": step,
+    "to and back": lambda m: [m.float(), [p.mul_(1.5) for p in m.parameters()], cast_weights(m, torch.bfloat16)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_counts_at_once(change):
+    model, image = cast_weights(small(), torch.bfloat16).eval(), INPUTS[0]
     with torch.no_grad():
-        plain = model.encode_image(image)
         model.pack()
-        if linear.packed is None:
-            pytest.skip("oneDNN has no bfloat16 on this processor")
-        assert torch.equal(model.encode_image(image), plain)
-        with Recorder() as recorder:
-            model.encode_image(image)
-        assert torch.ops.mkldnn._linear_pointwise.default in recorder.calls
-    twin = copy.deepcopy(model)
-    assert twin.image_model.layers[0].ffn.key.packed is None
-    other = {key: value + 1 for key, value in model.state_dict().items()}
-    twin.pack()
-    twin.load_state_dict(other)  # a stale copy would go on with the old weights
-    fresh = cast_weights(small(), torch.bfloat16).eval()
-    fresh.load_state_dict(other)
-    with torch.no_grad():
-        assert torch.equal(twin.encode_image(image), fresh.encode_image(image))
-    model.float()
-    assert linear.packed is None and model.encode_image(image).dtype == torch.float32
-    single = Linear(8, 8)
-    single.pack()
-    assert single.packed is None, "float32 weights have nothing to gain"
+        before = model.encode_image(image)
+        CHANGES[change](model)
+        after = model.encode_image(image)
+        fresh = cast_weights(small(), torch.bfloat16).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(after, fresh.encode_image(image)) and not torch.equal(after, before)
+        assert torch.equal(copy.deepcopy(model).encode_image(image), after)
 
 
 def test_drop_path_keeps_the_mean_and_computes_kept_samples_only():

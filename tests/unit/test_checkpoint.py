@@ -1,11 +1,13 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_clip.checkpoint import (
     CheckpointError,
+    clean_folder,
     find_checkpoint,
     list_checkpoints,
     read_tensors,
@@ -86,6 +88,64 @@ def test_rest_of_a_killed_save_is_ignored_and_removed(tmp_path):
     assert find_checkpoint(tmp_path).name == "step-00000001"
     save(tmp_path, 3)
     assert not stale.exists()
+
+
+def test_only_names_of_ours_are_cleaned_up(tmp_path):
+    ours = [f"step-00000002{ending}.tmp" for ending in ("", ".gone", ".old.gone", ".aside.gone")]
+    users = ["step-notes.tmp", "step-2.tmp", "step-00000002.txt.tmp", "step-00000002", "step-000000020.tmp", "x.tmp"]
+    for name in (*ours, *users):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    clean_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(users)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("way", ["folder", "file", "relative", "link to it", "links to both", "set aside"])
+def test_a_bare_file_is_compared_with_its_manifest(tmp_path, way, monkeypatch):
+    path = save(tmp_path / "run", 1) / "model.safetensors"
+    if way == "set aside":
+        path = path.parent.rename(f"{path.parent}.aside") / path.name
+    given = {"folder": path.parent, "relative": Path(path.name)}.get(way, path)
+    if way == "relative":
+        monkeypatch.chdir(path.parent)
+    if way == "link to it":
+        given = tmp_path / "mine.safetensors"
+        given.symlink_to(path)
+    if way == "links to both":  # how a hub's cache looks
+        blobs = [file.rename(tmp_path / f"blob{i}") for i, file in enumerate((path, path.with_name("MANIFEST.json")))]
+        path.symlink_to(blobs[0])
+        path.with_name("MANIFEST.json").symlink_to(blobs[1])
+        path = blobs[0]
+    assert read_weights(given)["a"].unique().tolist() == [1.0]
+    flip(path)
+    with pytest.raises(CheckpointError, match=r"damaged \(differs from MANIFEST\.json"):
+        read_weights(given)
+    with pytest.raises(CheckpointError, match="damaged"):
+        find_checkpoint(given)
+
+
+def test_a_copy_without_its_manifest_is_taken(tmp_path):
+    source = save(tmp_path / "run", 1)
+    content = (source / "model.safetensors").read_bytes()
+    for other in ("", '{"name": "a web app"}', '{"files": ["model.safetensors"]}', '{"files": {"x": 1}}'):
+        copy = tmp_path / f"copy{len(other)}" / "model.safetensors"
+        copy.parent.mkdir()
+        copy.write_bytes(content)
+        if other:
+            copy.with_name("MANIFEST.json").write_text(other)
+        flip(copy)
+        assert read_weights(copy).keys() == {"a", "b"}
+    (source / "merged.safetensors").write_bytes(content)  # a user's own, in a checkpoint's folder
+    assert read_weights(source / "merged.safetensors").keys() == {"a", "b"}
+    (source / "MANIFEST.json").write_text((source / "MANIFEST.json").read_text().replace("model.s", "modem.s"))
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: damaged"):
+        read_weights(source / "model.safetensors")
 
 
 def test_foreign_files_never_run_code(tmp_path):

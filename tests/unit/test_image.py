@@ -4,24 +4,33 @@ nothing else."""
 import io
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from rwkv_clip import image as image_module
 from rwkv_clip.image import (
     CLIP_MEAN,
     CLIP_STD,
+    FORMATS,
     ImageError,
     inspect_image,
     normalize,
     open_image,
+    to_rgb,
     train_transform,
     val_transform,
 )
+from rwkv_clip.model import preprocess_of
+from rwkv_clip.training import samples
+from rwkv_clip.training.samples import Sample, decode_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -174,16 +183,193 @@ def test_any_damage_is_an_image_error():
     assert 300 < refused < 1200
 
 
-def test_rotation_tag_counts_in_evaluation_only():
+TURNS = {  # orientation tag -> how the upright picture is stored
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def tag(orientation: int) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    stored = paint(60, 40)
-    opened = open_image(encode(stored, "JPEG", quality=95, exif=exif))
-    assert opened.size == (60, 40)
-    turned = val_transform(32)(opened)
-    upright = val_transform(32)(stored.transpose(Image.Transpose.ROTATE_270))
-    assert (turned - upright).abs().mean() < 0.05
-    assert (turned - val_transform(32)(stored)).abs().mean() > 0.2
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def xmp(orientation: int) -> bytes:
+    return b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="%d"/></x:xmpmeta>' % orientation
+
+
+def with_late_tag(picture: Image.Image, orientation: int) -> bytes:
+    """PNG whose eXIf chunk stands behind the pixels."""
+    body = b"eXIf" + tag(orientation)[6:]
+    data = encode(picture, "PNG")
+    return data[:-12] + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) + data[-12:]
+
+
+FINE = {"quality": 100, "subsampling": 0}
+TAGGED = {
+    "JPEG": lambda p, o: encode(p, "JPEG", **FINE, exif=tag(o)),
+    "progressive JPEG": lambda p, o: encode(p, "JPEG", **FINE, exif=tag(o), progressive=True),
+    "CMYK JPEG": lambda p, o: encode(p.convert("CMYK"), "JPEG", **FINE, exif=tag(o)),
+    "JPEG, XMP": lambda p, o: encode(p, "JPEG", **FINE, xmp=xmp(o)),
+    "JPEG, Exif before XMP": lambda p, o: encode(p, "JPEG", **FINE, exif=tag(o), xmp=xmp(1 + o % 8)),
+    "PNG": lambda p, o: encode(p, "PNG", exif=tag(o)),
+    "PNG, tag behind the pixels": with_late_tag,
+    "WebP": lambda p, o: encode(p, "WEBP", lossless=True, exif=tag(o)),
+    "TIFF": lambda p, o: encode(p, "TIFF", exif=tag(o)),
+    "packed TIFF": lambda p, o: encode(p, "TIFF", exif=tag(o), compression="tiff_lzw"),
+    "AVIF": lambda p, o: encode(p, "AVIF", quality=97, subsampling="4:4:4", exif=tag(o)),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", TAGGED)
+def test_pictures_are_upright_everywhere(kind, orientation):
+    if kind == "AVIF" and "AVIF" not in FORMATS:
+        pytest.skip("this Pillow does not read AVIF")
+    upright, turn = paint(60, 40), TURNS[orientation]
+    data = TAGGED[kind](upright if turn is None else upright.transpose(turn), orientation)
+    info, opened = inspect_image(data), open_image(data)
+    assert (info.width, info.height) == opened.size == upright.size
+    assert info.plain == (
+        orientation == 1 and kind in ("JPEG", "progressive JPEG", "JPEG, XMP", "JPEG, Exif before XMP")
+    )
+    assert np.abs(np.asarray(opened).astype(int) - np.asarray(upright)).mean() < 2
+    assert not opened.getexif() and not opened.info  # nothing that could turn it again
+    transform = val_transform((32, 48))
+    assert torch.equal(transform(Image.open(io.BytesIO(data))), transform(opened))
+    sample = Sample(0, 0, 0, data, info, np.zeros((1, 1)), kind, window=(0, 0, 30, 40))
+    pixels = decode_crop(sample, (40, 30)).permute(1, 2, 0).numpy()
+    assert np.abs(pixels.astype(int) - np.asarray(upright)[:, :30]).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_large_turned_jpegs_are_decoded_at_a_fraction(orientation, monkeypatch):
+    upright, turn = paint(1200, 900), TURNS[orientation]
+    data = encode(upright if turn is None else upright.transpose(turn), "JPEG", quality=97, exif=tag(orientation))
+    sample = Sample(0, 0, 0, data, inspect_image(data), np.zeros((1, 1)), "x", window=(300, 100, 600, 675))
+    decoded = []
+    monkeypatch.setattr(samples, "to_rgb", lambda image, name: decoded.append(max(image.size)) or to_rgb(image, name))
+    pixels = decode_crop(sample, (50, 100)).permute(1, 2, 0).numpy()
+    expected = upright.resize((100, 50), Image.Resampling.BILINEAR, box=(300, 100, 900, 775))
+    assert decoded == [300] and np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's of damaged tags
+def test_damaged_tags_mean_what_pil_makes_of_them():
+    random, good = np.random.default_rng(0), tag(6)
+    picture, obeyed = paint(60, 40), 0
+    for trial in range(600):
+        damaged = np.frombuffer(good, np.uint8).copy()
+        damaged[random.integers(6, len(good), 1 + trial % 3)] = random.integers(0, 256)
+        body = damaged[: len(good) - (trial % 5 == 0) * int(random.integers(0, 20))].tobytes()
+        data = encode(picture, "JPEG", exif=body)
+        try:
+            size = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+        except Exception:
+            size = picture.size
+        info = inspect_image(data)
+        assert (info.width, info.height) == open_image(data).size == size, body
+        assert val_transform(8)(Image.open(io.BytesIO(data))).shape == (3, 8, 8)
+        obeyed += size != picture.size
+    assert 50 < obeyed < 550
+
+
+def siglip(size: int | tuple[int, int]):
+    """The transform of a model whose pixels are not normalised as CLIP's: open_clip's."""
+    return preprocess_of(
+        SimpleNamespace(visual=SimpleNamespace(image_size=size, image_mean=(0.5,) * 3, image_std=(0.5,) * 3))
+    )
+
+
+TRANSFORMS = {"val": val_transform, "train": train_transform, "open_clip": siglip}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize("name", MODES)
+def test_transforms_take_files_as_the_commands_do(name, kind):
+    transform, data = TRANSFORMS[kind](24), MODES[name][0]
+    torch.manual_seed(0)
+    picture = Image.open(io.BytesIO(data))
+    picture.load()
+    mode, tags = picture.mode, dict(picture.info)
+    taken = transform(picture)
+    torch.manual_seed(0)
+    assert torch.equal(taken, transform(open_image(data)))
+    assert (picture.mode, picture.info) == (mode, tags)  # the caller's picture is as it was
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16"])
+def test_transforms_convert_before_they_scale(mode):
+    if mode == "PA":
+        picture = RGB.convert("P").convert("PA")
+    else:
+        picture = Image.fromarray(DEEP[..., 0]) if mode == "I;16" else RGB.convert(mode)
+    assert picture.mode == mode
+    rgb = Image.fromarray(ARRAY[..., 0]).convert("RGB") if mode == "I;16" else picture.convert("RGB")
+    for make in (val_transform, siglip):
+        assert torch.equal(make(24)(picture), make(24)(rgb))
+
+
+THIN = """
+import resource, sys
+from types import SimpleNamespace
+from PIL import Image
+from rwkv_clip.image import open_image, val_transform
+from rwkv_clip.model import preprocess_of
+visual = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+transforms = [val_transform(224), val_transform((224, 112))]
+for visual.image_size in (224, (224, 112)):
+    transforms.append(preprocess_of(SimpleNamespace(visual=visual)))
+for transform in transforms:
+    transform(Image.new("RGB", (300, 200)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for size in ((32768, 1), (1, 32768)):
+    Image.new("RGB", size).save(sys.argv[1])
+    for transform in transforms:
+        transform(open_image(sys.argv[1])), transform(Image.open(sys.argv[1]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_thin_pictures_need_no_memory(tmp_path):
+    command = [sys.executable, "-c", THIN, str(tmp_path / "thin.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # MB
+
+
+@pytest.mark.parametrize("long", [321, 1000, 2500])
+@pytest.mark.parametrize("short", [1, 5, 30])
+@pytest.mark.parametrize("size", [24, (24, 16), (16, 24)])
+def test_thin_pictures_look_as_if_scaled_whole(long, short, size, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (short, long, 3), dtype=np.uint8)
+    for picture in (Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2).copy())):
+        for make in (val_transform, siglip):
+            cut = make(size)
+            monkeypatch.setattr(image_module, "THIN", 10**6)
+            whole = make(size)
+            monkeypatch.undo()
+            scale = torch.tensor(CLIP_STD if make is val_transform else (0.5,) * 3).view(3, 1, 1)
+            assert ((cut(picture) - whole(picture)) * scale).abs().max() <= 1.001 / 255
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow does not read AVIF")
+def test_avif():
+    data = encode(RGB, "AVIF", quality=98, subsampling="4:4:4")
+    assert np.abs(np.asarray(open_image(data)).astype(int) - ARRAY).mean() < 2
+    info = inspect_image(data)
+    assert (info.width, info.height, info.plain) == (60, 40, False)
+    for cut in (data[:20], data[: len(data) // 2], data[:-1]):
+        with pytest.raises(ImageError):
+            open_image(cut)
+    with pytest.raises(ImageError, match="9000 x 6000 pixels"):
+        inspect_image(encode(Image.new("L", (9000, 6000)), "AVIF", speed=10))
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (64, 64), (37, 500)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_clip import recordfile
 from rwkv_clip.recordio import (
     Header,
     RecordError,
@@ -240,6 +241,41 @@ def test_cut_and_overwritten_files_are_refused_when_opened(tmp_path):
     (tmp_path / "a.rec").unlink()
     with pytest.raises(RecordError, match="no such file"):
         RecordFile(tmp_path / "a")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_flipped_bits_in_frames_are_found_without_a_checksum(tmp_path, step, monkeypatch):
+    """Every bit of every frame. What is not found gave the record a byte or two of its zero padding. step: how many
+    records the index goes on at a time; records that it leaves out are no excuse."""
+    monkeypatch.setattr(recordfile, "_SPOT_CHECKS", 0)  # or opening so small a file looks at every frame
+    random = np.random.default_rng(0)
+    records = {}
+    for key in range(24):
+        picture = random.bytes(60 + key) + (MAGIC * 2 + b"12" if key in (4, 8, 12) else b"") + b"\xff\xd9"
+        records[key] = pack(Header(label=random.integers(0, 90, 8), id=key), picture)
+    write(tmp_path / "x", records)
+    data = (tmp_path / "x.rec").read_bytes()
+    lines = (tmp_path / "x.idx").read_text().splitlines(keepends=True)
+    (tmp_path / "x.idx").write_text("".join(lines[1::step]))
+    indexed = [records[key] for key in range(1, 24, step)]
+    assert [*map(RecordFile(tmp_path / "x").read, range(len(indexed)))] == indexed
+    extended = refused = 0
+    for line in lines[1::step]:
+        for bit in range(64):
+            damaged = bytearray(data)
+            damaged[int(line.split("\t")[1]) + bit // 8] ^= 1 << bit % 8
+            (tmp_path / "x.rec").write_bytes(damaged)
+            try:
+                file = RecordFile(tmp_path / "x")
+                read = [file.read(i) for i in range(len(file))]
+            except RecordError:
+                refused += 1
+                continue
+            wrong = [(one, good) for one, good in zip(read, indexed) if one != good]
+            assert len(wrong) == 1 and wrong[0][0] in (wrong[0][1] + b"\0", wrong[0][1] + b"\0\0")
+            extended += 1
+    assert extended == sum(len(record) % 4 in (1, 2) for record in indexed)
+    assert refused == 64 * len(indexed) - extended
 
 
 def test_error_names_file_key_and_offset(tmp_path):

@@ -1,12 +1,10 @@
-"""Operators: the bidirectional WKV6, token shifts, the pointwise parts of a block, and its linear maps."""
+"""Operators: the bidirectional WKV6, token shifts, and the pointwise parts of a block."""
 
-from .linear import Linear
 from .pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
 from .shift import shift_tokens
 from .wkv6 import available_backends, wkv6
 
 __all__ = [
-    "Linear",
     "available_backends",
     "mix_tokens",
     "norm_gate",

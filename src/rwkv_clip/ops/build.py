@@ -1,9 +1,12 @@
 """Just-in-time build of the native kernels: plain `extern "C"` functions, compiled by ninja, loaded with ctypes.
 
 No torch headers and no Python headers: a build takes seconds and does not care for torch's ABI; the functions take raw
-pointers. A library's file name carries a hash of everything that went into it, so a change builds anew and nothing is
-ever overwritten. Any number of processes may ask at once: one builds under a file lock (which dies with its process),
-in a folder of its own, and the finished library appears by an atomic rename.
+pointers. A library's file name carries a hash of everything that went into it, so a change builds anew and nothing
+good is ever overwritten. Any number of processes may ask at once: one builds under a file lock (which dies with its
+process), in a folder of its own, and the finished library appears by an atomic rename. The others wait for a minute.
+
+A library is code that runs as the user: its folder and itself must be the user's (or root's) and nobody else's to
+write, and the sha256 in the file beside it must be its own, or it is built anew.
 """
 
 from __future__ import annotations
@@ -15,18 +18,27 @@ import os
 import platform
 import shlex
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
 
+from ..files import read_bytes
+
 CSRC = Path(__file__).parent / "csrc"
+
+LONGEST_WAIT = 60.0  # seconds for another process's build, which takes some; then the caller does without
+SILENT_WAIT = 3.0  # seconds until it is said who is waited for
+MAX_LIBRARY = 2**28  # bytes; ours have less than 2**21
 
 _HOST_COMPILERS = ("c++", "g++", "clang++")
 _REMEDY = {
@@ -59,16 +71,20 @@ def build_library(
     link = [] if compiler == "nvcc" else _openmp(path)[1]
     flags = [*flags, *extra]
     folder = cache if cache is not None else _cache_folder()
+    _take_folder(folder)
     library = folder / f"{name}-{_fingerprint(path, sources, depends, [*flags, *link])}.so"
-    if library.exists():
+    if _is_good(library):
         return library
     ninja = _find_ninja()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():  # nobody else was faster
-            print(f"rwkv_clip: compiling {name} (once; kept in {folder})", file=sys.stderr)
-            _compile(library, sources, path, flags, link, ninja)
+    try:
+        with open(library.with_suffix(".lock"), "a+", errors="replace", opener=_open_private) as lock:
+            _wait_for(lock, library, name)
+            if not _is_good(library):  # nobody else was faster
+                damaged = " anew: the library there is not as it was built" if library.exists() else ""
+                print(f"rwkv_clip: compiling {name}{damaged} (once; kept in {folder})", file=sys.stderr)
+                _compile(library, sources, path, flags, link, ninja)
+    except OSError as error:
+        raise BuildError(f"building in {folder} fails: {error}") from error
     return library
 
 
@@ -78,6 +94,71 @@ def load_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} does not load: {error}. Delete it, so that it is built anew.") from error
+
+
+def _take_folder(folder: Path) -> None:
+    """Make the cache folder, or find that it is the user's alone. BuildError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder, os.stat(folder))
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be used for compiled kernels: {error}; make it writable") from error
+
+
+def _check_owner(path: Path, about: os.stat_result) -> None:
+    """BuildError unless a folder or library belongs to this user, or root, and nobody else may write it."""
+    if about.st_uid not in (os.getuid(), 0):
+        raise BuildError(f"{path} belongs to another user (uid {about.st_uid}), whose code would run; remove it")
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"{path} can be written by other users, whose code would run; chmod go-w {path}, or remove it")
+
+
+def _is_good(library: Path) -> bool:
+    """Whether a library is there and is what was built. BuildError where it may be somebody else's."""
+    record = library.with_suffix(".sha256")
+    try:
+        for path in (library, record):
+            about = os.lstat(path)
+            if not stat.S_ISREG(about.st_mode):
+                return False
+            _check_owner(path, about)
+        digest = hashlib.sha256(read_bytes(library, MAX_LIBRARY)).hexdigest()
+        return read_bytes(record, 100).decode("ascii", "replace").strip() == digest
+    except OSError:  # missing, too large, or no file
+        return False
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _wait_for(lock: IO[str], library: Path, name: str) -> None:
+    """Own the lock, and write into it who does; or find the library, finished by who owns it.
+
+    BuildError when another process holds it for LONGEST_WAIT seconds: a stopped one would be waited for for ever."""
+    begin, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if _is_good(library):
+                return
+            lock.seek(0)
+            owner = lock.read(200).strip() or "another process"
+        waited = time.monotonic() - begin
+        if waited > LONGEST_WAIT:
+            raise BuildError(
+                f"{owner} has been compiling {name} for more than {LONGEST_WAIT:.0f} s; if it hangs or is stopped, end "
+                f"it, and start this again"
+            )
+        if waited > SILENT_WAIT and not told:
+            print(f"rwkv_clip: waiting for {owner}, which compiles {name}", file=sys.stderr)
+            told = True
+        time.sleep(0.05)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%F %T')})")
+    lock.flush()
 
 
 def find_compiler() -> Path:
@@ -208,15 +289,14 @@ def _cache_folder() -> Path:
     """~/.cache/rwkv_clip, or where that cannot be written (a read-only home) a folder of the user's own in /tmp."""
     try:
         folder = Path.home() / ".cache" / "rwkv_clip"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
     except (OSError, RuntimeError):  # RuntimeError: this user has no home
         pass
     folder = Path(tempfile.gettempdir()) / f"rwkv_clip-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # code is loaded from there: it must not be somebody else's
-        raise BuildError(f"{folder} belongs to another user: remove it, or make ~/.cache writable")
+    if folder.is_symlink():  # anybody can make one there
+        raise BuildError(f"{folder} is a link: remove it, or make ~/.cache writable")
     return folder
 
 
@@ -239,11 +319,13 @@ def _compile(
                 + "\n  ".join(errors[:5])
                 + f"\nTry another version of the compiler; this one is {_version(compiler).splitlines()[0]}."
             )
-        with open(build / library.name, "rb") as file:
-            os.fsync(file.fileno())  # not an empty file under a final name after a power cut
-        os.replace(build / library.name, library)
-    except OSError as error:
-        raise BuildError(f"building in {build} fails: {error}") from error
+        built, record = build / library.name, build / "sha256"
+        record.write_text(hashlib.sha256(built.read_bytes()).hexdigest() + "\n")
+        for path, mode, final in ((record, 0o644, library.with_suffix(".sha256")), (built, 0o755, library)):
+            os.chmod(path, mode)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # not an empty file under a final name after a power cut
+            os.replace(path, final)
     finally:
         shutil.rmtree(build, ignore_errors=True)
 

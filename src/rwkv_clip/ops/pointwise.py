@@ -2,7 +2,8 @@
 
 Each is written once as a formula in torch, in float32 inside whatever the dtype outside. The formula is the
 specification, and on a GPU it is what torch.compile fuses. On a CPU, where every eager operation is a pass over memory,
-float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`ops/block_cpu.py`).
+float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`ops/block_cpu.py`),
+but for calls that PyTorch watches (`ops/watched.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import block_cpu
 from .shift import check_grid, describe, shift_tokens
+from .watched import is_watched, refuse_forward_mode
 
 
 def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
@@ -31,7 +33,7 @@ def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: in
         raise ValueError(f"coefficients: {describe(coefficients)}, expected (J, {x.shape[2]}) with J at least 1")
     if shares is not None:
         _check("shares", shares, x, coefficients.shape[:1] + x.shape)
-    if not block_cpu.supports(x):
+    if not _native(x):
         return _mix_formula(x, coefficients, shares, heads, grid)
     return (block_cpu.mix if _plain(x) else _mix)(x, coefficients, shares, heads, grid)
 
@@ -44,7 +46,7 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int,
     _check("gate", gate, y, y.shape)
     _check("weight", weight, y, y.shape[2:])
     _check("bias", bias, y, y.shape[2:])
-    if not block_cpu.supports(y):
+    if not _native(y):
         return _norm_gate_formula(y, gate, weight, bias, heads, eps)
     return (block_cpu.norm_gate if _plain(y) else _norm_gate)(y, gate, weight, bias, heads, eps)
 
@@ -52,7 +54,7 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int,
 def relu_square(x: Tensor) -> Tensor:
     """relu(x) ** 2."""
     _check("x", x, x)
-    if not block_cpu.supports(x):
+    if not _native(x):
         return _relu_square_formula(x)
     return (block_cpu.relu_square if _plain(x) else _relu_square)(x)
 
@@ -61,7 +63,7 @@ def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
     """sigmoid(gate) * x, both of one shape and dtype."""
     _check("x", x, x)
     _check("gate", gate, x, x.shape)
-    if not block_cpu.supports(x):
+    if not _native(x):
         return _sigmoid_gate_formula(gate, x)
     return (block_cpu.sigmoid_gate if _plain(x) else _sigmoid_gate)(gate, x)
 
@@ -72,6 +74,11 @@ def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = No
         raise ValueError(f"{name}: {describe(value)}, expected a floating-point tensor on x's device")
     if shape is not None and value.shape != shape:
         raise ValueError(f"{name}: {describe(value)}, expected the shape {tuple(shape)}")
+
+
+def _native(x: Tensor) -> bool:
+    """Whether the native kernels can do what is asked of this call."""
+    return block_cpu.supports(x) and not is_watched()
 
 
 def _plain(x: Tensor) -> bool:
@@ -117,11 +124,13 @@ def _sigmoid_gate_formula(gate: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("rwkv_clip::mix_tokens", mutates_args=(), device_types="cpu")
 def _mix(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
+    refuse_forward_mode()
     return block_cpu.mix(x, coefficients, shares, heads, grid)
 
 
 @_mix.register_fake
 def _(x, coefficients, shares, heads, grid):
+    refuse_forward_mode()
     return [x.new_empty(x.shape) for _ in range(coefficients.shape[0])]
 
 
@@ -153,11 +162,13 @@ _mix.register_autograd(_differentiate_mix, setup_context=_save_mix)
 
 @torch.library.custom_op("rwkv_clip::norm_gate", mutates_args=(), device_types="cpu")
 def _norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
+    refuse_forward_mode()
     return block_cpu.norm_gate(y, gate, weight, bias, heads, eps)
 
 
 @_norm_gate.register_fake
 def _(y, gate, weight, bias, heads, eps):
+    refuse_forward_mode()
     return y.new_empty(y.shape)
 
 
@@ -191,11 +202,13 @@ def _save(ctx, inputs, output):
 
 @torch.library.custom_op("rwkv_clip::relu_square", mutates_args=(), device_types="cpu")
 def _relu_square(x: Tensor) -> Tensor:
+    refuse_forward_mode()
     return block_cpu.relu_square(x)
 
 
 @_relu_square.register_fake
 def _(x):
+    refuse_forward_mode()
     return x.new_empty(x.shape)
 
 
@@ -214,11 +227,13 @@ _relu_square.register_autograd(lambda ctx, grad: _relu_square_backward(grad, *ct
 
 @torch.library.custom_op("rwkv_clip::sigmoid_gate", mutates_args=(), device_types="cpu")
 def _sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
+    refuse_forward_mode()
     return block_cpu.sigmoid_gate(gate, x)
 
 
 @_sigmoid_gate.register_fake
 def _(gate, x):
+    refuse_forward_mode()
     return x.new_empty(x.shape)
 
 

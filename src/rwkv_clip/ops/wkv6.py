@@ -20,9 +20,14 @@ from torch import Tensor
 from . import chunked, cpu, cuda
 from .build import BuildError, find_compiler, find_nvcc
 from .reference import wkv6_reference
+from .watched import is_watched, refuse_forward_mode
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NATIVE = {"cpu": ("cpp", cpu, find_compiler), "cuda": ("cuda", cuda, find_nvcc)}  # by device: name, module, tool
+_TRACED = (
+    "WKV6 is traced as its plain recurrence, several operations per token, which is right and slow; torch.export and "
+    "torch.compile keep the operator"
+)
 _failed: set[str] = set()  # native backends that could not be built in this process
 
 
@@ -45,12 +50,15 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
     r, k, v: (B, T, H, N), one dtype of float32, float64, bfloat16, float16; any strides; T >= 1; B may be 0.
     w: (B, T, H, N), the RAW decay; the factor per step is exp(-exp(w)). u: (H, N). Both may have another float dtype.
     Returns y (B, T, H, N), contiguous, in v's dtype; accumulated in float32 (float64 for float64 input).
-    Differentiable once in all five. `backend`: a name of `available_backends(device)`, for forward and backward; None
-    takes the first that supports the input. ValueError for wrong shapes, dtypes, devices or backend. Maths:
-    `ops/reference.py`.
+    Differentiable once in all five, and in every way by "reference". `backend`: a name of `available_backends(device)`,
+    for forward and backward; None takes the first that supports the input. Under torch.jit.trace, torch.func and
+    forward-mode differentiation it is always "reference" (see `ops/watched.py`). ValueError for wrong shapes, dtypes,
+    devices or backend. Maths: `ops/reference.py`.
     """
     _check(r, k, v, w, u)
-    if backend == "reference":
+    if backend == "reference" or is_watched():
+        if torch.jit.is_tracing():
+            warnings.warn(_TRACED, RuntimeWarning, stacklevel=2)
         return wkv6_reference(r, k, v, w, u)
     return _wkv6(r, k, v, w, u, backend or "")
 
@@ -101,6 +109,7 @@ def _check(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
 
 @torch.library.custom_op("rwkv_clip::wkv6", mutates_args=())
 def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str = "") -> Tensor:
+    refuse_forward_mode()
     if r.shape[0] == 0:
         return torch.empty(v.shape, dtype=v.dtype, device=v.device)
     return _run("forward", backend, r, r, k, v, w, u)
@@ -108,6 +117,7 @@ def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str = 
 
 @_wkv6.register_fake
 def _(r, k, v, w, u, backend=""):
+    refuse_forward_mode()
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..config import ImageTowerConfig, TextTowerConfig
-from ..ops import Linear, mix_tokens, norm_gate, relu_square, sigmoid_gate, wkv6
+from ..ops import mix_tokens, norm_gate, relu_square, sigmoid_gate, wkv6
 
 MIX_RANK, DECAY_RANK = 32, 64  # inner widths of the low-rank maps behind token mixing and decay
 
@@ -57,11 +57,11 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.zeros(width, DECAY_RANK))
         self.time_decay_w2 = nn.Parameter(torch.zeros(DECAY_RANK, width))
         self.time_faaaa = nn.Parameter(torch.zeros(heads, width // heads))
-        self.receptance = Linear(width, width)
-        self.key = Linear(width, width)
-        self.value = Linear(width, width)
-        self.gate = Linear(width, width)
-        self.output = Linear(width, width)
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
         self.ln_x = nn.GroupNorm(heads, width, eps=norm_eps)
 
     def _mix(self, x: Tensor, grid: tuple[int, ...]) -> list[Tensor]:
@@ -92,9 +92,9 @@ class ChannelMix(nn.Module):
         self.heads, self.style = heads, style
         for name in "kr":
             self.register_parameter(f"{style.mix_name}_{name}", _coefficients(width))
-        self.key = Linear(width, ffn_width)
-        self.receptance = Linear(width, width)
-        self.value = Linear(ffn_width, width)
+        self.key = nn.Linear(width, ffn_width, bias=False)
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(ffn_width, width, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         weights = torch.cat([getattr(self, f"{self.style.mix_name}_{name}") for name in "kr"]).view(2, -1)
