@@ -228,7 +228,8 @@ class Loader:
 
     def place(self) -> str:
         """Where `run` stands."""
-        return f"the loader at {place_of(self._thread.ident if self._thread else None)}"
+        thread = self._thread
+        return f"the loader at {place_of(thread.ident if thread else None)}"
 
     def blank(self) -> Batch:
         """A batch of the right shape that says nothing."""
@@ -354,7 +355,8 @@ class TorchLoader(Loader):
             self._workers.kill()
 
     def place(self) -> str:
-        return self._workers.place(self._item) if self._workers else super().place()
+        workers = self._workers
+        return workers.place(self._item) if workers else super().place()
 
     def close(self) -> None:
         super().close()

@@ -216,7 +216,7 @@ def run(settings: Settings) -> Path:
     check_same_run(world, checkpoint)
     with hold_run(folder, world), Preemption() as preemption:  # until now a signal just ends the process
         try:
-            with watch_peers(world, settings.timeout) as heart:
+            with watch_peers(world, settings.timeout, preemption) as heart:
                 _train(settings, name, spec, records, objective, world, folder, checkpoint, preemption, heart)
         except PeerLost as lost:
             end_process(lost)

@@ -107,7 +107,10 @@ class Workers:
 
     def place(self, item: int) -> str:
         """Whom `receive` waits for, in words."""
-        worker = self._processes[item % len(self._processes)]
+        processes = self._processes
+        if not processes:  # closed by another thread
+            return "data workers that are gone"
+        worker = processes[item % len(processes)]
         return f"data worker {worker.pid} ({_state(worker.pid)})"
 
     def kill(self) -> None:
