@@ -366,7 +366,10 @@ class Heartbeat:
         return self.cause or f"a collective failed, although all ranks give signs of life: {first_line(error)}"
 
     def leave(self, error: BaseException | None) -> None:
-        """No more signs of life from here, and none expected. An error is told to the others."""
+        """No more signs of life from here, and none expected. An error is told to the others. Only the first call does
+        anything."""
+        if self._left:
+            return
         if isinstance(error, PeerLost):
             self.cause = str(error)
         elif error is not None:
