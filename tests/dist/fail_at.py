@@ -2,7 +2,8 @@
 
 torchrun .. fail_at.py FOLDER RANK:STEP:KIND[,RANK:STEP:KIND ..] --setting value ..
 
-KIND is a signal, or `hang`, `compute` (for eight seconds), or `error`. FOLDER gets a file per failure with the time of it, and so each happens once.
+KIND is a signal, or `hang`, `compute` (for eight seconds), or `error`. FOLDER gets a file per failure with the time of
+it, and so each happens once.
 """
 
 import os
