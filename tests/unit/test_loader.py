@@ -422,24 +422,32 @@ ORPHANS = """
     import multiprocessing, os, signal, sys, time
     from rwkv_clip.recordio import RecordSet
     from rwkv_clip.training.data import make_loader
+    from rwkv_clip.training.samples import SampleReader
 
     if __name__ == "__main__":
         multiprocessing.set_start_method(sys.argv[2])
+        if sys.argv[4] == "hang":
+            read = SampleReader.read
+            SampleReader.read = lambda self, positions: time.sleep(600) if positions[0] > 400 else read(self, positions)
         settings = dict(image_size=300, global_batch=100, steps=40, workers=int(sys.argv[3]), loader="torch")
         batches = iter(make_loader(RecordSet(sys.argv[1]), **settings))
         next(batches)
         time.sleep(1)  # the pipes are full
+        while sys.argv[4] == "hang" and batches.wait(1):
+            next(batches)
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         time.sleep(600)
 """
 
 
-@pytest.mark.parametrize(("method", "count"), [("fork", 3), ("forkserver", 1)])
-def test_workers_end_with_a_killed_run(records, tmp_path, method, count):
-    """SIGKILL leaves the run no time to end them, and all wait for somebody to read."""
+@pytest.mark.parametrize(
+    ("method", "count", "what"), [("fork", 3, "write"), ("fork", 2, "hang"), ("forkserver", 1, "write")]
+)
+def test_workers_end_with_a_killed_run(records, tmp_path, method, count, what):
+    """SIGKILL leaves the run no time to end them, and all wait for somebody to read, or hang."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(ORPHANS))
-    command = [sys.executable, str(script), str(records.files[0].prefix), method, str(count)]
+    command = [sys.executable, str(script), str(records.files[0].prefix), method, str(count), what]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         workers = [int(pid) for pid in process.stdout.readline().split()]
         assert len(workers) == count and not any(is_gone(pid) for pid in workers)
