@@ -214,7 +214,7 @@ class Heartbeat:
     def _place(self) -> str:
         """Where the main thread stands, or what it waits for."""
         waiting = self._waiting
-        return f"{WAITING}, {waiting()}" if waiting else place_of(self._main)
+        return f"the wait for data, for {waiting()}" if waiting else place_of(self._main)
 
     def _publish(self) -> None:
         self._count += 1

@@ -293,6 +293,14 @@ def test_a_signal_while_data_stand_still_on_one_rank(data, good, kind, told):
     assert f"stopped by SIGTERM after step {AT}: all saved" in run.messages()[0]
 
 
+def test_a_signal_while_the_first_batch_is_waited_for_on_one_rank(data):
+    run = Run(data, "still at the start", **QUIET)
+    run.start({("data", 0, 0): NEVER})
+    run.wait_for(0)
+    run.tell(signal.SIGINT, (1,))
+    assert run.end() == [75, 75] and run.steps() == 0, run.messages()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_data_stand_still_in_one_process(data, number, workers):
