@@ -51,12 +51,6 @@ def explain(error: BaseException, memory: str = MEMORY) -> tuple[int, str] | Non
         return SETTING, str(error)
     if isinstance(error, RuntimeError) and ("EADDRINUSE" in str(error) or "address already in use" in str(error)):
         return SETTING, f"{_first_line(error)}; {_REMEDIES[errno.EADDRINUSE][1]}"
-    if isinstance(error, RuntimeError) and str(error).startswith(
-        "DataLoader worker (pid"
-    ):  # torch notices at any moment
-        killed = any(text in str(error) for text in ("killed by signal: Killed", "Bus error", "shared memory"))
-        remedy = "mostly a lack of memory: use fewer --workers" if killed else "--workers 0 shows why"
-        return (SETTING if killed else DATA), f"{_first_line(error)} ({remedy})"
     return None
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import io
 import logging
-import queue
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import AHEAD, Batch, Loader, Plan, Tally, decode_samples, stack_text
+from .data import Batch, Loader, Plan, Tally, decode_samples, faults_of, stack_text
 from .samples import Fault, Sample, SampleReader, fit_pixels
 
 log = logging.getLogger(__name__)
@@ -94,55 +92,25 @@ class DaliLoader(Loader):
     """Batches on the GPU `device`, or on the CPU for a CPU device, decoded by DALI with `workers` threads."""
 
     def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, workers: int, device: torch.device):
-        super().__init__(plan, tally)
+        super().__init__(reader, plan, tally, device)
         if device.type not in ("cuda", "cpu"):
             raise ValueError(f"loader: 'dali' decodes on cuda or cpu, not on {device.type}; use --loader torch")
         _import_dali()
-        self.reader, self.device, self.threads = reader, device, max(1, workers)
+        self.threads = max(1, workers)
         self._placeholder = _placeholder()
         # Only this name holds the pipeline, so that it ends in the thread that made it. Left to the garbage
         # collector it could end in a worker process forked later, which hangs: its threads are not there.
         self._pipeline = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
-        self._stop = threading.Event()
-        ready: queue.Queue = queue.Queue(maxsize=AHEAD)
-        self._thread = threading.Thread(target=self._fill, args=(ready, self._stop), daemon=True)
-        self._thread.start()
-        for _ in range(self.plan.steps):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item[0].image.is_cuda:  # allocated on the thread's stream, used on the caller's
-                item[0].image.record_stream(torch.cuda.current_stream(self.device))
-            yield item
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _fill(self, ready: queue.Queue, stop: threading.Event) -> None:
-        """The thread: produce items, or the exception that ends them, until told to stop."""
         try:
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
                 with torch.cuda.stream(torch.cuda.Stream()):
-                    self._hand_over(ready, stop)
+                    yield from self._produce()
             else:
-                self._hand_over(ready, stop)
-        except BaseException as error:
-            _put(ready, error, stop)
+                yield from self._produce()
         finally:
             self._pipeline = None
-
-    def _hand_over(self, ready: queue.Queue, stop: threading.Event) -> None:
-        for item in self._produce():
-            if not _put(ready, item, stop):
-                return
 
     def _produce(self) -> Iterator[tuple[Batch, list[Fault]]]:
         self._pipeline, failures = self._build(), 0
@@ -158,15 +126,15 @@ class DaliLoader(Loader):
                 failure = str(error)
             if image is None:
                 log.warning("DALI could not decode step %d, it is decoded again on the CPU", step.number)
-                step.samples, image = decode_samples(self.reader, step.samples)
+                image = torch.empty(len(step.samples), 3, *self.reader.image_size, dtype=torch.uint8)
+                step.samples = decode_samples(self.reader, step.samples, image)
                 failures = 0 if any(sample.fault for sample in step.samples) else failures + 1
                 if failures == FAILURES:
                     raise RuntimeError(f"DALI fails on pictures that PIL decodes; use --loader torch: {failure}")
                 self._pipeline = None
                 image, self._pipeline = image.to(self.device), self._build()
             text, ids, epochs = stack_text(step.samples)
-            faults = [sample.fault for sample in step.samples if sample.fault]
-            yield Batch(image, text, ids, epochs, self.plan.first(step.number)), faults
+            yield Batch(image, text, ids, epochs, self.plan.first(step.number)), faults_of(step.samples)
             step = following
 
     def _build(self):
@@ -223,14 +191,3 @@ def _fit_all(output, image: torch.Tensor, step: _Step, threads: int) -> None:
     rows = [row for row in range(len(step.samples)) if row not in step.aside]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(fit, rows))
-
-
-def _put(ready: queue.Queue, item, stop: threading.Event) -> bool:
-    """Queue the item; False if the consumer has closed the loader instead."""
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False

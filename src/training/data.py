@@ -3,52 +3,43 @@ size.
 
 A batch is a pure function of (records, seed, position). Global step s covers the positions from start + s * G
 to start + (s + 1) * G of the endless `Order`, rank r the r-th part of them; an epoch may end inside a batch.
-Loaders (here: PyTorch worker processes; `dali.py`) decide how fast the batches come, never what is in them.
+Loaders (here: processes, `workers.py`; `dali.py`) decide how fast the batches come, never what is in them.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import logging
 import math
-import multiprocessing
-import signal
+import queue
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from rwkv_clip.errors import DATA, SETTING
 from rwkv_clip.recordio import RecordSet
 
 from .augment import Augmentation
+from .heartbeat import place_of
 from .order import Order
 from .samples import DataError, Fault, Sample, SampleReader
+from .workers import PATIENCE, Workers
 
 __all__ = ["Batch", "DataError", "Order", "TorchLoader", "make_loader"]
 
 log = logging.getLogger(__name__)
 
 LOADERS = ("auto", "dali", "torch")
-CHUNK = 32  # samples per message of a worker: 5 MB at 224 px, so small /dev/shm (64 MB in containers) will do
-AHEAD = 2  # batches decoded ahead of the training step
+CHUNK = 32  # samples per message of a worker
+AHEAD = 2  # batches made ahead of the training step
 NAMED = 10  # bad records that are named
-
-
-class WorkerLost(RuntimeError):
-    """A data worker's process is gone. Killed (-9) it is mostly a lack of memory, else its data ended it."""
-
-    def __init__(self, pid: int | None, code: int | None):
-        killed = code == -signal.SIGKILL
-        remedy = "mostly a lack of memory: use fewer --workers" if killed else "--workers 0 shows why"
-        super().__init__(f"data worker {pid} died with exit code {code}; {remedy}")
-        self.exit_code = SETTING if killed else DATA
 
 
 @dataclass
@@ -140,17 +131,21 @@ def stack_text(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch
     return text, ids, torch.tensor([sample.epoch for sample in samples], dtype=torch.int64)
 
 
-def decode_samples(reader: SampleReader, samples: list[Sample]) -> tuple[list[Sample], torch.Tensor]:
-    """Decode on this CPU core -> the samples (bad ones replaced) and uint8 (B, 3, h, w)."""
-    image = torch.empty(len(samples), 3, *reader.image_size, dtype=torch.uint8)
+def decode_samples(reader: SampleReader, samples: list[Sample], image: torch.Tensor) -> list[Sample]:
+    """Decode on this CPU core into `image`, uint8 (B, 3, h, w); returns the samples, bad ones replaced."""
     samples = list(samples)
     for row, sample in enumerate(samples):
         samples[row], image[row] = reader.decode(sample)
-    return samples, image
+    return samples
 
 
-class _Chunks(Dataset):
-    """Item i = chunk i % per_step of step i // per_step, decoded; what a worker process runs."""
+def faults_of(samples: list[Sample]) -> list[Fault]:
+    """Those of the records that were replaced."""
+    return [sample.fault for sample in samples if sample.fault]
+
+
+class _Chunks:
+    """Item i = chunk i % per_step of step i // per_step, decoded; what a worker process makes."""
 
     def __init__(self, reader: SampleReader, plan: Plan):
         self.reader, self.plan = reader, plan
@@ -159,27 +154,23 @@ class _Chunks(Dataset):
     def __len__(self) -> int:
         return self.plan.steps * self.per_step
 
-    def __getitem__(self, item: int):
-        step, part = divmod(item, self.per_step)
-        positions = self.plan.positions(step)[part * CHUNK : (part + 1) * CHUNK]
-        try:
-            samples, image = decode_samples(self.reader, self.reader.read(positions))
-        except DataError as error:
-            return error  # raised by the consumer: a worker's exception would arrive wrapped in its traceback
-        faults = [sample.fault for sample in samples if sample.fault]
-        return image, *stack_text(samples), faults
+    def rows(self, item: int) -> slice:
+        """Where in its batch a chunk lies."""
+        start = item % self.per_step * CHUNK
+        return slice(start, min(start + CHUNK, self.plan.local_batch))
+
+    def shape(self, item: int) -> tuple[int, ...]:
+        rows = self.rows(item)
+        return rows.stop - rows.start, 3, *self.reader.image_size
+
+    def fill(self, item: int, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Fault]]:
+        """Pixels into `image`; texts, ids and epochs as `stack_text` has them, and faults."""
+        positions = self.plan.positions(item // self.per_step)[self.rows(item)]
+        samples = decode_samples(self.reader, self.reader.read(positions), image)
+        return *(part.numpy() for part in stack_text(samples)), faults_of(samples)
 
 
-def _as_is(item):
-    return item
-
-
-def _start_worker(_worker: int) -> None:
-    # A signal to the process group must let the main process save before it ends; it then ends its workers
-    # itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+# ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
 def _close(reference: weakref.ref) -> None:
@@ -188,11 +179,12 @@ def _close(reference: weakref.ref) -> None:
 
 
 class Loader:
-    """What both loaders are: a plan, a tally of bad records, and `run`, which yields (batch, faults) step by
-    step."""
+    """What all loaders are: a plan, a tally of bad records, and `run`, which makes (batch, faults) step by step, in a
+    thread of its own and up to AHEAD batches ahead."""
 
-    def __init__(self, plan: Plan, tally: Tally):
-        self.plan, self.tally = plan, tally
+    def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, device: torch.device):
+        self.reader, self.plan, self.tally, self.device = reader, plan, tally, device
+        self._current, self._thread = Feed(), None
         # Exit handlers run last to first. multiprocessing's sends SIGTERM, which the workers ignore, and then
         # waits for them, so they must have ended before.
         atexit.register(_close, weakref.ref(self))
@@ -210,88 +202,167 @@ class Loader:
     def __len__(self) -> int:
         return self.plan.steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Batches:
         self.close()
         self.tally.clear()
-        try:
-            for batch, faults in self.run():
-                self.tally.add(self.plan.local_batch, faults)
-                yield batch
-        finally:
-            self.close()
+        self.start()
+        device = self.device
+        if device.type == "cuda" and device.index is None:  # the one of this thread; a new thread has the first
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._current = Feed()
+        self._thread = threading.Thread(
+            target=_fill, args=(self._current, self.run, device), name="loader", daemon=True
+        )
+        self._thread.start()
+        return Batches(self, self._current)
+
+    def start(self) -> None:
+        """What has to be done in the thread that iterates, before the one that makes the batches."""
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
         """Yield each step's batch and the faults of the records that were replaced in it."""
         raise NotImplementedError
 
+    def interrupt(self) -> None:
+        """Let who waits inside `run` for somebody else come back."""
+
+    def place(self) -> str:
+        """Where `run` stands."""
+        thread = self._thread
+        return f"the loader at {place_of(thread.ident if thread else None)}"
+
+    def blank(self) -> Batch:
+        """A batch of the right shape that says nothing."""
+        rows, layout = self.plan.local_batch, self.reader.records.layout
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        image = torch.zeros(rows, 3, *self.reader.image_size, dtype=torch.uint8)
+        text = torch.zeros(rows, len(layout.views), layout.context, dtype=torch.int64)
+        return Batch(image, text, zeros, zeros, self.plan.start)
+
     def close(self) -> None:
         """End processes and threads; iterating again starts afresh from the beginning of the plan."""
-        raise NotImplementedError
+        self._current.stop()
+        self.interrupt()
+        if self._thread is not None:
+            self._thread.join(PATIENCE)  # one that hangs in the kernel is left to itself
+            self._thread = None
+
+
+class Feed:
+    """What passes from the thread that makes batches to the one that takes them."""
+
+    def __init__(self):
+        self.permits, self.ready = threading.Semaphore(AHEAD), queue.SimpleQueue()
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Nobody takes any more."""
+        self.stopped = True
+        self.permits.release()
+
+
+def _fill(feed: Feed, run: Callable[[], Iterator], device: torch.device) -> None:
+    """The thread: hand over what `run` yields, then the StopIteration or the error that ends it."""
+    items = run()
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        while True:
+            feed.permits.acquire()
+            if feed.stopped:
+                return
+            feed.ready.put(next(items))
+    except BaseException as error:
+        feed.ready.put(error)
+    finally:
+        items.close()
+
+
+class Batches:
+    """Iterator over the batches of a loader. An error of the loader is raised as it is."""
+
+    def __init__(self, loader: Loader, feed: Feed):
+        self._loader, self._feed = loader, feed
+        self._next: Any = None
+
+    def wait(self, seconds: float) -> bool:
+        """Whether there is within so many seconds what `next` returns or raises."""
+        if self._next is None:
+            with contextlib.suppress(queue.Empty):
+                self._next = self._feed.ready.get(timeout=seconds)
+        return self._next is not None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._feed.stopped:
+            raise StopIteration
+        item, self._next = self._feed.ready.get() if self._next is None else self._next, None
+        try:
+            if isinstance(item, BaseException):
+                raise item
+            self._feed.permits.release()
+            batch, faults = item
+            self._loader.tally.add(len(batch.ids), faults)
+        except BaseException:
+            self._loader.close()
+            raise
+        if batch.image.is_cuda:  # allocated on the loader's stream, used on the caller's
+            batch.image.record_stream(torch.cuda.current_stream(batch.image.device))
+        return batch
+
+    def close(self) -> None:
+        """As `close` of the loader, unless that has begun anew."""
+        if not self._feed.stopped:
+            self._loader.close()
+
+    def __del__(self):
+        if not self._feed.stopped:  # waits for nothing: any thread may collect garbage
+            self._feed.stop()
+            self._loader.interrupt()
 
 
 class TorchLoader(Loader):
-    """Batches on the CPU (pinned for a CUDA device), decoded by `workers` processes, or in this one with
-    0."""
+    """Batches on the CPU (pinned for a CUDA device), decoded by `workers` processes, or with 0 by this one."""
 
     def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, workers: int, device: torch.device):
-        super().__init__(plan, tally)
-        self._pin = device.type == "cuda"
+        super().__init__(reader, plan, tally, device)
+        self._count = workers
         self._chunks = _Chunks(reader, plan)
-        self._loader = DataLoader(
-            self._chunks,
-            batch_size=None,
-            collate_fn=_as_is,
-            num_workers=workers,
-            prefetch_factor=max(2, math.ceil(AHEAD * self._chunks.per_step / workers)) if workers else None,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # the default would draw from the global one and change the training
-        )
-        self._running: list[Iterator] = []
-        self._processes: list = []
+        self._workers: Workers | None = None
+        self._item = 0
+
+    def start(self) -> None:
+        if self._count:
+            self._workers = Workers(self._chunks, self._count)
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
-        before = multiprocessing.active_children()
-        self._running = [iter(self._loader)]
-        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        make = self._workers.receive if self._workers else self._chunks.fill
         for step in range(self.plan.steps):
-            chunks = []
-            for _ in range(self._chunks.per_step):
-                chunk = self._receive()
-                if isinstance(chunk, DataError):
-                    raise chunk
-                chunks.append(chunk)
-            image, text, ids, epochs, faults = zip(*chunks)
-            shape = (self.plan.local_batch, *image[0].shape[1:])
-            whole = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
-            torch.cat(image, out=whole)
-            batch = Batch(whole, torch.cat(text), torch.cat(ids), torch.cat(epochs), self.plan.first(step))
-            yield batch, [fault for part in faults for fault in part]
+            shape = (self.plan.local_batch, 3, *self.reader.image_size)
+            pin = self.device.type == "cuda"
+            image, chunks = torch.empty(shape, dtype=torch.uint8, pin_memory=pin), []
+            for item in range(step * self._chunks.per_step, (step + 1) * self._chunks.per_step):
+                self._item = item
+                chunks.append(make(item, image[self._chunks.rows(item)]))
+            *arrays, faults = zip(*chunks)
+            text, ids, epochs = (torch.from_numpy(np.concatenate(parts)) for parts in arrays)
+            yield Batch(image, text, ids, epochs, self.plan.first(step)), [fault for part in faults for fault in part]
 
-    def _receive(self):
-        try:
-            return next(self._running[0])
-        except (RuntimeError, OSError, EOFError) as error:  # torch's words for it depend on the moment
-            # A dying process closes its pipes, the sentinel among them, a moment before it can be waited for.
-            ended = wait([process.sentinel for process in self._processes], timeout=1)
-            dead = [process for process in self._processes if process.sentinel in ended]
-            for process in dead:
-                process.join(timeout=5)
-            if not dead:
-                raise
-            raise WorkerLost(dead[0].pid, dead[0].exitcode) from error
+    def interrupt(self) -> None:
+        if self._workers:
+            self._workers.kill()
+
+    def place(self) -> str:
+        workers = self._workers
+        return workers.place(self._item) if workers else super().place()
 
     def close(self) -> None:
-        # torch ends its workers when its iterator is deleted, which the traceback of an error in it delays to
-        # after the exit handlers. Private, but the same since torch 1.0; without workers there is no such
-        # method.
-        for iterator in self._running:
-            getattr(iterator, "_shutdown_workers", int)()
-        self._running.clear()
-        for process in self._processes:  # one that is stuck would be waited for without end
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._processes.clear()
+        super().close()
+        if self._workers:
+            self._workers.close()
+            self._workers = None
 
 
 def make_loader(
@@ -316,8 +387,8 @@ def make_loader(
     loader: "torch" (worker processes), "dali", or "auto": DALI where it is installed and `device` is a GPU.
     workers: processes (torch) or threads (DALI). With DALI on a GPU the pictures arrive there, else on the
     CPU. Attributes: skipped (reason -> count), bad (the first ten), close(). Iterating raises DataError when
-    more than max_bad records and more than the share max_bad_share are bad. ValueError for settings that do
-    not fit.
+    more than max_bad records and more than the share max_bad_share are bad, WorkerLost when a process dies.
+    ValueError for settings that do not fit.
     """
     if loader not in LOADERS:
         raise ValueError(f"loader: {loader!r} is not known; use one of {', '.join(LOADERS)}")

@@ -4,13 +4,16 @@ A step is a pure function of (weights, optimizer state, step): the batch follows
 in it from the samples or from (seed, step, piece of the batch), so no random state has to be saved for an exact resume.
 
 A step only queues work: nothing in it waits for a GPU, which computes one step while the host prepares the next.
+
+Data that stand still hold up nobody who has got a signal. One process saves at once. Of several ranks, which wait for
+each other in every step, the one without data takes part with a blank batch, and the step is void on all of them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -22,12 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_clip.config import Settings
-from rwkv_clip.dist import World, mean_over_ranks
+from rwkv_clip.dist import PeerLost, World, mean_over_ranks
 from rwkv_clip.image import normalize
 from rwkv_clip.model import pixel_statistics
 
 from .augment import draw_drops, draw_views
-from .data import Batch
+from .data import Batch, Batches, Loader
 from .heartbeat import Heartbeat
 from .log import RunLog
 from .numerics import NumericsError, Statistics, Watch, gradient_norms
@@ -41,6 +44,8 @@ from .step import Computed, GradientStep, Inputs
 __all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
 
 MAX_LOGIT_SCALE = math.log(100)
+SLICE = 0.1  # seconds between two looks at what may end the wait for data
+PATIENCE = 1.0  # seconds after a signal in which data that are only late may still come
 
 
 @dataclass
@@ -109,8 +114,25 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
 
-        NumericsError when the step before was not finite; `watch.check` says it of this one.
+        NumericsError when the step before was not finite; `check` says it of this one.
         """
+        return self._step(batch, void=False)
+
+    def sit_out(self, blank: Batch) -> dict[str, Tensor | float]:
+        """Take part in a step for which this rank, which has got a signal, has no data: it is void on all ranks."""
+        return self._step(blank, void=True)
+
+    def check(self) -> int:
+        """Wait for the last step, and take back the steps that were void. Returns a signal that some rank has got, else
+        0. NumericsError as by the watch."""
+        self.watch.check()
+        if self.watch.first_void is not None:
+            steps = self.progress.step - self.watch.first_void
+            self.progress.step -= steps
+            self.progress.samples_seen -= steps * self.global_batch
+        return self.watch.signal
+
+    def _step(self, batch: Batch, void: bool) -> dict[str, Tensor | float]:
         set_step(self.optimizer, self.schedule, self.progress.step)
         inputs = Inputs(*self._to_device(batch.image, self.choose_view(batch)), self.draw_drops(batch))
         self.optimizer.zero_grad(set_to_none=True)
@@ -121,7 +143,7 @@ class Trainer:
         loss = torch.stack(list(losses.values())).sum()
         values = {
             "loss": loss,
-            "grad_norm": self._update(loss, batch, computed, statistics),
+            "grad_norm": self._update(loss, batch, computed, statistics, void),
             "logit_scale": self.model.logit_scale.detach().exp(),
             "lr": self.schedule.lr(self.progress.step),
         }
@@ -144,17 +166,17 @@ class Trainer:
             tensor.record_stream(now)  # allocated on one stream, used on the other
         return sent
 
-    def _update(self, loss: Tensor, batch: Batch, computed: Computed, statistics: Statistics) -> Tensor:
+    def _update(self, loss: Tensor, batch: Batch, computed: Computed, statistics: Statistics, void: bool) -> Tensor:
         self.shares.take_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = self.settings.grad_clip_norm or float("inf")
         towers = gradient_norms(self.model)
         grad_norm = torch.linalg.vector_norm(torch.stack(list(towers.values())))
         nn.utils.clip_grads_with_norm_(self.shares.own.values(), limit, grad_norm)
-        skip = self.watch.judge(loss, grad_norm, may_overflow=self.scaler.is_enabled())
+        skip = self.watch.judge(loss, grad_norm, may_overflow=self.scaler.is_enabled(), void=void)
         update_weights(self.optimizer, skip)
         statistics.restore(skip)
-        self.scaler.update()
+        self._update_scale()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         features = (computed.image_features, computed.text_features)
@@ -162,13 +184,21 @@ class Trainer:
         self.watch.report(self.progress.step, batch.ids, loss, grad_norm, towers, features, epoch)
         return grad_norm
 
+    def _update_scale(self) -> None:
+        """After a bad step the scale falls, a void one leaves it. (Private, but `state_dict` waits for the device.)"""
+        if self.scaler.is_enabled():
+            kept = [(state, state.clone()) for state in (self.scaler._scale, self.scaler._growth_tracker)]
+            self.scaler.update()
+            for state, before in kept:
+                state.copy_(torch.where(self.watch.void > 0, before, state))
+
     def save(self, saver: Saver | None, name: str, last: bool = False) -> None:
         """Have a checkpoint written by the lead rank, which has a saver; `last`: wait until it is on the disk.
 
         NumericsError, and no checkpoint, when the last step or what is to be saved is not finite. StorageError as by
         the saver.
         """
-        self.watch.check()
+        self.check()
         self.watch.check_finite(self.shares.own | own_state(self))
         weights, optim, state = take_snapshot(self, name)
         if saver:
@@ -210,7 +240,7 @@ def peak_memory_mb() -> float:
 
 def train(
     trainer: Trainer,
-    loader: Iterable[Batch],
+    loader: Loader,
     folder: Path,
     name: str,
     log: RunLog | None,
@@ -222,23 +252,27 @@ def train(
     """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log and a saver.
 
     `validate()` returns metrics on the lead rank and an empty dict elsewhere; Interrupted when a signal ends it early.
-    Preempted, on all ranks after the same step and with it saved, when one of them has got a signal. StorageError when
-    checkpoints cannot be written.
+    Preempted, on all ranks after the same step and with it saved, when one of them has got a signal. PeerLost, with
+    all saved, when the data of a process that is alone stand still for its timeout. StorageError when checkpoints
+    cannot be written.
     """
     settings, progress, meter = trainer.settings, trainer.progress, Meter()
     heart.follow(lambda: progress.step)
     trainer.watch.open(folder, progress.step, preemption)
     batches, saved = iter(loader), progress.step
-    signal = preemption.agree(trainer.world)
+    signal, stuck = preemption.agree(trainer.world), ""
     while not signal:
         step, last = progress.step, progress.step == trainer.total_steps
         # First what is due after the last step, which a resumed run may have to make up for.
-        if progress.validated < step and (last or _is_due(step, settings.val_every_n_steps)):
-            trainer.watch.check()
+        validates = progress.validated < step and (last or _is_due(step, settings.val_every_n_steps))
+        saves = saved < step and (last or _is_due(step, settings.save_every_n_steps))
+        if (validates or saves) and (signal := trainer.check()):
+            break
+        if validates:
             _validate(progress, log, validate)
             meter.reset()
             signal = preemption.agree(trainer.world)
-        if not signal and saved < step and (last or _is_due(step, settings.save_every_n_steps)):
+        if saves and not signal:
             with heart.busy("saving"):
                 trainer.save(saver, name, last)
             saved = step
@@ -246,34 +280,58 @@ def train(
         if signal or last:
             break
         waiting = time.monotonic()
-        batch = next(batches)
+        stuck = _wait_for_data(batches, loader, trainer.world, preemption, heart)
         meter.waited += time.monotonic() - waiting
+        if stuck and trainer.world.size == 1:
+            signal = preemption.signal
+            break
         if saver:
             saver.check()
-        values = trainer.step(batch)
+        values = trainer.sit_out(loader.blank()) if stuck else trainer.step(next(batches))
         meter.samples += trainer.global_batch
         meter.steps += 1
         if log:
             log.advance()
         if _is_due(progress.step, settings.log_every_n_steps) or progress.step == trainer.total_steps:
-            trainer.watch.check()
-            numbers = mean_over_ranks(values, trainer.world.device)
-            if log:
-                numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}  # a skipped step's
-                speed = meter.measure(trainer.total_steps - progress.step)
-                epoch = progress.samples_seen / trainer.epoch_samples
-                log.write(progress.step, {"epoch": epoch, **numbers, **speed, "skipped": loader.skipped})
+            trainer.check()
+            _write(trainer, log, meter, mean_over_ranks(values, trainer.world.device), loader.skipped)
             meter.reset()
         signal = trainer.watch.signal
-    if signal:
+    if signal or stuck:
         with heart.busy("saving"):
             trainer.save(saver, name, last=True)
         preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the lead has to be done
+        heart.leave(None)  # a loader that stands still may take longer to end than the others do
+    if signal:
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
+    if stuck:
+        raise PeerLost(f"{stuck}; all is saved after step {progress.step}, --timeout {heart.timeout:g} waits longer")
+
+
+def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: Preemption, heart: Heartbeat) -> str:
+    """Until the next batch is there: "". What the data stand still at once there is a signal, or, where this process is
+    alone, once the timeout is over."""
+    began = time.monotonic()
+    with heart.waiting(loader.place):
+        while not batches.wait(SLICE):
+            now = time.monotonic()
+            late = preemption.signal and now - preemption.since > PATIENCE
+            if late or (world.size == 1 and now - began > heart.timeout and not heart.is_starting):
+                return f"no data for {now - began:.0f} s, waiting for {loader.place()}"
+    return ""
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _write(trainer: Trainer, log: RunLog | None, meter: Meter, numbers: dict[str, float], skipped: dict) -> None:
+    """A record of the step that was just done; not of a void one."""
+    if log and trainer.watch.first_void is None:
+        numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}  # a skipped step's
+        speed = meter.measure(trainer.total_steps - trainer.progress.step)
+        epoch = trainer.progress.samples_seen / trainer.epoch_samples
+        log.write(trainer.progress.step, {"epoch": epoch, **numbers, **speed, "skipped": skipped})
 
 
 def _validate(progress: Progress, log: RunLog | None, validate: Callable[[], dict[str, float]]) -> None:

@@ -146,7 +146,7 @@ def run(settings: Settings) -> Path:
     # Until now a signal just ends the process.
     with open_run(settings, world, work.name) as (folder, checkpoint), Preemption() as preemption:
         try:
-            with watch_peers(world, settings.timeout) as heart:
+            with watch_peers(world, settings.timeout, preemption) as heart:
                 _train(work, folder, checkpoint, preemption, heart)
         except PeerLost as lost:
             end_process(lost)

@@ -6,6 +6,9 @@ verdict and stops the run: the weights stay those before the first of the bad st
 
 The verdict travels in one small all-reduce per step, and with it the signals that the ranks have got (`preempt.py`), so
 that all ranks know both at the same step.
+
+A step is void when a rank had a signal but no data for it. It is skipped on all ranks, and so are all after it, until
+the host has read the verdict and the run stops where it was before that step.
 """
 
 from __future__ import annotations
@@ -60,8 +63,8 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What there is to say about a step, should it be bad. Its numbers (bad steps in a row, signal, loss, gradient
-    norm, norms of `towers`) are on their way to the host."""
+    """What there is to say about a step, should it be bad. Its numbers (bad steps in a row, signal, whether it is
+    void, loss, gradient norm, norms of `towers`) are on their way to the host."""
 
     step: int
     epoch: int
@@ -82,13 +85,16 @@ class Watch:
     """Judges every step on the device; `report` and `check` tell the host.
 
     tolerated: bad steps in a row that the run survives; 0 stops at the first. `signal` is what `check` last knew of
-    the signals that ranks have got, `in_a_row` of the bad steps up to now: both equal on all ranks.
+    the signals that ranks have got, `in_a_row` of the bad steps up to now, `first_void` of the first void step: all
+    equal on all ranks. `void`, on the device: 1 from a void step on.
     """
 
     def __init__(self, world: World, tolerated: int = 0):
         self.signal, self.in_a_row = 0, 0
+        self.first_void: int | None = None
         self._world, self._tolerated = world, tolerated
         self._row = torch.zeros((), device=world.device)
+        self.void = torch.zeros((), device=world.device)
         self._preemption, self._path = Preemption(), None
         self._pending: Verdict | None = None
 
@@ -99,18 +105,21 @@ class Watch:
             lines = self._path.read_text().splitlines(keepends=True)
             self._path.write_text("".join(line for line in lines if _is_before(line, first_step)))
 
-    def judge(self, loss: Tensor, grad_norm: Tensor, may_overflow: bool) -> Tensor:
+    def judge(self, loss: Tensor, grad_norm: Tensor, may_overflow: bool, void: bool = False) -> Tensor:
         """1. where the optimizer must skip this step, else 0.: float scalar on the device, equal on all ranks.
 
         may_overflow: a gradient scaler is at work; it answers to gradients that are not finite, and only a loss that is
-        not is an error.
+        not is an error. void: this rank has no data for the step.
         """
         overflow = ~grad_norm.isfinite()
         failed = ~loss.isfinite() if may_overflow else ~loss.isfinite() | overflow
-        signal = torch.full((), float(self._preemption.signal), device=self._world.device)  # a fill, not a copy
-        failed, overflow, self._signal = max_over_ranks(torch.stack((failed.float(), overflow.float(), signal)))
+        told = [torch.full((), float(x), device=self._world.device) for x in (self._preemption.signal, void)]  # no copy
+        found = max_over_ranks(torch.stack((failed.float(), overflow.float(), *told)))
+        failed, overflow, self._signal, void = found
+        self.void = torch.maximum(self.void, void)
         failed = torch.maximum(failed, (self._row > self._tolerated).float())  # once too many, nothing is learnt
-        self._row = failed * (self._row + 1)
+        self._row = torch.where(self.void > 0, self._row, failed * (self._row + 1))
+        failed = torch.maximum(failed, self.void)
         return torch.maximum(failed, overflow)
 
     def report(
@@ -128,7 +137,8 @@ class Watch:
         towers: what `gradient_norms` says. features: this rank's, (B, ..) each in the order of `ids`.
         """
         towers = towers or {}
-        numbers = torch.stack([x.float() for x in (self._row, self._signal, loss, grad_norm, *towers.values())])
+        numbers = (self._row, self._signal, self.void, loss, grad_norm, *towers.values())
+        numbers = torch.stack([x.float() for x in numbers])
         arrival = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)  # pinned, so the host goes on
@@ -175,9 +185,11 @@ class Watch:
     def _examine(self, verdict: Verdict) -> None:
         """Learn a step's verdict. All ranks come here at the same step, and those of a bad one put together what they
         know of it. NumericsError when it is one too many."""
-        row, signal, *_ = verdict.read()
+        row, signal, void, *_ = verdict.read()
         self.in_a_row, self.signal = int(row), max(self.signal, int(signal))
-        if not row:
+        if void:
+            self.first_void = verdict.step if self.first_void is None else self.first_void
+        if not row or void:
             return
         record = self._describe(verdict)
         rank, ids = next(iter(record["records"].items()))
@@ -199,7 +211,7 @@ class Watch:
         """A line of the report. Numbers are means over ranks, records those with features that are not finite, on their
         ranks; where all features are finite, all records of the step."""
         device = self._world.device
-        numbers = gather(verdict.numbers[None, 2:].to(device)).cpu()
+        numbers = gather(verdict.numbers[None, 3:].to(device)).cpu()
         ids, finite = gather(torch.stack((verdict.ids.to(device), verdict.finite.long()))[None]).cpu().unbind(1)
         named = [rank[mask == 0].tolist() for rank, mask in zip(ids, finite)]
         by_features = any(named)

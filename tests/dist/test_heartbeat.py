@@ -19,7 +19,8 @@ from rwkv_clip.training import heartbeat
 def watch_one_that_is_done() -> None:
     peer = subprocess.Popen(["sleep", "60"])
     store = dist.HashStore()
-    sign = {"count": 1, "step": 7, "state": heartbeat.TRAINING, "place": "", "failed": False, "cause": "", "error": ""}
+    sign = {"count": 1, "step": 7, "state": heartbeat.TRAINING, "place": "", "signal": 0}
+    sign |= {"failed": False, "cause": "", "error": ""}
     sign |= {"host": "here", "pid": peer.pid, "where": heartbeat.own_host(), "began": heartbeat.start_time(peer.pid)}
     store.set("beat/1", json.dumps(sign))
     heart = heartbeat.Heartbeat(World(0, 2, torch.device("cpu"), store), timeout=60)

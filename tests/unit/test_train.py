@@ -268,7 +268,8 @@ def test_a_bad_rank_stops_all(monkeypatch):
     good, ids = torch.tensor(1.0), torch.arange(3)
     assert watch.judge(good, good, False).item() == 0
     watch.report(0, ids, good, good)
-    monkeypatch.setattr("rwkv_clip.training.numerics.max_over_ranks", torch.ones_like)  # another rank's flag
+    others = torch.tensor([1.0, 1.0, 0.0, 0.0])  # another rank's flags: failed, overflow, signal, void
+    monkeypatch.setattr("rwkv_clip.training.numerics.max_over_ranks", lambda own: torch.maximum(own, others))
     assert watch.judge(good, good, False).item() == 1
     monkeypatch.undo()
     watch.report(1, ids, good, good)

@@ -1,0 +1,185 @@
+"""Processes that decode: of a sequence of items each makes every n-th, and sends it through a pipe of its own.
+
+Pixels are plain bytes in the pipe, read right into the batch. So nothing lies in /dev/shm, which containers keep at
+64 MB; nothing is shared that a dying worker could hold; and a worker whose message does not arrive is the end of its
+pipe, which is an error here and not a chunk that is waited for without end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from multiprocessing import process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rwkv_clip.errors import DATA, SETTING
+
+from .preempt import SIGNALS
+from .samples import DataError
+
+PIPE = 1 << 20  # bytes that a pipe holds where the system allows it: fewer turns of reader and writer
+PATIENCE = 5.0  # seconds that a killed worker is waited for; one that hangs in the kernel may never end
+TOLD = (DataError, OSError, MemoryError)  # what is raised here as it was there; all else is an error of ours
+LACK = {
+    -signal.SIGKILL: "mostly a lack of memory: use fewer --workers",
+    -signal.SIGBUS: "was a record file cut, or its disk lost?",
+}
+
+
+class WorkerLost(RuntimeError):
+    """A data worker ended before its work did; names it. Killed (-9) it is mostly a lack of memory, else its data."""
+
+    def __init__(self, pid: int | None, code: int | None):
+        super().__init__(f"data worker {pid} died with exit code {code}; {LACK.get(code, '--workers 0 shows why')}")
+        self.exit_code = SETTING if code == -signal.SIGKILL else DATA
+
+
+class Maker(Protocol):
+    """What workers do. Can be pickled, for workers that are not forked."""
+
+    def __len__(self) -> int:
+        """How many items there are."""
+
+    def shape(self, item: int) -> tuple[int, ...]:
+        """Of the item's pixels; no item has more of them than the first."""
+
+    def fill(self, item: int, image: Tensor) -> Any:
+        """Make the item: its pixels into `image`, uint8; what is returned goes with them."""
+
+
+class Workers:
+    """`count` processes at work on the items of `maker`; started here, in the thread that makes this."""
+
+    def __init__(self, maker: Maker, count: int):
+        self._processes: list[process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+        try:
+            for first in range(count):
+                self._start(maker, range(first, len(maker), count))
+        except BaseException:  # no more processes, no more files
+            self.kill()
+            self.close()
+            raise
+
+    def _start(self, maker: Maker, items: range) -> None:
+        context = multiprocessing.get_context()
+        ours, theirs = context.Pipe(duplex=False)
+        self._pipes.append(ours)
+        with theirs:  # closed before the next is forked: only the worker keeps its pipe open
+            with contextlib.suppress(AttributeError, OSError):
+                fcntl.fcntl(ours.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
+            inherited = self._pipes if context.get_start_method() == "fork" else []
+            worker = context.Process(target=_work, args=(maker, items, theirs, inherited), daemon=True)
+            worker.start()
+        self._processes.append(worker)
+
+    def receive(self, item: int, image: Tensor) -> Any:
+        """What `fill` returned for an item, its pixels in `image`. Items are asked for in order.
+
+        WorkerLost; a DataError, OSError or MemoryError of `fill` as it was there.
+        """
+        pipe = self._pipes[item % len(self._pipes)]
+        try:
+            found = pipe.recv()
+            if not isinstance(found, BaseException):
+                view = memoryview(image.numpy().reshape(-1))
+                while view:
+                    count = os.readv(pipe.fileno(), [view])
+                    if not count:
+                        raise EOFError
+                    view = view[count:]
+                return found
+        except (EOFError, OSError):
+            raise self._describe_loss(item) from None
+        raise found
+
+    def _describe_loss(self, item: int) -> WorkerLost:
+        worker = self._processes[item % len(self._processes)]
+        wait([worker.sentinel], timeout=1)
+        worker.join(1)  # a dying process closes its pipes a moment before it can be waited for
+        return WorkerLost(worker.pid, worker.exitcode)
+
+    def place(self, item: int) -> str:
+        """Whom `receive` waits for, in words."""
+        processes = self._processes
+        if not processes:  # closed by another thread
+            return "data workers that are gone"
+        worker = processes[item % len(processes)]
+        return f"data worker {worker.pid} ({_state(worker.pid)})"
+
+    def kill(self) -> None:
+        """End them all; who is in `receive` gets WorkerLost. They have nothing to save."""
+        for worker in self._processes:
+            worker.kill()
+
+    def close(self) -> None:
+        """After `kill`: forget them. Nobody may be in `receive`."""
+        for worker in self._processes:
+            worker.join(PATIENCE)
+            if worker.exitcode is None:
+                # Hanging in the kernel, on storage that is gone. Python would wait for it without end when it exits.
+                process._children.discard(worker)
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _state(pid: int) -> str:
+    """What a process does, as the kernel says it."""
+    names = {"D": "waiting for storage", "S": "asleep", "R": "running", "T": "stopped", "t": "traced", "Z": "gone"}
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "unknown"
+    return names.get(letter, letter)
+
+
+# ---- in a worker -----------------------------------------------------------------------------------------------------
+
+
+def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connection]) -> None:
+    """The main program of a worker."""
+    # A signal to the process group must let the main process save before it ends; it ends its workers itself.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    for end in inherited:  # readers that would keep a pipe from breaking
+        end.close()
+    torch.set_num_threads(1)
+    room = torch.empty(maker.shape(0), dtype=torch.uint8)
+    for item in items:
+        image = room[: maker.shape(item)[0]]
+        try:
+            found = maker.fill(item, image)
+        except TOLD as error:
+            pipe.send(error.with_traceback(None))
+            return
+        except Exception:
+            pipe.send(RuntimeError(f"in a data worker:\n{traceback.format_exc()}"))
+            return
+        try:
+            pipe.send(found)
+            view = memoryview(image.numpy().reshape(-1))
+            while view:
+                view = view[os.write(pipe.fileno(), view) :]
+        except BrokenPipeError:  # nobody reads any more
+            return
+
+
+def _end_with_parent() -> None:
+    """A thread: end this process when the one that started it has gone, also while a pipe is full."""
+    parent, started_by = multiprocessing.parent_process(), os.getppid()
+    # Forked later, siblings hold the sentinel open, and a server of forks is a parent that stays: so look at both.
+    while not wait([parent.sentinel], timeout=1) and os.getppid() == started_by:
+        pass
+    os._exit(1)
