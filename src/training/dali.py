@@ -65,7 +65,7 @@ def build_pipeline(batch: int, threads: int, size: tuple[int, int], device: torc
             axis_names="WH",
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,  # the pixels as stored, as the released recipe had them
+            adjust_orientation=False,  # turned pictures are not plain: PIL decodes them upright
             jpeg_fancy_upsampling=True,  # on a GPU the same chroma as on a CPU
         )
         if gpu:

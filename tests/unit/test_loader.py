@@ -315,7 +315,7 @@ def test_death_of_a_worker_ends_the_run(records, tmp_path):
     # The traceback keeps the iterator alive until after the exit handlers; the other worker must end all the same.
     done = run_script(records, tmp_path, "death")
     assert done.returncode == 1 and done.stdout == ""
-    assert "died with exit code -9; this is mostly a lack of memory: use fewer --workers" in done.stderr
+    assert "died with exit code -9; mostly a lack of memory: use fewer --workers" in done.stderr
 
 
 # ---- what workers need and how they end ------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def end(self, positions):
     ("read", "kind", "message"),
     [
         (fail_to_read, OSError, r"\[Errno 5\] Input/output error: 'train.rec'"),
-        (run_out_of_memory, MemoryError, ""),
+        (run_out_of_memory, MemoryError, "^$"),
         (fail_to_send, RuntimeError, "(?s)in a data worker:.*fail_to_send.*an error of ours"),
         (end, WorkerLost, r"data worker \d+ died with exit code 7; --workers 0 shows why$"),
     ],
