@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from .fields import IMAGE_FIELDS, Views, find_field, find_tokens, first_text
@@ -25,7 +26,7 @@ from .image import MAX_BYTES, ImageError, inspect_image, open_image
 from .recordfile import Header, pack
 from .recordio import EXACT, checksum
 from .sources import MAX_TEXT_BYTES, Problem, Row
-from .tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
+from .tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer
 
 OUTSIDE = "image outside the image folder"
 NO_RAW = "no raw text"
@@ -144,22 +145,30 @@ class Encoder:
         if not texts[0]:
             raise RowError(NO_RAW if texts[0] is None else "empty text")
         missing = [not text for text in texts]
-        ids = self.tokenize([text or texts[0] for text in texts])
+        ids, cut = self._tokenize([text or texts[0] for text in texts])
         if self.context > 2 and not ids[0, 2:].any():  # characters that stand for nothing, NUL for example
             raise RowError("empty text")
-        full = ids[:, -1].ne(0).tolist()  # to the last place, perhaps beyond
-        cut = [own and not lacks and self._is_cut(text) for own, lacks, text in zip(full, missing, texts)]
         return Encoded(
             row.name,
             labels=ids.numpy().astype(np.float32).reshape(-1),
             fallbacks=tuple(name for name, lacks in zip(self.views.names, missing) if lacks),
-            cut=tuple(name for name, is_cut in zip(self.views.names, cut) if is_cut),
+            cut=tuple(name for name, is_cut, lacks in zip(self.views.names, cut, missing) if is_cut and not lacks),
             unused=tuple(self._find_unused(row.fields, texts)),
         )
 
-    def _is_cut(self, text: str) -> bool:
-        """Whether a text that fills the context would fill one more place: no token of text is 0 at the end."""
-        return bool(self.tokenize(text, self.context + 1)[0, -1] != 0)
+    def _tokenize(self, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
+        """Ids (V, context), and of each text whether it was cut: with one more place it fills that, too.
+
+        What is cut keeps EOT as its last token, so the ids follow from those with one more place; not for texts of
+        which a tokenizer reads the more, the more places there are.
+        """
+        longer = self.tokenize(texts, self.context + 1)
+        cut = longer[:, -1] != 0
+        if any(len(text) > READ * self.context for text in texts):
+            return self.tokenize(texts), cut.tolist()
+        ids = longer[:, :-1]
+        ids[:, -1] = torch.where(cut, longer[:, -1], ids[:, -1])
+        return ids, cut.tolist()
 
     def _find_unused(self, fields: dict[str, Any], used: list[str | None]) -> list[str]:
         found = []

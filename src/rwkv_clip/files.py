@@ -71,7 +71,9 @@ def read_bytes(path: Path, most: int) -> bytes:
     """
     with open(path, "rb", opener=_open_regular) as file:
         about = os.fstat(file.fileno())
-        content = file.read(most + 1) if about.st_size <= most else b""
+        content = file.read(about.st_size + 1) if about.st_size <= most else b""  # `most` would be allocated at once
+        if len(content) > about.st_size:  # it grows
+            content += file.read(most + 1 - len(content))
         if about.st_size > most or len(content) > most:
             raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
         return content
