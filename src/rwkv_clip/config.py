@@ -236,6 +236,10 @@ class Settings:
             found.append(f"device: {self.device!r} is not cpu, cuda or mps")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             found.append(f"name: {self.name!r} is not the name of a folder; --logs says where it lies")
+        for name in ("logs", "name", "resume", "pretrained"):
+            value = getattr(self, name) or ""
+            if value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+                found.append(f"{name}: {value!r} is not UTF-8, and safetensors reads no weights from there; rename it")
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):

@@ -21,13 +21,14 @@ from tiny import make_smaller, make_tiny, to_arguments
 import rwkv_clip
 from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, hash_file
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, Settings, load_json, parse
 from rwkv_clip.dist import LeadFailed, World
-from rwkv_clip.errors import run_command
+from rwkv_clip.errors import explain, run_command
 from rwkv_clip.files import InUse, hold
 from rwkv_clip.recordio import RecordSet
 from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
+from rwkv_clip.training.data import WorkerLost
 from rwkv_clip.training.main import run
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -146,6 +147,17 @@ def test_what_a_run_cannot_go_on_from(own, resume, error, words, data, capsys):
         pass
     code, said = command(data | {"logs": str(own.parent), "name": "new", "resume": str(own / resume)}, capsys)
     assert code == 2 and len(said) == 1, said
+
+
+def test_names_that_are_not_utf8(data, tmp_path):
+    odd = tmp_path / os.fsdecode(b"o\xff")
+    shutil.copytree(Path(data["train_data"]).parent, odd, ignore=shutil.ignore_patterns("logs"))
+    settings = data | {"train_data": str(odd / "train"), "logs": str(tmp_path / "logs"), "name": "plain"}
+    folder = run(parse(Settings, settings))
+    assert load_json(folder / "settings.json")["train_data"] == str(odd / "train")
+    for key, value in (("name", "n\udcfe"), ("logs", str(odd)), ("resume", "\udcff"), ("pretrained", str(odd))):
+        with pytest.raises(ConfigError, match=f"{key}: .* is not UTF-8, .* rename it"):
+            parse(Settings, settings | {key: value})
 
 
 # ---- the records of a run
@@ -489,3 +501,11 @@ def test_memory_that_runs_out_is_said_with_the_ways_out(data, place, monkeypatch
     assert code == 2 and len(said) == 1 and said[0].startswith("error: out of memory (")
     for way in ("--batch-size", "--accum-freq", "--grad-checkpointing", "--workers"):
         assert way in said[0]
+
+
+@pytest.mark.parametrize(
+    "code, exit_code, way", [(-9, 2, "fewer --workers"), (-11, 3, "--workers 0"), (1, 3, "--workers 0")]
+)
+def test_a_lost_data_worker_has_an_exit_code(code, exit_code, way):
+    found = explain(WorkerLost(7, code))
+    assert found[0] == exit_code and f"worker 7 died with exit code {code}" in found[1] and way in found[1]
