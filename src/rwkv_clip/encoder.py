@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from .fields import IMAGE_FIELDS, Views, find_field, find_tokens, first_text
 from .files import OutsideError, find_below, read_bytes
@@ -253,28 +252,13 @@ class Encoder:
         """(JPEG bytes, whether they are new). The picture is decoded in any case: a header proves nothing."""
         info = inspect_image(data, name)
         picture = open_image(data)
-        turned = _turn_upright(picture)
         fits = not self.max_side or max(picture.size) <= self.max_side
-        if info.plain and fits and not turned:
+        if info.plain and fits:
             return data, False
         if not fits:
             scale = self.max_side / max(picture.size)
             size = tuple(max(1, round(side * scale)) for side in picture.size)
             picture = picture.resize(size, resample=3, reducing_gap=3.0)  # 3: bicubic
-        picture.info = {}
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=self.quality)
         return buffer.getvalue(), True
-
-
-def _turn_upright(picture: Image.Image) -> bool:
-    """Turn a picture, in place, as its EXIF tag says; whether there was anything to turn."""
-    if not {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"} & picture.info.keys():
-        return False
-    try:
-        turned = picture.getexif().get(0x0112, 1) in range(2, 9)
-    except Exception:  # PIL's parsers raise SyntaxError, struct.error, ...: no tag that anybody can read
-        return False
-    if turned:
-        ImageOps.exif_transpose(picture, in_place=True)
-    return turned

@@ -381,7 +381,7 @@ def end(self, positions):
     ("read", "kind", "message"),
     [
         (fail_to_read, OSError, r"\[Errno 5\] Input/output error: 'train.rec'"),
-        (run_out_of_memory, MemoryError, "^$"),
+        (run_out_of_memory, MemoryError, None),
         (fail_to_send, RuntimeError, "(?s)in a data worker:.*fail_to_send.*an error of ours"),
         (end, WorkerLost, r"data worker \d+ died with exit code 7; --workers 0 shows why$"),
     ],
