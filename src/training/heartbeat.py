@@ -214,7 +214,7 @@ class Heartbeat:
     def _place(self) -> str:
         """Where the main thread stands, or what it waits for."""
         waiting = self._waiting
-        return f"{WAITING}, {waiting()}" if waiting else place_of(self._main)
+        return f"the wait for data, for {waiting()}" if waiting else place_of(self._main)
 
     def _publish(self) -> None:
         self._count += 1
@@ -366,7 +366,10 @@ class Heartbeat:
         return self.cause or f"a collective failed, although all ranks give signs of life: {first_line(error)}"
 
     def leave(self, error: BaseException | None) -> None:
-        """No more signs of life from here, and none expected. An error is told to the others."""
+        """No more signs of life from here, and none expected. An error is told to the others. Only the first call does
+        anything."""
+        if self._left:
+            return
         if isinstance(error, PeerLost):
             self.cause = str(error)
         elif error is not None:

@@ -300,6 +300,7 @@ def train(
         with heart.busy("saving"):
             trainer.save(saver, name, last=True)
         preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the lead has to be done
+        heart.leave(None)  # a loader that stands still may take longer to end than the others do
     if signal:
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
     if stuck:

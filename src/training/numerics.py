@@ -119,7 +119,8 @@ class Watch:
         self.void = torch.maximum(self.void, void)
         failed = torch.maximum(failed, (self._row > self._tolerated).float())  # once too many, nothing is learnt
         self._row = torch.where(self.void > 0, self._row, failed * (self._row + 1))
-        return torch.maximum(torch.maximum(failed, overflow), self.void)
+        failed = torch.maximum(failed, self.void)
+        return torch.maximum(failed, overflow)
 
     def report(
         self,

@@ -2,7 +2,8 @@
 
 torchrun .. fail_at.py FOLDER RANK:STEP:KIND[,RANK:STEP:KIND ..] --setting value ..
 
-KIND is a signal, or `hang`, or `error`. FOLDER gets a file per failure with the time of it, and so each happens once.
+KIND is a signal, or `hang`, `compute` (for eight seconds), or `error`. FOLDER gets a file per failure with the time of
+it, and so each happens once.
 """
 
 import os
@@ -19,6 +20,12 @@ def hang_here() -> None:
     time.sleep(600)
 
 
+def compute_here() -> None:
+    until = time.monotonic() + 8
+    while time.monotonic() < until:
+        sum(range(1000))
+
+
 def fail_at(folder: str, plan: str) -> None:
     """Let `Trainer.step` end with a failure where the plan says so."""
     failures = [failure.split(":") for failure in plan.split(",") if failure]
@@ -32,9 +39,12 @@ def fail_at(folder: str, plan: str) -> None:
                 mark.write_text(str(time.monotonic()))
                 if kind == "hang":
                     hang_here()
+                if kind == "compute":
+                    compute_here()
                 if kind == "error":
                     raise DataError("a planted error")
-                os.kill(os.getpid(), getattr(signal, kind))
+                if kind.startswith("SIG"):
+                    os.kill(os.getpid(), getattr(signal, kind))
         return values
 
     loop.Trainer.step = failing

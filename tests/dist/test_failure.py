@@ -149,6 +149,26 @@ def test_a_stuck_rank_ends_all_and_says_where(data, tmp_path, store):
         )
 
 
+def test_a_process_that_is_alone_and_stuck_ends_and_says_where(data, tmp_path):
+    ranks = start_ranks(1, tmp_path, work, str(tmp_path), "0:13:hang", data | {"name": tmp_path.name})
+    ended = finish(ranks, [5], tmp_path)
+    assert TIMEOUT - 1 <= ended - failure_times(tmp_path)[0] <= TIMEOUT + 6
+    pattern = (
+        r"error: step 13 has lasted [3-6] s, at dist/fail_at.py:\d+, and computes nothing: stuck; --timeout 3 allows"
+    )
+    assert re.match(pattern, said(tmp_path, 0))
+
+
+def test_a_process_that_is_alone_and_slow_goes_on(data, tmp_path):
+    """A step that computes for longer than the timeout is worth a warning, once each time that it is over."""
+    ranks = start_ranks(1, tmp_path, work, str(tmp_path), "0:13:compute", data | {"name": tmp_path.name})
+    finish(ranks, [0], tmp_path, within=60)
+    lines = [line for line in (tmp_path / "stderr0").read_text().splitlines() if "it computes, so the run" in line]
+    assert 1 <= len(lines) <= 2 and all(
+        re.search(r"step 13 has lasted \d+ s, at dist/fail_at.py:\d+; ", x) for x in lines
+    )
+
+
 def test_an_error_of_one_rank_is_told_to_the_others(data, tmp_path, store):
     ranks = start_ranks(2, tmp_path, work, str(tmp_path), "1:13:error", data | {"name": tmp_path.name}, store.port)
     ended = finish(ranks, [5, 3], tmp_path)

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +19,13 @@ from ranks import digest, read_ids, start_ranks
 from tiny import BATCH, make_smaller, make_tiny, to_arguments
 
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
+from rwkv_clip.training import data as data_module
 from rwkv_clip.training import loop, preempt
 from rwkv_clip.training.main import main
 
 STEPS, SIGNALS = 40, 20
-TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SLACK = 5  # seconds that a loaded machine may take longer
+TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +38,17 @@ def data(tmp_path_factory):
 def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     """On a rank: the command line, with a file when signals are noted and one with the record ids of every step.
 
-    pauses: seconds that `step` number n, validation or saving takes longer, by `("step", n)`, `("validate", n)`, ..
+    pauses: seconds that `step` number n, validation, saving or the batch of a step takes longer, by `("step", n)`,
+    `("validate", n)`, ..; on one rank only by `("data", n, rank)`.
     """
+    multiprocessing.set_start_method("fork", force=True)  # data workers as in a run of its own, not by a server
     rank = os.environ["RANK"]
     messages = os.open(f"{folder}/messages{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(messages, 1), os.dup2(messages, 2)
     sys.argv[1:] = to_arguments(settings)
     patch = pytest.MonkeyPatch()
     enter, step, save = preempt.Preemption.__enter__, loop.Trainer.step, loop.Trainer.save
-    train, trainers = loop.train, []
+    train, trainers, fill = loop.train, [], data_module._Chunks.fill
 
     def entered(self):
         enter(self)
@@ -51,9 +57,10 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
         return self
 
     def pause(what, number):
-        if (what, number) in pauses:
-            Path(folder, f"paused{rank}").touch()
-            time.sleep(pauses[what, number])
+        for key in (what, number), (what, number, int(rank)):
+            if key in pauses:
+                Path(folder, f"paused{rank}").touch()
+                time.sleep(pauses[key])
 
     def noted(trainer, *arguments, **options):
         trainers.append(trainer)
@@ -65,6 +72,10 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
             file.write(" ".join(map(str, [*batch.ids.tolist(), ""])))
         pause("step", number)
         return step(self, batch)
+
+    def filled(self, item, image):
+        pause("data", self.plan.first(item // self.per_step) // self.plan.global_batch)
+        return fill(self, item, image)
 
     def saved(self, *arguments, **options):
         pause("save", self.progress.step)
@@ -83,16 +94,18 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     patch.setattr(preempt.Preemption, "interrupts", interrupts)
     patch.setattr(loop.Trainer, "step", logged)
     patch.setattr(loop.Trainer, "save", saved)
+    patch.setattr(data_module._Chunks, "fill", filled)
+    patch.setattr(data_module, "PATIENCE", 0.2)  # with a thread that never comes back
     patch.setattr("rwkv_clip.training.main.train", noted)
     patch.setattr("rwkv_clip.training.main.plot_training", lambda folder: None)
     main()
 
 
 class Run:
-    """A run on two ranks that is started again and again."""
+    """A run on two ranks, or another number, that is started again and again."""
 
-    def __init__(self, data: dict, name: str, **changes):
-        self.folder = Path(data["logs"]) / name
+    def __init__(self, data: dict, name: str, world: int = 2, **changes):
+        self.folder, self.world = Path(data["logs"]) / name, world
         self.folder.mkdir(parents=True)
         self.settings = {**data, "name": name, **changes}
 
@@ -100,8 +113,8 @@ class Run:
         """Start, and wait until both ranks note signals and, where there are pauses, one is at its pause."""
         for path in [*self.folder.glob("ready*"), *self.folder.glob("paused*"), *self.folder.glob("messages*")]:
             path.unlink()
-        self.ranks = start_ranks(2, self.folder, train_rank, self.settings, str(self.folder), pauses or {})
-        while len(list(self.folder.glob("ready*"))) < 2 or (pauses and not list(self.folder.glob("paused*"))):
+        self.ranks = start_ranks(self.world, self.folder, train_rank, self.settings, str(self.folder), pauses or {})
+        while len(list(self.folder.glob("ready*"))) < self.world or (pauses and not list(self.folder.glob("paused*"))):
             assert all(process.is_alive() for process in self.ranks), self.messages()
             time.sleep(0.005)
 
@@ -109,6 +122,17 @@ class Run:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.ranks[rank].pid, number)
+
+    def seconds_to_save(self, number: int, ranks: tuple[int, ...]) -> float:
+        """Tell ranks; how long it takes until the run's first checkpoint is there."""
+        began = time.monotonic()
+        self.tell(number, ranks)
+        while not list(self.folder.glob(f"checkpoints/step-{'?' * 8}")) and time.monotonic() - began < 30:
+            time.sleep(0.02)
+        passed = time.monotonic() - began
+        for process in self.ranks if passed >= 30 else ():  # they would outlive the test
+            process.kill()
+        return passed
 
     def wait_for(self, step: int) -> None:
         """Until a rank begins that step, or all are done."""
@@ -216,6 +240,86 @@ def test_a_second_signal_ends_at_once(data):
     run.tell(signal.SIGTERM)
     assert run.end() == [-signal.SIGTERM] * 2 and time.monotonic() - begin < 5
     assert [path.name for path in list_checkpoints(run.folder)][-1] == "step-00000004"
+
+
+# ---- data that stand still -------------------------------------------------------------------------------------------
+
+NEVER, AT = 600.0, 5
+KINDS = {
+    "plain": {},
+    "accumulated, fp16": {"accum_freq": 2, "batch_size": BATCH // 4, "precision": "fp16"},
+    "in a fixed order": {"deterministic": True, "max_ranks": 2},
+    "shares": {"parallel": "fsdp"},
+}
+
+
+QUIET = {"val_data": None, "max_steps": 8, "save_every_n_steps": 100}
+
+
+def state_at(folder: Path, step: int) -> tuple:
+    """All of a checkpoint that the next step depends on."""
+    path = folder / "checkpoints" / f"step-{step:08}"
+    state = json.loads((path / "state.json").read_text())
+    return digest(path), [state[key] for key in ("samples_seen", "scaler", "nonfinite_in_a_row")]
+
+
+@pytest.fixture(scope="module")
+def good(data):
+    """By kind: what a run whose data do not stand still is after the step."""
+    found = {}
+
+    def get(kind: str) -> tuple:
+        if kind not in found:
+            run = Run(data, f"good {kind}", **QUIET | {"save_every_n_steps": 1, "keep_checkpoints": 99} | KINDS[kind])
+            run.start()
+            assert run.end() == [0, 0]
+            found[kind] = state_at(run.folder, AT)
+        return found[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("told", [(0,), (1,)], ids=["who waits for a rank", "who waits for data"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_while_data_stand_still_on_one_rank(data, good, kind, told):
+    """All ranks stop where they were before the step that lacks data: the same bits as in a run that stood there."""
+    run = Run(data, f"still {kind} {told}", **QUIET | KINDS[kind])
+    run.start({("data", AT, 1): NEVER})
+    run.wait_for(AT)  # rank 0 begins it
+    time.sleep(0.2)
+    assert run.seconds_to_save(signal.SIGTERM, told) < 5 + SLACK
+    assert run.end() == [75, 75] and run.steps() == AT, run.messages()
+    assert state_at(run.folder, AT) == good(kind)
+    assert f"stopped by SIGTERM after step {AT}: all saved" in run.messages()[0]
+
+
+def test_a_signal_while_the_first_batch_is_waited_for_on_one_rank(data):
+    run = Run(data, "still at the start", **QUIET)
+    run.start({("data", 0, 0): NEVER})
+    run.wait_for(0)
+    run.tell(signal.SIGINT, (1,))
+    assert run.end() == [75, 75] and run.steps() == 0, run.messages()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_data_stand_still_in_one_process(data, number, workers):
+    run = Run(data, f"alone {number} {workers}", 1, **QUIET, workers=workers)
+    run.start({("data", AT): NEVER})
+    run.wait_for(AT - 1)
+    time.sleep(0.5)  # it waits, most likely; should it not, it is told a little earlier
+    assert run.seconds_to_save(number, (0,)) < 5 + SLACK
+    assert run.end() == [75] and run.steps() in (AT - 1, AT), run.messages()
+    assert f"stopped by {number.name} after step {run.steps()}: all saved" in run.messages()[0]
+
+
+def test_data_of_one_process_that_stand_still_end_it_after_the_timeout(data):
+    """Saved, with code 5, and it says for whom it waits."""
+    run = Run(data, "alone for ever", 1, **QUIET, workers=1, timeout=2.0)
+    run.start({("data", AT): NEVER})
+    assert run.end() == [5] and run.steps() == AT
+    line = r"error: no data for \d+ s, waiting for data worker \d+ \(asleep\); all is saved after step 5, --timeout 2 "
+    assert re.search(line, run.messages()[0])
 
 
 def test_torchrun_passes_a_signal_on(data, whole, free_port):

@@ -137,6 +137,18 @@ def test_a_signal_of_another_rank_is_heard(quiet):
     assert heart._preemption.signal == signal.SIGHUP
 
 
+def test_a_rank_says_for_whom_it_waits(quiet):
+    heart, store = quiet
+    publish(store, 1, SIGN)
+    heart.follow(iter(range(99)).__next__)  # beyond its first step
+    with heart.waiting(lambda: "data worker 12 (stopped)"):
+        heart._exchange()
+    sign = heart._seen[0][0]
+    assert (sign["state"], sign["place"]) == (heartbeat.WAITING, "the wait for data, for data worker 12 (stopped)")
+    heart._exchange()
+    assert heart._seen[0][0]["state"] == heartbeat.TRAINING and heart._seen[0][0]["place"].startswith("training/")
+
+
 def sleep(**environment: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, **environment})
 

@@ -1,11 +1,20 @@
 """The torch loader: what is in a batch depends on seed and position only; bad records are replaced, counted,
 named."""
 
+import errno
+import gc
 import io
 import logging
+import multiprocessing
+import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +22,12 @@ import torch
 from PIL import Image
 
 from rwkv_clip.recordio import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.training import data
 from rwkv_clip.training.augment import crop_windows, draw_flips
 from rwkv_clip.training.data import DataError, Order, make_loader
+from rwkv_clip.training.heartbeat import start_time
+from rwkv_clip.training.samples import SampleReader
+from rwkv_clip.training.workers import WorkerLost
 
 COUNT = 50
 
@@ -299,9 +312,212 @@ def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
 
 
 def test_death_of_a_worker_ends_the_run(records, tmp_path):
-    # The traceback keeps torch's iterator alive until after the exit handlers; the other worker must end all
-    # the same.
+    # The traceback keeps the iterator alive until after the exit handlers; the other worker must end all the same.
     done = run_script(records, tmp_path, "death")
     assert done.returncode == 1 and done.stdout == ""
-    # torch itself may notice first, in a signal handler
-    assert "died with exit code -9" in done.stderr or "is killed by signal" in done.stderr
+    assert "died with exit code -9; this is mostly a lack of memory: use fewer --workers" in done.stderr
+
+
+# ---- what workers need and how they end ------------------------------------------------------------------------------
+
+
+def test_nothing_lies_in_shared_memory(records):
+    """Neither a file of ours nor a mapping of one, in this process or a worker, while batches wait to be taken."""
+    before = set(os.listdir("/dev/shm"))
+    loader = make_loader(records, image_size=64, global_batch=40, steps=5, workers=2, loader="torch")
+    for _ in loader:
+        time.sleep(0.05)  # everything that can be ahead is
+        for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            assert not [line for line in maps if "/dev/shm/" in line and "/sem." not in line]
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+SMALL = """
+    import sys, time
+    from rwkv_clip.recordio import RecordSet
+    from rwkv_clip.training.data import make_loader
+
+    settings = dict(image_size=224, global_batch=128, steps=22, workers=4, loader="torch")
+    for batch in make_loader(RecordSet(sys.argv[1]), **settings):
+        time.sleep(0.1)  # a training step: what workers have ready piles up
+    print(batch.image.shape, flush=True)
+"""
+
+
+@pytest.mark.parametrize("size", ["16m", "1m"])
+def test_a_small_shared_memory_is_enough(records, tmp_path, size):
+    """In a file system namespace of its own, as in a container, with four workers at batch 128."""
+    mount = f"mount -t tmpfs -o size={size} none /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounting a small /dev/shm is not permitted here")
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SMALL))
+    command = f'{mount} && exec "$0" "$@"'
+    arguments = [sys.executable, str(script), str(records.files[0].prefix)]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command, *arguments], capture_output=True, text=True, timeout=90
+    )
+    assert done.stdout == "torch.Size([128, 3, 224, 224])\n", done.stderr
+
+
+def fail_to_send(self, positions):
+    raise AssertionError("an error of ours")
+
+
+def fail_to_read(self, positions):
+    raise OSError(errno.EIO, "Input/output error", "train.rec")
+
+
+def run_out_of_memory(self, positions):
+    raise MemoryError
+
+
+def end(self, positions):
+    os._exit(7)
+
+
+@pytest.mark.parametrize(
+    ("read", "kind", "message"),
+    [
+        (fail_to_read, OSError, r"\[Errno 5\] Input/output error: 'train.rec'"),
+        (run_out_of_memory, MemoryError, None),
+        (fail_to_send, RuntimeError, "(?s)in a data worker:.*fail_to_send.*an error of ours"),
+        (end, WorkerLost, r"data worker \d+ died with exit code 7$"),
+    ],
+)
+def test_an_error_in_a_worker_arrives(records, monkeypatch, read, kind, message):
+    monkeypatch.setattr(SampleReader, "read", read)
+    with pytest.raises(kind, match=message) as error:
+        load(records, workers=2)
+    assert type(error.value) is kind and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("rest", [(lambda: 0), "x" * 20_000_000], ids=["cannot be pickled", "is large"])
+def test_a_message_that_cannot_be_sent_is_an_error(records, monkeypatch, capfd, rest):
+    """Or it is sent, however large."""
+    fill = data._Chunks.fill
+    monkeypatch.setattr(data._Chunks, "fill", lambda *arguments: (*fill(*arguments)[:3], [rest]))
+    monkeypatch.setattr(data.Tally, "add", lambda *_: None)
+    if isinstance(rest, str):
+        assert len(load(records, workers=1, steps=2)) == 2
+        return
+    with pytest.raises(WorkerLost, match="died with exit code 1"):
+        load(records, workers=2)
+    assert "pickle" in capfd.readouterr().err
+
+
+def is_gone(pid: int) -> bool:
+    return start_time(pid) is None  # a zombie, which nobody may collect in a container, is gone, too
+
+
+def wait_until(condition, seconds: float = 30) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return condition()
+
+
+ORPHANS = """
+    import multiprocessing, os, signal, sys, time
+    from rwkv_clip.recordio import RecordSet
+    from rwkv_clip.training.data import make_loader
+    from rwkv_clip.training.samples import SampleReader
+
+    if __name__ == "__main__":
+        multiprocessing.set_start_method(sys.argv[2])
+        if sys.argv[4] == "hang":
+            read = SampleReader.read
+            SampleReader.read = lambda self, positions: time.sleep(600) if positions[0] > 400 else read(self, positions)
+        settings = dict(image_size=300, global_batch=100, steps=40, workers=int(sys.argv[3]), loader="torch")
+        batches = iter(make_loader(RecordSet(sys.argv[1]), **settings))
+        next(batches)
+        time.sleep(1)  # the pipes are full
+        while sys.argv[4] == "hang" and batches.wait(1):
+            next(batches)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "what"), [("fork", 3, "write"), ("fork", 2, "hang"), ("forkserver", 1, "write")]
+)
+def test_workers_end_with_a_killed_run(records, tmp_path, method, count, what):
+    """SIGKILL leaves the run no time to end them, and all wait for somebody to read, or hang."""
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(ORPHANS))
+    command = [sys.executable, str(script), str(records.files[0].prefix), method, str(count), what]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == count and not any(is_gone(pid) for pid in workers)
+        process.kill()
+    assert wait_until(lambda: all(is_gone(pid) for pid in workers), 10)
+
+
+def test_a_loader_is_closed_while_its_workers_stand_still(records):
+    loader = make_loader(records, image_size=32, global_batch=10, steps=99, workers=2, loader="torch")
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    while batches.wait(0.5):  # what was ahead
+        next(batches)
+    assert re.fullmatch(r"data worker \d+ \(stopped\)", loader.place())
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 4 and not any(worker.is_alive() for worker in workers)
+    assert len(load(records)) == 6
+
+
+def test_a_loader_is_closed_while_this_process_stands_still(records, monkeypatch):
+    """One that never comes back is left to itself."""
+    read, stands, goes_on = SampleReader.read, threading.Event(), threading.Event()
+
+    def hang(self, positions):
+        if positions[0] >= 20:
+            stands.set()
+            goes_on.wait()
+        return read(self, positions)
+
+    monkeypatch.setattr(SampleReader, "read", hang)
+    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    loader = make_loader(records, image_size=16, global_batch=10, steps=99, workers=0, loader="torch")
+    batches = iter(loader)
+    next(batches)
+    assert stands.wait(30) and batches.wait(0) and "test_loader.py" in loader.place()
+    thread = loader._thread
+    loader.close()
+    goes_on.set()
+    thread.join(30)
+    assert not thread.is_alive() and next(batches, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_more_than_two_batches_are_ahead(records, monkeypatch, workers):
+    made, read = multiprocessing.Value("i", 0), SampleReader.read
+
+    def counted(self, positions):
+        with made.get_lock():
+            made.value += 1
+        return read(self, positions)
+
+    monkeypatch.setattr(SampleReader, "read", counted)
+    loader = make_loader(records, image_size=300, global_batch=20, steps=50, workers=workers, loader="torch")
+    batches = iter(loader)
+    next(batches)
+    assert wait_until(lambda: made.value >= 3)
+    time.sleep(0.5)
+    assert made.value <= 3 + workers + 1  # a worker has one more at hand, and one in its pipe
+    loader.close()
+
+
+def test_a_loader_that_is_dropped_leaves_nothing(records):
+    for workers in (0, 2):
+        batches = iter(make_loader(records, image_size=32, global_batch=10, steps=99, workers=workers, loader="torch"))
+        next(batches)
+        del batches
+    gc.collect()
+    assert wait_until(lambda: not multiprocessing.active_children())
+    assert wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "loader"])
