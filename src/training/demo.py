@@ -94,6 +94,7 @@ def _build_train(staging: Path, settings: DemoSettings) -> None:
         for index in tqdm(range(settings.train), desc="drawing", unit="scene", disable=None):
             scene, name = draw_train_scene(settings.seed, index), f"{index:06d}.jpg"
             (folder / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "jpeg"))
+            os.utime(folder / name, (0, 0))  # the records' .json depends on it
             file.write(json.dumps({"image": name, **write_texts(scene)}) + "\n")
     # One process draws and packs: to start more, each with its own torch, takes longer than the work.
     build_records(
