@@ -5,6 +5,8 @@ from __future__ import annotations
 from planted_training import Mutant
 
 SOURCES, CACHE, SETS = "unit/test_sources.py::", "unit/test_eval_cache.py::", "unit/test_retrieval_sets.py::"
+AGAIN, PROCESSES = "faults/test_build_again.py::", "faults/test_build_processes.py::"
+FIELDS = "unit/test_fields.py::"
 STILL = "faults/test_signals.py::test_a_signal_while_data_stand_still_on_one_rank"
 READERS = [
     Mutant(
@@ -146,6 +148,87 @@ READERS = [
         "chunk[NUM_VALUES] > max(MAX_LIST, GROWTH * chunk[STORED])",
         "chunk[NUM_VALUES] > 1 << 60",
         SOURCES + "test_small_parquet_files_do_not_fill_the_memory",
+    ),
+]
+BUILDER = [
+    Mutant(
+        "pictures of a kept shard are not asked for",
+        "rwkv_clip/builder.py",
+        '        if not stages or stages[-1][1]["pictures"] is None:',
+        "        if True:",
+        AGAIN + "test_changed_input_is_refused_and_built_anew",
+    ),
+    Mutant(
+        "when a picture was changed does not count",
+        "rwkv_clip/encoder.py",
+        "json.dumps([value, about.st_size, about.st_mtime_ns])",
+        "json.dumps([value, about.st_size])",
+        AGAIN + "test_changed_input_is_refused_and_built_anew",
+    ),
+    Mutant(
+        "two builds on one prefix",
+        "rwkv_clip/builder.py",
+        '        locks.enter_context(hold(beside(prefix, ".lock"), str(prefix), remedy))\n        yield',
+        "        yield",
+        PROCESSES + "test_the_second_build_of_a_prefix_is_refused",
+    ),
+    Mutant(
+        "a build of a shard beside that of the whole",
+        "rwkv_clip/builder.py",
+        "        if family:\n",
+        "        if False:\n",
+        PROCESSES + "test_what_may_be_a_shard_keeps_the_whole_away_but_not_its_neighbour",
+    ),
+    Mutant(
+        "complete already, whatever the size",
+        "rwkv_clip/builder.py",
+        '(size, lines) == (side.get("bytes"), side["count"])',
+        "True",
+        AGAIN + "test_files_that_are_not_what_their_json_says_are_built_again",
+    ),
+    Mutant(
+        "an older shard loses its index too early",
+        "rwkv_clip/builder.py",
+        '        with naming(beside(writer.prefix, ".rec")):\n            size = writer.flush()\n',
+        '        beside(writer.prefix, ".idx").unlink(missing_ok=True)\n'
+        '        with naming(beside(writer.prefix, ".rec")):\n            size = writer.flush()\n',
+        AGAIN + "test_a_full_disk_leaves_what_was_there",
+    ),
+    Mutant(
+        "names lead out of the image folder",
+        "rwkv_clip/files.py",
+        '.startswith(os.path.join(os.path.realpath(folder), ""))',
+        '.startswith("")',
+        "faults/test_build_hostile.py::test_names",
+    ),
+    Mutant(
+        "workers outlive a killed parent",
+        "rwkv_clip/pool.py",
+        "    os._exit(1)  #",
+        "    _stopping.set()  #",
+        PROCESSES + "test_no_worker_outlives_its_parent",
+    ),
+    Mutant(
+        "a missing raw text is replaced by another",
+        "rwkv_clip/encoder.py",
+        "        texts = [find_text(row.fields, field) for field in self.views.fields]\n",
+        "        texts = [find_text(row.fields, field) for field in self.views.fields]\n"
+        '        texts[0] = texts[0] or find_text(row.fields, "caption")\n',
+        FIELDS + "test_the_field_of_a_view_is_the_same_for_all_rows",
+    ),
+    Mutant(
+        "texts that fill the context count as cut",
+        "rwkv_clip/encoder.py",
+        "cut = longer[:, -1] != 0",
+        "cut = longer[:, -2] != 0",
+        FIELDS + "test_cut_texts_are_counted_to_the_token",
+    ),
+    Mutant(
+        "a condition on a field that no row has",
+        "rwkv_clip/fields.py",
+        "    if unseen and there:\n",
+        "    if False:\n",
+        FIELDS + "test_a_field_that_no_row_has",
     ),
 ]
 EVALUATION = [
@@ -364,4 +447,4 @@ RUNNING = [
         "unit/test_dist.py::test_only_a_rank_of_this_run_is_killed",
     ),
 ]
-INPUTS = [*READERS, *EVALUATION, *CORE, *RUNNING]
+INPUTS = [*READERS, *BUILDER, *EVALUATION, *CORE, *RUNNING]
