@@ -2,7 +2,7 @@
 
 python tests/faults/mutants.py [part of a name ..]     # plants them one by one in this checkout, which must be clean
 
-The lists are in planted_training.py and planted_inputs.py; each bug is an exact replacement in one file, undone at once.
+Lists: planted_training.py, planted_inputs.py. Each bug is an exact replacement in one file, undone at once.
 Prints a table; the exit code is 1 when a test stays green.
 `test_mutants.py` keeps the list applicable.
 """

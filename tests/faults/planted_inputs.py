@@ -447,4 +447,64 @@ RUNNING = [
         "unit/test_dist.py::test_only_a_rank_of_this_run_is_killed",
     ),
 ]
-INPUTS = [*READERS, *BUILDER, *EVALUATION, *CORE, *RUNNING]
+RUNS = [
+    Mutant(
+        "a run is resumed from what was there before it owned its folder",
+        "training/run.py",
+        "            owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))\n"
+        "            checkpoint = _choose_checkpoint(settings, world, logs / name)\n",
+        "            checkpoint = _choose_checkpoint(settings, world, logs / name)\n"
+        "            owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))\n",
+        "unit/test_run_folder.py::test_the_checkpoint_is_chosen_by_who_owns_the_folder",
+    ),
+    Mutant(
+        "a run goes on with other records",
+        "training/snapshot.py",
+        'return [("train_data", describe_records(then), describe_records(now))]',
+        "return []",
+        "unit/test_run_folder.py::test_other_records_are_refused_unless_allowed",
+    ),
+    Mutant(
+        "records of another content have the same digest",
+        "rwkv_clip/recordio.py",
+        "total.update(file.view(i)[:BEGINNING])",
+        "pass",
+        "unit/test_record_sets.py::test_other_records_have_another_digest",
+    ),
+    Mutant(
+        "ranks may be told to do different things",
+        "training/checks.py",
+        'if key != "host" and key not in found and first.get(key) != plan.get(key):',
+        "if False:",
+        "unit/test_checks.py::test_what_must_not_differ",
+    ),
+    Mutant(
+        "ranks may begin with different weights",
+        "training/checks.py",
+        "others = [rank for rank, found in enumerate(sums) if found != sums[0]]",
+        "others = []",
+        "dist/test_agreement.py::test_ranks_that_differ",
+    ),
+    Mutant(
+        "a batch may hold a record twice",
+        "training/checks.py",
+        "if pairs > count:",
+        "if False:",
+        "unit/test_checks.py::test_batches_without_negatives",
+    ),
+    Mutant(
+        "a picture that cannot be drawn ends a finished run",
+        "training/main.py",
+        "    except Exception as error:  # a disk",
+        "    except ZeroDivisionError as error:  # a disk",
+        "unit/test_run_folder.py::test_a_picture_that_cannot_be_drawn_ends_no_run",
+    ),
+    Mutant(
+        "an error of the lead is not told",
+        "rwkv_clip/dist.py",
+        '        raise LeadFailed(told["error"], told["code"])',
+        "        return None",
+        "unit/test_checks.py::test_an_error_of_the_lead_is_told_to_all",
+    ),
+]
+INPUTS = [*READERS, *BUILDER, *EVALUATION, *CORE, *RUNNING, *RUNS]
