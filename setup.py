@@ -17,7 +17,7 @@ DEVELOPMENT = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "te
 
 setup(
     name="rwkv_clip",
-    version="0.4.0",
+    version="0.5.0",
     description="Contrastive image-text training with RWKV-6 towers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",

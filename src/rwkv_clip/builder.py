@@ -166,9 +166,7 @@ class Build:
         self.report = BuildReport(views.names, views.fields, encoder.context)
         self._pictures = Pictures()  # of all rows up to the one that was written last
         self._content = hashlib.sha256()  # of the shard that is being written
-        self._waiting: deque[tuple[int, Counter]] = (
-            deque()
-        )  # rows that are being encoded: number, remarks since the last
+        self._waiting: deque[tuple[int, Counter]] = deque()  # rows being encoded: number, remarks since the last
         self._read, self._remarks = 0, Counter()
 
     def run(self, workers: int, overwrite: bool) -> BuildReport:
