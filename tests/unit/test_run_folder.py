@@ -28,8 +28,8 @@ from rwkv_clip.files import InUse, hold
 from rwkv_clip.recordio import RecordSet
 from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
-from rwkv_clip.training.data import WorkerLost
 from rwkv_clip.training.main import run
+from rwkv_clip.training.workers import WorkerLost
 
 ONE = World(0, 1, torch.device("cpu"))
 
