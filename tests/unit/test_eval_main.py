@@ -36,7 +36,7 @@ def model(monkeypatch):
 def folder(tmp_path):
     for color in COLORS:
         save_color(tmp_path / "classes" / color / "0.png", color)
-    rows = [{"image": f"classes/{c}/0.png", "caption": f"{c} costs $5 or $6"} for c in COLORS]
+    rows = [{"image": f"classes/{c}/0.png", "caption": f"{c} costs $5 or $6 \ud83d"} for c in COLORS]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
