@@ -94,7 +94,8 @@ def build_records(
     began, name = time.monotonic(), split_path(prefix)
     _check_numbers(context=context, quality=quality, workers=workers, shard_size=shard_size, max_side=max_side)
     str(name).encode()  # what is not UTF-8 has no place in a .json
-    rows, conditions = Source(source, images), [Condition.parse(text) for text in where]
+    rows = Source(source, images, outside=allow_outside)
+    conditions = [Condition.parse(text) for text in where]
     folder = _find_folder(images, rows)
 
     def choose(sample: list[Row]) -> Choice:

@@ -10,6 +10,7 @@ from pathlib import Path
 from .encoder import NO_RAW, NUMBERS, OUTSIDE, Encoded
 from .fields import SYNTHETIC_FIELDS, name_view
 from .recordio import VIEWS
+from .shards import LINKED
 
 SCALARS = ("rows", "count", "reencoded")
 SUMS = ("skipped", "fallbacks", "cut", "unused", "where")
@@ -17,6 +18,7 @@ EXAMPLES = 10  # skipped rows that the report names
 REMEDIES = {
     OUTSIDE: "name the folder that holds them, --images FOLDER, or trust all names in the input, --allow-outside",
     NO_RAW: "say where it is, --views raw=FIELD",
+    LINKED: "name the folder that holds what it leads to, or trust all links, --allow-outside",
 }
 
 
