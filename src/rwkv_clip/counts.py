@@ -69,8 +69,13 @@ class Counts:
 
     @classmethod
     def from_json(cls, side: dict) -> Counts:
-        """The inverse of to_json. KeyError, TypeError where something is missing."""
-        return cls(*(int(side[name]) for name in SCALARS), *(Counter(side[name]) for name in SUMS))
+        """The inverse of to_json. KeyError, TypeError, ValueError where something is missing or no number of things."""
+        sums = [Counter(dict(side[name])) for name in SUMS]
+        scalars = [side[name] for name in SCALARS]
+        for number in (*scalars, *(n for counter in sums for n in counter.values())):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{number!r} is no number of rows")
+        return cls(*scalars, *sums)
 
 
 @dataclass

@@ -97,9 +97,19 @@ class Source:
         """
         if self.kind == PAIRS:
             return [_fingerprint_folder(folder) for folder in self.files]
+        return [_fingerprint(file) for file in self._list_files()]
+
+    def _list_files(self) -> list[Path]:
         files = self.files + ([self.images] if self.kind == "npy" else [])
-        beside = [texts for file in files if (texts := find_texts(file))]
-        return [_fingerprint(file) for file in files + beside]
+        return files + [texts for file in files if (texts := find_texts(file))]
+
+    def holds(self, file: Path) -> bool:
+        """Whether `file`, which is there, is one that rows are read from."""
+        if self.kind == PAIRS:
+            group = group_files(os.listdir(file.parent)).get(file.stem, [])
+            inside = any(file.resolve().is_relative_to(folder.resolve()) for folder in self.files)
+            return inside and any(is_picture(ending) for ending, _ in group)
+        return any(os.path.samestat(file.stat(), own.stat()) for own in self._list_files())
 
     def count(self) -> int | None:
         """Number of rows where it is known without reading everything, else None."""
