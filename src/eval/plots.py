@@ -166,5 +166,9 @@ def _short(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    # A dollar sign would start a formula, and a name that starts with _ has no place in a legend.
-    return text.replace("$", r"\$").removeprefix("_")
+    return drawable(text).removeprefix("_")  # with which a name has no place in a legend
+
+
+def drawable(text: str) -> str:
+    """Text as it can be drawn: a dollar sign would start a formula, half a character (of broken JSON) be an error."""
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode()

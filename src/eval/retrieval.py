@@ -14,6 +14,7 @@ from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieva
 
 from .cache import on_all_ranks
 from .legacy import legacy_retrieval
+from .plots import drawable
 from .report import Report, keep, start_report
 from .settings import FeaturesSettings, RetrievalSettings
 
@@ -96,8 +97,7 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, querie
         axes.spines[:].set_visible(False)
     for row, caption, owner, found, rank in zip(grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()):
         text = textwrap.fill(textwrap.shorten(data.caption_text(caption), 180), 28)
-        # A dollar sign would start a formula.
-        row[0].text(0, 0.5, text.replace("$", r"\$"), va="center", fontsize=9, transform=row[0].transAxes)
+        row[0].text(0, 0.5, drawable(text), va="center", fontsize=9, transform=row[0].transAxes)
         for axes, image in zip(row[1:], found):
             _show(axes, data.open(image), "tab:green" if image == owner else None)
         if owner not in found:

@@ -29,10 +29,11 @@ from tqdm import tqdm
 from .counts import BuildReport, Counts, Pictures
 from .encoder import Encoded, Encoder
 from .fields import Choice, Condition, check_image_field, choose_fields, survey
-from .files import hold, naming, write_json
+from .files import hold, naming, parse_json, read_bytes, write_json
 from .image import ImageError, open_image
 from .pool import map_ordered
 from .recordfile import HEADER, RecordWriter, beside, split_path
+from .recordindex import is_complete
 from .recordio import CHECKSUM, SCHEMA, RecordError, RecordSet
 from .sources import Row, Source
 from .tokenizer import CLIP_BPE, make_tokenizer
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 RULES = 2  # how rows become records; 2: pictures are upright, the fields of the texts are the same for all rows
 EXAMPLES = 10  # bad records that a message names
+MAX_SIDE = 1 << 26  # bytes of a .json that names up to 100,000 shards
 ENDINGS = (".idx", ".rec", ".json")
 OVERWRITE = "give --overwrite to replace it, or another prefix"
 
@@ -94,7 +96,8 @@ def build_records(
     began, name = time.monotonic(), split_path(prefix)
     _check_numbers(context=context, quality=quality, workers=workers, shard_size=shard_size, max_side=max_side)
     str(name).encode()  # what is not UTF-8 has no place in a .json
-    rows, conditions = Source(source, images), [Condition.parse(text) for text in where]
+    rows = Source(source, images, outside=allow_outside)
+    conditions = [Condition.parse(text) for text in where]
     folder = _find_folder(images, rows)
 
     def choose(sample: list[Row]) -> Choice:
@@ -239,7 +242,9 @@ class Build:
         while (side := self._finished(name := self._name(len(stages)))) and (self.size or not stages):
             stages.append((name, side, side["rows"] + (stages[-1][2] if stages else 0)))
         summary = self._ours(self.prefix) if self.size else None
-        if summary and len(summary.get("shards", ())) == len(stages) and _is_whole(summary):
+        last = stages[-1][2] if stages else 0
+        known = summary is not None and _is_whole(summary) and summary["rows"] >= last
+        if known and len(summary.get("shards", ())) == len(stages):
             stages.append((self.prefix, summary, summary["rows"]))
         return stages
 
@@ -249,10 +254,12 @@ class Build:
         side = self._ours(name)
         if side is None or not rec.is_file() or not index.is_file():
             return None
-        size, lines = rec.stat().st_size, index.read_bytes().count(b"\n")
-        if _is_whole(side) and (size, lines) == (side.get("bytes"), side["count"]):
+        size, count = rec.stat().st_size, side.get("count")
+        if _is_whole(side) and size == side.get("bytes") and is_complete(index, count, size):
             return side
-        damage = f"{rec}: {size} bytes and {lines} records, not {side.get('bytes')} and {side.get('count')}"
+        damage = (
+            f"{rec}: it or its .idx or .json is damaged ({size} bytes, not {side.get('bytes')}, of {count} records)"
+        )
         log.warning("%s; it is built again", damage)
         self.report.damaged.append(damage)
         return None
@@ -303,6 +310,8 @@ class Build:
         old = set()
         for name in sorted({self.prefix, *(shard.with_suffix("") for shard in shards)}):
             files = {file for ending in ENDINGS if (file := beside(name, ending)).exists()} - kept
+            if own := sorted(filter(self.source.holds, files)):
+                raise ValueError(f"{own[0]}: a file of the input, which the output would replace; give another prefix")
             if files and not overwrite and not self._ours(name):
                 raise ValueError(f"{min(files)}: exists, but {self._differ(name)}; {OVERWRITE}")
             old |= files
@@ -398,8 +407,8 @@ class Build:
 def _read_side(name: Path) -> dict | None:
     """The .json of `name`; None if there is none that can be read."""
     try:
-        side = json.loads(beside(name, ".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        side = parse_json(read_bytes(beside(name, ".json"), MAX_SIDE), "")
+    except (OSError, ValueError):
         return None
     return side if isinstance(side, dict) else None
 
@@ -408,9 +417,9 @@ def _is_whole(side: dict) -> bool:
     """Whether it has what a later run needs."""
     try:
         Counts.from_json(side)
+        return isinstance(side["pictures"], str | None) and isinstance(side.get("shards", []), list)
     except (KeyError, TypeError, ValueError):
         return False
-    return "pictures" in side
 
 
 class Verifier:

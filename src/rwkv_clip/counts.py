@@ -10,6 +10,7 @@ from pathlib import Path
 from .encoder import NO_RAW, NUMBERS, OUTSIDE, Encoded
 from .fields import SYNTHETIC_FIELDS, name_view
 from .recordio import VIEWS
+from .shards import LINKED
 
 SCALARS = ("rows", "count", "reencoded")
 SUMS = ("skipped", "fallbacks", "cut", "unused", "where")
@@ -17,6 +18,7 @@ EXAMPLES = 10  # skipped rows that the report names
 REMEDIES = {
     OUTSIDE: "name the folder that holds them, --images FOLDER, or trust all names in the input, --allow-outside",
     NO_RAW: "say where it is, --views raw=FIELD",
+    LINKED: "name the folder that holds what it leads to, or trust all links, --allow-outside",
 }
 
 
@@ -67,8 +69,13 @@ class Counts:
 
     @classmethod
     def from_json(cls, side: dict) -> Counts:
-        """The inverse of to_json. KeyError, TypeError where something is missing."""
-        return cls(*(int(side[name]) for name in SCALARS), *(Counter(side[name]) for name in SUMS))
+        """The inverse of to_json. KeyError, TypeError, ValueError where something is missing or no number of things."""
+        sums = [Counter(dict(side[name])) for name in SUMS]
+        scalars = [side[name] for name in SCALARS]
+        for number in (*scalars, *(n for counter in sums for n in counter.values())):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{number!r} is no number of rows")
+        return cls(*scalars, *sums)
 
 
 @dataclass

@@ -31,11 +31,12 @@ _NOTE = 1000  # bytes of an error that other ranks hear of
 
 
 def open_picture(source: bytes | Path, name: str | None = None) -> Image:
-    """A picture of an evaluation set as PIL RGB. ValueError names it: a figure needs every picture."""
+    """A picture of an evaluation set as PIL RGB. ImageError names it: a figure needs every picture."""
     try:
         return open_image(source, name)
     except ImageError as error:
-        raise ValueError(f"{error}; an evaluation leaves nothing out: repair it or remove its entry") from error
+        words = f"{error}; an evaluation leaves nothing out: repair it or remove its entry"
+        raise ImageError(words, error.reason) from error
 
 
 def read_ahead(

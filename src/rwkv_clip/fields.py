@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -253,11 +254,29 @@ class Condition:
             if number is None and value is not None:
                 reason = f"{self.field} is not a number"
         else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            taken = (text in self.values) == (self.sign == "=")
+            taken = any(_is_said(value, text) for text in self.values) == (self.sign == "=")
         if value is None:
             reason = f"no field {self.field}"
         return taken, reason and f"{self}: {reason}, {'taken' if taken else 'left out'}"
+
+
+def _is_said(value: Any, text: str) -> bool:
+    """Whether `text` says this value: numbers by their size (1 is 1.0), true and false in any case, dates and whatever
+    else tables hold as Python writes them, bytes as the text that they are; texts only as they stand there."""
+    if isinstance(value, str):
+        return value == text
+    if isinstance(value, bool):
+        return text.lower() == str(value).lower()
+    if value is None or isinstance(value, (list, dict)):
+        return text == json.dumps(value, default=str)
+    if isinstance(value, bytes):
+        return value == text.encode("utf-8", "surrogateescape")
+    if text == str(value):
+        return True
+    try:
+        return isinstance(value, (int, float, Decimal)) and value == Decimal(text)
+    except InvalidOperation:  # no number
+        return False
 
 
 def _to_number(value: Any) -> float | None:

@@ -47,6 +47,16 @@ def read_index(path: Path) -> tuple[np.ndarray | list[str], np.ndarray]:
     return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
 
 
+def is_complete(path: Path, count: int, size: int) -> bool:
+    """Whether `path` has the keys 0, 1, .. of `count` records, one behind the other in a file of `size` bytes."""
+    try:
+        keys, offsets = read_index(path)
+    except RecordError:
+        return False
+    ends = np.append(offsets, size)
+    return len(keys) == count and np.array_equal(keys, np.arange(count)) and not ends[0] and (np.diff(ends) > 0).all()
+
+
 def _parse_block(block: bytes) -> np.ndarray | None:
     """Whole lines of plain non-negative integers -> int64 (n, 2); None if any line has another form."""
     text = np.frombuffer(block, np.uint8)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .files import read_bytes
+from .files import OutsideError, find_below, read_bytes
 from .image import MAX_BYTES
 from .readers import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, SourceError, load_json
 
@@ -32,6 +32,7 @@ OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "z
 TWICE = Problem("one name twice")
 MUCH = Problem("files of one name too many or too large")
 SEVERAL = Problem("several pictures under one name")
+LINKED = Problem("a link that leads out of the folder")
 APART = Problem("picture and text of one name lie apart in the tar; sort it by name")
 
 
@@ -376,8 +377,9 @@ def group_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:
     return dict(sorted(groups.items()))
 
 
-def read_pairs(folder: Path, skip: Skip) -> Iterator[Row]:
-    """Pictures with texts of the same name beside them; one without the other is a row, too, that will be counted."""
+def read_pairs(folder: Path, skip: Skip, outside: bool = False) -> Iterator[Row]:
+    """Pictures with texts of the same name beside them; one without the other is a row, too, that will be counted.
+    Files that are elsewhere, by a link, are not read unless `outside`."""
     for place, names in walk(folder):
         for stem, files in group_files(names).items():
             if skip():
@@ -385,14 +387,17 @@ def read_pairs(folder: Path, skip: Skip) -> Iterator[Row]:
             sample = Sample()
             for ending, name in files:
                 if most := sample.note(ending):
-                    sample.add(ending, _read_file(Path(place, name), ending, most))
+                    sample.add(ending, _read_file(folder, Path(place, name), ending, most, outside))
             inside = os.path.relpath(os.path.join(place, stem), folder)
             yield sample.row(f"{folder.name}/{inside}")
 
 
-def _read_file(path: Path, ending: str, most: int) -> bytes | Problem:
+def _read_file(folder: Path, path: Path, ending: str, most: int, outside: bool) -> bytes | Problem:
     try:
+        find_below(folder, os.path.relpath(path, folder), outside)
         return read_bytes(path, most)
+    except OutsideError:
+        return LINKED
     except OSError as error:
         if error.errno == errno.EFBIG:
             return Problem("image too large" if is_picture(ending) else "text too long")

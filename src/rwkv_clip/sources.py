@@ -44,7 +44,7 @@ KINDS = {
     ".npy": "npy",
 }
 PAIRS = "pictures with texts"  # the kind of a folder
-READERS = {"jsonl": read_jsonl, "json": read_json, "csv": read_table, "tar": read_tar, PAIRS: read_pairs}
+READERS = {"jsonl": read_jsonl, "json": read_json, "csv": read_table, "tar": read_tar}
 
 MAX_RANGE = 1_000_000  # files that {000..999} may stand for
 WHOLE = 1 << 26  # bytes of a file that is hashed as a whole
@@ -53,13 +53,21 @@ WHOLE = 1 << 26  # bytes of a file that is hashed as a whole
 class Source:
     """The rows of all input files that `spec` names: file, folder, glob, a{00..09}.tar range or comma list.
 
-    `images` is needed for an .npy of token ids: the text file or manifest that lists the images in order.
+    `images` is needed for an .npy of token ids: the text file or manifest that lists the images in order. `outside`:
+    links in a folder of pictures with texts may lead out of it.
     """
 
-    def __init__(self, spec: str | Path, images: str | Path | None = None, columns: set[str] | None = None):
+    def __init__(
+        self,
+        spec: str | Path,
+        images: str | Path | None = None,
+        columns: set[str] | None = None,
+        outside: bool = False,
+    ):
         self.kind, self.files = _find_inputs(spec)
         self.images = Path(images) if images else None
         self.columns = columns  # parquet columns to read; None reads all
+        self.outside = outside
         if self.kind == "npy" and (len(self.files) > 1 or not self.images or not self.images.is_file()):
             raise ValueError(f"{self.files[0]}: token ids need --images FILE, one file that lists the images in order")
 
@@ -72,6 +80,8 @@ class Source:
         for file in self.files:
             if self.kind == "parquet":
                 yield from read_parquet(file, skip, self.columns)
+            elif self.kind == PAIRS:
+                yield from read_pairs(file, skip, self.outside)
             else:
                 yield from READERS[self.kind](file, skip)
 
@@ -87,9 +97,19 @@ class Source:
         """
         if self.kind == PAIRS:
             return [_fingerprint_folder(folder) for folder in self.files]
+        return [_fingerprint(file) for file in self._list_files()]
+
+    def _list_files(self) -> list[Path]:
         files = self.files + ([self.images] if self.kind == "npy" else [])
-        beside = [texts for file in files if (texts := find_texts(file))]
-        return [_fingerprint(file) for file in files + beside]
+        return files + [texts for file in files if (texts := find_texts(file))]
+
+    def holds(self, file: Path) -> bool:
+        """Whether `file`, which is there, is one that rows are read from."""
+        if self.kind == PAIRS:
+            group = group_files(os.listdir(file.parent)).get(file.stem, [])
+            inside = any(file.resolve().is_relative_to(folder.resolve()) for folder in self.files)
+            return inside and any(is_picture(ending) for ending, _ in group)
+        return any(os.path.samestat(file.stat(), own.stat()) for own in self._list_files())
 
     def count(self) -> int | None:
         """Number of rows where it is known without reading everything, else None."""

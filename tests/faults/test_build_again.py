@@ -186,7 +186,7 @@ def test_pictures_inside_the_input(tmp_path, kind, monkeypatch):
         build_records(str(path), str(tmp_path / "t"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "index", "side"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "index", "rubbish", "side"])
 def test_files_that_are_not_what_their_json_says_are_built_again(tmp_path, damage):
     make_set(tmp_path)
     build(tmp_path)
@@ -194,6 +194,9 @@ def test_files_that_are_not_what_their_json_says_are_built_again(tmp_path, damag
     if damage == "index":
         index = shard.with_suffix(".idx")
         index.write_text("".join(index.read_text().splitlines(keepends=True)[:-1]))
+    elif damage == "rubbish":
+        index = shard.with_suffix(".idx")
+        index.write_text("".join(f"{n}\t0\n" for n in range(len(index.read_text().splitlines()))))
     elif damage == "side":
         side = json.loads(shard.with_suffix(".json").read_text())
         shard.with_suffix(".json").write_text(json.dumps({key: side[key] for key in ("digest", "input", "count")}))
@@ -203,6 +206,56 @@ def test_files_that_are_not_what_their_json_says_are_built_again(tmp_path, damag
     report = build(tmp_path)
     assert contents(tmp_path / "out" / "t") == before and report.kept == 0
     assert "built again: " in str(report) and "t-00000.rec: " in str(report)
+
+
+STRANGE = [{"rows": -1}, {"rows": "3"}, {"rows": True}, {"count": 1e9}, {"skipped": {"x": "y"}}, {"cut": [1]}]
+STRANGE += [{"where": 5}, {"pictures": 5}, {"shards": 5}]
+PLACES = [("t-00000.json", strange) for strange in STRANGE] + [
+    ("t.json", strange) for strange in [*STRANGE, {"rows": 1}]
+]
+
+
+@pytest.mark.parametrize("name, strange", PLACES, ids=str)
+def test_numbers_that_cannot_be_are_not_believed(tmp_path, name, strange):
+    make_set(tmp_path)
+    build(tmp_path)
+    before, side = contents(tmp_path / "out" / "t"), tmp_path / "out" / name
+    side.write_text(json.dumps({**json.loads(side.read_text()), **strange}))
+    build(tmp_path)
+    assert contents(tmp_path / "out" / "t") == before
+
+
+def test_a_pipe_in_place_of_a_side_file_is_not_waited_for(tmp_path):
+    make_set(tmp_path)
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "t.json")
+    with pytest.raises(ValueError, match="not of this program"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 2])
+@pytest.mark.parametrize("kind", ["manifest", "link", "pair"])
+def test_the_input_is_never_overwritten(tmp_path, kind, size):
+    """Nor is its name offered to --overwrite."""
+    name = "t-00000.json" if size else "t.json"
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    source, entry = tmp_path / name, {"image": "0.jpg", "caption": "a dog"}
+    if kind == "pair":
+        source = tmp_path / "pairs"
+        source.mkdir()
+        (source / name).with_suffix(".jpg").write_bytes(picture(0))
+        (source / name).write_text(json.dumps(entry))
+    elif kind == "link":
+        source = tmp_path / "linked.json"
+        source.symlink_to(name)
+    if kind != "pair":
+        (tmp_path / name).write_text(json.dumps([entry] * 3))
+    place = source if kind == "pair" else tmp_path
+    before = (place / name).read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"a file of the input.*another prefix"):
+            build_records(str(source), str(place / "t"), shard_size=size, overwrite=overwrite)
+    assert (place / name).read_bytes() == before and not list(place.glob("t*.rec"))
 
 
 def test_files_of_an_earlier_release_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from color_model import COLORS, ColorModel, loaded, save_color
 from PIL import Image
 
 import rwkv_clip
+from rwkv_clip.errors import DATA
 from rwkv_clip.eval import tables
 from rwkv_clip.eval.main import main
 
@@ -36,7 +37,7 @@ def model(monkeypatch):
 def folder(tmp_path):
     for color in COLORS:
         save_color(tmp_path / "classes" / color / "0.png", color)
-    rows = [{"image": f"classes/{c}/0.png", "caption": f"{c} costs $5 or $6"} for c in COLORS]
+    rows = [{"image": f"classes/{c}/0.png", "caption": f"{c} costs $5 or $6 \ud83d"} for c in COLORS]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -178,6 +179,12 @@ def test_published_figure_beside_a_subset_is_marked():
     named = dict(zip(header, row))
     assert (named["ours"], named[tables.PUBLISHED_MODEL]) == ("50.0", "79.8")
     assert "2000 of 10000 pictures" in named["note"] and "left out: frog" in named["note"]
+
+
+def test_a_damaged_picture_is_damaged_data(folder, model, capsys):
+    (folder / "classes" / next(iter(COLORS)) / "0.png").write_bytes(b"no picture")
+    assert retrieve(folder) == DATA
+    assert "0.png: not a picture" in capsys.readouterr().err
 
 
 MISTAKES = [

@@ -2,6 +2,8 @@
 
 import json
 import re
+from datetime import date, datetime
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -270,6 +272,29 @@ def test_conditions(tmp_path, condition, taken, remarks):
         assert found[1] == n and f"--where {found[0]}: {n}" in str(report)
         assert found[0].endswith(", taken" if 6 in taken and "no field" in what else ", left out")
     assert len(report.counts.where) == len(remarks)
+
+
+SAID = {
+    "float": (3.0, ["3", "3.0", "30e-1"], ["3.5", "three", "", "nan"]),
+    "long": (2**60 + 1, [str(2**60 + 1)], [str(2**60)]),
+    "fraction": (0.1, ["0.1"], ["0.10000001"]),
+    "decimal": (Decimal("1.50"), ["1.5", "1.50"], ["15"]),
+    "nan": (float("nan"), ["nan"], ["3", "sNaN"]),
+    "truth": (True, ["true", "True"], ["1", "false"]),
+    "nothing": (None, ["null"], ["", "None"]),
+    "date": (date(2020, 1, 2), ["2020-01-02"], ["2020-01-03", '"2020-01-02"']),
+    "time": (datetime(2020, 1, 2, 3), ["2020-01-02 03:00:00"], ["2020-01-02"]),
+    "bytes": (b"train", ["train"], ["b'train'"]),
+    "text": ("3", ["3"], ["3.0"]),
+    "list": ([1, "a"], [], ["1"]),
+}
+
+
+@pytest.mark.parametrize("value, said, others", SAID.values(), ids=SAID)
+def test_a_value_is_what_a_reader_would_call_it(value, said, others):
+    for sign in ("=", "!="):
+        taken = [Condition.parse(f"x{sign}{text}").judge(Row("r", {"x": value}, None))[0] for text in said + others]
+        assert taken == [sign == "="] * len(said) + [sign == "!="] * len(others)
 
 
 @pytest.mark.parametrize("text", ["score", "=3", ">=3", "score>=high", "score<", "score>1,2", "", "  =3"])

@@ -188,7 +188,7 @@ def test_bars_are_as_high_as_the_figures(tmp_path, monkeypatch):
 
 
 def test_bars_of_strange_names_are_drawn(tmp_path):
-    run = run_of("classification", class_result("$x_{$ <b>"), model="_$y^{$")
+    run = run_of("classification", class_result("$x_{$ <b>\ud83d"), model="_$y^{$\udcff")
     draw_bars(tables.comparison("classification", [run]), tmp_path / "bars.png")
     recall = run_of("retrieval", pair_result("$x_{$"), model="$y^{$")
     draw_bars(tables.comparison("retrieval", [recall]), tmp_path / "recall.png")
@@ -196,9 +196,9 @@ def test_bars_of_strange_names_are_drawn(tmp_path):
 
 
 def test_confusion_of_strange_names_is_drawn(tmp_path):
-    predicted = [[3, "$x_{$ <b>", 6], [0, "a" * 90, 3], *([i, f"other {i}", 1] for i in range(20, 45))]
+    predicted = [[3, "$x_{$ <b>\ud83d", 6], [0, "a" * 90, 3], *([i, f"other {i}", 1] for i in range(20, 45))]
     worst = [{"class": 0, "name": "a" * 90, "samples": 34, "right": 3, "predicted": predicted}]
-    draw_confusion(worst, "set $", tmp_path / "c.png")
+    draw_confusion(worst, "set $\ud83d", tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as picture:
         assert 500 < picture.width < 2000
         assert (255, 127, 14) in {

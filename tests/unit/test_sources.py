@@ -503,6 +503,27 @@ def test_pictures_with_texts_beside_them(tmp_path):
     assert source.fingerprint() != before and list_inputs(tmp_path / "d") == [tmp_path / "d"]
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_links_lead_out_of_a_folder_of_pairs_only_if_allowed(tmp_path, outside):
+    files = {"far/0.jpg": JPEG, "far/0.txt": "secret", "d/1.jpg": JPEG, "d/1.txt": "one"}
+    save(tmp_path, files | {f"d/{name}": content for name, content in {"2.txt": "two", "3.jpg": JPEG}.items()})
+    (tmp_path / "d" / "2.jpg").symlink_to("../far/0.jpg")
+    (tmp_path / "d" / "3.txt").symlink_to(tmp_path / "far" / "0.txt")
+    (tmp_path / "d" / "4.jpg").symlink_to("1.jpg")
+    (tmp_path / "d" / "4.txt").symlink_to(tmp_path / "d" / "1.txt")
+    (tmp_path / "d" / "folder").symlink_to(tmp_path / "far")
+    (tmp_path / "e").symlink_to("d")
+    found = {row.name: (outcome(row), row.fields["txt"]) for row in Source(tmp_path / "e", outside=outside).rows()}
+    wrong = "a link that leads out of the folder"
+    assert found == {
+        "e/1": (JPEG, "one"),
+        "e/2": (JPEG if outside else wrong, "two"),
+        "e/3": (JPEG, "secret" if outside else wrong),
+        "e/4": (JPEG, "one"),
+        "e/folder/0": (JPEG, "secret") if outside else (wrong, wrong),
+    }
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
