@@ -291,8 +291,14 @@ SCRIPT = """
         if sys.argv[2] == "signals":
             os.killpg(0, signal.SIGTERM)
             os.killpg(0, signal.SIGINT)
-        else:
+        elif sys.argv[2] == "death":
             multiprocessing.active_children()[0].kill()
+        else:  # all stop, and the main process is killed
+            stopped = [child.pid for child in multiprocessing.active_children()]
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            print(*stopped, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
         print(2 + sum(1 for _, batch in zip(range(37), batches)), "batches", flush=True)
         # and end with the loader still open
 """
@@ -316,6 +322,26 @@ def test_death_of_a_worker_ends_the_run(records, tmp_path):
     done = run_script(records, tmp_path, "death")
     assert done.returncode == 1 and done.stdout == ""
     assert "died with exit code -9; mostly a lack of memory: use fewer --workers" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reaches a stopped process")
+def test_stopped_workers_end_with_a_killed_run(records, tmp_path):
+    done = run_script(records, tmp_path, "stopped")
+    workers, deadline = list(map(int, done.stdout.split())), time.monotonic() + 10
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2, done.stderr
+    while (left := list(filter(is_alive, workers))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs or is stopped; a zombie is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # ---- what workers need and how they end ------------------------------------------------------------------------------
