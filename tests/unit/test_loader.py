@@ -304,11 +304,12 @@ SCRIPT = """
 """
 
 
-def run_script(records, tmp_path, event: str) -> subprocess.CompletedProcess:
+def run_script(records, tmp_path, event: str, **output) -> subprocess.CompletedProcess:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), str(records.files[0].prefix), event]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, start_new_session=True)
+    output = output or {"capture_output": True}
+    return subprocess.run(command, **output, text=True, timeout=600, start_new_session=True)
 
 
 def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
@@ -326,9 +327,11 @@ def test_death_of_a_worker_ends_the_run(records, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reaches a stopped process")
 def test_stopped_workers_end_with_a_killed_run(records, tmp_path):
-    done = run_script(records, tmp_path, "stopped")
-    workers, deadline = list(map(int, done.stdout.split())), time.monotonic() + 10
-    assert done.returncode == -signal.SIGKILL and len(workers) == 2, done.stderr
+    with open(tmp_path / "workers", "w+") as told:  # a pipe is read until the workers, too, have gone
+        done = run_script(records, tmp_path, "stopped", stdout=told, stderr=subprocess.DEVNULL)
+        told.seek(0)
+        workers, deadline = list(map(int, told.read().split())), time.monotonic() + 10
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2
     while (left := list(filter(is_alive, workers))) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
