@@ -101,19 +101,23 @@ def test_the_lock_of_a_killed_build_is_free(tmp_path, owned):
 
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
-# Workers sleep within an item, or have nothing to do while the parent waits for more items.
+# Workers sleep within an item, or have nothing to do while the parent waits for more items. Both are at work before
+# anything happens: on a loaded machine a process may take longer to start than it may live on.
 PARENT = """
 import sys, time
+from pathlib import Path
 from rwkv_clip.pool import map_ordered
 
-def items(idle):
-    yield from [0.0] * 64
+def items(folder, idle):
+    yield from [f"import os, time; open({folder!r} + '/' + str(os.getpid()), 'w'); time.sleep(0.1)"] * 64
+    while len(list(Path(folder).iterdir())) < 2:
+        time.sleep(0.05)
     print("running", flush=True)
     if idle:
         time.sleep(600)
-    yield from [600.0] * 999
+    yield from ["import time; time.sleep(600)"] * 999
 
-for _ in map_ordered(time.sleep, items(sys.argv[1] == "idle"), 2):
+for _ in map_ordered(exec, items(sys.argv[2], sys.argv[1] == "idle"), 2):
     pass
 """
 
@@ -154,7 +158,8 @@ def wait_until_gone(processes: set[int]) -> set[int]:
 @pytest.mark.parametrize("state", ["busy", "idle"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_no_worker_outlives_its_parent(tmp_path, number, state):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, state], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", PARENT, state, str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "running\n"
     workers = children(parent.pid)
     assert len(workers) >= 2, "two workers, and the tracker of multiprocessing"

@@ -28,8 +28,8 @@ from rwkv_clip.files import InUse, hold
 from rwkv_clip.recordio import RecordSet
 from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
-from rwkv_clip.training.data import WorkerLost
 from rwkv_clip.training.main import run
+from rwkv_clip.training.workers import WorkerLost
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -196,7 +196,8 @@ def build_others(
         Image.new("RGB", (40, 36), (color, 0, 0)).save(prefix.parent / "other.jpg")
         rows[7]["image"] = str(prefix.parent / "other.jpg")
     (prefix.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_records(str(prefix.parent / "rows.jsonl"), str(prefix), views=("raw", "synthetic", "generated"), context=8)
+    how = {"views": ("raw", "synthetic", "generated"), "context": 8, "allow_outside": True}
+    build_records(str(prefix.parent / "rows.jsonl"), str(prefix), **how)
     return str(prefix)
 
 
