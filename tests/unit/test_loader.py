@@ -270,6 +270,18 @@ def test_wrong_settings(records, settings, message):
         load(records, **settings)
 
 
+def test_a_thread_that_cannot_be_started_leaves_nothing_to_end(records, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    loader = make_loader(records, image_size=32, global_batch=12, steps=2, workers=0, loader="torch")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", refuse)
+        iter(loader)
+    loader.close()
+    assert len(list(loader)) == len(loader)
+
+
 def test_missing_dali_names_the_extra(records, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ValueError, match=r"\.\[dali\]"):
