@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import PEER, explain
+from .pool import follow_parent
 
 TIMEOUT = timedelta(minutes=10)  # of a collective, where nobody says otherwise
 JOINING = timedelta(minutes=5)  # for all ranks to be there: imports from a slow disk differ by minutes
@@ -101,6 +103,7 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
         torch.cuda.set_device(kind)
     if size == 1:
         return World(rank, size, kind, restarted=restarted)
+    follow_parent(signal.SIGCONT)  # a rank that is stopped while torchrun is killed goes on, and finds out
     try:
         store = next(dist.rendezvous("env://", rank, size, timeout=JOINING))[0]
         name = _agree_on_name(store, rank, size)

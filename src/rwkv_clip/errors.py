@@ -25,7 +25,9 @@ STORAGE = 76  # output cannot be written, or another process writes it
 MEMORY = "use a smaller --batch-size or fewer --workers"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EINVAL)
+_CROWDED = "no more processes or threads may be started, or memory ran out; use fewer --workers, or raise ulimit -u"
 _REMEDIES = {
+    errno.EAGAIN: (SETTING, _CROWDED),
     errno.EMFILE: (SETTING, "raise the limit of open files (ulimit -n 65536), or use fewer, larger shards"),
     errno.ENFILE: (SETTING, "the whole machine has too many files open; use fewer, larger shards"),
     errno.EADDRINUSE: (SETTING, "another process uses this port; take another one (--master-port for torchrun)"),
@@ -49,6 +51,8 @@ def explain(error: BaseException, memory: str = MEMORY) -> tuple[int, str] | Non
         return SETTING, f"{error.object[:80]!a}: the name is not UTF-8; rename it"
     if isinstance(error, (ValueError, ImportError)):
         return SETTING, str(error)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return SETTING, f"{_first_line(error)}; {_CROWDED}"
     if isinstance(error, RuntimeError) and ("EADDRINUSE" in str(error) or "address already in use" in str(error)):
         return SETTING, f"{_first_line(error)}; {_REMEDIES[errno.EADDRINUSE][1]}"
     return None

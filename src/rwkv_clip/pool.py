@@ -5,6 +5,8 @@ No worker outlives its parent, however that ends, and none goes on for longer th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -18,6 +20,7 @@ from multiprocessing import connection, get_context, parent_process, resource_tr
 
 from .errors import SETTING
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 CHUNK = 16  # items per task: a picture takes milliseconds, so tasks stay short and queues small
 
 
@@ -38,7 +41,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
     context = get_context("spawn")
     _start_tracker()
     ended, ending = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (function, ended))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function, ended, is_main_thread()))
     try:
         while True:
             while len(waiting) < 4 * workers and (chunk := list(islice(items, CHUNK))):
@@ -58,6 +61,19 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
         ended.close()
 
 
+def is_main_thread() -> bool:
+    """Whether what this thread starts has a parent as long as this process lives, for `follow_parent`."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def follow_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal once the thread that started it has ended, SIGKILL included.
+
+    So a stopped process is reached, too, which can watch nobody. Where the kernel is no Linux this does nothing."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
 def _start_tracker() -> None:
     """Start multiprocessing's tracker deaf to SIGHUP, which a terminal that closes sends to all: it has to outlive this
     process, and then ends by itself. To SIGINT and SIGTERM it is deaf already."""
@@ -73,9 +89,11 @@ _function: Callable | None = None
 _stopping = threading.Event()
 
 
-def _start_worker(function: Callable, ended: connection.Connection) -> None:
+def _start_worker(function: Callable, ended: connection.Connection, by_main_thread: bool) -> None:
     global _function
     _function = function
+    if by_main_thread:
+        follow_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent ends the workers
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(ended, parent_process().sentinel), daemon=True).start()

@@ -47,7 +47,7 @@ CHECKSUM = "crc32"
 LOOKED_AT = 64  # records of a file whose token ids are seen before training begins
 DIGESTED = (16, 256)  # records of a file that a digest reads, at least and at most
 ALL_DIGESTED = 4096  # records of all files, where that leaves each the least
-BEGINNING = 1 << 14  # bytes of such a record
+BEGINNING = 1 << 14  # bytes of such a record, where it has no checksum
 MAX_JSON = 1 << 24  # bytes of a side file that are read
 WAYS = "give a prefix, file, glob, folder or comma list of records, which data2rec.py makes from other data"
 
@@ -237,8 +237,9 @@ class RecordSet:
     def digest(self) -> str:
         """sha256, hexadecimal, that tells these records from others, wherever they lie and whenever they were written.
 
-        Over each file's layout, size and offsets, and what its side file says of the content. Where that says nothing,
-        over the beginnings of some records: what differs in others of the same length only is not seen.
+        Over each file's layout, size and offsets, what its side file says of the content, and some records, as the side
+        file may be an old one beside others: their checksums, which a flipped bit leaves alone, else their beginnings.
+        Without what it says, a difference in records that are not looked at, and have the same lengths, is not seen.
         """
         least, most = DIGESTED
         some = min(most, max(least, ALL_DIGESTED // len(self.files)))
@@ -247,10 +248,9 @@ class RecordSet:
             about = [layout.views, layout.context, layout.tokenizer, layout.vocab_size, layout.content]
             total.update(json.dumps([*about, file.size, len(file)]).encode())
             total.update(file.offsets.astype("<i8", copy=False))
-            if layout.content is None:
-                for i in np.unique(np.linspace(0, len(file) - 1, some).astype(int)).tolist():
-                    with suppress(RecordError):  # a damaged one: counted and replaced when its turn comes
-                        total.update(file.view(i)[:BEGINNING])
+            for i in np.unique(np.linspace(0, len(file) - 1, some).astype(int)).tolist():
+                with suppress(RecordError):  # a damaged one: counted and replaced when its turn comes
+                    total.update(file.view(i)[: HEADER.size if layout.checksum else BEGINNING])
         return total.hexdigest()
 
     def limit_vocab(self, vocab: int) -> int:

@@ -210,10 +210,9 @@ class Loader:
         if device.type == "cuda" and device.index is None:  # the one of this thread; a new thread has the first
             device = torch.device("cuda", torch.cuda.current_device())
         self._current = Feed()
-        self._thread = threading.Thread(
-            target=_fill, args=(self._current, self.run, device), name="loader", daemon=True
-        )
-        self._thread.start()
+        thread = threading.Thread(target=_fill, args=(self._current, self.run, device), name="loader", daemon=True)
+        thread.start()  # where there is none to be had, there is none to be ended
+        self._thread = thread
         return Batches(self, self._current)
 
     def start(self) -> None:

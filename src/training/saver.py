@@ -74,8 +74,9 @@ class Saver:
         if copied:
             copied.record()
         # A daemon: a write that hangs must not keep the process; one that is cut off harms nothing.
-        self._thread = threading.Thread(target=self._write, args=(copy.deepcopy(state), copied), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(copy.deepcopy(state), copied), daemon=True)
+        thread.start()
+        self._thread = thread
         if last:
             self.wait()
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.errors import DATA, SETTING
+from rwkv_clip.pool import follow_parent, is_main_thread
 
 from .preempt import SIGNALS
 from .samples import DataError
@@ -79,7 +80,8 @@ class Workers:
             with contextlib.suppress(AttributeError, OSError):
                 fcntl.fcntl(ours.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
             inherited = self._pipes if context.get_start_method() == "fork" else []
-            worker = context.Process(target=_work, args=(maker, items, theirs, inherited), daemon=True)
+            arguments = maker, items, theirs, inherited, is_main_thread()
+            worker = context.Process(target=_work, args=arguments, daemon=True)
             worker.start()
         self._processes.append(worker)
 
@@ -147,8 +149,10 @@ def _state(pid: int) -> str:
 # ---- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connection]) -> None:
+def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connection], by_main_thread: bool) -> None:
     """The main program of a worker."""
+    if by_main_thread:
+        follow_parent(signal.SIGKILL)
     # A signal to the process group must let the main process save before it ends; it ends its workers itself.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -168,6 +168,27 @@ def test_no_worker_outlives_its_parent(tmp_path, number, state):
     assert not wait_until_gone(workers)
 
 
+def ignores_hangup(pid: int) -> bool:
+    """As a worker does once it has begun; multiprocessing's tracker does not."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("SigIgn:")[2].split()[0], 16) >> (signal.SIGHUP - 1) & 1 == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reaches a stopped process")
+def test_no_stopped_worker_outlives_its_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, "busy"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "running\n"
+    deadline = time.monotonic() + 60
+    while len(workers := set(filter(ignores_hangup, children(parent.pid)))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    everybody = children(parent.pid)
+    parent.kill()
+    assert parent.wait(60) == -signal.SIGKILL
+    assert len(workers) == 2 and not wait_until_gone(everybody)
+
+
 @pytest.mark.parametrize("function, argument", [(os._exit, 9), (signal.raise_signal, signal.SIGKILL)])
 def test_a_worker_that_dies_is_an_error_in_words(function, argument):
     with pytest.raises(WorkerDied) as error:

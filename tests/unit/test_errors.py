@@ -23,6 +23,8 @@ from rwkv_clip.recordio import RecordError
         (InUse("logs/a: in use by host, pid 7"), 76, "pid 7"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), 2, "a.json: No such file"),
         (OSError(errno.EMFILE, "Too many open files", "a-00901.rec"), 2, "ulimit -n"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2, "ulimit -u"),  # of a fork
+        (RuntimeError("can't start new thread"), 2, "fewer --workers"),
         (OSError(errno.ENOSPC, "No space left on device", "logs/a"), 76, "free some space"),
         (OSError(errno.EROFS, "Read-only file system", "logs/a"), 76, "can be written"),
         (PermissionError(errno.EACCES, "Permission denied", "logs/a"), 76, "permissions"),

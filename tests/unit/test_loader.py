@@ -270,6 +270,18 @@ def test_wrong_settings(records, settings, message):
         load(records, **settings)
 
 
+def test_a_thread_that_cannot_be_started_leaves_nothing_to_end(records, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    loader = make_loader(records, image_size=32, global_batch=12, steps=2, workers=0, loader="torch")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", refuse)
+        iter(loader)
+    loader.close()
+    assert len(list(loader)) == len(loader)
+
+
 def test_missing_dali_names_the_extra(records, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ValueError, match=r"\.\[dali\]"):
@@ -291,18 +303,25 @@ SCRIPT = """
         if sys.argv[2] == "signals":
             os.killpg(0, signal.SIGTERM)
             os.killpg(0, signal.SIGINT)
-        else:
+        elif sys.argv[2] == "death":
             multiprocessing.active_children()[0].kill()
+        else:  # all stop, and the main process is killed
+            stopped = [child.pid for child in multiprocessing.active_children()]
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            print(*stopped, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
         print(2 + sum(1 for _, batch in zip(range(37), batches)), "batches", flush=True)
         # and end with the loader still open
 """
 
 
-def run_script(records, tmp_path, event: str) -> subprocess.CompletedProcess:
+def run_script(records, tmp_path, event: str, **output) -> subprocess.CompletedProcess:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), str(records.files[0].prefix), event]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, start_new_session=True)
+    output = output or {"capture_output": True}
+    return subprocess.run(command, **output, text=True, timeout=600, start_new_session=True)
 
 
 def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
@@ -316,6 +335,28 @@ def test_death_of_a_worker_ends_the_run(records, tmp_path):
     done = run_script(records, tmp_path, "death")
     assert done.returncode == 1 and done.stdout == ""
     assert "died with exit code -9; mostly a lack of memory: use fewer --workers" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reaches a stopped process")
+def test_stopped_workers_end_with_a_killed_run(records, tmp_path):
+    with open(tmp_path / "workers", "w+") as told:  # a pipe is read until the workers, too, have gone
+        done = run_script(records, tmp_path, "stopped", stdout=told, stderr=subprocess.DEVNULL)
+        told.seek(0)
+        workers, deadline = list(map(int, told.read().split())), time.monotonic() + 10
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2
+    while (left := list(filter(is_alive, workers))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs or is stopped; a zombie is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # ---- what workers need and how they end ------------------------------------------------------------------------------

@@ -180,14 +180,18 @@ def resume(own: Path, data: dict, **changes) -> dict:
     return json.loads((find_checkpoint(folder) / "state.json").read_text())
 
 
-def build_others(data: dict, prefix: Path, count: int = 60, word: str = "stripes", color: int = 0) -> str:
-    """Records as those of the run, but for their number, a word, or the pictures."""
+def build_others(
+    data: dict, prefix: Path, count: int = 60, word: str = "stripes", color: int = 0, exchange: bool = False
+) -> str:
+    """Records as those of the run, but for their number, a word, the pictures, or the order of two texts."""
     source = Path(data["train_data"]).parent
     rows = [json.loads(line) for line in (source / "all.jsonl").read_text().splitlines()][:count]
     prefix.parent.mkdir()
     for row in rows:
         row["generated"] = row["generated"].replace("stripes", word)
         row["image"] = str(source / row["image"])
+    if exchange:
+        rows[0]["generated"], rows[1]["generated"] = rows[1]["generated"], rows[0]["generated"]
     if color:
         Image.new("RGB", (40, 36), (color, 0, 0)).save(prefix.parent / "other.jpg")
         rows[7]["image"] = str(prefix.parent / "other.jpg")
@@ -213,6 +217,16 @@ def test_other_records_are_refused_unless_allowed(own, data, other, tmp_path):
     assert resume(own, data, train_data=others)["changes"] == [note], "they are the run's own from now on"
     with pytest.raises(ConfigError, match="train_data"):
         resume(own, data)
+
+
+def test_other_records_beside_the_old_side_file_are_refused(own, data, tmp_path):
+    """Of the same lengths: two texts have changed places."""
+    go_back(own)
+    others = build_others(data, tmp_path / "others" / "train", exchange=True)
+    shutil.copy(f"{data['train_data']}.json", f"{others}.json")
+    assert Path(others + ".idx").read_bytes() == Path(data["train_data"] + ".idx").read_bytes()
+    with pytest.raises(ConfigError, match="--allow-change train_data goes on anyway"):
+        resume(own, data, train_data=others)
 
 
 def test_the_same_records_elsewhere_are_the_same(own, data, tmp_path, caplog):
