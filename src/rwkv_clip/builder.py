@@ -96,6 +96,7 @@ def build_records(
     began, name = time.monotonic(), split_path(prefix)
     _check_numbers(context=context, quality=quality, workers=workers, shard_size=shard_size, max_side=max_side)
     str(name).encode()  # what is not UTF-8 has no place in a .json
+    _check_place(source, name)
     rows = Source(source, images, outside=allow_outside)
     conditions = [Condition.parse(text) for text in where]
     folder = _find_folder(images, rows)
@@ -124,6 +125,15 @@ def _check_numbers(**numbers: int) -> None:
         if not least.get(name, 1) <= value <= most.get(name, 1 << 31):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: {value} is not from {least.get(name, 1)} to {most.get(name, 1 << 31)}")
+
+
+def _check_place(source: str, prefix: Path) -> None:
+    """ValueError for output in the folder that is the input: the next run would read it."""
+    folder = Path(source)
+    if folder.is_dir() and prefix.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"prefix: {prefix} lies in the input {source!r}, and would be input itself; give another place"
+        )
 
 
 def _find_folder(images: str | None, source: Source) -> Path | None:

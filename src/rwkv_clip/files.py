@@ -15,9 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import STORAGE
+from .errors import DATA, STORAGE
 
 log = logging.getLogger(__name__)
+
+
+class DamagedError(ValueError):
+    """A file does not hold what its kind should; names it."""
+
+    exit_code = DATA
 
 
 class InUse(RuntimeError):
@@ -89,15 +95,15 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-    """The JSON value in `data`. ValueError that begins with `where` for everything else, deep nesting included."""
+    """The JSON value in `data`. DamagedError that begins with `where` for everything else, deep nesting included."""
     try:
         return json.loads(data)
     except RecursionError:
-        raise ValueError(f"{where}: JSON nested too deeply to be read; flatten it or leave it out") from None
+        raise DamagedError(f"{where}: JSON nested too deeply to be read; flatten it or leave it out") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise DamagedError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except ValueError as error:  # also a number of thousands of digits
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise DamagedError(f"{where}: not JSON ({error})") from None
 
 
 class OutsideError(ValueError):

@@ -150,3 +150,16 @@ def test_names_that_are_not_utf8(places):
         build_records(path, str(places / os.fsdecode(b"\xff")), shard_size=1)
     assert explain(error.value) == (2, explain(error.value)[1]) and "not UTF-8; rename it" in explain(error.value)[1]
     assert json.loads((places / "out/t.json").read_text())["count"] == 1
+
+
+@pytest.mark.parametrize("prefix", ["in/out", "in/deeper/out", "link/out", "in/../in/out"])
+def test_output_in_the_folder_that_is_the_input_is_refused(tmp_path, monkeypatch, prefix):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to("in")
+    (tmp_path / "in" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "in" / "a.txt").write_text("a dog")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="lies in the input 'in'"):
+        build_records("in", prefix)
+    assert sorted(os.listdir("in")) == ["a.jpg", "a.txt"]
+    assert build_records("in", "beside").count == 1

@@ -24,7 +24,7 @@ DIGESTS = {
     "v1-0.2.0": "1d975008a4c2f4cf0fd3d616aa7b2a9158b14b64c8ad3059368c0966a944fe01",
     "v1-0.3.0": "da4e8ebe23b33fd4e4581035629cb30ae67b62e1e6f5e9dca91bbb318e897906",
     "v1-0.4.0": "fba0499a8107c4a5cf00c07530e53103d004fd16800e092c8cb9074a8b15894b",  # objective alip
-    "v1-0.5.0": "71b68d58813e6f4efa9ab5a7844a40c76509750b8a17669950aba8400d360d55",  # says its version and records
+    "v1-0.5.0": "b04c741efe6f75bd8b9cc5accb6f0f906e53129517ad9a80c9ba0e5b107a6b4d",  # says its version and records
 }
 RECORDS = 16  # that the run was made with
 
