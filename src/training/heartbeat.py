@@ -42,7 +42,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from rwkv_clip.dist import PeerLost, World, first_line
-from rwkv_clip.errors import PEER
+from rwkv_clip.errors import PEER, explain
 from rwkv_clip.files import parse_json
 
 from .numerics import NumericsError
@@ -373,7 +373,8 @@ class Heartbeat:
         if isinstance(error, PeerLost):
             self.cause = str(error)
         elif error is not None:
-            self._error = f"{type(error).__name__}: {first_line(error)}"
+            known = explain(error)
+            self._error = known[1] if known else f"{type(error).__name__}: {first_line(error)}"
         self._left = True
         if self.world.store is not None:
             with contextlib.suppress(dist.DistError):

@@ -182,7 +182,7 @@ BUILDER = [
     Mutant(
         "complete already, whatever the size",
         "rwkv_clip/builder.py",
-        '(size, lines) == (side.get("bytes"), side["count"])',
+        'size == side.get("bytes") and is_complete(index, count, size)',
         "True",
         AGAIN + "test_files_that_are_not_what_their_json_says_are_built_again",
     ),
@@ -449,6 +449,13 @@ RUNNING = [
 ]
 RUNS = [
     Mutant(
+        "stopped workers live on",
+        "rwkv_clip/pool.py",
+        "PR_SET_PDEATHSIG, int(number)",
+        "PR_SET_PDEATHSIG, 0",
+        "unit/test_loader.py::test_stopped_workers_end_with_a_killed_run",
+    ),
+    Mutant(
         "a run is resumed from what was there before it owned its folder",
         "training/run.py",
         "            owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))\n"
@@ -467,7 +474,7 @@ RUNS = [
     Mutant(
         "records of another content have the same digest",
         "rwkv_clip/recordio.py",
-        "total.update(file.view(i)[:BEGINNING])",
+        "total.update(file.view(i)[: HEADER.size if layout.checksum else BEGINNING])",
         "pass",
         "unit/test_record_sets.py::test_other_records_have_another_digest",
     ),
