@@ -374,7 +374,7 @@ class Heartbeat:
             self.cause = str(error)
         elif error is not None:
             known = explain(error)
-            self._error = known[1] if known else f"{type(error).__name__}: {first_line(error)}"
+            self._error = f"{type(error).__name__}: {known[1] if known else first_line(error)}"
         self._left = True
         if self.world.store is not None:
             with contextlib.suppress(dist.DistError):

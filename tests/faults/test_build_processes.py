@@ -175,8 +175,9 @@ def ignores_hangup(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reaches a stopped process")
-def test_no_stopped_worker_outlives_its_parent():
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, "busy"], stdout=subprocess.PIPE, text=True)
+def test_no_stopped_worker_outlives_its_parent(tmp_path):
+    command = [sys.executable, "-c", PARENT, "busy", str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "running\n"
     deadline = time.monotonic() + 60
     while len(workers := set(filter(ignores_hangup, children(parent.pid)))) < 2 and time.monotonic() < deadline:
