@@ -251,7 +251,8 @@ class Feed:
     """What passes from the thread that makes batches to the one that takes them."""
 
     def __init__(self):
-        self.permits, self.ready = threading.Semaphore(AHEAD), queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` with a timeout waits for ever where a signal comes just as the time is over.
+        self.permits, self.ready = threading.Semaphore(AHEAD), queue.Queue()
         self.stopped = False
 
     def stop(self) -> None:

@@ -84,7 +84,7 @@ class Preemption:
 
     def _note(self, number: int, _frame: object) -> None:
         if not self._noted:
-            self._noted, self._noted_at = number, time.monotonic()
+            self._noted_at, self._noted = time.monotonic(), number  # the time first: other threads look, too
         elif time.monotonic() - self._noted_at > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -92,7 +92,7 @@ class Preemption:
     def tell(self, number: int) -> None:
         """Another rank, or another thread of this one, has heard of a signal. From any thread."""
         if not self._told:
-            self._told, self._told_at = number, time.monotonic()
+            self._told_at, self._told = time.monotonic(), number
 
     def listen(self) -> None:
         """Hear of a signal whose handler has not run yet. From any one thread, now and then."""

@@ -448,6 +448,24 @@ def test_a_message_that_cannot_be_sent_is_an_error(records, monkeypatch, capfd, 
     assert "pickle" in capfd.readouterr().err
 
 
+STORM = """
+import signal, sys
+from rwkv_clip.training.data import Batches, Feed
+from types import SimpleNamespace
+batches = Batches(SimpleNamespace(interrupt=lambda: None), Feed())
+signal.signal(signal.SIGALRM, lambda *_: sum(range(2000)))
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+for _ in range(300):
+    assert not batches.wait(0.002)
+print("back")
+"""
+
+
+def test_signals_do_not_lengthen_the_wait_for_data():
+    done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "back\n", done.stderr
+
+
 def is_gone(pid: int) -> bool:
     return start_time(pid) is None  # a zombie, which nobody may collect in a container, is gone, too
 
