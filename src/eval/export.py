@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rwkv_clip.dist import AUTOCAST, rank_and_size
 from rwkv_clip.features import encode_texts
-from rwkv_clip.files import parse_json, write_whole
+from rwkv_clip.files import DamagedError, parse_json, write_whole
 from rwkv_clip.retrieval import RetrievalSet, caption_tokens, count_cut
 from rwkv_clip.tensorfile import encode_tensors, read_tensors
 
@@ -203,7 +203,7 @@ def _read_npy(path: Path) -> Tensor:
     except OSError:
         raise
     except Exception as error:  # numpy reads the header as Python, which has many errors
-        raise ValueError(f"{path}: is not a readable .npy file ({error}); write the features again") from None
+        raise DamagedError(f"{path}: is not a readable .npy file ({error}); write the features again") from None
 
 
 def _read_lines(path: Path, key: str) -> tuple[list, Tensor]:
@@ -228,7 +228,7 @@ def _rows(path: Path, key: str) -> Iterator[dict]:
             try:
                 row = parse_json(line, f"{path}:{number}")
             except ValueError as error:
-                raise ValueError(f"{error}; write the features again") from None
+                raise DamagedError(f"{error}; write the features again") from None
             if not isinstance(row, dict) or key not in row:
                 raise ValueError(f"{path}:{number}: has no `{key}`; write the features again")
             yield row
