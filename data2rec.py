@@ -14,7 +14,7 @@ import sys
 
 import tyro
 
-from rwkv_clip.builder import build_records
+from rwkv_clip.data.build import build_records
 from rwkv_clip.errors import INTERRUPTED, STOPPED, run_command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

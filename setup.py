@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -10,6 +10,14 @@ ROOT = Path(__file__).parent
 def requirements() -> list[str]:
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     return [line for line in lines if line]
+
+
+HOMES = {"rwkv_clip": "src/rwkv_clip", "rwkv_clip.training": "src/training", "rwkv_clip.eval": "src/eval"}
+
+
+def found(name: str, folder: str) -> list[str]:
+    """A package and all packages in it."""
+    return [name, *(f"{name}.{inner}" for inner in find_packages(ROOT / folder))]
 
 
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
@@ -23,18 +31,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    package_dir={
-        "rwkv_clip": "src/rwkv_clip",
-        "rwkv_clip.training": "src/training",
-        "rwkv_clip.eval": "src/eval",
-    },
-    packages=[
-        "rwkv_clip",
-        "rwkv_clip.ops",
-        "rwkv_clip.towers",
-        "rwkv_clip.training",
-        "rwkv_clip.eval",
-    ],
+    package_dir=HOMES,
+    packages=[package for name, folder in HOMES.items() for package in found(name, folder)],
     package_data={"rwkv_clip": ["configs/*/*.json"], "rwkv_clip.eval": ["*.json"], "rwkv_clip.ops": ["csrc/*"]},
     install_requires=requirements(),
     extras_require={

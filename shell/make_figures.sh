@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ | tail -n 1)}
-python -m rwkv_clip.training.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
+python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
 cp "$RUN/training.png" figure/demo_training.png
 cp "$RUN/retrieval.png" figure/demo_retrieval.png
 if ls -d logs/flickr8k-*/eval >/dev/null 2>&1; then # train_Flickr8k_small.sh's runs, both models

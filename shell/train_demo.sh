@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 DEMO_DATA=${DEMO_DATA:-data/demo}
 OUTPUT=${OUTPUT:-logs/demo-rwkv-clip-$(date +%Y%m%d-%H%M%S)}
-python -m rwkv_clip.training.demo --output "$DEMO_DATA"
+python -m rwkv_clip.demo --output "$DEMO_DATA"
 python -m rwkv_clip.training.main --preset demo --train-data "$DEMO_DATA/train" --val-data "$DEMO_DATA/retrieval.jsonl" \
   --logs "$(dirname "$OUTPUT")" --name "$(basename "$OUTPUT")" --resume latest "$@"
 export CHECKPOINT=$OUTPUT

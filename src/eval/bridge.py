@@ -18,7 +18,7 @@ import sys
 import numpy as np
 import torch
 
-from rwkv_clip.model import load_for_inference
+from rwkv_clip.factory import load_for_inference
 
 MODEL_TYPE = "rwkv_clip"
 DESCRIBED = "-"  # as --model: the checkpoint describes its model

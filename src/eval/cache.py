@@ -29,7 +29,7 @@ from torch import Tensor
 from rwkv_clip.dist import AUTOCAST, gather, max_over_ranks, rank_and_size
 from rwkv_clip.features import encode_images, raise_together
 from rwkv_clip.files import write_whole
-from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
+from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
 SCHEMA = 2  # a new number when the same weights give other features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
@@ -52,7 +52,7 @@ def encode_cached(
     """`features.encode_images` of a whole set, with what the cache below `root` (None: no cache) already has.
 
     loaded: a model of `load_for_inference`; data: the set's `data_key`. All ranks call it and get all features; the
-    lead alone writes.
+    main rank alone writes.
     """
     folder = _folder_of(Path(root), model_key(loaded) | data, device) if root is not None else None
     parts = []
@@ -80,7 +80,7 @@ def encode_cached(
 
 
 def keep(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file of a cache, by the lead rank. Where that cannot be, a warning says so."""
+    """Write a file of a cache, by the main rank. Where that cannot be, a warning says so."""
     if rank_and_size()[0]:
         return
     try:

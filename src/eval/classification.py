@@ -18,7 +18,7 @@ from rwkv_clip.dist import AUTOCAST, max_over_ranks
 from rwkv_clip.features import encode_images, encode_texts
 from rwkv_clip.metrics import accuracy, target_ranks
 from rwkv_clip.retrieval import count_cut_texts
-from rwkv_clip.tensorfile import CheckpointError, encode_tensors, read_tensors
+from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
 from .cache import keep, model_key, on_all_ranks
 from .confusion import worst_classes

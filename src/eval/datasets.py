@@ -326,7 +326,7 @@ def _sun397(root: Path, part: str) -> tuple[ClassificationSet, list[str]]:
 
 def _imagenet_records(root: Path, part: str, language: str) -> tuple[ClassificationSet, list[str]]:
     """ImageNet in RecordIO files, the number of the class (in the order of the sorted folder names) for a label."""
-    from rwkv_clip.recordfile import RecordFile, unpack
+    from rwkv_clip.data.recordio import RecordFile, unpack
 
     known, stem = KNOWN["imagenet"], "train" if part == TRAIN else "val"
     places = [root / "imagenet" / f"{stem}.rec", root / f"{stem}.rec", *([root] if root.suffix == ".rec" else [])]

@@ -29,7 +29,7 @@ from rwkv_clip.dist import AUTOCAST, rank_and_size
 from rwkv_clip.features import encode_texts
 from rwkv_clip.files import DamagedError, parse_json, write_whole
 from rwkv_clip.retrieval import RetrievalSet, caption_tokens, count_cut
-from rwkv_clip.tensorfile import encode_tensors, read_tensors
+from rwkv_clip.serialization import encode_tensors, read_tensors
 
 from . import retrieval
 from .cache import data_key, encode_cached, encode_labelled, on_all_ranks
@@ -74,7 +74,7 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
 def run(
     settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, loaded, device: torch.device
 ) -> Path | None:
-    """Encode the set of `load` and write it; returns the folder, None on ranks other than the lead."""
+    """Encode the set of `load` and write it; returns the folder, None on ranks other than the main rank."""
     started = time.monotonic()
     about, found = (_labelled if settings.dataset else _captioned)(settings, data, loaded, device)
     if rank_and_size()[0]:

@@ -57,7 +57,7 @@ def load(settings: LinearProbeSettings, device: torch.device) -> list[Asked]:
 def run(settings: LinearProbeSettings, sets: list[Asked], loaded, device: torch.device) -> Report:
     """Probe every set of `load`. One that is missing is reported as skipped, one that fails as failed.
 
-    Ranks share the encoding of all sets; then the others end, and the lead computes what is left.
+    Ranks share the encoding of all sets; then the others end, and the main rank computes what is left.
     """
     report = start_report("linear_probe", settings, loaded, device)
     report.rows = probe_rows

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rwkv_clip.allocator import keep_freed_memory
+from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.errors import STORAGE, run_command
 
@@ -70,21 +70,21 @@ def evaluate(settings: EvalSettings | SearchSettings | ReportSettings) -> int:
 
 
 def _evaluate(settings: EvalSettings, world: World) -> int:
-    from rwkv_clip.model import load_for_inference
+    from rwkv_clip.factory import load_for_inference
 
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
     room = ROOMS[type(settings)]
     data = room.load(settings, device)  # before the model: what is wrong here costs no minute
-    on_all_ranks(lambda: check_place(settings.logs) if world.is_lead else None, device)
+    on_all_ranks(lambda: check_place(settings.logs) if world.is_main else None, device)
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )
     found = room.run(settings, data, loaded, device)
     if isinstance(found, Report):
         return _finish(found, world)
-    if world.is_lead:
+    if world.is_main:
         print(f"features: {found}")
     return 0
 
@@ -92,16 +92,16 @@ def _evaluate(settings: EvalSettings, world: World) -> int:
 def _finish(report: Report, world: World) -> int:
     report.finish()
     undone = [result for result in report.results if result["status"] != "done"]
-    if world.is_lead:
+    if world.is_main:
         print(report.text(), end="")
         if report.folder:
             print(f"results: {report.folder}")
         for result in undone:
             print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)
-    if world.is_lead and not report.saved:
+    if world.is_main and not report.saved:
         return STORAGE
     failed = any(result["status"] == "failed" for result in undone)
-    # A rank without results has left them to the lead.
+    # A rank without results has left them to the main rank.
     return 2 if failed or (report.results and len(undone) == len(report.results)) else 0
 
 

@@ -62,7 +62,7 @@ def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.d
             "seconds": round(time.monotonic() - report.started, 3),
         }
     )
-    if settings.gallery and report.folder:  # the lead rank has one
+    if settings.gallery and report.folder:  # the main rank has one
         keep(report.folder / "retrieval.png", lambda path: draw_gallery(data, result, path, settings.gallery))
     return report
 

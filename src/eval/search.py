@@ -172,7 +172,7 @@ def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) ->
     model = settings.model or about.get("model_setting")
     if model and not settings.model and model.endswith(".json"):
         model = _find_again(model, folder)
-    from rwkv_clip.model import load_for_inference
+    from rwkv_clip.factory import load_for_inference
 
     loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=precision)
     if about and loaded.digest != about["checkpoint_sha256"]:

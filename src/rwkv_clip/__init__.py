@@ -1,6 +1,6 @@
 """RWKV-CLIP: contrastive image-text training with RWKV-6 towers."""
 
-from .model import (
+from .factory import (
     RWKVCLIP,
     create_model,
     create_model_and_transforms,

@@ -37,7 +37,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .tensorfile import CHUNK, CheckpointError, encode_tensors, read_tensors, read_torch
+from .serialization import CHUNK, CheckpointError, encode_tensors, read_tensors, read_torch
 
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import PEER, explain
-from .pool import follow_parent
+from .processes import follow_parent
 
 TIMEOUT = timedelta(minutes=10)  # of a collective, where nobody says otherwise
 JOINING = timedelta(minutes=5)  # for all ranks to be there: imports from a slow disk differ by minutes
-ANSWERING = timedelta(minutes=30)  # for an answer of the lead, who may have to read large checkpoints for it
-HEARING = 5.0  # seconds that the lead stays after bad news
+ANSWERING = timedelta(minutes=30)  # for an answer of the main rank, who may have to read large checkpoints for it
+HEARING = 5.0  # seconds that the main rank stays after bad news
 
 
 class PeerLost(RuntimeError):
@@ -38,8 +38,8 @@ class PeerLost(RuntimeError):
     exit_code = PEER
 
 
-class LeadFailed(RuntimeError):
-    """What the lead rank was to do for all did not succeed; its words and its exit code."""
+class MainRankFailed(RuntimeError):
+    """What the main rank was to do for all did not succeed; its words and its exit code."""
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
@@ -58,7 +58,7 @@ class World:
     local_size: int = 1  # ranks on this rank's node
 
     @property
-    def is_lead(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
@@ -130,8 +130,8 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
 def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:
     """A name that all ranks of this start share and no earlier start on the same store had.
 
-    The lead answers every word that it finds, those that earlier processes left behind included; only who still waits
-    for the answer counts itself.
+    The main rank answers every word that it finds, those that earlier processes left behind included; only who still
+    waits for the answer counts itself.
     """
     word = secrets.token_hex(8)
     if rank > 0:
@@ -160,14 +160,14 @@ def _check_kinds(store: dist.Store, rank: int, size: int, device: torch.device) 
             raise ValueError(f"device: rank {other} has {kind}, rank 0 has {first}; give all ranks one --device")
 
 
-def ask_lead(world: World, what: str, work: Callable[[], Any]) -> Any:
-    """What `work()` returns on the lead, JSON data, on every rank. `what` names the question; each is asked once.
+def ask_main(world: World, what: str, work: Callable[[], Any]) -> Any:
+    """What `work()` returns on the main rank, JSON data, on every rank. `what` names the question; each is asked once.
 
-    An error of the lead's is raised there and, as LeadFailed with the same words and exit code, on the other ranks.
+    An error of the main rank's is raised there and, as MainRankFailed with the same words and exit code, on the others.
     """
     if world.store is None:
         return work()
-    if world.is_lead:
+    if world.is_main:
         try:
             answer = work()
         except BaseException as error:
@@ -186,12 +186,13 @@ def ask_lead(world: World, what: str, work: Callable[[], Any]) -> Any:
     except dist.DistError as error:
         raise PeerLost(f"rank {world.rank} got no answer from rank 0 ({first_line(error)})") from None
     if "error" in told:
-        raise LeadFailed(told["error"], told["code"])
+        raise MainRankFailed(told["error"], told["code"])
     return told["answer"]
 
 
 def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[list[dict[str, Any]]], None]) -> None:
-    """`judge` gets, on the lead, the facts of all ranks, JSON data, in their order; its error is told as by `ask_lead`.
+    """`judge` gets, on the main rank, the facts of all ranks, JSON data, in their order; its error is told as by
+    `ask_main`.
 
     PeerLost for a rank that says nothing."""
     if world.store is None:
@@ -207,7 +208,7 @@ def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[l
                 raise PeerLost(f"rank {rank} said nothing before the run began ({first_line(error)})") from None
         judge(heard)
 
-    return ask_lead(world, what, work)
+    return ask_main(world, what, work)
 
 
 def first_line(error: BaseException) -> str:
@@ -222,8 +223,8 @@ def leave_world() -> None:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(rank, world size) of the current process group; (0, 1) without one and inside `alone()`."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _alone else (0, 1)
+    """(rank, world size) of the current process group; (0, 1) without one and inside `single_process()`."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _single else (0, 1)
 
 
 class _Gather(torch.autograd.Function):
@@ -279,21 +280,21 @@ def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> 
     return dict(zip(values, (numbers / size).tolist()))
 
 
-_alone = False
+_single = False
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside, this process is a world of one: `gather` and the sums over ranks return what they get.
 
     So an objective can be computed by every rank on everybody's features, in one order whatever the number of ranks.
     """
-    global _alone
-    before, _alone = _alone, True
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _alone = before
+        _single = before
 
 
 def fix_arithmetic(device: torch.device) -> None:

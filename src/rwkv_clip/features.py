@@ -23,8 +23,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
-from rwkv_clip.image import ImageError, open_image
+from .data.image import ImageError, open_image
+from .dist import gather, max_over_ranks, rank_and_size
 
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
 _NOTE = 1000  # bytes of an error that other ranks hear of

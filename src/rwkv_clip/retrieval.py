@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rwkv_clip.features import DECODE_WORKERS, encode_images, encode_texts, open_picture
-from rwkv_clip.files import find_below, parse_json
-from rwkv_clip.metrics import RECALL_AT, recall_at_k
-from rwkv_clip.tokenizer import Tokenizer
+from .features import DECODE_WORKERS, encode_images, encode_texts, open_picture
+from .files import find_below, parse_json
+from .metrics import RECALL_AT, recall_at_k
+from .tokenizer import Tokenizer
 
 EVERY_SPLIT = "all"
 JSON = (".json", ".jsonl", ".ndjson")
@@ -377,7 +377,7 @@ def _find_images(source: Path, rows: list[_Row], image_root: Path | None, outsid
 
 
 def _from_records(spec: str, views: Sequence[str] | None) -> RetrievalSet:
-    from rwkv_clip.recordio import RecordSet
+    from .data.records import RecordSet
 
     records = RecordSet(spec)
     unknown = [view for view in views or () if view not in records.views]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError, Settings, to_dict
+from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
-from rwkv_clip.model import ModelSpec, spec_to_json, tokenizer_of, vocab_of
-from rwkv_clip.recordio import RecordSet
+from rwkv_clip.factory import ModelSpec, spec_to_json, tokenizer_of, vocab_of
 
 # What each rank may have of its own: where things lie and how it reads them. Records, model and weights are compared
-# by what they hold; what only the lead rank uses is of no matter to the others.
+# by what they hold; what only the main rank uses is of no matter to the others.
 OWN = {"train_data", "model", "logs", "device", "workers", "loader", "report_to"}
 PLACES = {"pretrained", "val_data", "resume"}  # may lie elsewhere, but not be missing
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
@@ -94,8 +94,8 @@ def check_batch(settings: Settings, world: World, count: int) -> None:
 
 
 def check_ranks(settings: Settings, spec: ModelSpec, records: RecordSet, world: World) -> None:
-    """ConfigError on the lead, its words and exit code on the others (LeadFailed), unless all ranks are to do the same:
-    settings, model, records, version and code. It names rank and setting with both values."""
+    """ConfigError on the main rank, its words and exit code on the others (MainRankFailed), unless all ranks are to do
+    the same: settings, model, records, version and code. It names rank and setting with both values."""
     if world.size == 1:
         return
     plan = {"host": socket.gethostname(), **describe_plan(settings, spec, records, world)}

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes the records of one run. Only the lead rank has one."""
+    """Writes the records of one run. Only the main rank has one."""
 
     def __init__(self, folder: Path, settings: Settings, first_step: int, total_steps: int):
         from tqdm import tqdm

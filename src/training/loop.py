@@ -25,21 +25,21 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_clip.config import Settings
+from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import PeerLost, World, mean_over_ranks
-from rwkv_clip.image import normalize
-from rwkv_clip.model import pixel_statistics
+from rwkv_clip.factory import pixel_statistics
 
-from .augment import draw_drops, draw_views
-from .data import Batch, Batches, Loader
-from .heartbeat import Heartbeat
+from .checkpointing import own_state, take_snapshot
+from .data.augment import draw_drops, draw_views
+from .data.torch_loader import Batch, Batches, Loader
+from .faults.nonfinite import NumericsError, Statistics, Watch, gradient_norms
+from .faults.signals import Interrupted, Preempted, Preemption
+from .faults.watchdog import Heartbeat
+from .gradients import Computed, GradientStep, Inputs
 from .log import RunLog
-from .numerics import NumericsError, Statistics, Watch, gradient_norms
 from .optim import Schedule, build_optimizer, set_step, update_weights
 from .parallel import Shares, distribute_model, has_shares
-from .preempt import Interrupted, Preempted, Preemption
 from .saver import Saver
-from .snapshot import own_state, take_snapshot
-from .step import Computed, GradientStep, Inputs
 
 __all__ = ["Meter", "NumericsError", "Progress", "Trainer", "train"]
 
@@ -193,7 +193,7 @@ class Trainer:
                 state.copy_(torch.where(self.watch.void > 0, before, state))
 
     def save(self, saver: Saver | None, name: str, last: bool = False) -> None:
-        """Have a checkpoint written by the lead rank, which has a saver; `last`: wait until it is on the disk.
+        """Have a checkpoint written by the main rank, which has a saver; `last`: wait until it is on the disk.
 
         NumericsError, and no checkpoint, when the last step or what is to be saved is not finite. StorageError as by
         the saver.
@@ -249,9 +249,9 @@ def train(
     heart: Heartbeat,
     saver: Saver | None,
 ) -> None:
-    """Run the loader's steps: log, validate, save. Every rank calls this; only the lead has a log and a saver.
+    """Run the loader's steps: log, validate, save. Every rank calls this; only the main rank has a log and a saver.
 
-    `validate()` returns metrics on the lead rank and an empty dict elsewhere; Interrupted when a signal ends it early.
+    `validate()` returns metrics on the main rank and an empty dict elsewhere; Interrupted when a signal ends it early.
     Preempted, on all ranks after the same step and with it saved, when one of them has got a signal. PeerLost, with
     all saved, when the data of a process that is alone stand still for its timeout. StorageError when checkpoints
     cannot be written.
@@ -300,7 +300,7 @@ def train(
     if signal or stuck:
         with heart.busy("saving"):
             trainer.save(saver, name, last=True)
-        preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the lead has to be done
+        preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the main rank has to be done
         heart.leave(None)  # a loader that stands still may take longer to end than the others do
     if signal:
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")

@@ -19,29 +19,29 @@ from pathlib import Path
 import torch
 import tyro
 
-from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
-from rwkv_clip.dist import PeerLost, World, alone, autocast_dtype, fix_arithmetic, join_world, leave_world
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.device import keep_freed_memory
+from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
+from rwkv_clip.factory import ModelSpec, create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
 from rwkv_clip.files import write_whole
-from rwkv_clip.model import ModelSpec, create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
-from rwkv_clip.objective import make_objective
-from rwkv_clip.recordio import RecordSet
+from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
-from .augment import Augmentation
+from .checkpointing import restore_snapshot
 from .checks import check_batch, check_ranks, check_records, check_texts, check_weights
-from .data import make_loader
-from .heartbeat import COLLECTIVES, Heartbeat, end_process, watch_peers
+from .data.augment import Augmentation
+from .data.torch_loader import make_loader
+from .faults.signals import Preempted, Preemption, ignore_signals
+from .faults.watchdog import COLLECTIVES, Heartbeat, end_process, watch_peers
 from .log import RunLog
 from .loop import Trainer, train
 from .parallel import WholeModel, has_shares
 from .plot import plot_training
-from .preempt import Preempted, Preemption, ignore_signals
 from .run import open_run
 from .saver import Saver
-from .snapshot import restore_snapshot
 
 # What to do where memory runs out, the host's or the GPU's.
 MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives), --grad-checkpointing, fewer --workers"
@@ -79,22 +79,22 @@ def read_command_line(arguments: list[str]) -> Settings:
 def make_validator(
     settings: Settings, model: torch.nn.Module, world: World, preemption: Preemption
 ) -> Callable[[], dict[str, float]]:
-    """Retrieval on --val-data by the lead rank; reads the set now, so that a wrong path fails before training.
+    """Retrieval on --val-data by the main rank; reads the set now, so that a wrong path fails before training.
 
     Before the model is distributed; all ranks call the result. A signal ends it at the next picture (Interrupted): the
     time until the process is killed is for saving.
     """
     if settings.val_data is None:
         return dict
-    data = load_retrieval(settings.val_data, split=settings.val_split) if world.is_lead else None
+    data = load_retrieval(settings.val_data, split=settings.val_split) if world.is_main else None
     whole = WholeModel(model, settings, world)
     preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), tokenizer_of(model.spec)
 
     def validate() -> dict[str, float]:
         with whole.put_together() as net:
-            if not world.is_lead:
+            if not world.is_main:
                 return {}
-            with alone():
+            with single_process():
                 metrics = evaluate_retrieval(
                     net,
                     data,
@@ -184,7 +184,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         max_bad_share=settings.max_bad_share,
         augmentation=Augmentation(settings.crop_area, settings.crop_aspect, settings.flip),
     )
-    log = _open_log(work, folder, trainer, resumed=checkpoint is not None) if world.is_lead else None
+    log = _open_log(work, folder, trainer, resumed=checkpoint is not None) if world.is_main else None
     try:
         with Saver(folder / "checkpoints", settings.keep_checkpoints) if log else contextlib.nullcontext() as saver:
             train(trainer, loader, folder, work.name, log, validate, preemption, heart, saver)

@@ -171,23 +171,23 @@ class Shares:
 
 
 class WholeModel:
-    """The model for who uses it alone, the lead that validates: where ranks hold shares of it, a copy that has all.
+    """The model for the main rank that validates: where ranks hold shares of it, a copy that has all.
 
-    Made before the model is distributed. The copy needs room for all weights on the lead's device while it is used, and
-    is in host memory otherwise.
+    Made before the model is distributed. The copy needs room for all weights on the main rank's device while it is
+    used, and is in host memory otherwise.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, world: World):
         self.model, self.world, self.copied = model, world, has_shares(settings, world)
-        self.copy = copy.deepcopy(model).cpu() if self.copied and world.is_lead else None
+        self.copy = copy.deepcopy(model).cpu() if self.copied and world.is_main else None
 
     @contextlib.contextmanager
     def put_together(self) -> Iterator[nn.Module | None]:
-        """With the weights of now; all ranks call this, and those that are not the lead may get None."""
+        """With the weights of now; all ranks call this, and those that are not the main rank may get None."""
         if not self.copied:
             yield self.model
             return
-        weights = whole_tensors(self.model.state_dict(), keep=self.world.is_lead)
+        weights = whole_tensors(self.model.state_dict(), keep=self.world.is_main)
         if self.copy is None:
             yield None
             return

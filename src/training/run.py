@@ -1,6 +1,6 @@
 """Run folders: which one a run writes, who owns it, and which checkpoint it goes on from.
 
-One process at a time writes a run folder; `run.lock` in it stays, to say who owned it last. The lead rank opens it and
+One process at a time writes a run folder; `run.lock` in it stays, to say who owned it last. The main rank opens it and
 decides, after it owns the folder, what there is to go on from; it tells the other ranks, which hold what they see of
 the folder against that.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
 from rwkv_clip.config import ConfigError, Settings
-from rwkv_clip.dist import World, ask_lead, judge_all
+from rwkv_clip.dist import World, ask_main, judge_all
 from rwkv_clip.files import hold
 
 
@@ -27,7 +27,7 @@ def open_run(settings: Settings, world: World, model: str) -> Iterator[tuple[Pat
     model's and the time.
 
     InUse, at once, when another process owns it. ConfigError when it holds another run already, CheckpointError when
-    there is nothing intact to resume from, OSError when it cannot be written. What the lead meets, the others say, too.
+    there is nothing intact to resume from, OSError when it cannot be written. What the main rank meets, all say.
     """
     logs = Path(settings.logs)
     with contextlib.ExitStack() as owned:
@@ -42,7 +42,7 @@ def open_run(settings: Settings, world: World, model: str) -> Iterator[tuple[Pat
             digest = hash_file(checkpoint / "MANIFEST.json") if checkpoint else None
             return {"name": name, "checkpoint": checkpoint and str(checkpoint), "manifest": digest}
 
-        told = ask_lead(world, "run", begin)
+        told = ask_main(world, "run", begin)
         folder, checkpoint = logs / told["name"], told["checkpoint"] and Path(told["checkpoint"])
         if checkpoint and world.size > 1:
             name = checkpoint.name
@@ -96,7 +96,7 @@ def _choose_checkpoint(settings: Settings, world: World, folder: Path) -> Path |
 
 
 def _find_same(settings: Settings, folder: Path, name: str, manifest: str) -> Path | None:
-    """The lead's checkpoint as this rank sees it; None where it does not, or sees another one."""
+    """The main rank's checkpoint as this rank sees it; None where it does not, or sees another one."""
     start = _resumed_path(settings, folder)
     for path in (start, start / "checkpoints" / name, start / name, folder / "checkpoints" / name):
         with contextlib.suppress(OSError):

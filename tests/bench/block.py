@@ -19,8 +19,8 @@ from harness import Report, alternate, argument_parser
 from torch import Tensor, nn
 
 from rwkv_clip.config import ImageTowerConfig, TextTowerConfig
+from rwkv_clip.models.rwkv import IMAGE_STYLE, TEXT_STYLE, Block
 from rwkv_clip.ops import block_cpu
-from rwkv_clip.towers.rwkv import IMAGE_STYLE, TEXT_STYLE, Block
 
 CASES = {  # style, configuration, grid
     "image T 49 N 80": (IMAGE_STYLE, ImageTowerConfig(), (7, 7)),

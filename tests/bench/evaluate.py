@@ -25,9 +25,9 @@ from models import make_open_clip
 from PIL import Image
 from torch import Tensor, nn
 
+from rwkv_clip.factory import preprocess_of
 from rwkv_clip.features import DECODE_WORKERS
 from rwkv_clip.metrics import RECALL_AT, recall_at_k
-from rwkv_clip.model import preprocess_of
 from rwkv_clip.retrieval import RetrievalSet, evaluate_retrieval, load_retrieval
 from rwkv_clip.tokenizer import make_tokenizer
 

@@ -41,7 +41,7 @@ SCHEMA = 1
 
 sys.path.insert(0, str(ROOT / "src"))
 import rwkv_clip  # noqa: E402
-from rwkv_clip.allocator import keep_freed_memory  # noqa: E402
+from rwkv_clip.device import keep_freed_memory  # noqa: E402
 
 rwkv_clip.__path__.append(str(ROOT / "src"))  # src/training and src/eval are rwkv_clip.training and rwkv_clip.eval
 

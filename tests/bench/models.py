@@ -30,7 +30,7 @@ def make_ours(name: str, device: torch.device, precision: str = "fp32", **settin
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    return rwkv_clip.model.cast_weights(model, dtype).to(device)
+    return rwkv_clip.factory.cast_weights(model, dtype).to(device)
 
 
 def make_open_clip(name: str, device: torch.device, precision: str = "fp32", size: int | None = None) -> nn.Module:

@@ -24,9 +24,9 @@ from models import make_ours
 
 from rwkv_clip.config import Settings, parse
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.objective import make_objective
+from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.training.gradients import GradientStep, Inputs
 from rwkv_clip.training.parallel import distribute_model
-from rwkv_clip.training.step import GradientStep, Inputs
 
 MODES = {
     "plain": {},

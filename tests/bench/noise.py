@@ -35,13 +35,13 @@ import numpy as np
 import torch
 from harness import ROOT, Report, argument_parser
 
-from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import Settings, load_settings, parse, to_dict
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.factory import create_model, load_for_inference
 from rwkv_clip.features import encode_images, encode_texts, open_picture
-from rwkv_clip.model import create_model, load_for_inference
-from rwkv_clip.objective import make_objective
-from rwkv_clip.recordio import RecordSet
+from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training.main import run as train
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from ranks import free_port, start_ranks
 from tiny import make_smaller, make_tiny, to_arguments
 
-from rwkv_clip.builder import build_records
+from rwkv_clip.data.build import build_records
 
 
 @pytest.fixture(scope="module")

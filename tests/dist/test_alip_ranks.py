@@ -16,11 +16,11 @@ from ranks import digest, run_ranks, train_logging_ids
 from test_alip_formulas import BATCH, STEPS, features
 from tiny import make_smaller, make_tiny
 
-from rwkv_clip import objective
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import GateConfig
 from rwkv_clip.dist import join_world, leave_world, mean_over_ranks
-from rwkv_clip.objective import make_objective
+from rwkv_clip.losses import objective
+from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.training import main
 
 GATES = {"init": 0.25, "momentum": 0.5}

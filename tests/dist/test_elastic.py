@@ -16,7 +16,7 @@ from tiny import COUNT, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint
 from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import World
-from rwkv_clip.training.step import cut_batch
+from rwkv_clip.training.gradients import cut_batch
 
 STEPS, BATCH = 12, 16
 

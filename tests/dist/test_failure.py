@@ -60,7 +60,7 @@ def work(folder: str, plan: str, settings: dict, store: int | None = None, slow:
 
 
 def slow_down(main, rank: str) -> None:
-    """What may take its time: a first step on one rank, validation on the lead."""
+    """What may take its time: a first step on one rank, validation on the main rank."""
     evaluate, step = main.evaluate_retrieval, main.Trainer.step
 
     def first(self, batch):

@@ -27,16 +27,16 @@ import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, read_description
 from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import World, join_world, leave_world, mean_over_ranks
-from rwkv_clip.objective import InfoNCE
+from rwkv_clip.losses.objective import InfoNCE
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training import loop, main, parallel
-from rwkv_clip.training.data import Batch
-from rwkv_clip.training.numerics import NumericsError
+from rwkv_clip.training.checkpointing import restore_snapshot, take_snapshot
+from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.faults.nonfinite import NumericsError
+from rwkv_clip.training.faults.signals import Preempted
+from rwkv_clip.training.gradients import Inputs
 from rwkv_clip.training.parallel import Shares, distribute_model, whole_tensors
-from rwkv_clip.training.preempt import Preempted
 from rwkv_clip.training.saver import Saver
-from rwkv_clip.training.snapshot import restore_snapshot, take_snapshot
-from rwkv_clip.training.step import Inputs
 
 BATCH, STEPS, SAVED = 16, 5, 3  # a checkpoint after SAVED steps
 MODELS = {
@@ -112,8 +112,8 @@ class Run:
         return numbers
 
     def save(self, folder: Path) -> str | None:
-        """Digest of the checkpoint, on the lead."""
-        saver = Saver(folder, keep=9) if self.trainer.world.is_lead else None
+        """Digest of the checkpoint, on the main rank."""
+        saver = Saver(folder, keep=9) if self.trainer.world.is_main else None
         self.trainer.save(saver, "tiny", last=True)
         return digest(find_checkpoint(folder)) if saver else None
 
@@ -292,7 +292,7 @@ def stop_and_overflow(folder: Path) -> None:
             run.train(3)
             assert not any(torch.equal(a, b) for a, b in zip(before, own) if a.numel())
     weights, optim, _ = take_snapshot(run.trainer, "tiny")
-    assert bool(weights) == bool(optim) == world.is_lead, "nobody else keeps whole tensors"
+    assert bool(weights) == bool(optim) == world.is_main, "nobody else keeps whole tensors"
     leave_world()
 
 
@@ -337,8 +337,8 @@ def command_line(settings: dict, stop: int | None) -> None:
 
 
 def test_a_run_that_is_told_to_stop(tmp_path):
-    """By the command line's function, with validation by the lead: it goes on with the same bits, and what it leaves
-    opens for inference."""
+    """By the command line's function, with validation by the main rank: it goes on with the same bits, and what it
+    leaves opens for inference."""
     data = make_smaller(make_tiny(tmp_path))
     changes = {"batch_size": 4, "max_steps": 5, "val_every_n_steps": 2, "resume": "latest", "parallel": "fsdp"}
     for name, stops in (("whole", [None]), ("parts", [2, None])):
@@ -355,7 +355,7 @@ def test_a_run_that_is_told_to_stop(tmp_path):
     found = evaluate_retrieval(
         loaded.model, load_retrieval(data["val_data"]), loaded.preprocess, loaded.tokenizer, batch_size=4
     ).metrics
-    assert found["mean_recall"] == outcomes[0][1][-1]["val_mean_recall"], "what the lead saw is what was saved"
+    assert found["mean_recall"] == outcomes[0][1][-1]["val_mean_recall"], "what the main rank saw is what was saved"
 
 
 def test_one_process_holds_all():

@@ -13,21 +13,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from ranks import run_ranks
 
 from rwkv_clip.dist import World
-from rwkv_clip.training import heartbeat
+from rwkv_clip.training.faults import watchdog
 
 
 def watch_one_that_is_done() -> None:
     peer = subprocess.Popen(["sleep", "60"])
     store = dist.HashStore()
-    sign = {"count": 1, "step": 7, "state": heartbeat.TRAINING, "place": "", "signal": 0}
+    sign = {"count": 1, "step": 7, "state": watchdog.TRAINING, "place": "", "signal": 0}
     sign |= {"failed": False, "cause": "", "error": ""}
-    sign |= {"host": "here", "pid": peer.pid, "where": heartbeat.own_host(), "began": heartbeat.start_time(peer.pid)}
+    sign |= {"host": "here", "pid": peer.pid, "where": watchdog.own_host(), "began": watchdog.start_time(peer.pid)}
     store.set("beat/1", json.dumps(sign))
-    heart = heartbeat.Heartbeat(World(0, 2, torch.device("cpu"), store), timeout=60)
+    heart = watchdog.Heartbeat(World(0, 2, torch.device("cpu"), store), timeout=60)
     while 1 not in heart._seen:
         time.sleep(0.01)
     # Between two of our beats it says that it is done, and ends; /proc tells us of the end first.
-    store.set("beat/1", json.dumps(sign | {"count": 2, "state": heartbeat.LEFT}))
+    store.set("beat/1", json.dumps(sign | {"count": 2, "state": watchdog.LEFT}))
     peer.kill()
     peer.wait()
     time.sleep(4)  # lost, it would end this process with code 5

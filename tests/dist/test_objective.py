@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_clip import objective
 from rwkv_clip.dist import max_over_ranks
-from rwkv_clip.objective import InfoNCE
+from rwkv_clip.losses import objective
+from rwkv_clip.losses.objective import InfoNCE
 
 BATCH, WIDTH = 12, 6
 

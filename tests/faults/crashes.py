@@ -16,7 +16,7 @@ import torch
 from smallrun import SmallRun, digest_folder
 from syscalls import exit_at, watch_calls
 
-from rwkv_clip import tensorfile
+from rwkv_clip import serialization
 from rwkv_clip.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from rwkv_clip.config import Settings, parse
 from rwkv_clip.tokenizer import make_tokenizer
@@ -67,7 +67,7 @@ def crash_everywhere(base: str, go_back: bool, names: tuple[str, ...], seen: str
     """From the checkpoints in `base`, step and save once, dying at each call in turn; then resume and run to the end.
 
     go_back: resume from step 2 by name, though there may be a later one, as the same command would. names: of calls."""
-    tensorfile.CHUNK = 1024  # several writes per file
+    serialization.CHUNK = 1024  # several writes per file
     base, rows = Path(base), []
     start = base / "step-00000002" if go_back else None
 

@@ -507,9 +507,9 @@ RUNS = [
         "unit/test_run_folder.py::test_a_picture_that_cannot_be_drawn_ends_no_run",
     ),
     Mutant(
-        "an error of the lead is not told",
+        "an error of the main rank is not told",
         "rwkv_clip/dist.py",
-        '        raise LeadFailed(told["error"], told["code"])',
+        '        raise MainRankFailed(told["error"], told["code"])',
         "        return None",
         "unit/test_checks.py::test_an_error_of_the_lead_is_told_to_all",
     ),

@@ -15,9 +15,9 @@ from tiny import MODEL, to_arguments
 
 from rwkv_clip.checkpoint import find_checkpoint, read_weights
 from rwkv_clip.config import Settings, parse
-from rwkv_clip.recordio import Header, RecordSet, RecordWriter, checksum, pack
+from rwkv_clip.data.records import Header, RecordSet, RecordWriter, checksum, pack
 from rwkv_clip.training import main as training
-from rwkv_clip.training.data import Order, make_loader
+from rwkv_clip.training.data.torch_loader import Order, make_loader
 
 COUNT, BATCH, SEED = 5000, 250, 3
 BAD = (17, 1234, 2500, 2501, 4999)

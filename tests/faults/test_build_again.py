@@ -18,11 +18,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from test_data2rec import add, contents, make_rows, picture, save_images, save_jsonl
 
-from rwkv_clip import builder, encoder
-from rwkv_clip.builder import build_records
+from rwkv_clip.data import build as builder
+from rwkv_clip.data import encode
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.recordio import RecordFile, RecordWriter, unpack
+from rwkv_clip.data.records import RecordSet
 from rwkv_clip.errors import explain
-from rwkv_clip.recordfile import RecordFile, RecordWriter, unpack
-from rwkv_clip.recordio import RecordSet
 
 TINY = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8ybqm"
@@ -153,8 +154,8 @@ def test_a_set_that_was_moved_is_the_same(tmp_path, monkeypatch):
     build(here)
     there = Path(shutil.move(here, tmp_path / "there"))
     os.utime(there / "c.jsonl")
-    monkeypatch.setattr(encoder.Encoder, "__call__", None)
-    monkeypatch.setattr(encoder, "read_bytes", None)
+    monkeypatch.setattr(encode.Encoder, "__call__", None)
+    monkeypatch.setattr(encode, "read_bytes", None)
     assert build(there).kept == 2, "complete, and no picture was read"
 
 
@@ -178,7 +179,7 @@ def test_pictures_inside_the_input(tmp_path, kind, monkeypatch):
     write(picture(3))
     build_records(str(path), str(tmp_path / "t"))
     assert json.loads((tmp_path / "t.json").read_text())["pictures"] is None
-    monkeypatch.setattr(encoder.Encoder, "find_picture", None)
+    monkeypatch.setattr(encode.Encoder, "find_picture", None)
     assert build_records(str(path), str(tmp_path / "t")).kept == 1
     monkeypatch.undo()
     write(picture(3)[::-1])

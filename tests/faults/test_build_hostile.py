@@ -12,11 +12,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from test_data2rec import picture, save_jsonl
 
-from rwkv_clip import encoder, files
-from rwkv_clip.builder import build_records
+from rwkv_clip import files
+from rwkv_clip.data import encode
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.sources import Source
 from rwkv_clip.errors import explain
-from rwkv_clip.recordio import RecordSet
-from rwkv_clip.sources import Source
 from rwkv_clip.tokenizer import make_tokenizer
 
 OUTSIDE = "image outside the image folder"
@@ -110,7 +111,7 @@ def test_a_fault_of_the_machine_is_no_fault_of_the_picture(places, monkeypatch):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
     path = save_jsonl(places / "photos/c.jsonl", [{"image": "a.jpg", "raw": "a"}])
-    monkeypatch.setattr(encoder, "read_bytes", fail)
+    monkeypatch.setattr(encode, "read_bytes", fail)
     with pytest.raises(OSError) as error:
         build_records(path, str(places / "out/t"))
     assert explain(error.value)[0] == 2 and "ulimit -n" in explain(error.value)[1]

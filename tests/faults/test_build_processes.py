@@ -13,10 +13,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from test_data2rec import contents, picture, save_jsonl
 
-from rwkv_clip.builder import build_records
+from rwkv_clip.data.build import build_records
 from rwkv_clip.errors import explain
 from rwkv_clip.files import InUse, hold
-from rwkv_clip.pool import WorkerDied, map_ordered
+from rwkv_clip.processes import WorkerDied, map_ordered
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 10  # seconds that a process may outlive its command
@@ -27,8 +27,8 @@ LONGEST = 10  # seconds that a process may outlive its command
 OWNER = """
 import sys, time
 from pathlib import Path
-from rwkv_clip import builder
-with builder._own(Path(sys.argv[1])):
+from rwkv_clip.data import build
+with build._own(Path(sys.argv[1])):
     print("owned", flush=True)
     time.sleep(600)
 """
@@ -106,7 +106,7 @@ def test_the_lock_of_a_killed_build_is_free(tmp_path, owned):
 PARENT = """
 import sys, time
 from pathlib import Path
-from rwkv_clip.pool import map_ordered
+from rwkv_clip.processes import map_ordered
 
 def items(folder, idle):
     yield from [f"import os, time; open({folder!r} + '/' + str(os.getpid()), 'w'); time.sleep(0.1)"] * 64

@@ -8,9 +8,9 @@ import unicodedata
 import numpy as np
 import pytest
 
-from rwkv_clip.builder import build_records
-from rwkv_clip.model import get_tokenizer
-from rwkv_clip.recordio import RecordSet
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.factory import get_tokenizer
 from rwkv_clip.tokenizer import MAX_CHARACTERS, make_tokenizer
 
 SOT, EOT = 49406, 49407

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_clip import tensorfile
+from rwkv_clip import serialization
 from rwkv_clip.checkpoint import (
     CheckpointError,
     NewerCheckpointError,
@@ -278,4 +278,4 @@ def test_old_torch_reads_no_foreign_pickle(tmp_path, checkpoint, monkeypatch, ve
 
 def test_the_corpus_is_large_enough():
     assert len(SAFETENSORS) + len(PICKLED) + len(MANIFEST) + len(STATE) >= 60
-    assert tensorfile.MAX_HEADER == 4 * 2**20
+    assert serialization.MAX_HEADER == 4 * 2**20

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rwkv_clip.image import ImageError, inspect_image, open_image, val_transform
-from rwkv_clip.training.samples import Sample, decode_crop
+from rwkv_clip.data.image import ImageError, inspect_image, open_image, val_transform
+from rwkv_clip.training.data.samples import Sample, decode_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 

@@ -14,7 +14,7 @@ from test_bad_records import picture
 from tiny import MODEL
 
 from rwkv_clip.config import Settings, parse
-from rwkv_clip.recordio import Header, RecordWriter, pack
+from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.training import main as training
 
 STEPS, SAVES, EVERY, WARM = 2000, 50, 20, 500

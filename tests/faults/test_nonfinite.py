@@ -16,10 +16,10 @@ import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints, read_tensors
 from rwkv_clip.config import Settings, parse
 from rwkv_clip.dist import World
-from rwkv_clip.objective import InfoNCE
+from rwkv_clip.losses.objective import InfoNCE
 from rwkv_clip.training import loop
+from rwkv_clip.training.faults.nonfinite import NumericsError, Watch
 from rwkv_clip.training.main import main, run
-from rwkv_clip.training.numerics import NumericsError, Watch
 
 AT, ROW = 5, 1  # the bad step, and the row of a bad record in its rank's batch
 NAN, INF = float("nan"), float("inf")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_clip.recordio import Header, RecordError, RecordFile, RecordSet, RecordWriter, checksum, pack
+from rwkv_clip.data.records import Header, RecordError, RecordFile, RecordSet, RecordWriter, checksum, pack
 
 MAGIC = b"\x0a\x23\xd7\xce"
 COUNT, CONTEXT = 6, 4

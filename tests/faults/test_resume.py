@@ -15,7 +15,7 @@ from tiny import make_tiny
 
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint
 from rwkv_clip.config import ConfigError, Settings, parse
-from rwkv_clip.training import snapshot
+from rwkv_clip.training import checkpointing
 from rwkv_clip.training.main import run
 
 STEPS = 40
@@ -52,7 +52,7 @@ def facts(folder: Path) -> tuple:
     last = find_checkpoint(folder)
     assert last.name == f"step-{STEPS:08d}"
     state = json.loads((last / "state.json").read_text())
-    state["settings"] = {k: v for k, v in state["settings"].items() if k not in snapshot.FREE_ON_RESUME}
+    state["settings"] = {k: v for k, v in state["settings"].items() if k not in checkpointing.FREE_ON_RESUME}
     timed = {"samples_per_second", "wait_share", "eta_seconds", "seconds", "peak_memory_mb"}
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return digest(last), state, [{k: v for k, v in record.items() if k not in timed} for record in records]
@@ -98,8 +98,8 @@ def test_state_without_a_part_is_refused(data, whole, missing, monkeypatch):
 
 @pytest.mark.parametrize("part", ["logit_scale/exp_avg", "logit_scale/step"])
 def test_optimizer_state_without_a_part_is_refused(data, whole, part, monkeypatch):
-    read = snapshot.read_tensors
-    monkeypatch.setattr(snapshot, "read_tensors", lambda path: {k: v for k, v in read(path).items() if k != part})
+    read = checkpointing.read_tensors
+    monkeypatch.setattr(checkpointing, "read_tensors", lambda path: {k: v for k, v in read(path).items() if k != part})
     with pytest.raises((CheckpointError, ValueError), match=re.escape(part)):
         resume_at(data, "plain", whole("plain"), 20)
 

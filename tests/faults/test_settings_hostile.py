@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from tiny import make_tiny
 
 from rwkv_clip.config import ConfigError, ImageTowerConfig, ModelConfig, Settings, TextTowerConfig, load_settings, parse
-from rwkv_clip.model import resolve_spec
-from rwkv_clip.recordio import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.factory import resolve_spec
 from rwkv_clip.training import main as training
 from rwkv_clip.training.main import check_records, read_command_line
 

@@ -19,8 +19,9 @@ from ranks import digest, read_ids, start_ranks
 from tiny import BATCH, make_smaller, make_tiny, to_arguments
 
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
-from rwkv_clip.training import data as data_module
-from rwkv_clip.training import loop, preempt
+from rwkv_clip.training import loop
+from rwkv_clip.training.data import torch_loader as data_module
+from rwkv_clip.training.faults import signals
 from rwkv_clip.training.main import main
 
 STEPS, SIGNALS = 40, 20
@@ -47,7 +48,7 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     os.dup2(messages, 1), os.dup2(messages, 2)
     sys.argv[1:] = to_arguments(settings)
     patch = pytest.MonkeyPatch()
-    enter, step, save = preempt.Preemption.__enter__, loop.Trainer.step, loop.Trainer.save
+    enter, step, save = signals.Preemption.__enter__, loop.Trainer.step, loop.Trainer.save
     train, trainers, fill = loop.train, [], data_module._Chunks.fill
 
     def entered(self):
@@ -85,13 +86,13 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
         def call(*arguments):
             pause("validate", trainers[0].progress.step)
             if self.signal:
-                raise preempt.Interrupted
+                raise signals.Interrupted
             return function(*arguments)
 
         return call
 
-    patch.setattr(preempt.Preemption, "__enter__", entered)
-    patch.setattr(preempt.Preemption, "interrupts", interrupts)
+    patch.setattr(signals.Preemption, "__enter__", entered)
+    patch.setattr(signals.Preemption, "interrupts", interrupts)
     patch.setattr(loop.Trainer, "step", logged)
     patch.setattr(loop.Trainer, "save", saved)
     patch.setattr(data_module._Chunks, "fill", filled)
@@ -235,7 +236,7 @@ def test_a_second_signal_ends_at_once(data):
     assert run.end() == [75, 75] and run.steps() == 4
     run.start({("step", 5): 30.0})
     run.tell(signal.SIGINT)
-    time.sleep(preempt.ECHO + 0.2)
+    time.sleep(signals.ECHO + 0.2)
     begin = time.monotonic()
     run.tell(signal.SIGTERM)
     assert run.end() == [-signal.SIGTERM] * 2 and time.monotonic() - begin < 5

@@ -22,7 +22,7 @@ from syscalls import NAMES, watch_calls
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from tiny import make_tiny, to_arguments
 
-from rwkv_clip import tensorfile
+from rwkv_clip import serialization
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
 from rwkv_clip.training import saver as saver_module
 from rwkv_clip.training.optim import pack_state
@@ -92,7 +92,7 @@ def test_enospc_by_quota(run, caplog, share):
 
 def test_enospc(run, tmp_path, caplog, monkeypatch):
     """No space at each write in turn: the save fails whole, the next one succeeds; at every write: the run ends."""
-    monkeypatch.setattr(tensorfile, "CHUNK", 1024)
+    monkeypatch.setattr(serialization, "CHUNK", 1024)
     failed = number = 0
     while failed == number:
         number += 1
@@ -249,9 +249,9 @@ def test_what_is_written_is_the_moment_of_the_save(run, stalled):
     stalled.set()
     run.saver.wait()
     path = find_checkpoint(run.saver.folder)
-    written = tensorfile.read_tensors(path / "model.safetensors")
+    written = serialization.read_tensors(path / "model.safetensors")
     assert path.name == "step-00000003" and all(torch.equal(written[key], expected[key]) for key in expected)
-    written = tensorfile.read_tensors(path / "optim.safetensors")
+    written = serialization.read_tensors(path / "optim.safetensors")
     assert all(torch.equal(written[key], optim[key]) for key in optim)
     unsaved = SmallRun(run.saver.folder.parent / "none")
     for _ in range(8):

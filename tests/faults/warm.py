@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import tyro
 
-import rwkv_clip.builder
+import rwkv_clip.data.build
 from rwkv_clip.tokenizer import make_tokenizer
 
 make_tokenizer()  # keeps its 50,000 merges

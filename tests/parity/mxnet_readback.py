@@ -30,7 +30,7 @@ def make_records() -> list[tuple[float | list[float], int, bytes]]:
 
 
 def write(folder: Path) -> None:
-    from rwkv_clip.recordio import Header, RecordWriter, pack
+    from rwkv_clip.data.records import Header, RecordWriter, pack
 
     hashes = []
     with RecordWriter(folder / "ours") as integers, RecordWriter(folder / "ours_text") as texts:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from alip_formulas import ReferenceALIP
 
 import rwkv_clip
-from rwkv_clip import objective
 from rwkv_clip.config import GateConfig, Settings, parse
 from rwkv_clip.dist import World
-from rwkv_clip.objective import make_objective
-from rwkv_clip.training.data import Batch
+from rwkv_clip.losses import objective
+from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.training.data.torch_loader import Batch
 from rwkv_clip.training.loop import Trainer
 
 BATCH, WIDTH, STEPS = 24, 6, 3

@@ -16,7 +16,7 @@ import rwkv_clip
 from rwkv_clip.checkpoint import save_checkpoint
 from rwkv_clip.eval import bridge
 from rwkv_clip.eval.main import main
-from rwkv_clip.model import spec_to_json
+from rwkv_clip.factory import spec_to_json
 from rwkv_clip.retrieval import load_retrieval
 
 NEEDED = ("clip_benchmark", "pycocoevalcap", "requests", "sklearn", "transformers")

@@ -16,8 +16,8 @@ from torch import nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError
-from rwkv_clip.model import QUICK, _name_for_tag, build_model, pixel_statistics, preprocess_of, spec_to_json
-from rwkv_clip.tensorfile import CheckpointError
+from rwkv_clip.factory import QUICK, _name_for_tag, build_model, pixel_statistics, preprocess_of, spec_to_json
+from rwkv_clip.serialization import CheckpointError
 
 HALF = (0.5, 0.5, 0.5)
 TEXT = {"context_length": 9, "vocab_size": 60, "width": 24, "heads": 3, "layers": 2}

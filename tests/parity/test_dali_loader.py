@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rwkv_clip.recordio import Header, RecordSet, RecordWriter, pack
-from rwkv_clip.training.augment import crop_windows
-from rwkv_clip.training.data import DataError, make_loader
+from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.training.data.augment import crop_windows
+from rwkv_clip.training.data.torch_loader import DataError, make_loader
 
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (pip install -e '.[dali]')")
 
@@ -132,7 +132,7 @@ def test_picture_that_only_dali_would_take(images, tmp_path):
 
 
 def test_pipeline_that_fails_on_good_pictures(images, tmp_path, monkeypatch):
-    from rwkv_clip.training.dali import DaliLoader
+    from rwkv_clip.training.data.dali_loader import DaliLoader
 
     records = write_records(tmp_path / "train", images)
     take, calls = DaliLoader._take, []
@@ -152,16 +152,16 @@ def test_pipeline_that_fails_on_good_pictures(images, tmp_path, monkeypatch):
 
 
 def test_pipelines_end_in_their_thread(images, tmp_path, monkeypatch):
-    from rwkv_clip.training import dali
+    from rwkv_clip.training.data import dali_loader
 
-    records, build, alive = write_records(tmp_path / "train", damage(images)), dali.build_pipeline, []
+    records, build, alive = write_records(tmp_path / "train", damage(images)), dali_loader.build_pipeline, []
 
     def build_watched(*settings):
         pipeline = build(*settings)
         alive.append(weakref.ref(pipeline))
         return pipeline
 
-    monkeypatch.setattr(dali, "build_pipeline", build_watched)
+    monkeypatch.setattr(dali_loader, "build_pipeline", build_watched)
     gc.disable()  # a pipeline that only the garbage collector ends would end anywhere, in a forked worker too
     try:
         list(make(records, "dali"))

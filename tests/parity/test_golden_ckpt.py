@@ -15,9 +15,9 @@ import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, read_description, read_tensors
 from rwkv_clip.config import Settings, parse
 from rwkv_clip.dist import join_world
-from rwkv_clip.objective import make_objective
+from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.training.checkpointing import restore_snapshot
 from rwkv_clip.training.loop import Trainer
-from rwkv_clip.training.snapshot import restore_snapshot
 
 GOLDEN = Path(__file__).parent / "golden_ckpt"
 DIGESTS = {

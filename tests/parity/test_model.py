@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError
-from rwkv_clip.model import image_size_of
+from rwkv_clip.factory import image_size_of
 from rwkv_clip.ops import shift_tokens
 
 

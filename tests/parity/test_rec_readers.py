@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rwkv_clip.builder import build_records
-from rwkv_clip.recordio import Header, RecordFile, RecordSet, RecordWriter, pack
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.records import Header, RecordFile, RecordSet, RecordWriter, pack
 
 dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
 

@@ -52,7 +52,7 @@ def save_color(path, color: str) -> None:
 
 
 def loaded(model: torch.nn.Module | None = None) -> SimpleNamespace:
-    """What rwkv_clip.model.load_for_inference gives, with the stand-in inside."""
+    """What rwkv_clip.factory.load_for_inference gives, with the stand-in inside."""
     return SimpleNamespace(
         model=model or ColorModel(),
         preprocess=preprocess,

@@ -14,13 +14,13 @@ from ranks import digest
 from tiny import BATCH, make_smaller, make_tiny
 
 import rwkv_clip
-from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors
 from rwkv_clip.config import ConfigError, GateConfig, Settings, load_settings, parse
+from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import World
-from rwkv_clip.objective import make_objective
-from rwkv_clip.training import loop, snapshot
-from rwkv_clip.training.data import Batch
+from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.training import checkpointing, loop
+from rwkv_clip.training.data.torch_loader import Batch
 from rwkv_clip.training.main import read_command_line, run
 
 STEPS = 8
@@ -257,12 +257,12 @@ def test_what_is_saved_is_what_is_logged(whole):
     ids=["missing", "of another shape"],
 )
 def test_means_that_do_not_fit_are_refused(data, whole, damage, monkeypatch):
-    def read(path, _read=snapshot.read_tensors):
+    def read(path, _read=checkpointing.read_tensors):
         tensors = _read(path)
         damage(tensors)
         return tensors
 
-    monkeypatch.setattr(snapshot, "read_tensors", read)
+    monkeypatch.setattr(checkpointing, "read_tensors", read)
     with pytest.raises(CheckpointError, match=r"step-00000003: its optimizer, objective .*\n?.*mean_similarity"):
         branch_off(data | ALIP, whole, "damaged", 3)
 

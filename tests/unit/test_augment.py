@@ -4,7 +4,7 @@ sample)."""
 import numpy as np
 import pytest
 
-from rwkv_clip.training.augment import crop_windows, draw_flips, draw_views, uniforms
+from rwkv_clip.training.data.augment import crop_windows, draw_flips, draw_views, uniforms
 
 FROZEN_UNIFORMS = [0.8944232321903162, 0.9591454830962347, 0.9371498393298487]
 FROZEN_WINDOWS = [[9, 25, 415, 349], [0, 484, 40, 50]]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny import make_tiny
 
-from rwkv_clip.recordio import Header, RecordWriter, pack
-from rwkv_clip.training import bench_data
-from rwkv_clip.training.bench_data import BenchSettings, Rates, find_limit, run
+from rwkv_clip.data.records import Header, RecordWriter, pack
+from rwkv_clip.training import profile_data
+from rwkv_clip.training.profile_data import BenchSettings, Rates, find_limit, run
 
 
 def rates(**changes) -> Rates:
@@ -52,9 +52,9 @@ def test_every_stage_is_measured(tiny, workers):
 
 def test_model_and_records_must_fit(tiny, tmp_path, monkeypatch, capsys):
     arguments = ["--train-data", tiny["train_data"], "--model", "RWKV-CLIP-Ti-8", "--device", "cpu"]
-    monkeypatch.setattr(bench_data, "check_records", lambda *_: (_ for _ in ()).throw(ValueError("tokens do not fit")))
+    monkeypatch.setattr(profile_data, "check_records", lambda *_: (_ for _ in ()).throw(ValueError("not ours")))
     assert end_of_main(monkeypatch, arguments) == 2
-    assert "error: tokens do not fit" in capsys.readouterr().err
+    assert "error: not ours" in capsys.readouterr().err
 
 
 def test_wrong_settings_and_bad_data_end_with_their_codes(tiny, tmp_path, monkeypatch, capsys):
@@ -72,5 +72,5 @@ def test_wrong_settings_and_bad_data_end_with_their_codes(tiny, tmp_path, monkey
 def end_of_main(monkeypatch, arguments: list[str]) -> int:
     monkeypatch.setattr(sys, "argv", ["bench_data", *arguments])
     with pytest.raises(SystemExit) as ended:
-        bench_data.main()
+        profile_data.main()
     return ended.value.code

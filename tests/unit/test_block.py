@@ -10,10 +10,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_clip
-from rwkv_clip.model import cast_weights
+from rwkv_clip.factory import cast_weights
+from rwkv_clip.models.rwkv import DropPath
 from rwkv_clip.ops import block_cpu, pointwise
 from rwkv_clip.ops.build import BuildError
-from rwkv_clip.towers.rwkv import DropPath
 
 OPS = torch.ops.rwkv_clip
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}

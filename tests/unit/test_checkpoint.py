@@ -15,7 +15,7 @@ from rwkv_clip.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from rwkv_clip.tensorfile import CHUNK, encode_tensors
+from rwkv_clip.serialization import CHUNK, encode_tensors
 
 
 def save(folder, step, keep=2, value=1.0):

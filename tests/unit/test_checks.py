@@ -11,11 +11,11 @@ import torch.distributed as dist
 from tiny import make_tiny
 
 from rwkv_clip.config import ConfigError, Settings, parse
-from rwkv_clip.dist import LeadFailed, World, _check_kinds, ask_lead, judge_all
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.dist import MainRankFailed, World, _check_kinds, ask_main, judge_all
 from rwkv_clip.errors import explain
+from rwkv_clip.factory import create_model, resolve_spec
 from rwkv_clip.files import InUse
-from rwkv_clip.model import create_model, resolve_spec
-from rwkv_clip.recordio import RecordSet
 from rwkv_clip.training import checks
 from rwkv_clip.training.main import run
 
@@ -168,15 +168,15 @@ def test_weights_are_told_apart(data):
     assert hashed(1) != hashed() and hashed(logit_scale=2.0) != hashed()
 
 
-# ---- asking the lead
+# ---- asking the main rank
 
 
 def test_the_lead_answers_all():
     def work(world):
-        return ask_lead(world, "x", lambda: {"rank": world.rank, "name": "a\udcff"})
+        return ask_main(world, "x", lambda: {"rank": world.rank, "name": "a\udcff"})
 
     assert on_all(3, work) == [{"rank": 0, "name": "a\udcff"}] * 3
-    assert ask_lead(World(0, 1, CPU), "x", lambda: 7) == 7
+    assert ask_main(World(0, 1, CPU), "x", lambda: 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -194,12 +194,12 @@ def test_an_error_of_the_lead_is_told_to_all(error, code, words):
         def fail():
             raise error
 
-        return ask_lead(world, "x", fail)
+        return ask_main(world, "x", fail)
 
     lead, *others = on_all(3, work)
     assert lead is error
     for other in others:
-        assert isinstance(other, LeadFailed) and explain(other)[0] == code and words in str(other)
+        assert isinstance(other, MainRankFailed) and explain(other)[0] == code and words in str(other)
 
 
 def test_facts_reach_the_lead_in_order():

@@ -13,10 +13,10 @@ import torch
 from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from PIL import Image
 
+from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import datasets, prompts
 from rwkv_clip.eval.classification import cached_class_weights, class_weights, evaluate_classification
 from rwkv_clip.eval.datasets import KNOWN, MissingData, load_classification
-from rwkv_clip.recordio import Header, RecordWriter, pack
 
 
 @pytest.fixture

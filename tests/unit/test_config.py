@@ -14,7 +14,7 @@ from rwkv_clip.config import (
     parse,
     to_dict,
 )
-from rwkv_clip.model import resolve_spec
+from rwkv_clip.factory import resolve_spec
 
 
 def problems(data, cls=Settings):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rwkv_clip import builder
-from rwkv_clip.builder import build_records, verify_records
-from rwkv_clip.fields import Condition, Views
-from rwkv_clip.recordio import RecordError, RecordFile, RecordSet, find_record_files, unpack
-from rwkv_clip.sources import Source, SourceError, list_inputs
+from rwkv_clip.data import build
+from rwkv_clip.data.build import build_records, verify_records
+from rwkv_clip.data.fields import Condition, Views
+from rwkv_clip.data.records import RecordError, RecordFile, RecordSet, find_record_files, unpack
+from rwkv_clip.data.sources import Source, SourceError, list_inputs
 from rwkv_clip.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -396,7 +396,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
         return replace
 
     # Every publication of a file goes through os.replace: .json (twice), .rec, .idx of each shard, then the summary.
-    monkeypatch.setattr(builder.os, "replace", crash_at("replace", builder.os.replace))
+    monkeypatch.setattr(build.os, "replace", crash_at("replace", build.os.replace))
     with pytest.raises(KeyboardInterrupt):
         build_records(source, str(prefix), shard_size=2, where=where)
     monkeypatch.undo()
@@ -415,7 +415,7 @@ def test_finished_build_is_kept_and_others_are_in_the_way(manifest, tmp_path, mo
     for size in (0, 4):
         first = build_records(manifest, prefix, shard_size=size, overwrite=True)
         before = contents(prefix)
-        monkeypatch.setattr(builder.Build, "_write_shards", None)  # nothing may be written again
+        monkeypatch.setattr(build.Build, "_write_shards", None)  # nothing may be written again
         second = build_records(manifest, prefix, shard_size=size, verify=True)
         monkeypatch.undo()
         assert (second.kept, second.count, second.verified) == (len(first.shards), 6, 6)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rwkv_clip.recordio import RecordFile, unpack
-from rwkv_clip.tokenizer import make_tokenizer
-from rwkv_clip.training.captions import VIEWS, write_texts
-from rwkv_clip.training.demo import DemoPaths, draw_contact_sheet, list_templates, make_demo
-from rwkv_clip.training.pictures import draw_picture, encode_picture
-from rwkv_clip.training.scenes import (
+from rwkv_clip.data.records import RecordFile, unpack
+from rwkv_clip.demo.captions import VIEWS, write_texts
+from rwkv_clip.demo.dataset import DemoPaths, draw_contact_sheet, list_templates, make_demo
+from rwkv_clip.demo.pictures import draw_picture, encode_picture
+from rwkv_clip.demo.scenes import (
     COLORS,
     SHAPES,
     draw_class_scenes,
@@ -21,6 +20,7 @@ from rwkv_clip.training.scenes import (
     is_held_out,
     list_groups,
 )
+from rwkv_clip.tokenizer import make_tokenizer
 
 TRAIN = [draw_train_scene(0, index) for index in range(2_000)]
 TEST = draw_test_scenes(0, 256)
@@ -71,7 +71,7 @@ def test_twins_use_the_same_words():
 
 
 def test_too_many_test_scenes_are_refused(monkeypatch):
-    monkeypatch.setattr("rwkv_clip.training.scenes._MOST_DRAWS", 1)
+    monkeypatch.setattr("rwkv_clip.demo.scenes._MOST_DRAWS", 1)
     with pytest.raises(ValueError, match="test: 64 different"):
         draw_test_scenes(0, 64)
 
@@ -177,7 +177,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rwkv_clip.training.demo._build_train", fail)
+    monkeypatch.setattr("rwkv_clip.demo.dataset._build_train", fail)
     with pytest.raises(OSError, match="disk full"):
         make_demo(tmp_path / "set", **SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -16,15 +16,15 @@ import torch.distributed as dist
 
 from rwkv_clip.dist import World, _agree_on_name, autocast_dtype, gather, join_world, mean_over_ranks
 from rwkv_clip.files import hold
-from rwkv_clip.training import heartbeat
-from rwkv_clip.training.heartbeat import Heartbeat, start_time, watch_peers
-from rwkv_clip.training.preempt import Preemption
+from rwkv_clip.training.faults import watchdog
+from rwkv_clip.training.faults.signals import Preemption
+from rwkv_clip.training.faults.watchdog import Heartbeat, start_time, watch_peers
 
 
 def test_one_process_is_a_world(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = join_world("cpu")
-    assert (world.rank, world.size, world.is_lead) == (0, 1, True)
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
     x = torch.ones(3, requires_grad=True)
     assert gather(x) is x
     assert mean_over_ranks({"a": torch.tensor(2.0), "b": 1e-3}, world.device) == {"a": 2.0, "b": 1e-3}
@@ -59,7 +59,7 @@ def test_the_thread_of_a_process_that_is_alone_ends_with_the_watch():
 
 # ---- what others write into the store --------------------------------------------------------------------------------
 
-SIGN = {"count": 1, "step": 7, "state": heartbeat.TRAINING, "place": "a.py:1", "signal": 0}
+SIGN = {"count": 1, "step": 7, "state": watchdog.TRAINING, "place": "a.py:1", "signal": 0}
 SIGN |= {"host": "here", "pid": 1234, "where": "kernel", "began": "99", "failed": False, "cause": "", "error": ""}
 BROKEN = {
     "no JSON": b"\xff\x00",
@@ -144,9 +144,9 @@ def test_a_rank_says_for_whom_it_waits(quiet):
     with heart.waiting(lambda: "data worker 12 (stopped)"):
         heart._exchange()
     sign = heart._seen[0][0]
-    assert (sign["state"], sign["place"]) == (heartbeat.WAITING, "the wait for data, for data worker 12 (stopped)")
+    assert (sign["state"], sign["place"]) == (watchdog.WAITING, "the wait for data, for data worker 12 (stopped)")
     heart._exchange()
-    assert heart._seen[0][0]["state"] == heartbeat.TRAINING and heart._seen[0][0]["place"].startswith("training/")
+    assert heart._seen[0][0]["state"] == watchdog.TRAINING and heart._seen[0][0]["place"].startswith("faults/")
 
 
 def sleep(**environment: str) -> subprocess.Popen:
@@ -164,10 +164,10 @@ RUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "2
 def test_only_a_rank_of_this_run_is_killed(monkeypatch, theirs, killed):
     """Whoever writes the first sign of rank 1 may name any process; only that of rank 1 is ended. torchrun's ranks have
     their place in their environment."""
-    launch_of = heartbeat._launch_of
+    launch_of = watchdog._launch_of
     own = RUN | {"RANK": "0"}
-    monkeypatch.setattr(heartbeat, "_launch_of", lambda pid: own if pid == os.getpid() else launch_of(pid))
-    monkeypatch.setattr(heartbeat, "end_process", lambda error: None)
+    monkeypatch.setattr(watchdog, "_launch_of", lambda pid: own if pid == os.getpid() else launch_of(pid))
+    monkeypatch.setattr(watchdog, "end_process", lambda error: None)
     environment = {} if theirs is None else RUN | theirs
     process = sleep(**environment)
     try:
@@ -176,7 +176,7 @@ def test_only_a_rank_of_this_run_is_killed(monkeypatch, theirs, killed):
         heart = Heartbeat(World(0, 1, torch.device("cpu")), 3.0)
         sign = {"where": heart._self["where"], "pid": process.pid, "began": start_time(process.pid)}
         heart._seen = {1: (sign, time.monotonic() - 100)}
-        heart._stop({1: heartbeat.SILENT})
+        heart._stop({1: watchdog.SILENT})
         heart.leave(None)
         if killed:
             assert process.wait(10) == -signal.SIGKILL
@@ -196,12 +196,12 @@ def test_a_namesake_is_not_killed(monkeypatch):
     heart._self = {"where": "here"}
     sign = {"where": "here", "pid": os.getpid(), "began": start_time(os.getpid())}
     killed, ended = [], []
-    monkeypatch.setattr(heartbeat.os, "kill", lambda *arguments: killed.append(arguments))
-    monkeypatch.setattr(heartbeat, "is_rank", lambda pid, rank: True)
-    monkeypatch.setattr(heartbeat, "end_process", ended.append)
+    monkeypatch.setattr(watchdog.os, "kill", lambda *arguments: killed.append(arguments))
+    monkeypatch.setattr(watchdog, "is_rank", lambda pid, rank: True)
+    monkeypatch.setattr(watchdog, "end_process", ended.append)
     for changes in ({}, {"began": "1"}, {"where": "elsewhere"}, {"where": None}):
         heart._seen = {1: (sign | changes, -100.0)}
-        heart._stop({1: heartbeat.SILENT})
+        heart._stop({1: watchdog.SILENT})
     assert len(killed) == 1 and killed[0][0] == os.getpid() and len(ended) == 4
 
 

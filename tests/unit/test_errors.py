@@ -10,8 +10,8 @@ import textwrap
 import pytest
 
 from rwkv_clip import errors
+from rwkv_clip.data.records import RecordError
 from rwkv_clip.files import InUse, find_below, hold, parse_json, read_bytes
-from rwkv_clip.recordio import RecordError
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import torch
 from color_model import ColorModel, loaded
 from PIL import Image
 
+from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import cache, datasets
 from rwkv_clip.eval.datasets import load_classification
 from rwkv_clip.eval.export import read_features
 from rwkv_clip.eval.main import main
-from rwkv_clip.recordio import Header, RecordWriter, pack
 
 COUNT, CHANGED = 40, 8  # of 40 pictures the 16 that a key decodes are not these: 0, 2, 5, 7, 10 ..
 
@@ -25,7 +25,7 @@ COUNT, CHANGED = 40, 8  # of 40 pictures the 16 that a key decodes are not these
 @pytest.fixture(autouse=True)
 def model(monkeypatch):
     found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
     return found
 
 

@@ -29,7 +29,7 @@ def model(monkeypatch):
             raise ValueError("checkpoint: none does not exist;\nname a run folder")
         return found
 
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=load_for_inference))
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=load_for_inference))
     return found
 
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from color_model import COLORS, loaded, save_color
 
+from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import report, retrieval
 from rwkv_clip.eval.main import main
 from rwkv_clip.files import write_whole
-from rwkv_clip.recordio import Header, RecordWriter, pack
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def asked(monkeypatch):
     """The model that the command line loads; how often it was asked for."""
     calls = []
     found = SimpleNamespace(load_for_inference=lambda *a, **n: calls.append(a) or loaded())
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", found)
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", found)
     return calls
 
 
@@ -140,7 +140,7 @@ def test_captions_that_are_cut_are_in_the_result(folder, monkeypatch, capsys):
     found = loaded()
     found.tokenizer = make_tokenizer(context=5)
     found.model.encode_text = lambda tokens, normalize=False: found.model.table[1 + tokens[:, :1] % 7].sum(1) / 9
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
     rows = [{"image": f"set/{c}/0.png", "caption": f"{c} and blue and red"[: 20 if c < "r" else 3]} for c in COLORS]
     (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("retrieval", "--data", "set.jsonl") == 0

@@ -205,7 +205,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 @pytest.fixture
 def model(monkeypatch):
     found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
     return found
 
 

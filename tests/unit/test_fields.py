@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from test_data2rec import make_rows, picture, save_images, save_jsonl
 
-from rwkv_clip import sources
-from rwkv_clip.builder import build_records
-from rwkv_clip.encoder import Encoder, RowError
-from rwkv_clip.fields import Condition, Views, choose_fields
-from rwkv_clip.recordio import RecordSet
-from rwkv_clip.sources import Problem, Row
+from rwkv_clip.data import sources
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.encode import Encoder, RowError
+from rwkv_clip.data.fields import Condition, Views, choose_fields
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.sources import Problem, Row
 from rwkv_clip.tokenizer import make_tokenizer
 
 

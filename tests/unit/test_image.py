@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from rwkv_clip import image as image_module
-from rwkv_clip.image import (
+from rwkv_clip.data import image as image_module
+from rwkv_clip.data.image import (
     CLIP_MEAN,
     CLIP_STD,
     FORMATS,
@@ -28,9 +28,9 @@ from rwkv_clip.image import (
     train_transform,
     val_transform,
 )
-from rwkv_clip.model import preprocess_of
-from rwkv_clip.training import samples
-from rwkv_clip.training.samples import Sample, decode_crop
+from rwkv_clip.factory import preprocess_of
+from rwkv_clip.training.data import samples
+from rwkv_clip.training.data.samples import Sample, decode_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -321,8 +321,8 @@ THIN = """
 import resource, sys
 from types import SimpleNamespace
 from PIL import Image
-from rwkv_clip.image import open_image, val_transform
-from rwkv_clip.model import preprocess_of
+from rwkv_clip.data.image import open_image, val_transform
+from rwkv_clip.factory import preprocess_of
 visual = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 transforms = [val_transform(224), val_transform((224, 112))]
 for visual.image_size in (224, (224, 112)):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv_clip import objective
-from rwkv_clip.objective import InfoNCE, contrastive_losses, pair_losses
+from rwkv_clip.losses import objective
+from rwkv_clip.losses.objective import InfoNCE, contrastive_losses, pair_losses
 
 BATCH, WIDTH = 8, 5
 

@@ -230,7 +230,7 @@ def test_keys_tell_sets_apart(tmp_path):
 
 
 def _probe_on_ranks(folder: str, name: str) -> None:
-    sys.modules["rwkv_clip.model"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
+    sys.modules["rwkv_clip.factory"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
     cache.CHUNK = 32  # two blocks: one for each of two ranks
     os.environ["OMP_NUM_THREADS"] = "1"
     places = ["--data", f"{folder}/set", "--logs", f"{folder}/{name}", "--device", "cpu", "--name", "run"]
@@ -251,7 +251,7 @@ def test_ranks_make_the_same_cache_and_the_same_hits(tmp_path):
 
 
 def _probe_without_data_on_rank_1(folder: str) -> None:
-    sys.modules["rwkv_clip.model"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
+    sys.modules["rwkv_clip.factory"] = SimpleNamespace(load_for_inference=lambda *a, **n: loaded())
     data = f"{folder}/set" if os.environ["RANK"] == "0" else f"{folder}/nowhere"
     places = ["--data", data, "--logs", f"{folder}/logs", "--device", "cpu", "--name", "run"]
     code = main(["linear-probe", "--checkpoint", "run", "--dataset", "imagefolder", *places])
@@ -270,7 +270,7 @@ def test_what_one_rank_lacks_ends_all(tmp_path):
 @pytest.fixture
 def model(monkeypatch):
     found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
     return found
 
 

@@ -21,13 +21,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rwkv_clip.recordio import Header, RecordSet, RecordWriter, pack
-from rwkv_clip.training import data
-from rwkv_clip.training.augment import crop_windows, draw_flips
-from rwkv_clip.training.data import DataError, Order, make_loader
-from rwkv_clip.training.heartbeat import start_time
-from rwkv_clip.training.samples import SampleReader
-from rwkv_clip.training.workers import WorkerLost
+from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
+from rwkv_clip.training.data import torch_loader
+from rwkv_clip.training.data.augment import crop_windows, draw_flips
+from rwkv_clip.training.data.samples import SampleReader
+from rwkv_clip.training.data.torch_loader import DataError, Order, make_loader
+from rwkv_clip.training.data.workers import WorkerLost
+from rwkv_clip.training.faults.watchdog import start_time
 
 COUNT = 50
 
@@ -290,8 +290,8 @@ def test_missing_dali_names_the_extra(records, monkeypatch):
 
 SCRIPT = """
     import multiprocessing, os, signal, sys
-    from rwkv_clip.recordio import RecordSet
-    from rwkv_clip.training.data import make_loader
+    from rwkv_clip.data.records import RecordSet
+    from rwkv_clip.training.data.torch_loader import make_loader
 
     settings = dict(image_size=32, global_batch=8, steps=40, workers=2, loader="torch")
     loader = make_loader(RecordSet(sys.argv[1]), **settings)
@@ -376,8 +376,8 @@ def test_nothing_lies_in_shared_memory(records):
 
 SMALL = """
     import sys, time
-    from rwkv_clip.recordio import RecordSet
-    from rwkv_clip.training.data import make_loader
+    from rwkv_clip.data.records import RecordSet
+    from rwkv_clip.training.data.torch_loader import make_loader
 
     settings = dict(image_size=224, global_batch=128, steps=22, workers=4, loader="torch")
     for batch in make_loader(RecordSet(sys.argv[1]), **settings):
@@ -437,9 +437,9 @@ def test_an_error_in_a_worker_arrives(records, monkeypatch, read, kind, message)
 @pytest.mark.parametrize("rest", [(lambda: 0), "x" * 20_000_000], ids=["cannot be pickled", "is large"])
 def test_a_message_that_cannot_be_sent_is_an_error(records, monkeypatch, capfd, rest):
     """Or it is sent, however large."""
-    fill = data._Chunks.fill
-    monkeypatch.setattr(data._Chunks, "fill", lambda *arguments: (*fill(*arguments)[:3], [rest]))
-    monkeypatch.setattr(data.Tally, "add", lambda *_: None)
+    fill = torch_loader._Chunks.fill
+    monkeypatch.setattr(torch_loader._Chunks, "fill", lambda *arguments: (*fill(*arguments)[:3], [rest]))
+    monkeypatch.setattr(torch_loader.Tally, "add", lambda *_: None)
     if isinstance(rest, str):
         assert len(load(records, workers=1, steps=2)) == 2
         return
@@ -450,7 +450,7 @@ def test_a_message_that_cannot_be_sent_is_an_error(records, monkeypatch, capfd, 
 
 STORM = """
 import signal, sys
-from rwkv_clip.training.data import Batches, Feed
+from rwkv_clip.training.data.torch_loader import Batches, Feed
 from types import SimpleNamespace
 batches = Batches(SimpleNamespace(interrupt=lambda: None), Feed())
 signal.signal(signal.SIGALRM, lambda *_: sum(range(2000)))
@@ -479,9 +479,9 @@ def wait_until(condition, seconds: float = 30) -> bool:
 
 ORPHANS = """
     import multiprocessing, os, signal, sys, time
-    from rwkv_clip.recordio import RecordSet
-    from rwkv_clip.training.data import make_loader
-    from rwkv_clip.training.samples import SampleReader
+    from rwkv_clip.data.records import RecordSet
+    from rwkv_clip.training.data.torch_loader import make_loader
+    from rwkv_clip.training.data.samples import SampleReader
 
     if __name__ == "__main__":
         multiprocessing.set_start_method(sys.argv[2])
@@ -541,7 +541,7 @@ def test_a_loader_is_closed_while_this_process_stands_still(records, monkeypatch
         return read(self, positions)
 
     monkeypatch.setattr(SampleReader, "read", hang)
-    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    monkeypatch.setattr(torch_loader, "PATIENCE", 0.2)
     loader = make_loader(records, image_size=16, global_batch=10, steps=99, workers=0, loader="torch")
     batches = iter(loader)
     next(batches)

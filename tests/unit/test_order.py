@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from rwkv_clip.training.data import Order, Plan
+from rwkv_clip.training.data.torch_loader import Order, Plan
 
 FROZEN = [10, 830, 707, 343, 102, 47]
 COUNTS = [*range(1, 70), 97, 127, 128, 129, 1000, 4096, 4097, 100_003]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny
 
-from rwkv_clip.builder import build_records
 from rwkv_clip.config import load_settings
+from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import leave_world
 from rwkv_clip.eval.main import main as evaluate
 from rwkv_clip.training.main import read_command_line, run

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_clip.data.records import Header, RecordError, RecordSet, RecordWriter, find_record_files, pack
 from rwkv_clip.errors import run_command
-from rwkv_clip.recordio import Header, RecordError, RecordSet, RecordWriter, find_record_files, pack
 
 CONTENT = "ab" * 32
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_clip import recordfile
-from rwkv_clip.recordio import (
+from rwkv_clip.data import recordio
+from rwkv_clip.data.records import (
     Header,
     RecordError,
     RecordFile,
@@ -189,7 +189,7 @@ def test_index_may_leave_records_out(tmp_path):
 
 
 def test_large_index_is_parsed_in_blocks(tmp_path, monkeypatch):
-    from rwkv_clip import recordindex
+    from rwkv_clip.data import recordindex
 
     monkeypatch.setattr(recordindex, "BLOCK", 50)
     expected = RecordFile(REFERENCE / "a")
@@ -247,7 +247,7 @@ def test_cut_and_overwritten_files_are_refused_when_opened(tmp_path):
 def test_flipped_bits_in_frames_are_found_without_a_checksum(tmp_path, step, monkeypatch):
     """Every bit of every frame. What is not found gave the record a byte or two of its zero padding. step: how many
     records the index goes on at a time; records that it leaves out are no excuse."""
-    monkeypatch.setattr(recordfile, "_SPOT_CHECKS", 0)  # or opening so small a file looks at every frame
+    monkeypatch.setattr(recordio, "_SPOT_CHECKS", 0)  # or opening so small a file looks at every frame
     random = np.random.default_rng(0)
     records = {}
     for key in range(24):

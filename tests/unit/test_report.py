@@ -231,7 +231,7 @@ class Page(html.parser.HTMLParser):
 def folder(tmp_path, monkeypatch):
     """Two sets for a stand-in model: captions, and classes of which one is always wrong."""
     model = SimpleNamespace(load_for_inference=lambda checkpoint, **_: loaded())
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", model)
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", model)
     for color in COLORS:
         save_color(tmp_path / "classes" / color / "0.png", color if color != "teal" else "red")
     rows = [{"image": f"classes/{c}/0.png", "caption": f"{c} & <b>bold</b>"} for c in COLORS]

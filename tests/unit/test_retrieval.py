@@ -198,7 +198,7 @@ def evaluate_on_ranks(folder: str, autocast: torch.dtype | None) -> None:
     torch.manual_seed(1)
     model = rwkv_clip.create_model(MODEL)
     data, tokenizer = load_retrieval(Path(folder, "set.jsonl")), rwkv_clip.get_tokenizer(MODEL)
-    transform = rwkv_clip.model.preprocess_of(model)
+    transform = rwkv_clip.factory.preprocess_of(model)
     for batch_size in (1, 7, 64):
         result = evaluate_retrieval(model, data, transform, tokenizer, batch_size=batch_size, autocast=autocast)
         Path(folder, f"{world.size}-{world.rank}-{batch_size}.json").write_text(json.dumps(result.metrics))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
 
-from rwkv_clip.recordio import Header, RecordWriter, pack
+from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.retrieval import count_cut, count_cut_texts, evaluate_retrieval, load_retrieval
 from rwkv_clip.tokenizer import make_tokenizer
 

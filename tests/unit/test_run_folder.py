@@ -19,17 +19,17 @@ from PIL import Image
 from tiny import make_smaller, make_tiny, to_arguments
 
 import rwkv_clip
-from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, hash_file
 from rwkv_clip.config import ConfigError, Settings, load_json, parse
-from rwkv_clip.dist import LeadFailed, World
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.records import RecordSet
+from rwkv_clip.dist import MainRankFailed, World
 from rwkv_clip.errors import explain, run_command
 from rwkv_clip.files import InUse, hold
-from rwkv_clip.recordio import RecordSet
 from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
+from rwkv_clip.training.data.workers import WorkerLost
 from rwkv_clip.training.main import run
-from rwkv_clip.training.workers import WorkerLost
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -298,7 +298,7 @@ def test_all_ranks_go_on_from_what_the_lead_chose(own):
         opened = on_ranks(logs, name="own", resume=resume)
         assert len({path.name for _, path in opened}) == 1 and all(path.samefile(opened[0][1]) for _, path in opened)
     assert {checkpoint for _, checkpoint in on_ranks(logs, name="fresh")} == {None}
-    assert len({folder.name for folder, _ in on_ranks(logs)}) == 1, "a name by the time is the lead's"
+    assert len({folder.name for folder, _ in on_ranks(logs)}) == 1, "a name by the time is the main rank's"
 
 
 @pytest.mark.parametrize("other", ["nothing", "an older step only", "another step 3"])
@@ -312,13 +312,13 @@ def test_a_rank_that_sees_another_folder_is_refused(own, tmp_path, other):
         else:
             (last / "MANIFEST.json").write_text("{}")
     errors = on_ranks([own.parent, own.parent, far], name="own", resume="latest")
-    assert [type(error) for error in errors] == [ConfigError, LeadFailed, LeadFailed]
+    assert [type(error) for error in errors] == [ConfigError, MainRankFailed, MainRankFailed]
     assert all("logs: rank 2 on" in str(error) and "share the storage" in str(error) for error in errors)
 
 
 def test_a_refusal_of_the_lead_is_every_rank_s(own):
     lead, other = on_ranks([own.parent] * 2, name="own")
-    assert isinstance(lead, ConfigError) and isinstance(other, LeadFailed)
+    assert isinstance(lead, ConfigError) and isinstance(other, MainRankFailed)
     assert str(lead) == str(other) and other.exit_code == 2
 
 

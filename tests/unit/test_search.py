@@ -94,7 +94,7 @@ def test_without_faiss_the_extra_is_named(monkeypatch):
 @pytest.fixture
 def model(monkeypatch):
     found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace(load_for_inference=lambda *a, **n: found))
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
     return found
 
 
@@ -179,7 +179,7 @@ def test_the_model_is_found_from_any_folder(tmp_path, model, monkeypatch, kind, 
         path.write_text(json.dumps(about | {"checkpoint": "logs/run", "model_setting": "model.json"}))
     asked = []
     found = SimpleNamespace(load_for_inference=lambda *a, **n: asked.append((a, n)) or model)
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", found)
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", found)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere" if place == "elsewhere" else path.parent)
     assert find(tmp_path / "logs" / "eval" / "out", "--query", "red") == 0
@@ -188,7 +188,7 @@ def test_the_model_is_found_from_any_folder(tmp_path, model, monkeypatch, kind, 
 
 
 def test_what_a_search_lacks_is_said_before_the_model_is_loaded(folder, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rwkv_clip.model", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace())
     assert find(folder, "--picture", "none.png") == 2 and "none.png: no such file" in capsys.readouterr().err
     for path in folder.glob("images*"):
         path.unlink()

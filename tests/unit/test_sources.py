@@ -14,9 +14,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from rwkv_clip import shards
-from rwkv_clip.readers import MAX_LINE, Problem
-from rwkv_clip.sources import Source, SourceError, list_inputs
+from rwkv_clip.data import shards
+from rwkv_clip.data.readers import MAX_LINE, Problem
+from rwkv_clip.data.sources import Source, SourceError, list_inputs
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(256)) + b"\xff\xd9"  # nothing is decoded here
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(255, 0, -1))
@@ -631,7 +631,7 @@ def test_a_change_in_the_middle_changes_the_fingerprint(tmp_path, monkeypatch):
     assert source.fingerprint() != before
     save(tmp_path, {"c.jsonl": text})
     assert source.fingerprint() == before  # of smaller files only the content counts
-    monkeypatch.setattr("rwkv_clip.sources.WHOLE", 1 << 16)
+    monkeypatch.setattr("rwkv_clip.data.sources.WHOLE", 1 << 16)
     large = source.fingerprint()
     os.utime(tmp_path / "c.jsonl", ns=(about.st_atime_ns, about.st_mtime_ns + 1))
     assert source.fingerprint() != large
@@ -757,7 +757,7 @@ for name, (column, options) in bombs.items():
 # Reads everything that each of argv names, and prints the megabytes that this took beyond what the imports took.
 MEASURE = """
 import resource, sys
-from rwkv_clip.sources import Source
+from rwkv_clip.data.sources import Source
 import pyarrow.parquet
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()

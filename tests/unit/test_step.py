@@ -15,13 +15,13 @@ from ranks import run_ranks
 from tiny import MODEL
 
 import rwkv_clip
-from rwkv_clip import objective
 from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.image import normalize
-from rwkv_clip.objective import make_objective
-from rwkv_clip.training.augment import draw_drops
-from rwkv_clip.training.step import GradientStep, Inputs
+from rwkv_clip.losses import objective
+from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.training.data.augment import draw_drops
+from rwkv_clip.training.gradients import GradientStep, Inputs
 
 BATCH = 16
 MEAN = torch.full((3,), 0.4)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from tiny import MODEL, make_tiny
 
-from rwkv_clip.builder import build_records
 from rwkv_clip.checkpoint import read_weights
 from rwkv_clip.config import ConfigError, Settings, load_settings, parse
-from rwkv_clip.model import resolve_spec
-from rwkv_clip.objective import make_objective
-from rwkv_clip.recordio import RecordFile, RecordSet
+from rwkv_clip.data.build import build_records
+from rwkv_clip.data.records import RecordFile, RecordSet
+from rwkv_clip.factory import resolve_spec
+from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.tokenizer import make_tokenizer
+from rwkv_clip.training.gradients import GradientStep
 from rwkv_clip.training.loop import Trainer
 from rwkv_clip.training.main import check_records, check_texts, run
-from rwkv_clip.training.step import GradientStep
 
 NAMES = ("raw", "synthetic", "generated")
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rwkv_clip.image import train_transform, val_transform
-from rwkv_clip.model import get_tokenizer
+from rwkv_clip.data.image import train_transform, val_transform
+from rwkv_clip.factory import get_tokenizer
 from rwkv_clip.tokenizer import Tokenizer, make_tokenizer
 
 TEXTS = ["a photo of two dogs", "", "Ünïcödé and 日本", "word " * 200]

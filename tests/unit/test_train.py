@@ -17,11 +17,11 @@ import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
 from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.dist import join_world
-from rwkv_clip.objective import make_objective
+from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.training import loop
-from rwkv_clip.training.data import Batch
+from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.faults.nonfinite import Watch
 from rwkv_clip.training.main import read_command_line, run
-from rwkv_clip.training.numerics import Watch
 from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
 from rwkv_clip.training.run import claim_folder
 
@@ -269,7 +269,7 @@ def test_a_bad_rank_stops_all(monkeypatch):
     assert watch.judge(good, good, False).item() == 0
     watch.report(0, ids, good, good)
     others = torch.tensor([1.0, 1.0, 0.0, 0.0])  # another rank's flags: failed, overflow, signal, void
-    monkeypatch.setattr("rwkv_clip.training.numerics.max_over_ranks", lambda own: torch.maximum(own, others))
+    monkeypatch.setattr("rwkv_clip.training.faults.nonfinite.max_over_ranks", lambda own: torch.maximum(own, others))
     assert watch.judge(good, good, False).item() == 1
     monkeypatch.undo()
     watch.report(1, ids, good, good)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rwkv_clip.builder import build_records
+from rwkv_clip.data.build import build_records
 
 MODEL = {
     "image": {

@@ -27,16 +27,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .counts import BuildReport, Counts, Pictures
-from .encoder import Encoded, Encoder
+from .encode import Encoded, Encoder
 from .fields import Choice, Condition, check_image_field, choose_fields, survey
-from .files import hold, naming, parse_json, read_bytes, write_json
+from ..files import hold, naming, parse_json, read_bytes, write_json
 from .image import ImageError, open_image
-from .pool import map_ordered
-from .recordfile import HEADER, RecordWriter, beside, split_path
+from ..processes import map_ordered
+from .recordio import HEADER, RecordWriter, beside, split_path
 from .recordindex import is_complete
-from .recordio import CHECKSUM, SCHEMA, RecordError, RecordSet
+from .records import CHECKSUM, SCHEMA, RecordError, RecordSet
 from .sources import Row, Source
-from .tokenizer import CLIP_BPE, make_tokenizer
+from ..tokenizer import CLIP_BPE, make_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_clip.recordio import RecordSet
+from rwkv_clip.data.records import RecordSet
 
 from .augment import Augmentation
-from .heartbeat import place_of
+from ..faults.watchdog import place_of
 from .order import Order
 from .samples import DataError, Fault, Sample, SampleReader
 from .workers import PATIENCE, Workers
@@ -405,7 +405,7 @@ def make_loader(
         loader = "dali" if device.type == "cuda" and _has_dali() else "torch"
     if loader == "torch":
         return TorchLoader(reader, plan, tally, workers, device)
-    from .dali import DaliLoader
+    from .dali_loader import DaliLoader
 
     return DaliLoader(reader, plan, tally, workers, device)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import ConfigError, ModelConfig, parse
+from ..config import ConfigError, ModelConfig, parse
 
 # Keys of the released JSON that belong to the run or never change the function.
 _WITHOUT_EFFECT = frozenset({"workers", "precision", "data_type", "text_num_head", "with_cp", "tiny_att_layer"})

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .recordio import VIEWS
+from .records import VIEWS
 from .sources import IMAGE_ENDINGS, Row
 
 # Other names of the two texts. `caption` is the raw text where it is the first of these, else the synthetic one.

@@ -45,10 +45,10 @@ from rwkv_clip.dist import PeerLost, World, first_line
 from rwkv_clip.errors import PEER, explain
 from rwkv_clip.files import parse_json
 
-from .numerics import NumericsError
-from .preempt import SIGNALS, Preempted, Preemption
+from .nonfinite import NumericsError
+from .signals import SIGNALS, Preempted, Preemption
 
-COLLECTIVES = timedelta(hours=2)  # of process groups in a watched run: the lead validates while the others wait in one
+COLLECTIVES = timedelta(hours=2)  # of process groups in a watched run: while the main rank validates, the others wait
 BEAT = 1.0  # seconds between signs of life
 MISSED = 2.5  # beats without a sign of life after which a rank is gone, once torch has reported an error
 GRACE = 3.0  # seconds that the main thread has to end by itself, with what it was about to say
@@ -248,7 +248,7 @@ class Heartbeat:
             try:
                 self._exchange()
             except dist.DistError:
-                # The store is gone, with the lead or with torchrun. That is how some runs end, so give ours the time.
+                # The store is gone, with rank 0 or with torchrun. That is how some runs end, so give ours the time.
                 if not self._end.wait(GRACE):
                     self.cause = self.cause or self._describe(0, NO_STORE)
                 return

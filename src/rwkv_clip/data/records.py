@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import allow_open_files, parse_json, read_bytes
-from .recordfile import HEADER, Header, RecordFile, RecordWriter, beside, pack, split_path, unpack
+from ..files import allow_open_files, parse_json, read_bytes
+from .recordio import HEADER, Header, RecordFile, RecordWriter, beside, pack, split_path, unpack
 from .recordindex import RecordError
 
 __all__ = [

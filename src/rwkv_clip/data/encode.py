@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from .fields import IMAGE_FIELDS, Views, find_field, find_tokens, first_text
-from .files import OutsideError, find_below, read_bytes
+from ..files import OutsideError, find_below, read_bytes
 from .image import MAX_BYTES, ImageError, inspect_image, open_image
-from .recordfile import Header, pack
-from .recordio import EXACT, checksum
+from .recordio import Header, pack
+from .records import EXACT, checksum
 from .sources import MAX_TEXT_BYTES, Problem, Row
-from .tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer
+from ..tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer
 
 OUTSIDE = "image outside the image folder"
 NO_RAW = "no raw text"

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.errors import DATA, SETTING
-from rwkv_clip.pool import follow_parent, is_main_thread
+from rwkv_clip.processes import follow_parent, is_main_thread
 
-from .preempt import SIGNALS
+from ..faults.signals import SIGNALS
 from .samples import DataError
 
 PIPE = 1 << 20  # bytes that a pipe holds where the system allows it: fewer turns of reader and writer

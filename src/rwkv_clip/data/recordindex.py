@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DATA
+from ..errors import DATA
 
 BLOCK = 1 << 24  # bytes parsed at once: bounds the temporary arrays to a few hundred MB
 MAX_DIGITS = 18  # an int64 holds every number of 18 digits

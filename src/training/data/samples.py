@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from rwkv_clip.errors import DATA
-from rwkv_clip.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
-from rwkv_clip.recordio import RecordError, RecordSet
+from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
+from rwkv_clip.data.records import RecordError, RecordSet
 
 from .augment import Augmentation, crop_windows, draw_flips
 from .order import Order

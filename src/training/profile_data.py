@@ -1,4 +1,4 @@
-"""What limits a run: `python -m rwkv_clip.training.bench_data --train-data PREFIX [--model NAME] [--workers 8 ..]`.
+"""What limits a run: `python -m rwkv_clip.training.profile_data --train-data PREFIX [--model NAME] [--workers 8 ..]`.
 
 Each stage between a record and a training step is timed by itself, then the loader as a whole and, with --model, the
 training step on one of its batches. The last line says in plain words which of them limits a run, and what helps.
@@ -19,18 +19,18 @@ import numpy as np
 import torch
 import tyro
 
-from rwkv_clip.allocator import keep_freed_memory
 from rwkv_clip.config import ConfigError, Precision, Settings
+from rwkv_clip.data.image import ImageError, normalize
+from rwkv_clip.data.records import RecordError, RecordSet
+from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.image import ImageError, normalize
-from rwkv_clip.model import create_model, image_size_of, resolve_spec
-from rwkv_clip.objective import make_objective
-from rwkv_clip.recordio import RecordError, RecordSet
+from rwkv_clip.factory import create_model, image_size_of, resolve_spec
+from rwkv_clip.losses.objective import make_objective
 
 from .checks import check_records
-from .data import CHUNK, Batch, DataError, TorchLoader, make_loader
+from .data.samples import Sample, SampleReader, decode_window, fit_pixels
+from .data.torch_loader import CHUNK, Batch, DataError, TorchLoader, make_loader
 from .loop import Trainer
-from .samples import Sample, SampleReader, decode_window, fit_pixels
 
 ENDLESS = 1 << 40  # steps of a loader that is stopped by the clock
 
@@ -253,7 +253,7 @@ def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        run(tyro.cli(BenchSettings, prog="rwkv_clip.training.bench_data", description=__doc__))
+        run(tyro.cli(BenchSettings, prog="rwkv_clip.training.profile_data", description=__doc__))
     except (DataError, RecordError) as error:
         sys.exit(_explain(error, 3))
     except (ConfigError, FileNotFoundError, ValueError) as error:

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .encoder import NO_RAW, NUMBERS, OUTSIDE, Encoded
+from .encode import NO_RAW, NUMBERS, OUTSIDE, Encoded
 from .fields import SYNTHETIC_FIELDS, name_view
-from .recordio import VIEWS
+from .records import VIEWS
 from .shards import LINKED
 
 SCALARS = ("rows", "count", "reencoded")

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_clip.config import ConfigError, Settings
-from rwkv_clip.dist import World, alone, autocast_dtype, gather
+from rwkv_clip.dist import World, autocast_dtype, gather, single_process
 
-from .augment import hash64
+from .data.augment import hash64
+from .deterministic import TreeSum, sum_in_order
 from .parallel import synchronized
-from .treesum import TreeSum, sum_in_order
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class GradientStep:
         # With a fixed order: everybody's features as one process would hold them, and nothing is exchanged after that.
         leaves = [gather(image), gather(text), scale] if self.in_order else [image, text, scale]
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        with alone() if self.in_order else contextlib.nullcontext():
+        with single_process() if self.in_order else contextlib.nullcontext():
             losses, report = self.objective(*leaves)
             scale_loss(torch.stack(list(losses.values())).sum()).backward()
         start = self.world.rank * len(image) if self.in_order else 0

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .files import OutsideError, find_below, read_bytes
+from ..files import OutsideError, find_below, read_bytes
 from .image import MAX_BYTES
 from .readers import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, SourceError, load_json
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import Batch, Loader, Plan, Tally, decode_samples, faults_of, stack_text
+from .torch_loader import Batch, Loader, Plan, Tally, decode_samples, faults_of, stack_text
 from .samples import Fault, Sample, SampleReader, fit_pixels
 
 log = logging.getLogger(__name__)

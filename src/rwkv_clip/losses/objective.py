@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .config import GateConfig
-from .dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
+from ..config import GateConfig
+from ..dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
 
 # Rows of scores at a time. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
 # exponentials read it. Elsewhere: a product with the texts yields only rows x D numbers, too few for a large GPU if the

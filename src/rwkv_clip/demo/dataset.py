@@ -1,6 +1,6 @@
 """The embedded demo set: generated and seeded, so that a fresh clone trains and is tested without a download.
 
-    python -m rwkv_clip.training.demo --output data/demo --contact-sheet figure/demo_set.png
+    python -m rwkv_clip.demo --output data/demo --contact-sheet figure/demo_set.png
 
     OUTPUT/train.rec .idx .json        scenes with three texts each (raw, synthetic, generated)
     OUTPUT/retrieval.jsonl images/     held-out scenes, one full description each
@@ -85,7 +85,7 @@ def list_templates(attribute: str) -> list[str]:
 
 def _build_train(staging: Path, settings: DemoSettings) -> None:
     """Draw the training scenes and pack them with the same builder that users' data goes through."""
-    from rwkv_clip.builder import build_records
+    from ..data.build import build_records
 
     folder = staging / "train-images"
     folder.mkdir()
@@ -244,7 +244,7 @@ def main() -> None:
     import tyro
 
     try:
-        tyro.cli(run, prog="python -m rwkv_clip.training.demo", config=(tyro.conf.OmitArgPrefixes,))
+        tyro.cli(run, prog="python -m rwkv_clip.demo", config=(tyro.conf.OmitArgPrefixes,))
     except ValueError as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(2)

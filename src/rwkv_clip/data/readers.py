@@ -17,8 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import DATA
-from .files import parse_json, read_bytes
+from ..errors import DATA
+from ..files import parse_json, read_bytes
 from .image import MAX_BYTES
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from rwkv_clip.dist import World, gather, max_over_ranks
 from rwkv_clip.errors import NUMERICS
 
-from .parallel import norms_of
-from .preempt import Preemption
+from ..parallel import norms_of
+from .signals import Preemption
 
 NAMED = 8  # records that an error names
 REPORT = "nonfinite.jsonl"
@@ -101,7 +101,7 @@ class Watch:
     def open(self, folder: Path, first_step: int, preemption: Preemption) -> None:
         """Pass on signals, and report bad steps in a file of `folder`; there the steps that come again are removed."""
         self._preemption, self._path = preemption, folder / REPORT
-        if self._world.is_lead and self._path.exists():
+        if self._world.is_main and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             self._path.write_text("".join(line for line in lines if _is_before(line, first_step)))
 
@@ -199,12 +199,12 @@ class Watch:
         )
         if self._path is not None:
             text += f" (all: {self._path})"
-            if self._world.is_lead:
+            if self._world.is_main:
                 self._write(record)
         if self.in_a_row > self._tolerated:
             reason = f"; {self.in_a_row} steps in a row, --max-nonfinite {self._tolerated}" if self._tolerated else ""
             raise NumericsError(f"{text}{reason}. Try a lower --lr or --precision fp32")
-        if self._world.is_lead:
+        if self._world.is_main:
             log.warning("%s; skipped, %d of at most %d in a row", text, self.in_a_row, self._tolerated)
 
     def _describe(self, verdict: Verdict) -> dict:

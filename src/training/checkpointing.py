@@ -12,7 +12,7 @@ from torch import Tensor
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.model import read_fitting_weights, resolve_spec, spec_to_json
+from rwkv_clip.factory import read_fitting_weights, resolve_spec, spec_to_json
 
 from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
@@ -45,9 +45,9 @@ def own_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def take_snapshot(trainer: Trainer, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Weights, optimizer and objective state, and JSON data, on the lead; all ranks call this, others get no tensors.
+    """Weights, optimizer and objective state, and JSON data, on the main rank; all ranks call this, others get none.
 
-    The tensors are whole; those that the lead holds itself are the run's own: copy them first.
+    The tensors are whole; those that the main rank holds itself are the run's own: copy them first.
     """
     optim = trainer.shares.mark_state(own_state(trainer))
     state = {
@@ -65,7 +65,7 @@ def take_snapshot(trainer: Trainer, name: str) -> tuple[dict[str, Tensor], dict[
         "records": trainer.progress.records,
         "version": rwkv_clip.__version__,
     }
-    lead = trainer.world.is_lead
+    lead = trainer.world.is_main
     return whole_tensors(trainer.model.state_dict(), lead), whole_tensors(optim, lead), state
 
 
@@ -104,7 +104,7 @@ def restore_snapshot(trainer: Trainer, path: Path, state: dict[str, Any]) -> Non
     version = state.get("version")
     if version != rwkv_clip.__version__:
         changes.append(("version", version, rwkv_clip.__version__))
-        if trainer.world.is_lead:
+        if trainer.world.is_main:
             silent = "" if state.get("records") else "; it does not say which records it comes from, so any are taken"
             about = version or "0.4 or before", rwkv_clip.__version__
             log.warning("%s: of version %s, this is %s%s", path, *about, silent)

@@ -1,0 +1,1 @@
+"""Training data in files: what is read and written, record by record."""

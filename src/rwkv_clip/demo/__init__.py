@@ -1,0 +1,1 @@
+"""The embedded demo set: scenes, their pictures and their texts."""
