@@ -19,18 +19,20 @@ import numpy as np
 import torch
 import tyro
 
-from rwkv_clip.config import ConfigError, Precision, Settings
+from rwkv_clip.config import ConfigError
 from rwkv_clip.data.image import ImageError, normalize
 from rwkv_clip.data.records import RecordError, RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.factory import create_model, image_size_of, resolve_spec
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import make_objective
 
 from .checks import check_records
 from .data.samples import Sample, SampleReader, decode_window, fit_pixels
 from .data.torch_loader import CHUNK, Batch, DataError, TorchLoader, make_loader
-from .loop import Trainer
+from .settings import ParallelSettings, Precision, Settings
+from .state import TrainState
+from .trainer import Trainer
 
 ENDLESS = 1 << 40  # steps of a loader that is stopped by the clock
 
@@ -183,8 +185,9 @@ def measure_loader(batches: Iterator[Batch], seconds: float) -> tuple[float, Bat
 
 def measure_step(settings: BenchSettings, model: torch.nn.Module, batch: Batch, world: World, records: int) -> float:
     """Training steps (forward, loss, backward, optimizer) on one batch again and again."""
-    train = Settings(batch_size=settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
-    trainer = Trainer(model, make_objective(train.objective), train, world, records)
+    parallel = ParallelSettings(settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
+    train = Settings(parallel=parallel)
+    trainer = Trainer(TrainState(model, make_objective(train.loss), train, world, records))
 
     def step() -> int:
         trainer.step(batch)
