@@ -88,7 +88,7 @@ TRAINING = [
     Mutant(
         "the gradient scaler starts anew",
         "training/snapshot.py",
-        'trainer.scaler.load_state_dict(state["scaler"])',
+        'trainer.state.scaler.load_state_dict(state["scaler"])',
         "pass",
         "faults/test_resume.py::test_every_stop_point",
     ),
@@ -102,7 +102,7 @@ TRAINING = [
     Mutant(
         "the data begin again at the resumed step",
         "training/main.py",
-        "start=trainer.progress.samples_seen,",
+        "start=trainer.state.progress.samples_seen,",
         "start=0,",
         "faults/test_resume.py::test_every_stop_point",
     ),
@@ -158,7 +158,7 @@ TRAINING = [
     Mutant(
         "the count of bad steps is not resumed",
         "training/snapshot.py",
-        "    trainer.watch.load_state_dict(state)\n",
+        "    trainer.state.watch.load_state_dict(state)\n",
         "",
         "faults/test_nonfinite.py::test_a_resumed_run_goes_on_counting",
     ),
@@ -235,7 +235,7 @@ TRAINING = [
     Mutant(
         "ALIP's means are not saved",
         "training/snapshot.py",
-        'return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}',
+        'return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.state.objective.state_dict().items()}',
         "return optim",
         "unit/test_alip.py::test_a_resumed_run_has_the_same_bits",
     ),

@@ -193,14 +193,14 @@ def test_damaged_record_counts_by_its_own_reason(images, tmp_path):
 def test_too_many_bad_pictures_stop_the_run(images, tmp_path):
     records = write_records(tmp_path / "bad", damage(images)[0])
     settings = {"image_size": 16, "global_batch": 10, "steps": 5, "seed": 3, "loader": "torch"}
-    with pytest.raises(DataError, match=r"max_bad=3 and max_bad_share=0\.001") as error:
+    with pytest.raises(DataError, match=r"max_bad=3 and max_bad_fraction=0\.001") as error:
         list(make_loader(records, **settings, workers=2, max_bad=3))
     bad = np.isin(Order(COUNT, 3).at(np.arange(COUNT)), [4, 11, 12, 30, 41]).reshape(5, 10).sum(1).cumsum()
     count, step = bad[bad > 3][0], (bad <= 3).sum()  # the first step that takes it above 3
     assert f"{count} of {10 * step + 10} records" in str(error.value)
     assert str(error.value).count("bad.rec key") == count
     assert len(list(make_loader(records, **settings, workers=0, max_bad=5))) == 5
-    assert len(list(make_loader(records, **settings, workers=0, max_bad=0, max_bad_share=0.5))) == 5
+    assert len(list(make_loader(records, **settings, workers=0, max_bad=0, max_bad_fraction=0.5))) == 5
     with pytest.raises(DataError):  # each of two ranks answers for half of the allowance
         for rank in (0, 1):
             list(make_loader(records, **settings, workers=0, max_bad=3, world=2, rank=rank))
@@ -262,7 +262,7 @@ def test_iterating_again_starts_again(records):
         ({"workers": -1}, "workers: -1"),
         ({"image_size": (0, 4)}, "image_size"),
         ({"start": -3}, "start: -3"),
-        ({"max_bad_share": 2}, "max_bad_share: 2"),
+        ({"max_bad_fraction": 2}, "max_bad_fraction: 2"),
     ],
 )
 def test_wrong_settings(records, settings, message):
