@@ -1,7 +1,7 @@
 """The pictures of the documents, drawn from the results that are in the repository.
 
 python tests/bench/figures.py [architecture] [resolution] [flickr8k] [noise] [alip] [--output figure]
-python tests/bench/figures.py flickr8k --runs logs/flickr8k-*    # first takes the recalls of these runs
+python tests/bench/figures.py flickr8k --runs logs/flickr8k-*    # keeps the recalls of these runs, draws them
 
 Without names all of them. No model runs: `resolution`, `noise` and `alip` read the newest result of their bench in
 tests/bench/results, `flickr8k` reads figure/flickr8k.json. `bash shell/make_figures.sh` makes these and the pictures of
@@ -22,7 +22,6 @@ from harness import RESULTS, ROOT
 from summary import read_results
 
 FIGURES = ROOT / "figure"
-FLICKR8K = FIGURES / "flickr8k.json"  # recalls of the runs of shell/train_Flickr8k_small.sh
 DPI = 150
 RED, GREY, BLUE, GREEN, ORANGE = "#c1272d", "#6f6f6f", "#0072b2", "#2a7f62", "#d55e00"
 
@@ -145,9 +144,10 @@ def draw_noise(path: Path, result: dict | None = None) -> None:
     draw_recall(path, title, {name: look for name, look in METHODS.items() if name in names_of(runs)}, runs)
 
 
-def draw_flickr8k(path: Path, table: dict | None = None) -> None:
-    """The runs of shell/train_Flickr8k_small.sh that figure/flickr8k.json holds."""
-    runs = (table or json.loads(FLICKR8K.read_text()))["runs"]
+def draw_flickr8k(path: Path) -> None:
+    """The runs of shell/train_Flickr8k_small.sh in the table beside the picture, else in figure/flickr8k.json."""
+    table = path.with_suffix(".json")
+    runs = json.loads((table if table.exists() else FIGURES / table.name).read_text())["runs"]
     looks = zip(names_of(runs), ((RED, "-"), (BLUE, "-"), (GREEN, "-"), (ORANGE, "-")))
     methods = {}
     for name, look in looks:
@@ -156,8 +156,11 @@ def draw_flickr8k(path: Path, table: dict | None = None) -> None:
     draw_recall(path, f"Flickr8k from scratch, {runs[0]['images']} test images", methods, runs)
 
 
-def collect_flickr8k(folders: Sequence[Path], table: Path = FLICKR8K) -> None:
-    """Put the recalls of run folders into the table: model and seed from settings.json, the newest retrieval result."""
+def collect_flickr8k(folders: Sequence[Path], table: Path) -> None:
+    """Write the recalls of run folders into a table: model and seed from settings.json, the newest retrieval result.
+
+    ValueError where a folder holds none.
+    """
     runs = []
     for folder in folders:
         results = sorted(folder.glob("eval/*retrieval*/result.json"))
@@ -280,13 +283,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES_BY_NAME)}; default: all")
     parser.add_argument("--output", type=Path, default=FIGURES, help="folder of the pictures (figure)")
-    parser.add_argument("--runs", nargs="+", type=Path, help="run folders whose recalls go into figure/flickr8k.json")
+    parser.add_argument(
+        "--runs", nargs="+", type=Path, help="run folders whose recalls are drawn, and kept in flickr8k.json"
+    )
     args = parser.parse_args(arguments)
     if wrong := [name for name in args.names if name not in FIGURES_BY_NAME]:
         parser.error(f"{wrong[0]!r} is not a figure; use {', '.join(FIGURES_BY_NAME)}")
-    if args.runs:
-        collect_flickr8k(args.runs)
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.runs:
+        try:
+            collect_flickr8k(args.runs, args.output / "flickr8k.json")
+        except ValueError as error:
+            parser.error(str(error))
     for name in args.names or FIGURES_BY_NAME:
         file, draw = FIGURES_BY_NAME[name]
         draw(args.output / file)
