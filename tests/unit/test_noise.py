@@ -1,19 +1,16 @@
 """The comparison on noisy texts: what is planted, what is measured, and its recipe from records to pictures."""
 
-import importlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
+import noise
 import numpy as np
 import pytest
 from PIL import Image
-from test_recipes import pytestmark as needs_installation
-from test_recipes import script
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-noise = importlib.import_module("noise")
+from helpers.recipes import needs_installation, script
+
 SETS = ["red bus street", "dog grass ball", "girl swing park", "boat lake sky", "man guitar stage", "snow hill sled"]
 
 
