@@ -21,42 +21,42 @@ CRASH, STORAGE = "faults/test_crash_points.py", "faults/test_storage.py"
 TRAINING = [
     Mutant(
         "gradients by all-reduce, in its own order",
-        "training/treesum.py",
+        "training/deterministic.py",
         "    for bucket in _buckets(tensors):  #",
         "    for tensor in tensors:\n        dist.all_reduce(tensor)\n    for bucket in _buckets([]):  #",
         f"{ELASTIC}::test_same_bits",
     ),
     Mutant(
         "pieces added one after the other instead of as a tree",
-        "training/treesum.py",
+        "training/deterministic.py",
         "while sums and sums[-1][0] == level:",
         "if sums:\n            level = sums[-1][0] - 1\n        while sums:",
         f"{ELASTIC}::test_same_bits",
     ),
     Mutant(
         "stochastic depth drawn from a generator",
-        "training/step.py",
+        "training/gradients.py",
         "if inputs.drop_numbers is not None:",
         "if False:",
         f"{ELASTIC}::test_the_mode_matters",
     ),
     Mutant(
         "each rank has an order of its own",
-        "training/data.py",
+        "training/data/torch_loader.py",
         "begin = self.first(step) + self.rank * self.local_batch",
         "begin = self.first(step) // self.world + self.rank * 10**6",
         f"{ELASTIC}::test_the_mode_matters",
     ),
     Mutant(
         "the second pass draws other dropout",
-        "training/step.py",
+        "training/gradients.py",
         "torch.manual_seed(int(hash64(self.seed, step, self.pieces.first + piece)[0] >> 1))",
         "pass",
         "unit/test_step.py::test_the_second_pass_repeats_dropout_and_drop_path",
     ),
     Mutant(
         "negatives of the own piece only",
-        "training/step.py",
+        "training/gradients.py",
         "losses, report, *d_features, d_scale = self._compare(image, text, scale, scale_loss)",
         "rows = [self.pieces.rows(piece) for piece in pieces]\n"
         "        parts = [self._compare(image[own], text[own], scale, scale_loss) for own in rows]\n"
@@ -66,7 +66,7 @@ TRAINING = [
     ),
     Mutant(
         "the temperature's gradient once per piece",
-        "training/step.py",
+        "training/gradients.py",
         "torch.autograd.backward(output[:2], gradients)",
         "torch.autograd.backward(output, [*gradients, d_scale])",
         "unit/test_step.py::test_accumulation_in_float64",
@@ -80,14 +80,14 @@ TRAINING = [
     ),
     Mutant(
         "text choice from the global generator",
-        "training/augment.py",
+        "training/data/augment.py",
         "return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)",
         "return np.random.randint(0, views, len(ids))",
         "faults/test_resume.py::test_every_stop_point",
     ),
     Mutant(
         "the gradient scaler starts anew",
-        "training/snapshot.py",
+        "training/checkpointing.py",
         'trainer.scaler.load_state_dict(state["scaler"])',
         "pass",
         "faults/test_resume.py::test_every_stop_point",
@@ -108,7 +108,7 @@ TRAINING = [
     ),
     Mutant(
         "a run resumes with another learning rate",
-        "training/snapshot.py",
+        "training/checkpointing.py",
         "changes = compare_runs(trainer, state)",
         "changes = []",
         "faults/test_resume.py::test_another_run_is_refused_unless_allowed",
@@ -150,14 +150,14 @@ TRAINING = [
     ),
     Mutant(
         "a step that is not finite reaches the weights",
-        "training/numerics.py",
+        "training/faults/nonfinite.py",
         "        return torch.maximum(failed, overflow)\n",
         "        return torch.zeros_like(failed)\n",
         "faults/test_nonfinite.py::test_a_skipped_step_is_a_step_left_out",
     ),
     Mutant(
         "the count of bad steps is not resumed",
-        "training/snapshot.py",
+        "training/checkpointing.py",
         "    trainer.watch.load_state_dict(state)\n",
         "",
         "faults/test_nonfinite.py::test_a_resumed_run_goes_on_counting",
@@ -185,7 +185,7 @@ TRAINING = [
     ),
     Mutant(
         "ALIP weighs by the means of the step before",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/objective.py",
         "            if self.training:\n"
         "                kept = self.gates.momentum\n"
         "                self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)\n"
@@ -197,35 +197,35 @@ TRAINING = [
     ),
     Mutant(
         "ALIP's means are those of the own rank",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/objective.py",
         "means = gather(similarities).mean(0)",
         "means = similarities.mean(0)",
         "dist/test_alip_ranks.py::test_ranks_are_one_process",
     ),
     Mutant(
         "ALIP's gate is closed at equality",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/objective.py",
         "torch.where(agreement < 1, of_pairs, 1.0)",
         "torch.where(agreement <= 1, of_pairs, 1.0)",
         "parity/test_alip_formulas.py::test_texts_that_agree_as_much_as_on_average",
     ),
     Mutant(
         "ALIP's momentum is the share of what is new",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/objective.py",
         "self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)",
         "self.mean_similarity.mul_(1 - kept).add_(means, alpha=kept)",
         "parity/test_alip_formulas.py::test_three_steps",
     ),
     Mutant(
         "ALIP's weights are differentiated",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/objective.py",
         "with torch.no_grad():  # the weights are constants",
         "with torch.enable_grad():",
         "parity/test_alip_formulas.py::test_three_steps",
     ),
     Mutant(
         "ALIP's means are brought up to date with every piece",
-        "training/step.py",
+        "training/gradients.py",
         "        image, text, scale = (part.detach() for part in _join(outputs))\n",
         "        image, text, scale = (part.detach() for part in _join(outputs))\n"
         "        for own in [self.pieces.rows(piece) for piece in pieces[1:]]:\n"
@@ -234,7 +234,7 @@ TRAINING = [
     ),
     Mutant(
         "ALIP's means are not saved",
-        "training/snapshot.py",
+        "training/checkpointing.py",
         'return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}',
         "return optim",
         "unit/test_alip.py::test_a_resumed_run_has_the_same_bits",
