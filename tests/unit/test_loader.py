@@ -21,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
+from helpers.pictures import encode, photo, tokens_of, write_records
+from rwkv_clip.data.records import RecordSet
 from rwkv_clip.training.data import torch_loader
 from rwkv_clip.training.data.augment import crop_windows, draw_flips
 from rwkv_clip.training.data.samples import SampleReader
@@ -30,32 +31,6 @@ from rwkv_clip.training.data.workers import WorkerLost
 from rwkv_clip.training.faults.watchdog import start_time
 
 COUNT = 50
-
-
-def photo(seed: int, width: int, height: int) -> Image.Image:
-    """Photograph-like: large soft shapes, edges and a little grain."""
-    random = np.random.default_rng(seed)
-    soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
-    edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
-    grain = random.normal(0, 4, (height, width, 1))
-    return Image.fromarray((0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8))
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def tokens_of(i: int) -> np.ndarray:
-    return np.full(231, i, np.float32) + np.repeat(np.arange(3, dtype=np.float32), 77) * 1000
-
-
-def write_records(prefix, images: list[bytes], labels=tokens_of) -> RecordSet:
-    with RecordWriter(prefix) as writer:
-        for i, image in enumerate(images):
-            writer.write(i, pack(Header(0, labels(i), i, 0), image))
-    return RecordSet(prefix)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, make_tiny
 
+from helpers.tiny import MODEL, make_tiny
 from rwkv_clip.checkpoint import read_weights
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
