@@ -30,11 +30,11 @@ from rwkv_clip.dist import PeerLost, World, mean_over_ranks
 from rwkv_clip.factory import pixel_statistics
 
 from .checkpointing import own_state, take_snapshot
-from .data.augment import draw_drops, draw_views
-from .data.torch_loader import Batch, Batches, Loader
-from .faults.nonfinite import NumericsError, Statistics, Watch, gradient_norms
+from .data.augment import draw_drops, draw_texts
+from .data.batch import Batch, Batches, Loader
+from .faults.nonfinite import FiniteGuard, NumericsError, Statistics, gradient_norms
 from .faults.signals import Interrupted, Preempted, Preemption
-from .faults.watchdog import Heartbeat
+from .faults.watchdog import Watchdog
 from .gradients import Computed, GradientStep, Inputs
 from .log import RunLog
 from .optim import Schedule, build_optimizer, set_step, update_weights
@@ -80,7 +80,7 @@ class Trainer:
         self.progress = Progress()
         # On the device from the start: a constant made in a step is a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
-        self.watch = Watch(world, settings.max_nonfinite if settings.on_nonfinite == "skip" else 0)
+        self.watch = FiniteGuard(world, settings.max_nonfinite if settings.on_nonfinite == "skip" else 0)
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     @property
@@ -99,7 +99,7 @@ class Trainer:
             return text
         if self.settings.views == "first":
             return text[:, 0]
-        drawn = draw_views(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
+        drawn = draw_texts(self.settings.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
         return text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
 
     def draw_drops(self, batch: Batch) -> Tensor | None:
@@ -246,7 +246,7 @@ def train(
     log: RunLog | None,
     validate: Callable[[], dict[str, float]],
     preemption: Preemption,
-    heart: Heartbeat,
+    watchdog: Watchdog,
     saver: Saver | None,
 ) -> None:
     """Run the loader's steps: log, validate, save. Every rank calls this; only the main rank has a log and a saver.
@@ -257,7 +257,7 @@ def train(
     cannot be written.
     """
     settings, progress, meter = trainer.settings, trainer.progress, Meter()
-    heart.follow(lambda: progress.step)
+    watchdog.follow(lambda: progress.step)
     trainer.watch.open(folder, progress.step, preemption)
     batches, saved = iter(loader), progress.step
     signal, stuck = preemption.agree(trainer.world), ""
@@ -273,14 +273,14 @@ def train(
             meter.reset()
             signal = preemption.agree(trainer.world)
         if saves and not signal:
-            with heart.busy("saving"):
+            with watchdog.busy("saving"):
                 trainer.save(saver, name, last)
             saved = step
             meter.reset()
         if signal or last:
             break
         waiting = time.monotonic()
-        stuck = _wait_for_data(batches, loader, trainer.world, preemption, heart)
+        stuck = _wait_for_data(batches, loader, trainer.world, preemption, watchdog)
         meter.waited += time.monotonic() - waiting
         if stuck and trainer.world.size == 1:
             signal = preemption.signal
@@ -298,25 +298,25 @@ def train(
             meter.reset()
         signal = trainer.watch.signal
     if signal or stuck:
-        with heart.busy("saving"):
+        with watchdog.busy("saving"):
             trainer.save(saver, name, last=True)
         preemption.agree(trainer.world)  # torchrun ends all ranks when the first has gone: the main rank has to be done
-        heart.leave(None)  # a loader that stands still may take longer to end than the others do
+        watchdog.leave(None)  # a loader that stands still may take longer to end than the others do
     if signal:
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
     if stuck:
-        raise PeerLost(f"{stuck}; all is saved after step {progress.step}, --timeout {heart.timeout:g} waits longer")
+        raise PeerLost(f"{stuck}; all is saved after step {progress.step}, --timeout {watchdog.timeout:g} waits longer")
 
 
-def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: Preemption, heart: Heartbeat) -> str:
+def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: Preemption, watchdog: Watchdog) -> str:
     """Until the next batch is there: "". What the data stand still at once there is a signal, or, where this process is
     alone, once the timeout is over."""
     began = time.monotonic()
-    with heart.waiting(loader.place):
+    with watchdog.waiting(loader.place):
         while not batches.wait(SLICE):
             now = time.monotonic()
             late = preemption.signal and now - preemption.since > PATIENCE
-            if late or (world.size == 1 and now - began > heart.timeout and not heart.is_starting):
+            if late or (world.size == 1 and now - began > watchdog.timeout and not watchdog.is_starting):
                 return f"no data for {now - began:.0f} s, waiting for {loader.place()}"
     return ""
 

@@ -32,10 +32,10 @@ from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .checkpointing import restore_snapshot
 from .checks import check_batch, check_ranks, check_records, check_texts, check_weights
-from .data.augment import Augmentation
-from .data.torch_loader import make_loader
+from .data import make_loader
+from .data.batch import Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
-from .faults.watchdog import COLLECTIVES, Heartbeat, end_process, watch_peers
+from .faults.watchdog import COLLECTIVES, Watchdog, end_process, watch_peers
 from .log import RunLog
 from .loop import Trainer, train
 from .parallel import WholeModel, has_shares
@@ -146,8 +146,8 @@ def run(settings: Settings) -> Path:
     # Until now a signal just ends the process.
     with open_run(settings, world, work.name) as (folder, checkpoint), Preemption() as preemption:
         try:
-            with watch_peers(world, settings.timeout, preemption) as heart:
-                _train(work, folder, checkpoint, preemption, heart)
+            with watch_peers(world, settings.timeout, preemption) as watchdog:
+                _train(work, folder, checkpoint, preemption, watchdog)
         except PeerLost as lost:
             end_process(lost)
         except Preempted as stop:
@@ -156,38 +156,30 @@ def run(settings: Settings) -> Path:
     return folder
 
 
-def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemption, heart: Heartbeat) -> None:
+def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemption, watchdog: Watchdog) -> None:
     settings, world, records = work.settings, work.world, work.records
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     device = "cpu" if has_shares(settings, world) else world.device  # shares move by themselves
     model = create_model(work.spec, settings.pretrained, device=device, drop_path=settings.drop_path)
     if checkpoint is None:
         check_weights(model, world)
-    validate = heart.busy("validation")(make_validator(settings, model, world, preemption))
+    validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
     trainer = Trainer(model, work.objective, settings, world, len(records))
     trainer.progress.records = {"count": len(records), "digest": records.digest}
     if checkpoint is not None:
         restore_snapshot(trainer, checkpoint, read_description(checkpoint))
-    loader = make_loader(
-        records,
-        image_size=image_size_of(model),
+    plan = Plan(
         global_batch=trainer.global_batch,
         steps=trainer.total_steps - trainer.progress.step,
-        seed=settings.seed,
         start=trainer.progress.samples_seen,
         rank=world.rank,
         world=world.size,
-        workers=settings.workers,
-        loader=settings.loader,
-        device=world.device,
-        max_bad=settings.max_bad,
-        max_bad_share=settings.max_bad_share,
-        augmentation=Augmentation(settings.crop_area, settings.crop_aspect, settings.flip),
     )
+    loader = make_loader(records, plan, image_size_of(model), settings, seed=settings.seed, device=world.device)
     log = _open_log(work, folder, trainer, resumed=checkpoint is not None) if world.is_main else None
     try:
         with Saver(folder / "checkpoints", settings.keep_checkpoints) if log else contextlib.nullcontext() as saver:
-            train(trainer, loader, folder, work.name, log, validate, preemption, heart, saver)
+            train(trainer, loader, folder, work.name, log, validate, preemption, watchdog, saver)
         if log:
             _plot(folder)
             log.say(f"run folder: {folder}")

@@ -28,8 +28,10 @@ from rwkv_clip.factory import create_model, image_size_of, resolve_spec
 from rwkv_clip.losses.objective import make_objective
 
 from .checks import check_records
-from .data.samples import Sample, SampleReader, decode_window, fit_pixels
-from .data.torch_loader import CHUNK, Batch, DataError, TorchLoader, make_loader
+from .data import make_loader
+from .data.batch import Batch, Plan
+from .data.samples import DataError, Sample, SampleReader, decode_windows, fit_pixels
+from .data.torch_loader import CHUNK, TorchLoader
 from .loop import Trainer
 
 ENDLESS = 1 << 40  # steps of a loader that is stopped by the clock
@@ -143,9 +145,9 @@ def measure_stages(reader: SampleReader, seconds: float) -> tuple[dict[str, floa
     size, samples = reader.image_size, [sample for sample in taken if _decodes(sample, reader.image_size)]
     if not samples:
         raise DataError(f"none of {len(taken)} records holds a picture that decodes; check the training data")
-    windows = [decode_window(sample, size) for sample in samples]
-    rates["decode"] = measure(lambda: sum(decode_window(s, size) is not None for s in samples), seconds)
-    flips = [sample.flip for sample in samples]
+    windows = [decode_windows(sample, size)[0] for sample in samples]
+    rates["decode"] = measure(lambda: sum(len(decode_windows(s, size)) for s in samples), seconds)
+    flips = [sample.crops[0].flip for sample in samples]
     rates["resize"] = measure(
         lambda: sum(fit_pixels(w, size, flip) is not None for w, flip in zip(windows, flips)), seconds
     )
@@ -154,7 +156,7 @@ def measure_stages(reader: SampleReader, seconds: float) -> tuple[dict[str, floa
 
 def _decodes(sample: Sample, size: tuple[int, int]) -> bool:
     try:
-        decode_window(sample, size)
+        decode_windows(sample, size)
     except ImageError:
         return False
     return True
@@ -223,14 +225,9 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
     say(f"crop, resize    {rates['resize']:10,.0f} images/s per process")
     rates["collate"] = measure_collate(size, settings.batch_size, world.device, settings.seconds)
     say(f"collate, copy   {rates['collate']:10,.0f} images/s")
+    plan = Plan(global_batch=settings.batch_size, steps=ENDLESS)
     loader = make_loader(
-        records,
-        image_size=size,
-        global_batch=settings.batch_size,
-        steps=ENDLESS,
-        workers=settings.workers,
-        loader=settings.loader,
-        device=world.device,
+        records, plan, size, Settings(workers=settings.workers, loader=settings.loader), device=world.device
     )
     try:
         rates["loader"], batch = measure_loader(iter(loader), settings.seconds)

@@ -31,7 +31,7 @@ from rwkv_clip.losses.objective import InfoNCE
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training import loop, main, parallel
 from rwkv_clip.training.checkpointing import restore_snapshot, take_snapshot
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.faults.nonfinite import NumericsError
 from rwkv_clip.training.faults.signals import Preempted
 from rwkv_clip.training.gradients import Inputs

@@ -8,7 +8,7 @@ import rwkv_clip
 from rwkv_clip.config import Settings
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses.objective import InfoNCE
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import NumericsError, Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

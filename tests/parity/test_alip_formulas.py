@@ -13,7 +13,7 @@ from rwkv_clip.config import GateConfig, Settings, parse
 from rwkv_clip.dist import World
 from rwkv_clip.losses import objective
 from rwkv_clip.losses.objective import make_objective
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import Trainer
 
 BATCH, WIDTH, STEPS = 24, 6, 3

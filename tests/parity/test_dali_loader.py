@@ -3,16 +3,21 @@
 
 import gc
 import io
+import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+import loading
+
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.training.data.augment import crop_windows
-from rwkv_clip.training.data.torch_loader import DataError, make_loader
+from rwkv_clip.training.data.samples import DataError
 
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (pip install -e '.[dali]')")
 
@@ -58,7 +63,7 @@ def images() -> list[bytes]:
 
 def make(records, kind: str, **settings):
     defaults = {"image_size": 96, "global_batch": 10, "steps": 6, "seed": 2, "workers": 2, "loader": kind}
-    return make_loader(records, **{**defaults, **settings})
+    return loading.make(records, **{**defaults, **settings})
 
 
 def compare(left, right) -> torch.Tensor:

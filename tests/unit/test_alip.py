@@ -20,7 +20,7 @@ from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import World
 from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.training import checkpointing, loop
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.main import read_command_line, run
 
 STEPS = 8

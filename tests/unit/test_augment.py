@@ -4,7 +4,7 @@ sample)."""
 import numpy as np
 import pytest
 
-from rwkv_clip.training.data.augment import crop_windows, draw_flips, draw_views, uniforms
+from rwkv_clip.training.data.augment import crop_windows, draw_flips, draw_texts, uniforms
 
 FROZEN_UNIFORMS = [0.8944232321903162, 0.9591454830962347, 0.9371498393298487]
 FROZEN_WINDOWS = [[9, 25, 415, 349], [0, 484, 40, 50]]
@@ -45,7 +45,7 @@ def test_a_sample_does_not_see_its_batch():
     whole = crop_windows(widths, heights, 1, epochs, IDS)
     some = np.random.default_rng(0).permutation(MANY)[:50]
     assert np.array_equal(crop_windows(widths[some], heights[some], 1, epochs[some], IDS[some]), whole[some])
-    assert np.array_equal(draw_views(1, epochs[some], IDS[some], 3), draw_views(1, epochs, IDS, 3)[some])
+    assert np.array_equal(draw_texts(1, epochs[some], IDS[some], 3), draw_texts(1, epochs, IDS, 3)[some])
     assert np.array_equal(draw_flips(1, epochs[some], IDS[some]), draw_flips(1, epochs, IDS)[some])
     one = crop_windows(widths[7:8], heights[7:8], 1, epochs[7:8], IDS[7:8])
     assert np.array_equal(one[0], whole[7])
@@ -85,8 +85,8 @@ def test_too_wide_and_too_tall_pictures_get_the_largest_allowed_shape():
 def test_flips_and_views_are_fair():
     assert draw_flips(0, ZEROS, IDS).mean() == pytest.approx(0.5, abs=0.015)
     for views in (1, 2, 3, 5):
-        counts = np.bincount(draw_views(0, ZEROS, IDS, views), minlength=views)
+        counts = np.bincount(draw_texts(0, ZEROS, IDS, views), minlength=views)
         assert len(counts) == views
         assert ((counts - MANY / views) ** 2 / (MANY / views)).sum() < 25
-    later = np.stack([draw_views(0, ZEROS + epoch, IDS, 3) for epoch in range(3)])
+    later = np.stack([draw_texts(0, ZEROS + epoch, IDS, 3) for epoch in range(3)])
     assert ((later[0] == later[1]).mean()) == pytest.approx(1 / 3, abs=0.02)  # epochs draw anew
