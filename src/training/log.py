@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_clip.config import Settings, to_dict
+from rwkv_clip.config import to_dict
 from rwkv_clip.files import write_whole
+
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class RunLog:
         self._total = total_steps
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self._terminal, leave=True)
         self._writers: dict[str, Callable[[int | None, dict[str, float]], None]] = {}
-        for name in settings.report_to:
+        for name in settings.log.report_to:
             make = _WRITERS[name]()
             with self._guarding(name):
                 self._writers[name] = make(folder, settings)

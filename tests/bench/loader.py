@@ -27,11 +27,11 @@ import torch
 from harness import Report, argument_parser, synchronize
 from PIL import Image, ImageOps
 
-from rwkv_clip.config import Settings
 from rwkv_clip.data.image import CLIP_MEAN, CLIP_STD, normalize
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.training.data import make_loader
 from rwkv_clip.training.data.batch import Plan
+from rwkv_clip.training.settings import DataSettings
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 88, 224
 CHECKED = 64  # pictures compared with PIL's
@@ -100,7 +100,7 @@ def write_data(jpegs: list[bytes], folder: Path, shards: int) -> None:
 def ours(setting: Setting, kind: str) -> Batches:
     """Our loader, and the normalisation of the training step."""
     whole = {"crop_area": (1.0, 1.0), "crop_aspect": (WIDTH / HEIGHT,) * 2, "flip": 0.0} if setting.whole else {}
-    settings = Settings(workers=setting.workers, loader=kind, **whole)
+    settings = DataSettings(workers=setting.workers, loader=kind, **whole)
     plan = Plan(global_batch=setting.batch, steps=ENDLESS)
     loader = make_loader(RecordSet(setting.folder / "train.rec"), plan, SIZE, settings, device=setting.device)
     try:

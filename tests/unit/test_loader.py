@@ -200,7 +200,7 @@ def test_too_many_bad_pictures_stop_the_run(images, tmp_path):
     assert f"{count} of {10 * step + 10} records" in str(error.value)
     assert str(error.value).count("bad.rec key") == count
     assert len(list(make(records, **settings, workers=0, max_bad=5))) == 5
-    assert len(list(make(records, **settings, workers=0, max_bad=0, max_bad_share=0.5))) == 5
+    assert len(list(make(records, **settings, workers=0, max_bad=0, max_bad_fraction=0.5))) == 5
     with pytest.raises(DataError):  # each of two ranks answers for half of the allowance
         for rank in (0, 1):
             list(make(records, **settings, workers=0, max_bad=3, world=2, rank=rank))
@@ -262,7 +262,7 @@ def test_iterating_again_starts_again(records):
         ({"workers": -1}, "workers: -1"),
         ({"image_size": (0, 4)}, "image_size"),
         ({"start": -3}, "start: -3"),
-        ({"max_bad_share": 2}, "max_bad_share: 2"),
+        ({"max_bad_fraction": 2}, "max_bad_fraction: 2"),
     ],
 )
 def test_wrong_settings(records, settings, message):

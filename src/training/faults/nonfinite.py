@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from rwkv_clip.dist import World, gather, max_over_ranks
 from rwkv_clip.errors import NUMERICS
 
-from ..parallel import norms_of
 from .signals import Preemption
 
 NAMED = 8  # records that an error names
@@ -38,15 +37,6 @@ class NumericsError(RuntimeError):
     """Loss or gradient is not finite. The weights of the step before are intact."""
 
     exit_code = NUMERICS
-
-
-def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """Gradient norm of each tower: parameters by the first word of their names."""
-    towers: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            towers.setdefault(name.partition(".")[0], []).append(parameter.grad)
-    return norms_of(towers)
 
 
 class Statistics:
@@ -136,7 +126,7 @@ class FiniteGuard:
     ) -> None:
         """Send this step's verdict to the host and check the one of the step before.
 
-        towers: from `gradient_norms`. features: this rank's, (B, ..) each in the order of `ids`.
+        towers: gradient norms by tower. features: this rank's, (B, ..) each in the order of `ids`.
         """
         towers = towers or {}
         numbers = (self._row, self._signal, self.void, loss, grad_norm, *towers.values())
