@@ -8,6 +8,7 @@ from rwkv_clip.training.data.augment import crop_windows, draw_flips, draw_texts
 
 FROZEN_UNIFORMS = [0.8944232321903162, 0.9591454830962347, 0.9371498393298487]
 FROZEN_WINDOWS = [[9, 25, 415, 349], [0, 484, 40, 50]]
+FROZEN_VIEW = [[39, 0, 439, 374], [88, 7, 368, 366]]
 MANY = 20_000
 IDS, ZEROS = np.arange(MANY), np.zeros(MANY, np.int64)
 
@@ -38,6 +39,19 @@ def test_numbers_are_frozen():
     assert uniforms(7, 1, np.array([0, 1, 123456]), 2).tolist() == FROZEN_UNIFORMS
     windows = crop_windows(np.array([500, 40]), np.array([375, 640]), 7, np.array([0, 3]), np.array([5, 6]))
     assert windows.tolist() == FROZEN_WINDOWS
+
+
+def test_views_have_draws_of_their_own():
+    sizes = np.full(MANY, 500), np.full(MANY, 375)
+    windows = [crop_windows(*sizes, 7, ZEROS, IDS, view=view) for view in range(3)]
+    assert np.array_equal(windows[0], crop_windows(*sizes, 7, ZEROS, IDS))
+    flips = [draw_flips(7, ZEROS, IDS, view=view) for view in range(3)]
+    assert np.array_equal(flips[0], draw_flips(7, ZEROS, IDS))
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        for column in range(4):
+            assert abs(np.corrcoef(windows[left][:, column], windows[right][:, column])[0, 1]) < 0.03
+        assert abs(np.corrcoef(flips[left], flips[right])[0, 1]) < 0.03
+    assert windows[1][:2].tolist() == FROZEN_VIEW
 
 
 def test_a_sample_does_not_see_its_batch():
@@ -82,7 +96,7 @@ def test_too_wide_and_too_tall_pictures_get_the_largest_allowed_shape():
     assert set(width) == {200} and set(height) == {250} and set(x) == {0}
 
 
-def test_flips_and_views_are_fair():
+def test_flips_and_texts_are_fair():
     assert draw_flips(0, ZEROS, IDS).mean() == pytest.approx(0.5, abs=0.015)
     for views in (1, 2, 3, 5):
         counts = np.bincount(draw_texts(0, ZEROS, IDS, views), minlength=views)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from PIL import Image
 
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.training.data import batch as data_batch
-from rwkv_clip.training.data import torch_loader
-from rwkv_clip.training.data.augment import crop_windows, draw_flips
+from rwkv_clip.training.data import samples, torch_loader
+from rwkv_clip.training.data.augment import Augmentation, crop_windows, draw_flips
 from rwkv_clip.training.data.order import Order
 from rwkv_clip.training.data.samples import DataError, SampleReader
 from rwkv_clip.training.data.workers import WorkerLost
@@ -261,6 +262,7 @@ def test_iterating_again_starts_again(records):
         ({"loader": "tensorflow"}, "loader: 'tensorflow'"),
         ({"workers": -1}, "workers: -1"),
         ({"image_size": (0, 4)}, "image_size"),
+        ({"views": 0}, "views: 0"),
         ({"start": -3}, "start: -3"),
         ({"max_bad_fraction": 2}, "max_bad_fraction: 2"),
     ],
@@ -356,6 +358,78 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+# ---- several views of an image ---------------------------------------------------------------------------------------
+
+
+def test_view_0_is_what_a_single_view_shows(records):
+    single, several = load(records), load(records, views=3)
+    image = join(several, "image")
+    assert image.shape == (72, 3, 3, 32, 32) and image.dtype == torch.uint8 and image.is_contiguous()
+    assert torch.equal(image[:, 0], join(single, "image"))
+    for field in ("text", "ids", "epochs"):
+        assert torch.equal(join(single, field), join(several, field)), field
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        assert sum(torch.equal(one, other) for one, other in zip(image[:, left], image[:, right])) < 3
+
+
+def test_every_view_is_its_documented_crop(records, images):
+    batch = load(records, global_batch=COUNT, steps=1, image_size=(40, 48), views=2)[0]
+    ids, epochs = batch.ids.numpy(), batch.epochs.numpy()
+    for view in range(2):
+        windows = crop_windows(60 + ids, 110 - ids, 3, epochs, ids, view=view).tolist()
+        flips = draw_flips(3, epochs, ids, view=view)
+        for row, ((x, y, width, height), flip) in enumerate(zip(windows, flips)):
+            cut = Image.open(io.BytesIO(images[ids[row]])).crop((x, y, x + width, y + height))
+            expected = np.asarray(cut.resize((48, 40), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            expected = expected[..., ::-1] if flip else expected
+            assert np.abs(batch.image[row, view].numpy().astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_matter_for_views(images, tmp_path, workers):
+    """Nor do bad images."""
+    records = write_records(tmp_path / "bad", damage(images)[0])
+    settings = {"global_batch": 70, "steps": 3, "views": 2}
+    assert_same(load(records, **settings), load(records, **settings, workers=workers))
+
+
+def test_an_image_is_decoded_once_for_all_views(tmp_path, monkeypatch):
+    """A large JPEG once at each fraction of its size that a view needs; and no view depends on the others."""
+    large = photo(0, 900, 700)
+    images = [encode(large, quality=95), encode(photo(1, 90, 70), quality=95), encode(photo(2, 90, 70), "PNG")]
+    reader = SampleReader(write_records(tmp_path / "mixed", images), 3, (64, 64), Augmentation((0.05, 1.0)), views=4)
+    decoded: list[tuple] = []
+    for name in ("to_rgb", "decode_jpeg"):
+        original = getattr(samples, name)
+
+        def counted(source, *arguments, original=original):
+            decoded.append((id(original), getattr(source, "size", None)))
+            return original(source, *arguments)
+
+        monkeypatch.setattr(samples, name, counted)
+    for sample in reader.read(np.arange(3)):
+        decoded.clear()
+        image, alone = (
+            torch.empty(reader.shape, dtype=torch.uint8),
+            torch.empty(1, *reader.shape[1:], dtype=torch.uint8),
+        )
+        samples.decode_views(sample, image)
+        sizes = len(set(decoded))
+        assert len(decoded) == sizes and (sizes > 1) == (sample.id == 0)
+        for view, crop in enumerate(sample.crops):
+            samples.decode_views(replace(sample, crops=(crop,)), alone)
+            assert torch.equal(alone[0], image[view])
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_blank_batch_has_the_shape_of_the_others(records, views):
+    loader = make(records, views=views, steps=1)
+    (batch,), blank = loader, loader.blank()
+    for field in ("image", "text", "ids", "epochs"):
+        one, other = getattr(batch, field), getattr(blank, field)
+        assert one.shape == other.shape and one.dtype == other.dtype and not other.any()
 
 
 # ---- what workers need and how they end ------------------------------------------------------------------------------
