@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# Make the pictures of figure/ again: the demo set's contact sheet, training.png and retrieval.png of a demo run, and the plot of the benches.
-# [RUN=newest logs/demo-rwkv-clip-*] bash shell/make_figures.sh
+# Make the pictures of figure/ again, every one of them from what is there:
+#
+#   [RUN=demo run folder, the newest logs/demo-rwkv-clip-*] bash shell/make_figures.sh
+#
+# demo_set.png              drawn by the demo set itself
+# demo_training.png, demo_retrieval.png  copied from RUN; left as they are where there is no demo run (shell/train_demo.sh)
+# flickr8k.png              recalls of logs/flickr8k-* (shell/train_Flickr8k_small.sh), or those in figure/flickr8k.json
+# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, bench.png  from tests/bench/results
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ | tail -n 1)}
 python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
-cp "$RUN/training.png" figure/demo_training.png
-cp "$RUN/retrieval.png" figure/demo_retrieval.png
-if ls -d logs/flickr8k-*/eval >/dev/null 2>&1; then # train_Flickr8k_small.sh's runs, both models
-  REPORT=$(mktemp -d)/flickr8k
-  python -m rwkv_clip.eval.main report logs/flickr8k-*/eval --output "$REPORT"
-  cp "$REPORT"/bars-zero-shot-retrieval.png figure/flickr8k_recall.png
+RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ 2>/dev/null | tail -n 1 || true)}
+if [ -n "$RUN" ]; then
+  cp "$RUN/training.png" figure/demo_training.png
+  cp "$RUN/retrieval.png" figure/demo_retrieval.png
 fi
-python tests/bench/summary.py # figure/bench.png, from the results that are there; tests/bench/resolution.py draws resolution.png
+FLICKR8K_RUNS=()
+for results in logs/flickr8k-*/eval; do
+  [ ! -d "$results" ] || FLICKR8K_RUNS+=("$(dirname "$results")")
+done
+python tests/bench/figures.py ${FLICKR8K_RUNS[0]:+--runs "${FLICKR8K_RUNS[@]}"}
+python tests/bench/summary.py

@@ -103,7 +103,7 @@ def measure_evaluation(report: Report, args, folder: Path) -> None:
     found = {}
     for name, call in contenders.items():
         contenders[name] = lambda name=name, call=call: found.__setitem__(name, call())
-    times = alternate(contenders, repeats=1 if args.data else args.repeats, warmup=0, device=args.device)
+    times = alternate(contenders, repeats=1 if args.data else args.repeats, warmup_fraction=0, device=args.device)
     case = f"{data.name if args.data else 'drawn set'}, {len(data.image_names)} x {len(data.captions)}, {args.model}"
     if has_peer():
         # Features differ in the last bits (other batches), so near ties may fall the other way.

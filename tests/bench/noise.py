@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -33,29 +32,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from figures import chance, draw_alip, draw_noise
 from harness import ROOT, Report, argument_parser
 
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
-from rwkv_clip.config import Settings, load_settings, parse, to_dict
+from rwkv_clip.config import parse, to_dict
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.factory import create_model, load_for_inference
 from rwkv_clip.features import encode_images, encode_texts, open_picture
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import make_objective
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training.main import run as train
+from rwkv_clip.training.settings import Settings, load_settings
 
 VIT, RWKV = "ViT-Ti-8", "RWKV-CLIP-Ti-8"  # one width, depth, picture and patch
-GATED = {"objective": "alip", "views": "all"}
+GATED = {"objective": "alip", "text_choice": "all"}
 METHODS = {
-    "CLIP, raw": {"model": VIT, "views": "first"},
-    "CLIP, one of two": {"model": VIT, "views": "one"},
+    "CLIP, raw": {"model": VIT, "text_choice": "first"},
+    "CLIP, one of two": {"model": VIT, "text_choice": "one"},
     "ALIP": {"model": VIT, **GATED},
-    "RWKV towers, one of two": {"model": RWKV, "views": "one"},
+    "RWKV towers, one of two": {"model": RWKV, "text_choice": "one"},
     "RWKV towers, ALIP": {"model": RWKV, **GATED},
 }
 EXTRAS = {  # what is it in ALIP: two texts a step, or their weights? and its slow start?
-    "extra: CLIP, both": {"model": VIT, "views": "all"},
+    "extra: CLIP, both": {"model": VIT, "text_choice": "all"},
     "extra: ALIP, means from 0.4": {"model": VIT, **GATED, "gates": {"init": 0.4}},
 }
 PRESET = "flickr8k-small"  # learning rate, schedule and augmentation of everybody
@@ -127,7 +128,7 @@ def run_method(task: tuple[argparse.Namespace, str, int]) -> dict:
     args, label, seed = task
     settings = make_settings(args, label, seed)
     started = time.monotonic()
-    folder = Path(settings.logs) / settings.name
+    folder = Path(settings.run.logs) / settings.run.name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "out.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         train(settings)
@@ -140,7 +141,7 @@ def run_method(task: tuple[argparse.Namespace, str, int]) -> dict:
     result = {"method": label, "seed": seed, "seconds": round(seconds, 1), "settings": kept_settings(args, settings)}
     result |= tested
     result["parameters"] = sum(p.numel() for p in loaded.model.parameters())
-    if settings.objective == "alip":
+    if settings.loss.objective == "alip":
         result["gates"] = measure_gates(settings, loaded, folder, args)
     path = kept_file(args, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def kept_settings(args: argparse.Namespace, settings: Settings) -> dict:
 
 
 def kept_file(args: argparse.Namespace, settings: Settings) -> Path:
-    return args.work / "results" / f"{settings.name}.json"
+    return args.work / "results" / f"{settings.run.name}.json"
 
 
 def read_kept(args: argparse.Namespace, label: str, seed: int) -> dict | None:
@@ -173,8 +174,8 @@ def read_kept(args: argparse.Namespace, label: str, seed: int) -> dict | None:
 
 def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Namespace) -> dict:
     """Weights that the trained gates give clean and swapped training pairs: means, area, histograms."""
-    records = RecordSet(settings.train_data)
-    swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.seed}.json").read_text()))
+    records = RecordSet(settings.data.train_data)
+    swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.run.seed}.json").read_text()))
     images = encode_images(
         loaded.model,
         lambda i: open_picture(records.sample(i)[0]),
@@ -184,7 +185,7 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
     )
     tokens = np.stack([records.sample(i)[1] for i in range(len(records))])  # (n, 2, T)
     texts = encode_texts(loaded.model, tokens.reshape(-1, records.context), device=args.device)
-    objective = make_objective(settings.objective, settings.gates).eval()
+    objective = make_objective(settings.loss).eval()
     saved = read_tensors(find_checkpoint(folder) / "optim.safetensors")["objective/mean_similarity"]
     objective.load_state_dict({"mean_similarity": saved})
     similarities = objective.similarities(images, texts.view(len(records), 2, -1))
@@ -292,71 +293,13 @@ def report_areas(report: Report, case: str, found: dict[str, list[dict[str, floa
         report.add(case, name, **means, **areas)
 
 
-def chance(images: int, captions: int) -> dict[str, float]:
-    """Recall in percent of a random order; of a picture the best of its captions counts."""
-    each = captions // images
-    figures = {}
-    for name in RECALLS:
-        k = int(name.partition("@")[2])
-        found = min(k / images, 1)
-        if name.startswith("image"):
-            found = 1 - math.comb(captions - each, k) / math.comb(captions, k)
-        figures[short(name)] = 100 * found
-    return figures | {"mean_recall": statistics.fmean(figures.values())}
-
-
 def short(name: str) -> str:
     """text_to_image_R@1 -> t2i_R1."""
     way, _, k = name.partition("_R@")
     return f"{'t2i' if way.startswith('text') else 'i2t'}_R{k}"
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
-
-
-def plot_gates(result: dict, path: Path) -> None:
-    """Histograms of the weights of clean and swapped pairs, a row for each gated method, all seeds together."""
-    from matplotlib.figure import Figure
-
-    runs = [run for run in result["runs"] if "gates" in run and not run["method"].startswith("extra")]
-    labels = list(dict.fromkeys(run["method"] for run in runs))
-    titles = ("sample weight Ws", "raw pair Wt", "synthetic pair Wc", "weight of the raw loss, Ws Wt")
-    figure = Figure(figsize=(12, 2.7 * len(labels) + 0.3), layout="constrained")
-    edges = np.array(result["bins"])
-    for row, label in zip(figure.subplots(len(labels), len(WEIGHTS), squeeze=False), labels):
-        own = [run["gates"] for run in runs if run["method"] == label]
-        for axes, name, title in zip(row, WEIGHTS, titles):
-            counts = np.sum([gates[name]["histograms"] for gates in own], 0)
-            for part, what, color in zip(counts, ("clean", "swapped"), ("tab:blue", "tab:red")):
-                label_of = f"{what}, mean {statistics.fmean(gates[name][what] for gates in own):.2f}"
-                axes.stairs(part / part.sum(), edges, fill=True, alpha=0.45, color=color, label=label_of)
-            area = spread([gates[name]["area"] for gates in own])
-            axes.set_title(f"{title}\narea {area[0]:.2f} ({area[1]:.2f} - {area[2]:.2f})", fontsize=9)
-            last = np.flatnonzero(counts.sum(0))[-1] + 1
-            axes.set(xlim=(0, edges[last]), xlabel="weight")
-            axes.legend(frameon=False, fontsize=8)
-        row[0].set_ylabel(f"{label}\nshare of the pairs")
-    figure.savefig(path, dpi=120)
-
-
-def plot_recall(result: dict, path: Path) -> None:
-    """Mean recall of every run, a line for each method, and chance."""
-    from matplotlib.figure import Figure
-
-    labels = list(dict.fromkeys(run["method"] for run in result["runs"]))[::-1]
-    figure = Figure(figsize=(7, 0.42 * len(labels) + 1.1), layout="constrained")
-    axes = figure.subplots()
-    for place, label in enumerate(labels):
-        found = [100 * run["mean_recall"] for run in result["runs"] if run["method"] == label]
-        axes.plot([min(found), max(found)], [place, place], color="tab:gray", linewidth=1)
-        axes.plot(found, [place] * len(found), "o", color="tab:blue", markersize=4)
-        axes.plot(statistics.fmean(found), place, "|", color="black", markersize=14)
-    guess = next(row["figures"]["mean_recall"] for row in result["rows"] if row["contender"] == "chance")
-    axes.axvline(guess, color="tab:red", linestyle=":", label="chance")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel=f"mean recall, %: {result['rows'][0]['case']} (dots) and their mean", xlim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+# ---- command line --------------------------------------------------------------------------------------------------
 
 
 def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -383,8 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     report_runs(report, results, args)
     content = json.loads(report.finish(args.output).read_text())
     args.figures.mkdir(parents=True, exist_ok=True)
-    plot_gates(content, args.figures / "alip_gates.png")
-    plot_recall(content, args.figures / "alip_noise.png")
+    draw_alip(args.figures / "alip_weights.png", content)
+    draw_noise(args.figures / "flickr8k_noise.png", content)
 
 
 if __name__ == "__main__":

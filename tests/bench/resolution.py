@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from figures import draw_resolution
 from harness import ROOT, Report, alternate, argument_parser, peak_memory
 from models import NO_PEER, check, has_open_clip, make_inputs, make_open_clip, make_ours
 
@@ -68,35 +69,6 @@ def measure(report: Report, size: int, args) -> dict[str, tuple[float, float]]:
     return found
 
 
-def plot(result: dict, path: Path) -> None:
-    """Two panels, logarithmic: time and memory per token over the size, from a result's JSON."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print(f"no plot at {path.name}: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for axes, (key, title) in zip(
-        panels, (("microseconds_per_token", "us per token"), ("kib_per_token", "KiB per token"))
-    ):
-        for label, color in zip(NAMES, ("tab:red", "tab:gray")):
-            rows = [row for row in result["rows"] if row["contender"] == label and "figures" in row]
-            sizes = [int(row["case"].split()[0]) for row in rows]
-            axes.plot(sizes, [row["figures"][key] for row in rows], "o-", color=color, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="image side, px", title=f"{title}, B/16, {result['device']}")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.minorticks_off()
-        axes.title.set_fontsize(9)
-        axes.grid(True, alpha=0.3)
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argument_parser(__doc__, repeats=2)
     parser.add_argument("--sizes", nargs="+", type=int, help="image sides in px (224 448 1024, on a GPU 2048 too)")
@@ -117,7 +89,10 @@ def main() -> None:
             value = found[first]["ours"][column] / found[size]["ours"][column]
             report.ratio(f"{size} px", f"{what} per token, {first} px over here", value, goal=1 / LIMIT)
     path = report.finish(args.output)
-    plot(json.loads(path.read_text()), args.plot)
+    try:
+        draw_resolution(args.plot, json.loads(path.read_text()))
+    except ImportError:
+        print(f"no plot at {args.plot.name}: pip install matplotlib")
 
 
 if __name__ == "__main__":

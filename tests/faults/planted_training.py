@@ -21,58 +21,62 @@ CRASH, STORAGE = "faults/test_crash_points.py", "faults/test_storage.py"
 TRAINING = [
     Mutant(
         "gradients by all-reduce, in its own order",
-        "training/treesum.py",
+        "training/deterministic.py",
         "    for bucket in _buckets(tensors):  #",
         "    for tensor in tensors:\n        dist.all_reduce(tensor)\n    for bucket in _buckets([]):  #",
         f"{ELASTIC}::test_same_bits",
     ),
     Mutant(
-        "pieces added one after the other instead of as a tree",
-        "training/treesum.py",
+        "micro-batches added one after the other instead of as a tree",
+        "training/deterministic.py",
         "while sums and sums[-1][0] == level:",
         "if sums:\n            level = sums[-1][0] - 1\n        while sums:",
         f"{ELASTIC}::test_same_bits",
     ),
     Mutant(
         "stochastic depth drawn from a generator",
-        "training/step.py",
+        "training/gradients.py",
         "if inputs.drop_numbers is not None:",
         "if False:",
         f"{ELASTIC}::test_the_mode_matters",
     ),
     Mutant(
         "each rank has an order of its own",
-        "training/data.py",
+        "training/data/torch_loader.py",
         "begin = self.first(step) + self.rank * self.local_batch",
         "begin = self.first(step) // self.world + self.rank * 10**6",
         f"{ELASTIC}::test_the_mode_matters",
     ),
     Mutant(
         "the second pass draws other dropout",
-        "training/step.py",
-        "torch.manual_seed(int(hash64(self.seed, step, self.pieces.first + piece)[0] >> 1))",
+        "training/gradients.py",
+        "torch.manual_seed(int(hash64(self.seed, step, self.micro_batches.first + number)[0] >> 1))",
         "pass",
         "unit/test_step.py::test_the_second_pass_repeats_dropout_and_drop_path",
     ),
     Mutant(
-        "negatives of the own piece only",
-        "training/step.py",
-        "losses, report, *d_features, d_scale = self._compare(image, text, scale, scale_loss)",
-        "rows = [self.pieces.rows(piece) for piece in pieces]\n"
-        "        parts = [self._compare(image[own], text[own], scale, scale_loss) for own in rows]\n"
-        "        losses, report, d_scale = *parts[0][:2], sum(part[4] for part in parts) / len(parts)\n"
-        "        d_features = [torch.cat([part[i] for part in parts]) / len(parts) for i in (2, 3)]",
+        "negatives of the own micro-batch only",
+        "training/gradients.py",
+        "        losses, report, gradients = self._compare(features, scale_loss)\n",
+        "        rows = [self.micro_batches.rows(number) for number in numbers]\n"
+        "        cut = [{k: v[own] if v.dim() else v for k, v in features.items()} for own in rows]\n"
+        "        parts = [self._compare(part, scale_loss) for part in cut]\n"
+        "        losses, report, found = *parts[0][:2], [part[2] for part in parts]\n"
+        "        gradients = {\n"
+        "            k: torch.cat([x[k] for x in found]) / len(found) if v.dim() else sum(x[k] for x in found) / len(found)\n"
+        "            for k, v in features.items()\n"
+        "        }\n",
         "unit/test_step.py::test_accumulation_in_float64",
     ),
     Mutant(
-        "the temperature's gradient once per piece",
-        "training/step.py",
-        "torch.autograd.backward(output[:2], gradients)",
-        "torch.autograd.backward(output, [*gradients, d_scale])",
+        "the temperature's gradient once per micro-batch",
+        "training/gradients.py",
+        "if value.requires_grad and (last or value.dim())}",
+        "if value.requires_grad}",
         "unit/test_step.py::test_accumulation_in_float64",
     ),
     Mutant(
-        "ranks exchange gradients after every piece",
+        "ranks exchange gradients after every micro-batch",
         "training/parallel.py",
         "waits = isinstance(parallel, DistributedDataParallel) and not last",
         "waits = False",
@@ -80,15 +84,15 @@ TRAINING = [
     ),
     Mutant(
         "text choice from the global generator",
-        "training/augment.py",
+        "training/data/augment.py",
         "return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)",
         "return np.random.randint(0, views, len(ids))",
         "faults/test_resume.py::test_every_stop_point",
     ),
     Mutant(
         "the gradient scaler starts anew",
-        "training/snapshot.py",
-        'trainer.scaler.load_state_dict(state["scaler"])',
+        "training/checkpointing.py",
+        'state.scaler.load_state_dict(facts["scaler"])',
         "pass",
         "faults/test_resume.py::test_every_stop_point",
     ),
@@ -102,14 +106,14 @@ TRAINING = [
     Mutant(
         "the data begin again at the resumed step",
         "training/main.py",
-        "start=trainer.progress.samples_seen,",
+        "start=state.progress.samples_seen,",
         "start=0,",
         "faults/test_resume.py::test_every_stop_point",
     ),
     Mutant(
         "a run resumes with another learning rate",
-        "training/snapshot.py",
-        "changes = compare_runs(trainer, state)",
+        "training/checkpointing.py",
+        "changes = compare_runs(state, facts)",
         "changes = []",
         "faults/test_resume.py::test_another_run_is_refused_unless_allowed",
     ),
@@ -150,23 +154,23 @@ TRAINING = [
     ),
     Mutant(
         "a step that is not finite reaches the weights",
-        "training/numerics.py",
+        "training/faults/nonfinite.py",
         "        return torch.maximum(failed, overflow)\n",
         "        return torch.zeros_like(failed)\n",
         "faults/test_nonfinite.py::test_a_skipped_step_is_a_step_left_out",
     ),
     Mutant(
         "the count of bad steps is not resumed",
-        "training/snapshot.py",
-        "    trainer.watch.load_state_dict(state)\n",
+        "training/checkpointing.py",
+        "    state.watch.load_state_dict(facts)\n",
         "",
         "faults/test_nonfinite.py::test_a_resumed_run_goes_on_counting",
     ),
     Mutant(
         "nothing is saved at a signal",
         "training/loop.py",
-        "            trainer.save(saver, name, last=True)\n",
-        "            pass\n",
+        "    if signal or stuck:\n        _save(trainer, run, last=True)\n",
+        "    if signal or stuck:\n",
         "faults/test_signals.py::test_signals_at_random_times",
     ),
     Mutant(
@@ -185,7 +189,7 @@ TRAINING = [
     ),
     Mutant(
         "ALIP weighs by the means of the step before",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/alip.py",
         "            if self.training:\n"
         "                kept = self.gates.momentum\n"
         "                self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)\n"
@@ -197,53 +201,53 @@ TRAINING = [
     ),
     Mutant(
         "ALIP's means are those of the own rank",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/alip.py",
         "means = gather(similarities).mean(0)",
         "means = similarities.mean(0)",
         "dist/test_alip_ranks.py::test_ranks_are_one_process",
     ),
     Mutant(
         "ALIP's gate is closed at equality",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/alip.py",
         "torch.where(agreement < 1, of_pairs, 1.0)",
         "torch.where(agreement <= 1, of_pairs, 1.0)",
         "parity/test_alip_formulas.py::test_texts_that_agree_as_much_as_on_average",
     ),
     Mutant(
-        "ALIP's momentum is the share of what is new",
-        "rwkv_clip/objective.py",
+        "ALIP's momentum is the fraction of what is new",
+        "rwkv_clip/losses/alip.py",
         "self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)",
         "self.mean_similarity.mul_(1 - kept).add_(means, alpha=kept)",
         "parity/test_alip_formulas.py::test_three_steps",
     ),
     Mutant(
         "ALIP's weights are differentiated",
-        "rwkv_clip/objective.py",
+        "rwkv_clip/losses/alip.py",
         "with torch.no_grad():  # the weights are constants",
         "with torch.enable_grad():",
         "parity/test_alip_formulas.py::test_three_steps",
     ),
     Mutant(
-        "ALIP's means are brought up to date with every piece",
-        "training/step.py",
-        "        image, text, scale = (part.detach() for part in _join(outputs))\n",
-        "        image, text, scale = (part.detach() for part in _join(outputs))\n"
-        "        for own in [self.pieces.rows(piece) for piece in pieces[1:]]:\n"
-        "            self.objective(image[own], text[own], scale)\n",
+        "ALIP's means are brought up to date with every micro-batch",
+        "training/gradients.py",
+        "        features = {name: value.detach() for name, value in _join(outputs).items()}\n",
+        "        features = {name: value.detach() for name, value in _join(outputs).items()}\n"
+        "        for own in [self.micro_batches.rows(number) for number in numbers[1:]]:\n"
+        "            self.objective(**{k: v[own] if v.dim() else v for k, v in features.items()})\n",
         "dist/test_alip_ranks.py::test_runs_agree",
     ),
     Mutant(
         "ALIP's means are not saved",
-        "training/snapshot.py",
-        'return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}',
+        "training/checkpointing.py",
+        'return optim | {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}',
         "return optim",
         "unit/test_alip.py::test_a_resumed_run_has_the_same_bits",
     ),
     Mutant(
         "ALIP's means keep what a skipped step did",
-        "training/loop.py",
-        "statistics = Statistics(self.model, self.objective)",
-        "statistics = Statistics(self.model)",
+        "training/trainer.py",
+        "statistics = Statistics(state.model, state.objective)",
+        "statistics = Statistics(state.model)",
         "unit/test_alip.py::test_a_skipped_step_leaves_the_means",
     ),
 ]

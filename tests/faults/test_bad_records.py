@@ -15,10 +15,11 @@ from loading import make
 from tiny import MODEL, to_arguments
 
 from rwkv_clip.checkpoint import find_checkpoint, read_weights
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, checksum, pack
 from rwkv_clip.training import main as training
 from rwkv_clip.training.data.order import Order
+from rwkv_clip.training.settings import Settings
 
 COUNT, BATCH, SEED = 5000, 250, 3
 BAD = (17, 1234, 2500, 2501, 4999)
@@ -68,10 +69,10 @@ def data(tmp_path_factory):
 
 def test_five_of_five_thousand(data, monkeypatch):
     """The run sees every record once; two runs, one with a worker, end with the same bits and counts."""
-    loaders, make = [], training.make_loader
+    loaders, make_loader = [], training.make_loader
 
     def watched(*arguments, **settings):
-        loaders.append(make(*arguments, **settings))
+        loaders.append(make_loader(*arguments, **settings))
         return loaders[-1]
 
     monkeypatch.setattr(training, "make_loader", watched)

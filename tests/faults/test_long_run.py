@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from test_bad_records import picture
 from tiny import MODEL
 
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.training import main as training
+from rwkv_clip.training.settings import Settings
 
 STEPS, SAVES, EVERY, WARM = 2000, 50, 20, 500
 

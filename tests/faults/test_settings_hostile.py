@@ -15,11 +15,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from tiny import make_tiny
 
-from rwkv_clip.config import ConfigError, ImageTowerConfig, ModelConfig, Settings, TextTowerConfig, load_settings, parse
+from rwkv_clip.config import ConfigError, ImageTowerConfig, ModelConfig, TextTowerConfig, parse
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.factory import resolve_spec
 from rwkv_clip.training import main as training
 from rwkv_clip.training.main import check_records, read_command_line
+from rwkv_clip.training.settings import Settings, load_settings
 
 LONG = "9" * 30
 
@@ -56,7 +57,7 @@ COMMAND_LINE = [
     ("--grad-clip-norm 0", "grad_clip_norm", "0", "more than 0"),
     ("--workers -1", "workers", "-1", "at least 0"),
     ("--max-bad -1", "max_bad", "-1", "at least 0"),
-    ("--max-bad-share 1.5", "max_bad_share", "1.5", "at most 1"),
+    ("--max-bad-share 1.5", "max_bad_fraction", "1.5", "at most 1"),
     ("--name ../other", "name", "../other", "--logs"),
     ("--views two", "views", "two", "first"),
     ("--texts 0", "texts", "0", "at least 1"),

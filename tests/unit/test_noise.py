@@ -95,7 +95,7 @@ def test_recipe_compares_all_methods_once(tmp_path, capsys):
     areas = {row["contender"]: row["figures"]["area"] for row in result["rows"] if row["case"] == "without training"}
     assert len(areas) == 3 and min(areas.values()) > 0.8
     assert not any(word in path.read_text() for word in (".jpg", "guitar", str(tmp_path)))
-    assert {file.name for file in (tmp_path / "figure").iterdir()} == {"alip_gates.png", "alip_noise.png"}
+    assert {file.name for file in (tmp_path / "figure").iterdir()} == {"alip_weights.png", "flickr8k_noise.png"}
 
     logs = {log: log.read_bytes() for log in (tmp_path / "work").glob("runs/*/log.jsonl")}
     place = ["--data", str(tmp_path / "set" / "captions.jsonl"), "--work", str(tmp_path / "work")]

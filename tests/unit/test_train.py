@@ -15,15 +15,19 @@ from torch.utils._pytree import tree_leaves
 
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import join_world
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training import loop
 from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.faults.nonfinite import FiniteGuard
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
+from rwkv_clip.training.parallel import Shards
 from rwkv_clip.training.run import claim_folder
+from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.state import TrainState
+from rwkv_clip.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_run_folder(whole):
     assert keys <= steps[0].keys() and steps[-1]["epoch"] == pytest.approx(STEPS * BATCH / COUNT)
     assert [r["step"] for r in records if "val_text_to_image_R@1" in r] == [5, 10]
     assert (whole / "training.png").stat().st_size > 10_000
-    assert parse(Settings, json.loads((whole / "settings.json").read_text())).max_steps == STEPS
+    assert parse(Settings, json.loads((whole / "settings.json").read_text())).optimizer.max_steps == STEPS
     names = [path.name for path in sorted((whole / "checkpoints").iterdir())]
     assert names == ["step-00000009", "step-00000010"]
 
@@ -86,17 +90,15 @@ def test_text_choice_depends_on_seed_epoch_and_sample_only(data):
 
     def chosen(seed=0, epoch=0, ids=range(64), **changes):
         model = rwkv_clip.create_model(data["model"])
-        trainer = loop.Trainer(
-            model, make_objective("infonce"), settings(data, seed=seed, **changes), join_world("cpu"), 60
-        )
+        trainer = Trainer(TrainState(model, InfoNCE(), settings(data, seed=seed, **changes), join_world("cpu"), 60))
         batch = Batch(torch.empty(0), text, torch.tensor(list(ids)), torch.full((64,), epoch), 0)
-        return trainer.choose_view(batch).flatten().tolist()
+        return trainer.choose_texts(batch).flatten().tolist()
 
     first = chosen()
     assert sorted(set(first)) == [0, 1, 2] and chosen() == first
     assert chosen(ids=reversed(range(64)))[::-1] == first, "the place in the batch does not matter"
     assert chosen(seed=1) != first and chosen(epoch=1) != first and chosen(ids=range(64, 128)) != first
-    assert set(chosen(views="first")) == {0}
+    assert set(chosen(text_choice="first")) == {0}
 
 
 class Crash(Exception):
@@ -110,7 +112,7 @@ def test_interrupted_equals_uninterrupted(data, whole, stop, monkeypatch):
     step = loop.Trainer.step
 
     def crash(self, batch):
-        if self.progress.step == stop:
+        if self.state.progress.step == stop:
             raise Crash
         return step(self, batch)
 
@@ -165,10 +167,10 @@ def test_logs_that_cannot_be_a_folder_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "bf16"},
-        {"precision": "fp16"},
+        {"precision": "amp_bf16"},
+        {"precision": "amp"},
         {"grad_checkpointing": True},
-        {"schedule": "cosine", "cycle_beta1": False, "decay": "all", "views": "first", "drop_path": 0.0},
+        {"schedule": "cosine", "cycle_beta1": False, "decay": "all", "text_choice": "first", "drop_path": 0.0},
         {"workers": 2, "val_data": None},
         {"report_to": ["tensorboard"]},
         {"loader": "dali", "workers": 1},
@@ -211,7 +213,7 @@ def test_recomputation_changes_nothing(data, whole):
 
 def bits_of(trainer):
     """Copies of weights and optimizer state."""
-    tensors = {**trainer.model.state_dict(), **pack_state(trainer.optimizer, trainer.model)}
+    tensors = {**trainer.state.model.state_dict(), **pack_state(trainer.state.optimizer, trainer.state.shards.own)}
     return {key: value.clone() for key, value in tensors.items()}
 
 
@@ -283,7 +285,7 @@ def test_a_skipped_step_changes_nothing(data, fused, monkeypatch):
     if not fused:
         monkeypatch.setattr("rwkv_clip.training.optim.FUSED", ())
     layer = torch.nn.Linear(3, 3)
-    optimizer = build_optimizer(layer, settings(data))
+    optimizer = build_optimizer(Shards(layer, torch.nn.Module()), settings(data).optimizer)
     before, nothing = [p.clone() for p in layer.parameters()], torch.tensor(1.0)
     for skip, moved in ((nothing, False), (torch.tensor(0.0), True)):
         for parameter in layer.parameters():
@@ -300,14 +302,14 @@ def test_fp16_overflow_is_skipped_and_the_scale_falls(data, monkeypatch):
 
     def start(self, *arguments):
         init(self, *arguments)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110)
+        self.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110)
         trainers.append(self)
 
     monkeypatch.setattr(loop.Trainer, "__init__", start)
-    run(settings(data, name="overflow", precision="fp16", max_steps=4))
-    steps = {slots["step"].item() for slots in trainers[0].optimizer.state.values()}
-    assert steps == {3.0} and trainers[0].scaler.get_scale() == 2.0**10
-    assert all(p.isfinite().all() for p in trainers[0].model.parameters())
+    run(settings(data, name="overflow", precision="amp", max_steps=4))
+    steps = {slots["step"].item() for slots in trainers[0].state.optimizer.state.values()}
+    assert steps == {3.0} and trainers[0].state.scaler.get_scale() == 2.0**10
+    assert all(p.isfinite().all() for p in trainers[0].state.model.parameters())
 
 
 class HostReads(TorchDispatchMode):
@@ -327,7 +329,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp"])
 def test_no_step_waits_for_the_device(data, monkeypatch, precision):
     """Between logs a step reads no number back. (On a CPU this is how it can be told; a GPU would wait there.)
 
