@@ -77,7 +77,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _guarding(self, name: str) -> Iterator[None]:
-        """A report that fails, because of a full disk or the network, ends no run but is given up: log.jsonl has it all."""
+        """A report that fails, because of a full disk or the network, is given up; log.jsonl has all of it."""
         try:
             yield
         except Exception as error:

@@ -92,15 +92,15 @@ TRAINING = [
     Mutant(
         "all views of an image have the same crop",
         "training/data/augment.py",
-        "augmentation.area, augmentation.aspect, view * NEXT_VIEW",
-        "augmentation.area, augmentation.aspect, 0",
+        "settings.crop_area, settings.crop_aspect, view * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, 0",
         "unit/test_loader.py::test_view_0_is_what_a_single_view_shows",
     ),
     Mutant(
         "the first view of several is not that of a run with one",
         "training/data/augment.py",
-        "augmentation.area, augmentation.aspect, view * NEXT_VIEW",
-        "augmentation.area, augmentation.aspect, (1 - view) * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, view * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, (1 - view) * NEXT_VIEW",
         "unit/test_augment.py::test_views_have_draws_of_their_own",
     ),
     Mutant(

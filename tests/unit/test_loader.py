@@ -26,11 +26,12 @@ from PIL import Image
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.training.data import batch as data_batch
 from rwkv_clip.training.data import samples, torch_loader
-from rwkv_clip.training.data.augment import Augmentation, crop_windows, draw_flips
+from rwkv_clip.training.data.augment import crop_windows, draw_flips
 from rwkv_clip.training.data.order import Order
 from rwkv_clip.training.data.samples import DataError, SampleReader
 from rwkv_clip.training.data.workers import WorkerLost
 from rwkv_clip.training.faults.process import start_time
+from rwkv_clip.training.settings import DataSettings
 
 COUNT = 50
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # of scripts that import what tests import
@@ -399,7 +400,8 @@ def test_an_image_is_decoded_once_for_all_views(tmp_path, monkeypatch):
     """A large JPEG once at each fraction of its size that a view needs; and no view depends on the others."""
     large = photo(0, 900, 700)
     images = [encode(large, quality=95), encode(photo(1, 90, 70), quality=95), encode(photo(2, 90, 70), "PNG")]
-    reader = SampleReader(write_records(tmp_path / "mixed", images), 3, (64, 64), Augmentation((0.05, 1.0)), views=4)
+    settings = DataSettings(crop_area=(0.05, 1.0))
+    reader = SampleReader(write_records(tmp_path / "mixed", images), 3, (64, 64), settings, views=4)
     decoded: list[tuple] = []
     for name in ("to_rgb", "decode_jpeg"):
         original = getattr(samples, name)

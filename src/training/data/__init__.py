@@ -10,7 +10,6 @@ from rwkv_clip.config import ConfigError, check
 from rwkv_clip.data.records import RecordSet
 
 from ..settings import DataSettings
-from .augment import Augmentation
 from .batch import Loader, Plan, Tally
 from .samples import SampleReader
 from .torch_loader import TorchLoader
@@ -33,7 +32,8 @@ def make_loader(
     settings.loader: "torch" (worker processes), "dali", or "auto": DALI where it is installed and `device` is a GPU.
     settings.workers: processes (torch) or threads (DALI). With DALI on a GPU the images arrive there, else on the CPU.
     Iterating raises DataError when more than settings.max_bad records and more than the fraction
-    settings.max_bad_fraction are bad, WorkerLost when a process dies. ConfigError or ValueError for settings that do not fit.
+    settings.max_bad_fraction are bad, WorkerLost when a process dies. ConfigError or ValueError for settings that do
+    not fit.
     """
     problems = check(settings)
     if settings.loader not in LOADERS:
@@ -45,8 +45,7 @@ def make_loader(
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"image_size: {image_size} is no size; use a positive number or (height, width)")
     tally = Tally(plan.world, settings.max_bad, settings.max_bad_fraction)
-    augmentation = Augmentation(settings.crop_area, settings.crop_aspect, settings.flip)
-    reader = SampleReader(records, seed, size, augmentation, views)
+    reader = SampleReader(records, seed, size, settings, views)
     if settings.loader == "torch" or (settings.loader == "auto" and not (device.type == "cuda" and _has_dali())):
         return TorchLoader(reader, plan, tally, settings.workers, device)
     from .dali_loader import DaliLoader

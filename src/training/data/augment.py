@@ -7,9 +7,9 @@ several views: view 0 is what a run with one view sees, each further view has dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+
+from ..settings import DataSettings
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the counter step of splitmix64
 MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -20,15 +20,6 @@ ATTEMPTS = 10
 FLIP, TEXT, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
 DROP_PATH = 1 << 20  # and the following: one for every residual branch that may be dropped
 NEXT_VIEW = 1 << 32  # from a draw for one view of an image to the same draw for the next
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How the views of an image vary; the defaults are the released recipe's."""
-
-    area: tuple[float, float] = (0.7, 1.0)  # fraction of the image that a crop keeps
-    aspect: tuple[float, float] = (0.8, 1.25)  # width / height of a crop
-    flip: float = 0.5  # probability of a horizontal flip
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -77,17 +68,17 @@ def crop_windows(
     seed: int,
     epochs: np.ndarray,
     ids: np.ndarray,
-    augmentation: Augmentation = Augmentation(),
+    settings: DataSettings = DataSettings(),
     view: int = 0,
 ) -> np.ndarray:
     """Random crops, drawn as DALI does from random_area and random_aspect_ratio: int64 (B, 4), rows (x, y, width,
     height), each inside its image of `widths` x `heights` pixels.
 
-    The fraction of the image's area is uniform in `augmentation.area`, width / height is log-uniform in `.aspect`; the
-    first of ten attempts that fits is taken. An image too wide or too tall for any of them gets the largest window of
-    an allowed shape. The position is uniform.
+    The fraction of the image's area is uniform in `crop_area` of the settings, width / height is log-uniform in
+    `crop_aspect`; the first of ten attempts that fits is taken. An image too wide or too tall for any of them gets the
+    largest window of an allowed shape. The position is uniform.
     """
-    area, aspect, draw = augmentation.area, augmentation.aspect, view * NEXT_VIEW
+    area, aspect, draw = settings.crop_area, settings.crop_aspect, view * NEXT_VIEW
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     draws = draw + CROP_SHAPE + np.arange(2 * ATTEMPTS)[:, None]
     first, second = np.split(uniforms(seed, np.asarray(epochs)[None], np.asarray(ids)[None], draws), 2)

@@ -19,7 +19,8 @@ from rwkv_clip.errors import DATA
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.data.records import RecordError, RecordSet
 
-from .augment import Augmentation, crop_windows, draw_flips
+from ..settings import DataSettings
+from .augment import crop_windows, draw_flips
 from .order import Order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
@@ -85,13 +86,13 @@ class SampleReader:
         records: RecordSet,
         seed: int,
         image_size: tuple[int, int],
-        augmentation: Augmentation = Augmentation(),
+        settings: DataSettings = DataSettings(),
         views: int = 1,
     ):
         if views < 1:
             raise ValueError(f"views: {views}; an image needs at least one")
         self.records, self.seed, self.image_size = records, seed, image_size
-        self.augmentation, self.views = augmentation, views
+        self.settings, self.views = settings, views
         self.order = Order(len(records), seed)
 
     @property
@@ -151,8 +152,8 @@ class SampleReader:
         ids, epochs, widths, heights = np.array(facts, np.int64).T
         views = []
         for view in range(self.views):
-            windows = crop_windows(widths, heights, self.seed, epochs, ids, self.augmentation, view)
-            flips = draw_flips(self.seed, epochs, ids, self.augmentation.flip, view)
+            windows = crop_windows(widths, heights, self.seed, epochs, ids, self.settings, view)
+            flips = draw_flips(self.seed, epochs, ids, self.settings.flip, view)
             views.append([Crop(*window, flip) for window, flip in zip(windows.tolist(), flips.tolist())])
         for sample, crops in zip(samples, zip(*views)):
             sample.crops = crops
