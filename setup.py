@@ -21,7 +21,8 @@ def found(name: str, folder: str) -> list[str]:
 
 
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
-DEVELOPMENT = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
+CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
+DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 
 setup(
     name="rwkv_clip",
@@ -33,7 +34,14 @@ setup(
     python_requires=">=3.10",
     package_dir=HOMES,
     packages=[package for name, folder in HOMES.items() for package in found(name, folder)],
-    package_data={"rwkv_clip": ["configs/*/*.json"], "rwkv_clip.eval": ["*.json"], "rwkv_clip.ops": ["csrc/*"]},
+    package_data={"": ["*.json"], "rwkv_clip": ["py.typed", "configs/**/*.json"], "rwkv_clip.ops": ["csrc/**/*"]},
+    entry_points={
+        "console_scripts": [
+            "rwkv-clip-train = rwkv_clip.training.main:main",
+            "rwkv-clip-eval = rwkv_clip.eval.main:main",
+            "rwkv-clip-data = rwkv_clip.data.__main__:main",
+        ]
+    },
     install_requires=requirements(),
     extras_require={
         "dali": ["nvidia-dali-cuda130>=1.51"],

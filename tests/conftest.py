@@ -2,7 +2,6 @@
 
 import gc
 import os
-import socket
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,15 +9,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from helpers import ranks
+
 torch.set_num_threads(1)
+
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+# .pytest.ini's `pythonpath` is for this process; the processes that tests start import `helpers` by the environment's
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported lives to the end; a collection that walks through it takes 0.2 s
-
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,4 @@ def shared() -> Path:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port on loopback that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return ranks.free_port()

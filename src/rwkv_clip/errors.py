@@ -11,8 +11,8 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 SETTING = 2  # a setting, a checkpoint that does not fit, something that is missing or not installed
 DATA = 3  # damaged or unusable input
@@ -127,12 +127,12 @@ def unbroken_output() -> Iterator[None]:
 class _Unbroken:
     """A text stream whose `write` and `flush` never fail."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):  # a TextIO; not every one can be reconfigured
         self._stream = stream
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+            self._stream.reconfigure(errors="backslashreplace")
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -140,7 +140,7 @@ class _Unbroken:
             self._stream.write(text)
         return len(text)
 
-    def writelines(self, lines) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 

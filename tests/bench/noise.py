@@ -61,7 +61,6 @@ EXTRAS = {  # what is it in ALIP: two texts a step, or their weights? and its sl
 }
 PRESET = "flickr8k-small"  # learning rate, schedule and augmentation of everybody
 SIDE = 64  # px of the stored training pictures; the towers see crops of them at 48
-BINS = np.linspace(0, 2.5, 51)  # of the weights' histograms; the last one takes what is beyond
 SIMILARITIES, WEIGHTS = ("S_tc", "S_xt", "S_xc"), ("Ws", "Wt", "Wc", "Ws Wt")  # t: raw, c: synthetic, x: picture
 RECALLS = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 FIGURES = ROOT / "figure"
@@ -173,7 +172,7 @@ def read_kept(args: argparse.Namespace, label: str, seed: int) -> dict | None:
 
 
 def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Namespace) -> dict:
-    """Weights that the trained gates give clean and swapped training pairs: means, area, histograms."""
+    """Weights that the trained gates give clean and swapped training pairs: means and area."""
     records = RecordSet(settings.data.train_data)
     swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.run.seed}.json").read_text()))
     images = encode_images(
@@ -197,8 +196,7 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
         found[name] = compare(column, swapped)
     values = (sample, pairs[:, 0], pairs[:, 1], sample * pairs[:, 0])
     for name, column in zip(WEIGHTS, (value.numpy() for value in values)):
-        counts = [np.histogram(np.minimum(part, BINS[-1]), BINS)[0] for part in (column[~swapped], column[swapped])]
-        found[name] = compare(column, swapped) | {"histograms": [part.tolist() for part in counts]}
+        found[name] = compare(column, swapped)
     return found
 
 
@@ -264,7 +262,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -> None:
-    """Rows: recall in percent by method, then the gates; everything by seed beside them."""
+    """Rows: recall in percent by method, then the gates; the recalls of every run beside them."""
     images, captions = results[0]["images"], results[0]["captions"]
     case = f"{images} test pictures, {args.repeats} seeds"
     report.add(case, "chance", **chance(images, captions))
@@ -282,7 +280,12 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
         report_areas(report, f"gates of {label}", found)
     untrained = [measure_untrained(args, seed) for seed in range(args.repeats)]
     report_areas(report, "without training", {name: [found[name] for found in untrained] for name in untrained[0]})
-    report.facts |= {"jobs": args.jobs, "preset": PRESET, "bins": BINS.tolist(), "runs": results}
+    report.facts |= {"jobs": args.jobs, "preset": PRESET, "runs": [summarize(run) for run in results]}
+
+
+def summarize(run: dict) -> dict:
+    """What the pictures show of a run; the rest stays in the work folder."""
+    return {name: run[name] for name in ("method", "seed", "images", "captions", "mean_recall", *RECALLS)}
 
 
 def report_areas(report: Report, case: str, found: dict[str, list[dict[str, float]]]) -> None:

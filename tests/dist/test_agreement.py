@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import free_port, start_ranks
-from tiny import make_smaller, make_tiny, to_arguments
-
+from helpers.ranks import free_port, start_ranks
+from helpers.tiny import make_smaller, make_tiny, to_arguments
 from rwkv_clip.data.build import build_records
 
 

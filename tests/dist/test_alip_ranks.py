@@ -1,21 +1,15 @@
 """ALIP on several gloo ranks, in pieces and in chunks is ALIP of one process: losses, gradients, running means, log."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parity"))
-from alip_formulas import ReferenceALIP
-from ranks import digest, run_ranks, train_logging_ids
-from test_alip_formulas import BATCH, STEPS, features
-from tiny import make_smaller, make_tiny
-
+from helpers.alip_formulas import BATCH, STEPS, ReferenceALIP, features
+from helpers.ranks import digest, run_ranks, train_logging_ids
+from helpers.tiny import make_smaller, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.dist import join_world, leave_world, mean_over_ranks
 from rwkv_clip.losses import ALIP, GateSettings, pairs

@@ -2,17 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import digest, read_ids, run_ranks, train_logging_ids
-from tiny import COUNT, make_tiny
-
+from helpers.ranks import digest, read_ids, run_ranks, train_logging_ids
+from helpers.tiny import COUNT, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import World

@@ -10,12 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
-from ranks import run_ranks
-
 import rwkv_clip
+from helpers.color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from helpers.ranks import run_ranks
 from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.eval.classification import evaluate_classification
 from rwkv_clip.eval.datasets import ClassificationSet

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from fail_at import fail_at, failure_times
-from ranks import digest, start_ranks
-from tiny import make_tiny, to_arguments
+from helpers.fail_at import fail_at, failure_times
+from helpers.ranks import digest, start_ranks
+from helpers.tiny import make_tiny, to_arguments
 
 TIMEOUT, STEPS = 3.0, 20
 WAYS = ["rank 0", "rank 1", "rank 0 with the store"]
@@ -145,7 +143,7 @@ def test_a_stuck_rank_ends_all_and_says_where(data, tmp_path, store):
     assert ended - failure_times(tmp_path)[0] <= TIMEOUT + 6
     for rank in range(2):
         assert re.search(
-            r"rank 1 last seen at step 13, .*: stuck at dist/fail_at.py:\d+ for [45] s", said(tmp_path, rank)
+            r"rank 1 last seen at step 13, .*: stuck at helpers/fail_at.py:\d+ for [45] s", said(tmp_path, rank)
         )
 
 
@@ -154,7 +152,7 @@ def test_a_process_that_is_alone_and_stuck_ends_and_says_where(data, tmp_path):
     ended = finish(ranks, [5], tmp_path)
     assert TIMEOUT - 1 <= ended - failure_times(tmp_path)[0] <= TIMEOUT + 6
     pattern = (
-        r"error: step 13 has lasted [3-6] s, at dist/fail_at.py:\d+, and computes nothing: stuck; --timeout 3 allows"
+        r"error: step 13 has lasted [3-6] s, at helpers/fail_at.py:\d+, and computes nothing: stuck; --timeout 3 allows"
     )
     assert re.match(pattern, said(tmp_path, 0))
 
@@ -165,7 +163,7 @@ def test_a_process_that_is_alone_and_slow_goes_on(data, tmp_path):
     finish(ranks, [0], tmp_path, within=60)
     lines = [line for line in (tmp_path / "stderr0").read_text().splitlines() if "it computes, so the run" in line]
     assert 1 <= len(lines) <= 2 and all(
-        re.search(r"step 13 has lasted \d+ s, at dist/fail_at.py:\d+; ", x) for x in lines
+        re.search(r"step 13 has lasted \d+ s, at helpers/fail_at.py:\d+; ", x) for x in lines
     )
 
 
@@ -209,7 +207,7 @@ def test_torchrun_restarts_a_run_with_the_same_bits(data, reference, tmp_path, f
     settings = data | {"name": "restarted"}
     del settings["resume"]  # the second and third start go on all the same
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
-    command += ["--master_port", str(free_port), str(Path(__file__).with_name("fail_at.py")), str(tmp_path)]
+    command += ["--master_port", str(free_port), "-m", "helpers.fail_at", str(tmp_path)]
     command += ["0:13:SIGKILL,1:17:SIGKILL", "--", *to_arguments(settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import sys
 from functools import partialmethod
 from pathlib import Path
 
@@ -18,12 +17,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import digest, run_ranks
-from tiny import MODEL, make_smaller, make_tiny
-
 import rwkv_clip
+from helpers.ranks import digest, run_ranks
+from helpers.tiny import MODEL, make_smaller, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint, read_description
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import World, join_world, leave_world, mean_over_ranks

@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import run_ranks, train_logging_ids
-from tiny import BATCH, make_tiny
+from helpers.ranks import run_ranks, train_logging_ids
+from helpers.tiny import BATCH, make_tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import digest, run_ranks, train_logging_ids
-from tiny import make_tiny, to_arguments
+from helpers.ranks import digest, run_ranks, train_logging_ids
+from helpers.tiny import make_tiny, to_arguments
 
 STEPS = 20
 
@@ -29,7 +27,7 @@ def start_nodes(folder: Path, port: int, plan: str, per_node: int, restarts: int
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", str(per_node)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "rehearsal"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2"]
-    command += [str(Path(__file__).with_name("fail_at.py")), str(folder), plan, "--", *to_arguments(settings)]
+    command += ["-m", "helpers.fail_at", str(folder), plan, "--", *to_arguments(settings)]
     nodes = []
     for node in range(2):
         with open(folder / f"node{node}", "w") as out:

@@ -2,17 +2,13 @@
 
 import json
 import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import run_ranks
-
+from helpers.ranks import run_ranks
 from rwkv_clip.dist import World
 from rwkv_clip.training.faults.peers import LEFT, TRAINING, Sign
 from rwkv_clip.training.faults.process import Process, start_time

@@ -63,8 +63,7 @@ TRAINING = [
         "        parts = [self._compare(part, scale_loss) for part in cut]\n"
         "        losses, report, found = *parts[0][:2], [part[2] for part in parts]\n"
         "        gradients = {\n"
-        "            k: torch.cat([x[k] for x in found]) / len(found) if v.dim() else sum(x[k] for x in found) / len(found)\n"
-        "            for k, v in features.items()\n"
+        "            k: (torch.cat if v.dim() else sum)([x[k] / len(found) for x in found]) for k, v in features.items()\n"
         "        }\n",
         "unit/test_step.py::test_accumulation_in_float64",
     ),

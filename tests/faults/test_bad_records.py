@@ -1,6 +1,5 @@
 """Damaged pictures in a run: a few are replaced and counted, alike in every run and world; many end it by name."""
 
-import io
 import json
 import subprocess
 import sys
@@ -8,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from loading import make
-from tiny import MODEL, to_arguments
-
+from helpers.loading import make
+from helpers.pictures import picture
+from helpers.tiny import MODEL, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, read_weights
 from rwkv_clip.config import parse
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, checksum, pack
@@ -25,15 +22,8 @@ COUNT, BATCH, SEED = 5000, 250, 3
 BAD = (17, 1234, 2500, 2501, 4999)
 
 
-def picture(i: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(i).integers(0, 256, (3, 3, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((18, 16)).save(file, "JPEG")
-    return file.getvalue()
-
-
 def write(prefix: Path, bad: set[int], count: int = COUNT) -> RecordSet:
-    pictures = [picture(i) for i in range(20)]
+    pictures = [picture(i, size=(18, 16)) for i in range(20)]
     with RecordWriter(prefix) as writer:
         for i in range(count):
             labels = np.array([49406, 320 + i % 500, 49407, 0, 0, 0, 0, 0], "<f4")

@@ -8,16 +8,14 @@ import json
 import os
 import shutil
 import struct
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_data2rec import add, contents, make_rows, picture, save_images, save_jsonl
-
+from helpers.pictures import picture
+from helpers.sources import add_member, contents, make_rows, save_images, save_jsonl
 from rwkv_clip.data import build as builder
 from rwkv_clip.data import encode
 from rwkv_clip.data.build import build_records
@@ -169,8 +167,8 @@ def test_pictures_inside_the_input(tmp_path, kind, monkeypatch):
         if kind == "tar":
             with tarfile.open(path, "w") as tar:
                 for i, (text, data) in enumerate(rows):
-                    add(tar, f"{i}.jpg", data)
-                    add(tar, f"{i}.txt", text.encode())
+                    add_member(tar, f"{i}.jpg", data)
+                    add_member(tar, f"{i}.txt", text.encode())
         else:
             parquet = pytest.importorskip("pyarrow.parquet")
             table = pytest.importorskip("pyarrow").table({"text": [t for t, _ in rows], "image": [d for _, d in rows]})

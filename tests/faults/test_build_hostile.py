@@ -4,14 +4,11 @@ import errno
 import json
 import os
 import resource
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_data2rec import picture, save_jsonl
-
+from helpers.pictures import picture
+from helpers.sources import save_jsonl
 from rwkv_clip import files
 from rwkv_clip.data import encode
 from rwkv_clip.data.build import build_records

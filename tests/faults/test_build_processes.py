@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_data2rec import contents, picture, save_jsonl
-
+from helpers.pictures import picture
+from helpers.sources import contents, save_jsonl
 from rwkv_clip.data.build import build_records
 from rwkv_clip.errors import explain
 from rwkv_clip.files import InUse, hold

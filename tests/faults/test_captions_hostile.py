@@ -8,6 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from helpers.pictures import encode, paint
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.factory import get_tokenizer
@@ -85,8 +86,6 @@ def test_what_is_no_caption_is_refused():
 
 
 def test_builder_counts_and_names(tmp_path):
-    from test_images_hostile import encode, paint
-
     (tmp_path / "0.jpg").write_bytes(encode(paint(24, 16), "JPEG"))
     texts = ["good", "", "  ", "\0\0", "a" * (MAX_CHARACTERS + 1), "dog " * 9000, "\ud800 x", 5, None, "<end_of_text>"]
     path = tmp_path / "c.jsonl"
@@ -104,8 +103,6 @@ def test_builder_counts_and_names(tmp_path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "json"])
 def test_bytes_that_are_not_utf8_are_named(ending, tmp_path):
-    from test_images_hostile import encode, paint
-
     (tmp_path / "0.jpg").write_bytes(encode(paint(24, 16), "JPEG"))
     mark = b"\t" if ending == "tsv" else b","
     rows = {

@@ -2,17 +2,15 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from crashes import KILLED, UNTIL, crash_everywhere, final_digest, kill_at_random, resume_snapshots
-from ranks import CONTEXT
-from smallrun import SmallRun
-from syscalls import NAMES, READS
-from tiny import make_tiny
+from helpers.crashes import KILLED, UNTIL, crash_everywhere, final_digest, kill_at_random, resume_snapshots
+from helpers.ranks import CONTEXT
+from helpers.smallrun import SmallRun
+from helpers.syscalls import NAMES, READS
+from helpers.tiny import make_tiny
 
 KILLS = 100
 

@@ -1,6 +1,5 @@
 """Pictures made to do harm: bombs, wrong endings, other formats, rare modes. Ordinary ones: unit/test_image.py."""
 
-import io
 import resource
 import struct
 import time
@@ -11,21 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.pictures import encode, paint
 from rwkv_clip.data.image import ImageError, inspect_image, open_image, val_transform
 from rwkv_clip.training.data.samples import Crop, Sample, decode_windows, fit_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-
-
-def paint(width: int, height: int, seed: int = 0) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def part(kind: bytes, body: bytes) -> bytes:

@@ -3,16 +3,13 @@
 import gc
 import json
 import os
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_bad_records import picture
-from tiny import MODEL
-
+from helpers.pictures import picture
+from helpers.tiny import MODEL
 from rwkv_clip.config import parse
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.training import main as training

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from ranks import digest, start_ranks
-from tiny import BATCH, STEPS, make_smaller, make_tiny, to_arguments
-
 import rwkv_clip
+from helpers.ranks import digest, start_ranks
+from helpers.tiny import BATCH, STEPS, make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints, read_tensors
 from rwkv_clip.config import parse
 from rwkv_clip.dist import World

@@ -4,15 +4,12 @@ what a resumption refuses."""
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from ranks import digest
-from tiny import make_tiny
-
+from helpers.ranks import digest
+from helpers.tiny import make_tiny
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.training import checkpointing

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from tiny import make_tiny
-
+from helpers.tiny import make_tiny
 from rwkv_clip.config import ConfigError, ImageTowerConfig, ModelConfig, TextTowerConfig, parse
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.factory import resolve_spec

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from ranks import digest, read_ids, start_ranks
-from tiny import BATCH, make_smaller, make_tiny, to_arguments
-
+from helpers.ranks import digest, read_ids, start_ranks
+from helpers.tiny import BATCH, make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
 from rwkv_clip.training import loop
 from rwkv_clip.training.data import batch as data_batch

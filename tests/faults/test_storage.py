@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import intact, leftovers
-from smallrun import SmallRun, digest_folder
-from syscalls import NAMES, watch_calls
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from tiny import make_tiny, to_arguments
-
+from helpers.crashes import intact, leftovers
+from helpers.smallrun import SmallRun, digest_folder
+from helpers.syscalls import NAMES, watch_calls
+from helpers.tiny import make_tiny, to_arguments
 from rwkv_clip import serialization
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
 from rwkv_clip.training import saver as saver_module

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from alip_formulas import ReferenceALIP
 
 import rwkv_clip
+from helpers.alip_formulas import STEPS, ReferenceALIP, features
 from rwkv_clip.config import parse
 from rwkv_clip.dist import World
 from rwkv_clip.losses import ALIP, GateSettings, InfoNCE, pairs
@@ -17,7 +17,6 @@ from rwkv_clip.training.loop import Trainer
 from rwkv_clip.training.settings import Settings
 from rwkv_clip.training.state import TrainState
 
-BATCH, WIDTH, STEPS = 24, 6, 3
 ONE = World(0, 1, torch.device("cpu"))
 GATES = {  # means that float32 holds exactly
     "released": {},
@@ -29,15 +28,6 @@ GATES = {  # means that float32 holds exactly
     "no gates": {"init": 0.375, "sample_gamma": 0.0},
     "pairs all alike": {"init": 0.375, "pair_gamma": 0.0},
 }
-
-
-def features(step: int, dtype: torch.dtype, batch: int = BATCH) -> list[torch.Tensor]:
-    """Images, raw texts, captions and scale; texts agree with it more or less."""
-    g = torch.Generator().manual_seed(step)
-    image = torch.randn(batch, WIDTH, generator=g, dtype=torch.float64)
-    texts = [image + k * torch.randn(batch, WIDTH, generator=g, dtype=torch.float64) for k in (1.0, 2.0)]
-    leaves = [F.normalize(part, dim=-1) for part in (image, *texts)]
-    return [x.to(dtype).requires_grad_() for x in (*leaves, torch.tensor(5.0 + step, dtype=torch.float64))]
 
 
 def reference(gates: dict) -> ReferenceALIP:

@@ -2,48 +2,21 @@
 2/255."""
 
 import gc
-import io
-import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-import loading
-
-from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
+from helpers import loading
+from helpers.pictures import encode, photo, write_records
 from rwkv_clip.training.data.augment import crop_windows
 from rwkv_clip.training.data.samples import DataError
 
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (pip install -e '.[dali]')")
 
 COUNT = 30
-
-
-def photo(seed: int, width: int, height: int) -> Image.Image:
-    """Photograph-like: large soft shapes, edges and a little grain."""
-    random = np.random.default_rng(seed)
-    soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
-    edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
-    grain = random.normal(0, 4, (height, width, 1))
-    return Image.fromarray((0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8))
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def write_records(prefix, images: list[bytes]) -> RecordSet:
-    with RecordWriter(prefix) as writer:
-        for i, image in enumerate(images):
-            writer.write(i, pack(Header(0, np.full(231, i, np.float32), i, 0), image))
-    return RecordSet(prefix)
 
 
 @pytest.fixture(scope="module")

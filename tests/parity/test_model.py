@@ -1,6 +1,7 @@
 """The model against features, loss and gradients of the released code, and its key lists and initial values."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +12,28 @@ from rwkv_clip.config import ConfigError
 from rwkv_clip.factory import image_size_of
 from rwkv_clip.ops import shift_tokens
 
+DATA = Path(__file__).parent / "data"
+
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.fixture(scope="module")
-def tiny(shared):
-    return torch.load(shared / "parity" / "rwkv_clip_tiny.pt", weights_only=True)
+def tiny():
+    return torch.load(DATA / "rwkv_clip_tiny.pt", weights_only=True)
 
 
 def build(tiny, dtype=torch.float32):
     model = rwkv_clip.create_model(tiny["config"])
     model.load_state_dict(tiny["state_dict"])
     return model.to(dtype)
+
+
+def thinned(gradient: torch.Tensor) -> torch.Tensor:
+    """The entries of a gradient that the file holds: all of a small one, about 512 evenly spaced of a large one."""
+    flat = gradient.flatten()
+    return flat[:: -(-len(flat) // 512)] if len(flat) > 1024 else flat
 
 
 @pytest.mark.parametrize("dtype, suffix, bound", [(torch.float32, "", 1e-5), (torch.float64, "_f64", 1e-10)])
@@ -38,7 +47,7 @@ def test_features_loss_and_gradients(tiny, dtype, suffix, bound):
     assert relative(loss, tiny["loss" + suffix]) <= bound
     loss.backward()
     parameters = dict(model.named_parameters())
-    errors = {name: relative(parameters[name].grad, exact) for name, exact in tiny["grads_f64"].items()}
+    errors = {name: relative(thinned(parameters[name].grad), exact) for name, exact in tiny["grads_f64"].items()}
     if dtype == torch.float64:
         assert max(errors.values()) <= bound, errors
         return
@@ -70,24 +79,24 @@ def test_released_file_with_prefixes_loads_and_a_wrong_one_names_its_keys(tiny, 
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("preset, patch", [("RWKV-CLIP-B-32", 32), ("RWKV-CLIP-B-16", 16)])
-def test_keys_and_shapes_of_released_models(shared, preset, patch):
-    listed = json.loads((shared / "parity" / f"rwkv_clip_b{patch}_keys.json").read_text())
-    model = rwkv_clip.create_model(preset)
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k["name"]: k["shape"] for k in listed["keys"]}
-    assert sum(p.numel() for p in model.parameters()) == listed["params"]["total"]
+@pytest.mark.parametrize("patch", [32, 16])
+def test_keys_and_shapes_of_released_models(patch):
+    listed = json.loads((DATA / "released_keys.json").read_text())[str(patch)]
+    model = rwkv_clip.create_model(f"RWKV-CLIP-B-{patch}")
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == listed["shapes"]
+    assert sum(p.numel() for p in model.parameters()) == listed["parameters"]
     from_released = rwkv_clip.create_model(listed["config"])
     assert from_released.state_dict().keys() == model.state_dict().keys()
 
 
-def test_initial_values(shared):
+def test_initial_values():
     torch.manual_seed(0)
     parameters = dict(rwkv_clip.create_model("RWKV-CLIP-B-32").named_parameters())
-    listed = json.loads((shared / "parity" / "init_b32.json").read_text())["params"]
+    listed = json.loads((DATA / "initial_values_b32.json").read_text())
     assert listed.keys() == parameters.keys()
     for name, expected in listed.items():
         values = parameters[name].detach().double().flatten()
-        if expected["deterministic"]:
+        if "abs_sum" in expected:
             torch.testing.assert_close(values[:4].tolist(), expected["first4"], rtol=1e-5, atol=1e-6, msg=name)
             torch.testing.assert_close(values[-4:].tolist(), expected["last4"], rtol=1e-5, atol=1e-6, msg=name)
             assert abs(float(values.abs().sum()) - expected["abs_sum"]) <= 1e-5 * max(1, expected["abs_sum"]), name

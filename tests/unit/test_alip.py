@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import digest
-from tiny import BATCH, make_smaller, make_tiny
-
 import rwkv_clip
+from helpers.ranks import digest
+from helpers.tiny import BATCH, make_smaller, make_tiny
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records

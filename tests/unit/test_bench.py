@@ -1,21 +1,21 @@
 """The benches' harness: no speed while a check is red, contenders take turns, results say where they are from."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import all as everything
+import harness
 import pytest
+import summary
 import torch
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-harness, summary, everything = (importlib.import_module(name) for name in ("harness", "summary", "all"))
 CPU = torch.device("cpu")
 
 
-def report_of(name: str = "loss", **settings) -> "harness.Report":
+def report_of(name: str = "loss", **settings) -> harness.Report:
     report = harness.Report(name, CPU, commit="abc1234", **settings)
     report.gate("loss", 1e-7, 1e-5)
     report.add("small", "plain", seconds=[3.0, 1.0, 2.0])
@@ -124,9 +124,9 @@ def test_loader_bench_runs_where_only_our_loader_is(tmp_path):
     small = {"pictures": 16, "batch": 4, "timed": 4, "workers": 0, "repeats": 1, "device": "cpu"}
     options = [text for name, value in small.items() for text in (f"--{name}", str(value))]
     hide = "import sys; sys.modules.update(dict.fromkeys(['nvidia.dali', 'webdataset', 'pandas', 'tyro', 'open_clip']))"
-    code = f"{hide}; sys.path.insert(0, {str(BENCH)!r}); import loader; loader.main()"
+    code = f"{hide}; import loader; loader.main()"
     command = [sys.executable, "-c", code, *options, "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("loader-*.json")
     result = json.loads(path.read_text())

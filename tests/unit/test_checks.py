@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_tiny
 
+from helpers.tiny import make_tiny
 from rwkv_clip.config import ConfigError, flat_names, parse
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import MainRankFailed, World, _check_kinds, ask_main, judge_all

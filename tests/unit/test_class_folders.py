@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
-from color_model import COLORS, ColorTokenizer, save_color
 
+from helpers.color_model import COLORS, ColorTokenizer, save_color
 from rwkv_clip.eval.classification import _notes
 from rwkv_clip.eval.datasets import load_classification, read_names
 from rwkv_clip.eval.folders import class_folders

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from PIL import Image
 
+from helpers.color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import datasets, prompts
 from rwkv_clip.eval.classification import cached_class_weights, class_weights, evaluate_classification

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.pictures import picture
+from helpers.sources import TEXTS, add_member, contents, make_rows, save_images, save_jsonl
 from rwkv_clip.data import build
 from rwkv_clip.data.build import build_records, verify_records
 from rwkv_clip.data.fields import Condition, Views
@@ -22,30 +24,6 @@ from rwkv_clip.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDINGS = (".rec", ".idx", ".json")
-TEXTS = ("raw", "synthetic", "generated")
-
-
-def picture(seed: int, mode: str = "RGB", kind: str = "JPEG", size=(24, 16)) -> bytes:
-    rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def make_rows(count: int) -> list[dict]:
-    return [{"image": f"{i}.jpg", **{text: f"{text} text {i}" for text in TEXTS}} for i in range(count)]
-
-
-def save_images(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        (folder / f"{i}.jpg").write_bytes(picture(i))
-
-
-def save_jsonl(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -67,11 +45,6 @@ def check_standard(prefix, count: int = 6, views=TEXTS) -> None:
         image, tokens = records.sample(i)
         assert image == picture(i)
         assert (tokens == tokenizer([f"{view} text {i}" for view in views]).numpy()).all()
-
-
-def contents(prefix) -> dict[str, bytes]:
-    folder = Path(prefix).parent
-    return {path.name: path.read_bytes() for path in sorted(folder.glob(Path(prefix).name + "*"))}
 
 
 # ---- kinds of input
@@ -104,30 +77,24 @@ def test_tables(tmp_path, name):
     check_standard(tmp_path / "train")
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_webdataset(tmp_path, ending):
     for shard in range(2):
         with tarfile.open(tmp_path / f"s-{shard:02d}.{ending}", "w:gz" if ending == "tar.gz" else "w") as tar:
             for i in range(3 * shard, 3 * shard + 3):
-                add(tar, f"a/{i:03d}.jpg", picture(i))
+                add_member(tar, f"a/{i:03d}.jpg", picture(i))
                 if i % 2:  # texts in files of their own
                     for text in TEXTS[1:]:
-                        add(tar, f"a/{i:03d}.{text}.txt", f"{text} text {i}\n".encode())
-                    add(tar, f"a/{i:03d}.txt", f"raw text {i}\n".encode())
+                        add_member(tar, f"a/{i:03d}.{text}.txt", f"{text} text {i}\n".encode())
+                    add_member(tar, f"a/{i:03d}.txt", f"raw text {i}\n".encode())
                 else:
-                    add(tar, f"a/{i:03d}.txt", f"raw text {i}".encode())
-                    add(
+                    add_member(tar, f"a/{i:03d}.txt", f"raw text {i}".encode())
+                    add_member(
                         tar,
                         f"a/{i:03d}.json",
                         json.dumps({text: f"{text} text {i}" for text in TEXTS[1:]}).encode(),
                     )
-                add(tar, f"a/{i:03d}.cls", b"5")
+                add_member(tar, f"a/{i:03d}.cls", b"5")
     build_records(f"{tmp_path}/s-{{00..01}}.{ending}", str(tmp_path / "train"))
     check_standard(tmp_path / "train")
     build_records(f"{tmp_path}/s-*.{ending}", str(tmp_path / "second"))
@@ -137,8 +104,8 @@ def test_webdataset(tmp_path, ending):
 def test_damaged_tar_is_refused(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for i in range(4):
-            add(tar, f"{i}.jpg", picture(i))
-            add(tar, f"{i}.txt", b"text")
+            add_member(tar, f"{i}.jpg", picture(i))
+            add_member(tar, f"{i}.txt", b"text")
     whole = (tmp_path / "s.tar").read_bytes()
     damaged = bytearray(whole)
     damaged[2560:2660] = b"x" * 100  # the header of the third member
@@ -147,12 +114,12 @@ def test_damaged_tar_is_refused(tmp_path):
         with pytest.raises(SourceError, match=r"s\.tar"):
             list(Source(tmp_path / "s.tar").rows())
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        add(tar, "0.jpg", b"\0" * 32_000_001)
-        add(tar, "0.txt", b"text")
-        add(tar, "1.jpg", picture(1))
-        add(tar, "1.txt", b"\xff\xfe")
-        add(tar, "2.jpg", picture(2))
-        add(tar, "2.txt", b"good")
+        add_member(tar, "0.jpg", b"\0" * 32_000_001)
+        add_member(tar, "0.txt", b"text")
+        add_member(tar, "1.jpg", picture(1))
+        add_member(tar, "1.txt", b"\xff\xfe")
+        add_member(tar, "2.jpg", picture(2))
+        add_member(tar, "2.txt", b"good")
     report = build_records(str(tmp_path / "s.tar"), str(tmp_path / "train"))
     assert report.skipped == {"image too large": 1, "text is not UTF-8 or JSON": 1} and report.count == 1
 
@@ -160,8 +127,8 @@ def test_damaged_tar_is_refused(tmp_path):
 def test_a_damaged_checksum_fails_the_build(tmp_path):
     with tarfile.open(tmp_path / "s.tgz", "w:gz") as tar:
         for i in range(4):
-            add(tar, f"{i}.jpg", picture(i))
-            add(tar, f"{i}.txt", b"text")
+            add_member(tar, f"{i}.jpg", picture(i))
+            add_member(tar, f"{i}.txt", b"text")
     whole = (tmp_path / "s.tgz").read_bytes()
     (tmp_path / "s.tgz").write_bytes(whole[:-8] + bytes(4) + whole[-4:])  # every member is as it was
     with pytest.raises(SourceError, match=r"s\.tgz: .*CRC"):
@@ -192,8 +159,8 @@ def test_layouts_of_other_programs(tmp_path, layout):
         with tarfile.open(path, "w") as tar:
             for i, row in enumerate(rows):
                 about = row | {"image": str(tmp_path / "data" / "0.jpg"), "path": "0.jpg", "filename": "0.jpg"}
-                add(tar, f"{i}.jpg", picture(i))
-                add(tar, f"{i}.json", json.dumps(about).encode())
+                add_member(tar, f"{i}.jpg", picture(i))
+                add_member(tar, f"{i}.json", json.dumps(about).encode())
     else:
         path = tmp_path / layout
         rows = [row | {"image": base64.b64encode(picture(i)).decode()} for i, row in enumerate(rows)]

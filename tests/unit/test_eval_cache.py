@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from color_model import ColorModel, loaded
 from PIL import Image
 
+from helpers.color_model import ColorModel, loaded
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import cache, datasets
 from rwkv_clip.eval.datasets import load_classification

@@ -8,10 +8,10 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from color_model import COLORS, ColorModel, loaded, save_color
 from PIL import Image
 
 import rwkv_clip
+from helpers.color_model import COLORS, ColorModel, loaded, save_color
 from rwkv_clip.errors import DATA
 from rwkv_clip.eval import tables
 from rwkv_clip.eval.main import main

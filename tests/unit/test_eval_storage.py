@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from color_model import COLORS, loaded, save_color
 
+from helpers.color_model import COLORS, loaded, save_color
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import report, retrieval
 from rwkv_clip.eval.main import main

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from color_model import COLORS, loaded, save_color
 
+from helpers.color_model import COLORS, loaded, save_color
 from rwkv_clip.eval.export import Features, read_about, read_features, write_features
 from rwkv_clip.eval.main import main
 from rwkv_clip.files import write_whole

@@ -7,8 +7,9 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-from test_data2rec import make_rows, picture, save_images, save_jsonl
 
+from helpers.pictures import picture
+from helpers.sources import make_rows, save_images, save_jsonl
 from rwkv_clip.data import sources
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.encode import Encoder, RowError

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from helpers.pictures import encode, paint
 from rwkv_clip.data import image as image_module
 from rwkv_clip.data.image import (
     CLIP_MEAN,
@@ -33,18 +34,6 @@ from rwkv_clip.training.data import samples
 from rwkv_clip.training.data.samples import Crop, Sample, decode_windows, fit_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-
-
-def paint(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth picture with all colours."""
-    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def png(width: int, height: int, bits: int, color: int, rows: bytes) -> bytes:

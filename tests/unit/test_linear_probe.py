@@ -11,12 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from color_model import COLORS, ColorModel, loaded, preprocess, save_color
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from ranks import run_ranks
-
+from helpers.color_model import COLORS, ColorModel, loaded, preprocess, save_color
+from helpers.ranks import run_ranks
 from rwkv_clip.eval import cache, linear_probe, logistic
 from rwkv_clip.eval.known import KNOWN
 from rwkv_clip.eval.linear_probe import Samples, choose_and_fit

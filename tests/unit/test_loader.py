@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import make
 from PIL import Image
 
-from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
+from helpers.loading import make
+from helpers.pictures import encode, photo, tokens_of, write_records
+from rwkv_clip.data.records import RecordSet
 from rwkv_clip.training.data import batch as data_batch
 from rwkv_clip.training.data import samples, torch_loader
 from rwkv_clip.training.data.augment import crop_windows, draw_flips
@@ -34,33 +35,7 @@ from rwkv_clip.training.faults.process import start_time
 from rwkv_clip.training.settings import DataSettings
 
 COUNT = 50
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # of scripts that import what tests import
-
-
-def photo(seed: int, width: int, height: int) -> Image.Image:
-    """Photograph-like: large soft shapes, edges and a little grain."""
-    random = np.random.default_rng(seed)
-    soft = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
-    edges = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 0)
-    grain = random.normal(0, 4, (height, width, 1))
-    return Image.fromarray((0.7 * np.asarray(soft) + 0.3 * np.asarray(edges) + grain).clip(0, 255).astype(np.uint8))
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def tokens_of(i: int) -> np.ndarray:
-    return np.full(231, i, np.float32) + np.repeat(np.arange(3, dtype=np.float32), 77) * 1000
-
-
-def write_records(prefix, images: list[bytes], labels=tokens_of) -> RecordSet:
-    with RecordWriter(prefix) as writer:
-        for i, image in enumerate(images):
-            writer.write(i, pack(Header(0, labels(i), i, 0), image))
-    return RecordSet(prefix)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # of scripts that import what tests import
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +268,7 @@ def test_missing_dali_names_the_extra(records, monkeypatch):
 
 SCRIPT = """
     import multiprocessing, os, signal, sys
-    from loading import make
+    from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
 
     loader = make(RecordSet(sys.argv[1]), image_size=32, global_batch=8, steps=40, workers=2)
@@ -451,7 +426,7 @@ def test_nothing_lies_in_shared_memory(records):
 
 SMALL = """
     import sys, time
-    from loading import make
+    from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
 
     for batch in make(RecordSet(sys.argv[1]), image_size=224, global_batch=128, steps=22, workers=4):
@@ -553,7 +528,7 @@ def wait_until(condition, seconds: float = 30) -> bool:
 
 ORPHANS = """
     import multiprocessing, os, signal, sys, time
-    from loading import make
+    from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
     from rwkv_clip.training.data.samples import SampleReader
 

@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import make_tiny
 
+from helpers.tiny import make_tiny
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.training import profile_data
 from rwkv_clip.training.profile_data import ProfileSettings, Rates, find_limit, run

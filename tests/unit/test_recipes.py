@@ -6,13 +6,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tiny import make_tiny
 
+from helpers.ranks import run_ranks
+from helpers.recipes import ROOT, needs_installation, script
+from helpers.tiny import make_tiny
 from rwkv_clip.config import parse, to_dict
 from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import leave_world
@@ -20,29 +21,9 @@ from rwkv_clip.eval.main import main as evaluate
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.settings import Settings, load_settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--max-steps", "2", "--workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4"]
 
-pytestmark = pytest.mark.skipif(
-    not list(ROOT.glob(".venv/installed-*")),
-    reason="the scripts install into .venv; run `bash shell/run_tests.sh` once",
-)
-
-
-def script(name: str, *arguments: str, expect: int = 0, **environment: str) -> str:
-    clean = {k: v for k, v in os.environ.items() if k not in ("CHECKPOINT", "DATA", "DATA_ROOT", "TRAIN_DATA", "LOGS")}
-    done = subprocess.run(
-        ["bash", str(ROOT / "shell" / name), *arguments],
-        env={**clean, "EXTRAS": "dev,dali", "TORCH_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+pytestmark = needs_installation
 
 
 def test_recipe_trains_and_both_test_scripts_evaluate(tmp_path, free_port):
@@ -209,8 +190,8 @@ def test_the_newest_demo_run_is_evaluated(clone):
         log.write_text("{}\n")
         os.utime(log, (1e9 - age, 1e9 - age))
     (clone / "logs" / "demo-x").mkdir()
-    for script in ("test_zero_shot_retrieval.sh", "test_zero_shot_classificaiton.sh"):
-        (call,) = called(clone, script)
+    for name in ("test_zero_shot_retrieval.sh", "test_zero_shot_classificaiton.sh"):
+        (call,) = called(clone, name)
         assert call[call.index("--checkpoint") + 1] == "logs/demo-clip-2"
         (call,) = called(clone, script, CHECKPOINT="logs/demo-alip-3/")
         assert call[call.index("--checkpoint") + 1] == "logs/demo-alip-3"

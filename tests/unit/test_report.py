@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from color_model import COLORS, loaded, save_color
 from PIL import Image
 
+from helpers.color_model import COLORS, loaded, save_color
 from rwkv_clip.eval import published, tables
 from rwkv_clip.eval.confusion import worst_classes
 from rwkv_clip.eval.main import main

@@ -1,28 +1,21 @@
 """The evaluation of a model whose answers are known, and ranks against their definition."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import run_ranks
-
 import rwkv_clip
+from helpers.color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from helpers.ranks import run_ranks
+from helpers.sources import save_jsonl
 from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.features import encode_images, encode_texts, read_ahead
 from rwkv_clip.metrics import COLUMNS, recall_at_k, retrieval_ranks
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
-
-
-def write_lines(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def colors(folder):
-    return load_retrieval(write_lines(folder / "set.jsonl", [{"image": f"{c}.png", "caption": c} for c in COLORS]))
+    return load_retrieval(save_jsonl(folder / "set.jsonl", [{"image": f"{c}.png", "caption": c} for c in COLORS]))
 
 
 def evaluate(data, **changes):
@@ -53,7 +46,7 @@ def test_counts_do_not_depend_on_batch_size_or_workers(folder):
     rng = np.random.default_rng(0)
     names = list(COLORS)
     rows = [{"image": f"{c}.png", "captions": rng.choice(names, 3).tolist()} for c in COLORS]
-    data = load_retrieval(write_lines(folder / "set.jsonl", rows))
+    data = load_retrieval(save_jsonl(folder / "set.jsonl", rows))
     results = [evaluate(data, batch_size=b, workers=w).metrics for b, w in ((1, 0), (3, 2), (64, 4))]
     assert results[0] == results[1] == results[2]
     assert 0 < results[0]["text_to_image_hits@1"] < 3 * len(COLORS)
@@ -61,7 +54,7 @@ def test_counts_do_not_depend_on_batch_size_or_workers(folder):
 
 def test_last_partial_batch_counts_once_and_equal_captions_are_encoded_once(folder):
     rows = [{"image": f"{c}.png", "captions": [c, "red"]} for c in COLORS]
-    data, model = load_retrieval(write_lines(folder / "set.jsonl", rows)), ColorModel()
+    data, model = load_retrieval(save_jsonl(folder / "set.jsonl", rows)), ColorModel()
     result = evaluate_retrieval(model, data, preprocess, ColorTokenizer(), batch_size=4)
     assert model.calls == [16, 16]  # seven pictures, seven distinct captions of fourteen, blocks of one shape
     assert len(result.text_features) == 14
@@ -212,7 +205,7 @@ def test_ranks_and_batches_give_the_same_integers(autocast, tmp_path):
     for number in range(PICTURES):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(tmp_path / f"{number}.png")
         rows.append({"image": f"{number}.png", "captions": [f"{number} of {i}" for i in range(1 + number % 5)]})
-    write_lines(tmp_path / "set.jsonl", rows)
+    save_jsonl(tmp_path / "set.jsonl", rows)
     for world in (1, 2, 4):
         run_ranks(world, tmp_path, evaluate_on_ranks, str(tmp_path), autocast)
     found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*-*-*.json")}

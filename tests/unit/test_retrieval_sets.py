@@ -4,16 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
 
+from helpers.color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from helpers.sources import save_jsonl
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.retrieval import count_cut, count_cut_texts, evaluate_retrieval, load_retrieval
 from rwkv_clip.tokenizer import make_tokenizer
-
-
-def write_lines(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -33,7 +29,7 @@ def test_json_lines_with_one_and_several_captions(folder):
         {"image": "blue.png", "caption": "blue"},
         {"image": "red.png", "caption": "really red"},  # the same picture again: its captions are joined
     ]
-    data = load_retrieval(write_lines(folder / "set.jsonl", rows))
+    data = load_retrieval(save_jsonl(folder / "set.jsonl", rows))
     assert data.image_names == ["red.png", "blue.png"]
     assert data.captions == ["a red thing", "red", "blue", "really red"]
     assert data.image_of_caption.tolist() == [0, 0, 1, 0]
@@ -51,7 +47,7 @@ def test_json_list_below_image_root(folder, tmp_path_factory):
 
 def test_pictures_in_the_images_folder_are_found(tmp_path):
     save_color(tmp_path / "images" / "red.png", "red")
-    data = load_retrieval(write_lines(tmp_path / "captions.jsonl", [{"image": "red.png", "caption": "red"}]))
+    data = load_retrieval(save_jsonl(tmp_path / "captions.jsonl", [{"image": "red.png", "caption": "red"}]))
     assert data.open(0).size == (8, 8)
 
 
@@ -126,10 +122,10 @@ def test_fields_by_other_names_behind_a_byte_order_mark(folder, ending, image, c
 
 
 def test_what_a_row_has_is_listed_where_something_lacks(folder):
-    path = write_lines(folder / "set.jsonl", [{"picture": "red.png", "caption": "red"}])
+    path = save_jsonl(folder / "set.jsonl", [{"picture": "red.png", "caption": "red"}])
     with pytest.raises(ValueError, match=r"field 'image' is None; .*the entry has picture, caption"):
         load_retrieval(path)
-    path = write_lines(folder / "set.jsonl", [{"image": "red.png", "sentence": "red"}])
+    path = save_jsonl(folder / "set.jsonl", [{"image": "red.png", "sentence": "red"}])
     with pytest.raises(ValueError, match=r"no field 'caption' or 'captions' .*title.*but image, sentence"):
         load_retrieval(path)
 
@@ -152,13 +148,13 @@ def test_one_file_is_one_picture_however_it_is_spelled(folder):
     (folder / "again.png").symlink_to("red.png")
     names = ["red.png", "./red.png", "images/../red.png", "again.png"]
     (folder / "images").mkdir()
-    data = load_retrieval(write_lines(folder / "set.jsonl", [{"image": n, "caption": n} for n in names]))
+    data = load_retrieval(save_jsonl(folder / "set.jsonl", [{"image": n, "caption": n} for n in names]))
     assert data.image_names == ["red.png"] and data.image_of_caption.tolist() == [0] * 4 and data.note == ""
 
 
 def test_a_caption_that_stands_twice_is_counted_and_said(folder):
     rows = [{"image": "red.png", "captions": ["red", "red"]}, {"image": "blue.png", "caption": "red"}]
-    data = load_retrieval(write_lines(folder / "set.jsonl", rows))
+    data = load_retrieval(save_jsonl(folder / "set.jsonl", rows))
     assert (
         len(data.captions) == 3
         and data.note == "1 captions stand a second time with their picture, e.g. 'red' of red.png"
@@ -174,7 +170,7 @@ def test_names_that_lead_out_are_refused(folder, tmp_path_factory, name):
     (root / "link.png").symlink_to(secret / "red.png")
     (root / "linked").symlink_to(secret)
     name = str(secret / "red.png") if name == "absolute" else name
-    path = write_lines(root / "set.jsonl", [{"image": "blue.png", "caption": "a"}, {"image": name, "caption": "b"}])
+    path = save_jsonl(root / "set.jsonl", [{"image": "blue.png", "caption": "a"}, {"image": name, "caption": "b"}])
     message = r"set.jsonl:2: field 'image': .*leads out of .*\(1 of 2 such names\); .*--allow-outside"
     for place in ({}, {"image_root": root}):
         with pytest.raises(ValueError, match=message):
@@ -186,7 +182,7 @@ def test_names_that_lead_out_are_refused(folder, tmp_path_factory, name):
 def test_an_image_root_that_is_a_link_is_no_way_out(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("elsewhere")
     (root / "images").symlink_to(folder)
-    data = load_retrieval(write_lines(root / "set.jsonl", [{"image": "red.png", "caption": "red"}]))
+    data = load_retrieval(save_jsonl(root / "set.jsonl", [{"image": "red.png", "caption": "red"}]))
     assert data.open(0).getpixel((0, 0)) == COLORS["red"]
 
 
@@ -195,14 +191,14 @@ def test_captions_that_are_cut_are_counted(folder):
     tokenizer = make_tokenizer(context=5)
     assert count_cut_texts(texts, tokenizer(texts), tokenizer) == 2  # three words, start and end just fit
     rows = [{"image": "red.png", "captions": texts[:4]}]
-    data = load_retrieval(write_lines(folder / "set.jsonl", rows))
+    data = load_retrieval(save_jsonl(folder / "set.jsonl", rows))
     assert count_cut(data, tokenizer(data.captions), tokenizer) == 2
     assert count_cut(data, tokenizer(["a " + t for t in data.captions]), tokenizer, "a ") == 3
 
 
 def test_split_must_be_chosen_where_there_are_several(folder):
     rows = [{"image": f"{c}.png", "caption": c, "split": s} for c, s in zip(COLORS, ["train", "test", "test"])]
-    path = write_lines(folder / "set.jsonl", rows)
+    path = save_jsonl(folder / "set.jsonl", rows)
     with pytest.raises(ValueError, match=r"several splits: train \(1\), test \(2\); choose one"):
         load_retrieval(path)
     assert load_retrieval(path, split="test").captions == ["green", "blue"]
@@ -296,7 +292,7 @@ def test_records_of_one_picture_are_joined_as_rows_are(folder):
     texts = {"red": ["red", "red white", "red teal"], "blue": ["blue", "blue white"], "green": ["green"]}
     rows = [(color, [texts[color][i]]) for i in range(3) for color in texts if i < len(texts[color])]
     lines = [{"image": f"{color}.png", "caption": text} for color, (text,) in rows]
-    by_name = load_retrieval(write_lines(folder / "set.jsonl", lines))
+    by_name = load_retrieval(save_jsonl(folder / "set.jsonl", lines))
     by_bytes = load_retrieval(save_records(folder / "shard", rows))
     assert by_bytes.image_of_caption.tolist() == by_name.image_of_caption.tolist() == [0, 1, 2, 0, 1, 0]
     assert evaluate(by_bytes).metrics == evaluate(by_name).metrics
@@ -330,6 +326,6 @@ def test_records_refuse_what_they_cannot_do(records):
 
 
 def test_views_belong_to_records(folder):
-    path = write_lines(folder / "set.jsonl", [{"image": "red.png", "caption": "red"}])
+    path = save_jsonl(folder / "set.jsonl", [{"image": "red.png", "caption": "red"}])
     with pytest.raises(ValueError, match=r"no \.rec"):
         load_retrieval(path, views=["raw"])

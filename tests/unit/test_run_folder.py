@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tiny import make_smaller, make_tiny, to_arguments
 
 import rwkv_clip
+from helpers.tiny import make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, hash_file
 from rwkv_clip.config import ConfigError, load_json, parse
 from rwkv_clip.data.build import build_records

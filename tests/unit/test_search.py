@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from color_model import COLORS, loaded, save_color
 
+from helpers.color_model import COLORS, loaded, save_color
 from rwkv_clip.eval import search
 from rwkv_clip.eval.main import main
 from rwkv_clip.eval.search import nearest, nearest_by_faiss

@@ -1,20 +1,15 @@
 """A big batch means a big batch (promise P4): accumulated and distributed gradients are those of one batch, drop path
 and dropout included."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import run_ranks
-from tiny import MODEL
-
 import rwkv_clip
+from helpers.ranks import run_ranks
+from helpers.tiny import MODEL
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import World, join_world, leave_world

@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from tiny import MODEL, make_tiny
 
+from helpers.tiny import MODEL, make_tiny
 from rwkv_clip.checkpoint import read_weights
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
@@ -138,7 +138,7 @@ def test_tokens_that_reach_the_towers(data, monkeypatch, records, changes, expec
     run(chosen)
     stored, (ids, texts) = RecordSet(chosen.data.train_data), seen
     tokens = torch.stack([torch.from_numpy(stored.sample(i)[1]) for i in ids])
-    assert len(ids) == chosen.batch_size and len(set(ids)) == len(ids)
+    assert len(ids) == chosen.parallel.batch_size and len(set(ids)) == len(ids)
     if isinstance(expected, set):
         which = (tokens == texts[:, None]).all(2).int().argmax(1)
         assert torch.equal(texts, tokens[torch.arange(len(ids)), which]) and set(which.tolist()) == expected

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BATCH, COUNT, STEPS, make_tiny, to_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rwkv_clip
+from helpers.tiny import BATCH, COUNT, STEPS, make_tiny, to_arguments
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import join_world

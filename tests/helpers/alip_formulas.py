@@ -4,6 +4,8 @@ the paper (Yang et al. 2023, arXiv 2308.08428) and the released code's rules; wh
 import torch
 import torch.nn.functional as F
 
+BATCH, WIDTH, STEPS = 24, 6, 3
+
 
 class ReferenceALIP:
     """H begins as plain numbers; each call is one step of one process with the whole batch."""
@@ -55,3 +57,12 @@ class ReferenceALIP:
         scores, own = s * a @ b.T, torch.arange(len(a))
         rows, columns = F.cross_entropy(scores, own, reduction="none"), F.cross_entropy(scores.T, own, reduction="none")
         return (rows + columns) / 2
+
+
+def features(step: int, dtype: torch.dtype, batch: int = BATCH) -> list[torch.Tensor]:
+    """Images, raw texts, captions and scale; texts agree with it more or less."""
+    g = torch.Generator().manual_seed(step)
+    image = torch.randn(batch, WIDTH, generator=g, dtype=torch.float64)
+    texts = [image + k * torch.randn(batch, WIDTH, generator=g, dtype=torch.float64) for k in (1.0, 2.0)]
+    leaves = [F.normalize(part, dim=-1) for part in (image, *texts)]
+    return [x.to(dtype).requires_grad_() for x in (*leaves, torch.tensor(5.0 + step, dtype=torch.float64))]

@@ -1,6 +1,6 @@
 """A training run in which ranks fail on purpose, each at its step and once only:
 
-torchrun .. fail_at.py FOLDER RANK:STEP:KIND[,RANK:STEP:KIND ..] --setting value ..
+torchrun .. -m helpers.fail_at FOLDER RANK:STEP:KIND[,RANK:STEP:KIND ..] --setting value ..
 
 KIND is a signal, or `hang`, `compute` (for eight seconds), or `error`. FOLDER gets a file per failure with the time of
 it, and so each happens once.

@@ -6,14 +6,12 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 
-import pytest
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rwkv_clip.training.main", "torch._dynamo", "open_clip", "warm"])
+CONTEXT.set_forkserver_preload(["rwkv_clip.training.main", "torch._dynamo", "open_clip", "helpers.warm"])
 
 
 def free_port() -> int:
@@ -38,9 +36,6 @@ def _child(rank: int, world: int, port: int, folder: str, function: Callable, ar
 
 def start_ranks(world: int, folder: Path, function: Callable, *arguments) -> list[multiprocessing.Process]:
     """Start `function(*arguments)` on `world` ranks; an exception's traceback goes to `folder/error<rank>`."""
-    with pytest.MonkeyPatch.context() as patch:  # for `warm`; the path of this process reaches the ranks only
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        forkserver.ensure_running()
     port = free_port()
     ranks = [
         CONTEXT.Process(target=_child, args=(rank, world, port, str(folder), function, arguments))

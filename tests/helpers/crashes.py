@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from smallrun import SmallRun, digest_folder
-from syscalls import exit_at, watch_calls
 
+from helpers.smallrun import SmallRun, digest_folder
+from helpers.syscalls import exit_at, watch_calls
 from rwkv_clip import serialization
 from rwkv_clip.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from rwkv_clip.config import parse
