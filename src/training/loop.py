@@ -18,9 +18,9 @@ import torch
 from rwkv_clip.dist import PeerLost, World, mean_over_ranks
 
 from .checkpointing import save_run
-from .data.torch_loader import Batches, Loader
+from .data.batch import Batches, Loader
 from .faults.signals import Interrupted, Preempted, Preemption
-from .faults.watchdog import Heartbeat
+from .faults.watchdog import Watchdog
 from .log import RunLog
 from .saver import Saver
 from .state import Progress
@@ -41,7 +41,7 @@ class RunContext:
     model: str  # its name
     validate: Callable[[], dict[str, float]]
     preemption: Preemption
-    heart: Heartbeat
+    watchdog: Watchdog
     log: RunLog | None = None
     saver: Saver | None = None
 
@@ -91,9 +91,9 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
     all saved, when the data of a process that is alone stand still for its timeout. StorageError when checkpoints
     cannot be written.
     """
-    state, log, heart, preemption, meter = trainer.state, run.log, run.heart, run.preemption, Meter()
+    state, log, watchdog, preemption, meter = trainer.state, run.log, run.watchdog, run.preemption, Meter()
     progress, world, every = state.progress, state.world, state.settings.log
-    heart.follow(lambda: progress.step)
+    watchdog.follow(lambda: progress.step)
     state.watch.open(run.folder, progress.step, preemption)
     batches, saved = iter(loader), progress.step
     signal, stuck = preemption.agree(world), ""
@@ -115,7 +115,7 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
         if signal or last:
             break
         waiting = time.monotonic()
-        stuck = _wait_for_data(batches, loader, world, preemption, heart)
+        stuck = _wait_for_data(batches, loader, world, preemption, watchdog)
         meter.waited += time.monotonic() - waiting
         if stuck and world.size == 1:
             signal = preemption.signal
@@ -134,30 +134,30 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
     if signal or stuck:
         _save(trainer, run, last=True)
         preemption.agree(world)  # torchrun ends all ranks when the first has gone: the main rank has to be done
-        heart.leave(None)  # a loader that stands still may take longer to end than the others do
+        watchdog.leave(None)  # a loader that stands still may take longer to end than the others do
     if signal:
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
     if stuck:
-        raise PeerLost(f"{stuck}; all is saved after step {progress.step}, --timeout {heart.timeout:g} waits longer")
+        raise PeerLost(f"{stuck}; all is saved after step {progress.step}, --timeout {watchdog.timeout:g} waits longer")
 
 
 def _save(trainer: Trainer, run: RunContext, last: bool) -> None:
     """Have a checkpoint written by the main rank; `last`: wait until it is on the disk. NumericsError, and no
     checkpoint, when the last step or what is to be saved is not finite. StorageError as by the saver."""
-    with run.heart.busy("saving"):
+    with run.watchdog.busy("saving"):
         trainer.check()
         save_run(trainer.state, run.saver, run.model, last)
 
 
-def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: Preemption, heart: Heartbeat) -> str:
+def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: Preemption, watchdog: Watchdog) -> str:
     """Until the next batch is there: "". What the data stand still at once there is a signal, or, where this process is
     alone, once the timeout is over."""
     began = time.monotonic()
-    with heart.waiting(loader.place):
+    with watchdog.waiting(loader.place):
         while not batches.wait(SLICE):
             now = time.monotonic()
             late = preemption.signal and now - preemption.since > PATIENCE
-            if late or (world.size == 1 and now - began > heart.timeout and not heart.is_starting):
+            if late or (world.size == 1 and now - began > watchdog.timeout and not watchdog.is_starting):
                 return f"no data for {now - began:.0f} s, waiting for {loader.place()}"
     return ""
 

@@ -33,10 +33,10 @@ from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .checkpointing import restore_snapshot
 from .checks import check_batch, check_ranks, check_records, check_texts, check_weights
-from .data.augment import Augmentation
-from .data.torch_loader import Loader, make_loader
+from .data import make_loader
+from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
-from .faults.watchdog import COLLECTIVES, Heartbeat, end_process, watch_peers
+from .faults.watchdog import COLLECTIVES, Watchdog, end_process, watch_peers
 from .log import RunLog
 from .loop import RunContext, train
 from .parallel import WholeModel, is_sharded
@@ -157,8 +157,8 @@ def run(settings: Settings) -> Path:
     # Until now a signal just ends the process.
     with open_run(settings.run, world, work.name) as (folder, checkpoint), Preemption() as preemption:
         try:
-            with watch_peers(world, settings.faults.timeout, preemption) as heart:
-                _train(work, folder, checkpoint, preemption, heart)
+            with watch_peers(world, settings.faults.timeout, preemption) as watchdog:
+                _train(work, folder, checkpoint, preemption, watchdog)
         except PeerLost as lost:
             end_process(lost)
         except Preempted as stop:
@@ -167,18 +167,18 @@ def run(settings: Settings) -> Path:
     return folder
 
 
-def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemption, heart: Heartbeat) -> None:
+def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemption, watchdog: Watchdog) -> None:
     settings, world = work.settings, work.world
     model = _make_model(work)
     if checkpoint is None:
         check_weights((model, work.objective), world)
-    validate = heart.busy("validation")(make_validator(settings, model, world, preemption))
+    validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
     state = TrainState(model, work.objective, settings, world, len(work.records))
     state.progress.records = {"count": len(work.records), "digest": work.records.digest}
     trainer = Trainer(state)
     if checkpoint is not None:
         restore_snapshot(state, checkpoint, read_description(checkpoint))
-    context = RunContext(folder, work.name, validate, preemption, heart)
+    context = RunContext(folder, work.name, validate, preemption, watchdog)
     with contextlib.ExitStack() as ended:
         if world.is_main:
             log = _open_log(work, folder, state, resumed=checkpoint is not None)
@@ -202,22 +202,21 @@ def _make_model(work: Work) -> torch.nn.Module:
 
 def _open_loader(work: Work, state: TrainState) -> Loader:
     """Batches of the steps that are left."""
-    data = work.settings.data
-    return make_loader(
-        work.records,
-        image_size=image_size_of(state.model),
+    plan = Plan(
         global_batch=state.global_batch,
         steps=state.total_steps - state.progress.step,
-        seed=work.settings.run.seed,
         start=state.progress.samples_seen,
         rank=work.world.rank,
         world=work.world.size,
-        workers=data.workers,
-        loader=data.loader,
+    )
+    return make_loader(
+        work.records,
+        plan,
+        image_size_of(state.model),
+        work.settings.data,
+        seed=work.settings.run.seed,
+        views=work.objective.image_views,
         device=work.world.device,
-        max_bad=data.max_bad,
-        max_bad_share=data.max_bad_fraction,
-        augmentation=Augmentation(data.crop_area, data.crop_aspect, data.flip),
     )
 
 

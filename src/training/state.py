@@ -13,7 +13,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
 
-from .faults.nonfinite import Watch
+from .faults.nonfinite import FiniteGuard
 from .optim import build_optimizer
 from .parallel import Shards, distribute_model, is_sharded
 from .settings import Settings
@@ -48,7 +48,7 @@ class TrainState:
         scaler = ShardedGradScaler if is_sharded(settings.parallel, world) else torch.amp.GradScaler
         fp16 = settings.parallel.precision == "amp"
         self.scaler = scaler(world.device.type, enabled=fp16, growth_interval=200)  # as released; torch's is 2000
-        self.watch = Watch(world, settings.faults.max_nonfinite if settings.faults.on_nonfinite == "skip" else 0)
+        self.watch = FiniteGuard(world, settings.faults.max_nonfinite if settings.faults.on_nonfinite == "skip" else 0)
         self.progress = Progress()
 
     @property

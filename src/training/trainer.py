@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rwkv_clip.data.image import normalize
 from rwkv_clip.factory import pixel_statistics
 
-from .data.augment import draw_drops, draw_views
-from .data.torch_loader import Batch
+from .data.augment import draw_drops, draw_texts
+from .data.batch import Batch
 from .deterministic import DeterministicStep
 from .faults.nonfinite import Statistics
 from .gradients import Computed, GradientStep, Inputs
@@ -54,7 +54,7 @@ class Trainer:
             return text
         if self.data.text_choice == "first":
             return text[:, 0]
-        drawn = draw_views(self.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
+        drawn = draw_texts(self.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
         return text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
 
     def draw_drops(self, batch: Batch) -> Tensor | None:

@@ -27,7 +27,7 @@ from rwkv_clip.losses import InfoNCE
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training import loop, main, parallel
 from rwkv_clip.training.checkpointing import restore_snapshot, save_run, take_snapshot
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.faults.nonfinite import NumericsError
 from rwkv_clip.training.faults.signals import Preempted
 from rwkv_clip.training.gradients import Inputs

@@ -42,7 +42,7 @@ TRAINING = [
     ),
     Mutant(
         "each rank has an order of its own",
-        "training/data/torch_loader.py",
+        "training/data/batch.py",
         "begin = self.first(step) + self.rank * self.local_batch",
         "begin = self.first(step) // self.world + self.rank * 10**6",
         f"{ELASTIC}::test_the_mode_matters",
@@ -85,9 +85,30 @@ TRAINING = [
     Mutant(
         "text choice from the global generator",
         "training/data/augment.py",
-        "return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)",
-        "return np.random.randint(0, views, len(ids))",
+        "return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)",
+        "return np.random.randint(0, count, len(ids))",
         "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "all views of an image have the same crop",
+        "training/data/augment.py",
+        "settings.crop_area, settings.crop_aspect, view * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, 0",
+        "unit/test_loader.py::test_view_0_is_what_a_single_view_shows",
+    ),
+    Mutant(
+        "the first view of several is not that of a run with one",
+        "training/data/augment.py",
+        "settings.crop_area, settings.crop_aspect, view * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, (1 - view) * NEXT_VIEW",
+        "unit/test_augment.py::test_views_have_draws_of_their_own",
+    ),
+    Mutant(
+        "every view decodes the whole image again",
+        "training/data/samples.py",
+        "if scale not in decoded:",
+        "if True:",
+        "unit/test_loader.py::test_an_image_is_decoded_once_for_all_views",
     ),
     Mutant(
         "the gradient scaler starts anew",

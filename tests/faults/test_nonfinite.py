@@ -16,7 +16,7 @@ from rwkv_clip.config import parse
 from rwkv_clip.dist import World
 from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training import loop, trainer
-from rwkv_clip.training.faults.nonfinite import NumericsError, Watch
+from rwkv_clip.training.faults.nonfinite import FiniteGuard, NumericsError
 from rwkv_clip.training.main import main, run
 from rwkv_clip.training.parallel import Shards
 from rwkv_clip.training.settings import Settings
@@ -291,7 +291,7 @@ def test_running_statistics_skip_a_bad_step_too(data, monkeypatch):
 
 
 def test_a_count_beyond_a_new_limit_does_not_stop_a_good_step():
-    watch = Watch(World(0, 1, torch.device("cpu")), 1)
+    watch = FiniteGuard(World(0, 1, torch.device("cpu")), 1)
     watch.load_state_dict({"nonfinite_in_a_row": 3})
     good, ids = torch.tensor(1.0), torch.arange(3)
     assert watch.judge(good, good, False).item() == 0

@@ -18,7 +18,8 @@ from helpers.ranks import digest, read_ids, start_ranks
 from helpers.tiny import BATCH, make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
 from rwkv_clip.training import loop
-from rwkv_clip.training.data import torch_loader as data_module
+from rwkv_clip.training.data import batch as data_batch
+from rwkv_clip.training.data import torch_loader
 from rwkv_clip.training.faults import signals
 from rwkv_clip.training.main import main
 
@@ -47,7 +48,7 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     sys.argv[1:] = to_arguments(settings)
     patch = pytest.MonkeyPatch()
     enter, step, save = signals.Preemption.__enter__, loop.Trainer.step, loop.save_run
-    train, trainers, fill = loop.train, [], data_module._Chunks.fill
+    train, trainers, fill = loop.train, [], torch_loader._Chunks.fill
 
     def entered(self):
         enter(self)
@@ -93,8 +94,8 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     patch.setattr(signals.Preemption, "interrupts", interrupts)
     patch.setattr(loop.Trainer, "step", logged)
     patch.setattr(loop, "save_run", saved)
-    patch.setattr(data_module._Chunks, "fill", filled)
-    patch.setattr(data_module, "PATIENCE", 0.2)  # with a thread that never comes back
+    patch.setattr(torch_loader._Chunks, "fill", filled)
+    patch.setattr(data_batch, "PATIENCE", 0.2)  # with a thread that never comes back
     patch.setattr("rwkv_clip.training.main.train", noted)
     patch.setattr("rwkv_clip.training.main.plot_training", lambda folder: None)
     main()

@@ -8,7 +8,7 @@ import rwkv_clip
 from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses import InfoNCE
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import NumericsError, Trainer
 from rwkv_clip.training.settings import Settings
 from rwkv_clip.training.state import TrainState

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from rwkv_clip.training import loop, main
-from rwkv_clip.training.data.torch_loader import DataError
+from rwkv_clip.training.data.samples import DataError
 
 
 def hang_here() -> None:

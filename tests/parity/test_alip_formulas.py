@@ -12,7 +12,7 @@ from helpers.alip_formulas import STEPS, ReferenceALIP, features
 from rwkv_clip.config import parse
 from rwkv_clip.dist import World
 from rwkv_clip.losses import ALIP, GateSettings, InfoNCE, pairs
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import Trainer
 from rwkv_clip.training.settings import Settings
 from rwkv_clip.training.state import TrainState

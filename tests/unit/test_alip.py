@@ -17,7 +17,7 @@ from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import World
 from rwkv_clip.losses import ALIP, GateSettings, InfoNCE, make_objective
 from rwkv_clip.training import checkpointing
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.settings import Settings, load_settings
 from rwkv_clip.training.state import TrainState

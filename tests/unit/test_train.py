@@ -19,8 +19,8 @@ from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training import loop
-from rwkv_clip.training.data.torch_loader import Batch
-from rwkv_clip.training.faults.nonfinite import Watch
+from rwkv_clip.training.data.batch import Batch
+from rwkv_clip.training.faults.nonfinite import FiniteGuard
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
 from rwkv_clip.training.parallel import Shards
@@ -266,7 +266,7 @@ def test_non_finite_numbers_stop_before_the_weights(data, history, monkeypatch, 
 
 
 def test_a_bad_rank_stops_all(monkeypatch):
-    watch = Watch(join_world("cpu"))
+    watch = FiniteGuard(join_world("cpu"))
     good, ids = torch.tensor(1.0), torch.arange(3)
     assert watch.judge(good, good, False).item() == 0
     watch.report(0, ids, good, good)
