@@ -12,7 +12,7 @@ from torch import Tensor
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, Settings, to_dict
-from rwkv_clip.factory import read_fitting_weights, resolve_spec, spec_to_json
+from rwkv_clip.factory import read_fitting_weights, resolve_spec
 
 from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
@@ -55,7 +55,7 @@ def take_snapshot(trainer: Trainer, name: str) -> tuple[dict[str, Tensor], dict[
         "total_steps": trainer.total_steps,
         "global_batch": trainer.global_batch,
         "model": name,
-        "spec": spec_to_json(trainer.model.spec),
+        "spec": trainer.model.spec.to_json(),
         "settings": to_dict(trainer.settings),
         "scaler": trainer.scaler.state_dict(),
         "validated": trainer.progress.validated,
@@ -129,7 +129,7 @@ def _compare_models(trainer: Trainer, state: dict[str, Any], changed: list[str])
     checkpoint had their defaults then."""
     if "model" in changed or "spec" not in state:
         return []
-    specs = spec_to_json(resolve_spec(state["spec"])[1]), spec_to_json(trainer.model.spec)
+    specs = resolve_spec(state["spec"])[1].to_json(), trainer.model.spec.to_json()
     then, now = (flatten_table("", spec) for spec in specs)
     own = {"image.drop_path"} if "drop_path" in changed else set()  # a setting, too
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in own]

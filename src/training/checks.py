@@ -14,7 +14,7 @@ import rwkv_clip
 from rwkv_clip.config import ConfigError, Settings, to_dict
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
-from rwkv_clip.factory import ModelSpec, spec_to_json, tokenizer_of, vocab_of
+from rwkv_clip.models.specification import ModelSpec
 
 # What each rank may have of its own: where things lie and how it reads them. Records, model and weights are compared
 # by what they hold; what only the main rank uses is of no matter to the others.
@@ -28,7 +28,7 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
     """ConfigError when the records' tokens were not made for the model's text tower.
 
     That tell the side file and some records; each record read later is held against the same vocabulary."""
-    tokenizer, vocab = tokenizer_of(spec), vocab_of(spec)
+    tokenizer, vocab = spec.tokenizer(), spec.vocabulary
     problems = []
     if texts is not None and len(records.views) < texts:
         held = f"{len(records.views)} ({', '.join(records.views)})"
@@ -110,7 +110,7 @@ def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world
             chosen[key] = "given"
     return {
         **flatten_table("", chosen),
-        **flatten_table("model.", spec_to_json(spec)),
+        **flatten_table("model.", spec.to_json()),
         "precision": f"{settings.precision} ({autocast_dtype(settings.precision, world.device) or torch.float32})",
         "train_data": describe_records({"count": len(records), "digest": records.digest}),
         "version": rwkv_clip.__version__,

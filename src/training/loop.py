@@ -27,7 +27,6 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from rwkv_clip.config import Settings
 from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import PeerLost, World, mean_over_ranks
-from rwkv_clip.factory import pixel_statistics
 
 from .checkpointing import own_state, take_snapshot
 from .data.augment import draw_drops, draw_views
@@ -79,7 +78,7 @@ class Trainer:
         self.scaler = scaler(world.device.type, enabled=fp16, growth_interval=200)  # as released; torch's is 2000
         self.progress = Progress()
         # On the device from the start: a constant made in a step is a copy that the host waits for.
-        self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
+        self.pixel_statistics = [torch.tensor(values, device=world.device) for values in model.spec.pixels]
         self.watch = Watch(world, settings.max_nonfinite if settings.on_nonfinite == "skip" else 0)
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 

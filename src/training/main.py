@@ -25,9 +25,10 @@ from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
-from rwkv_clip.factory import ModelSpec, create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
+from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
 from rwkv_clip.files import write_whole
 from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.models.specification import ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .checkpointing import restore_snapshot
@@ -88,7 +89,7 @@ def make_validator(
         return dict
     data = load_retrieval(settings.val_data, split=settings.val_split) if world.is_main else None
     whole = WholeModel(model, settings, world)
-    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), tokenizer_of(model.spec)
+    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), model.spec.tokenizer()
 
     def validate() -> dict[str, float]:
         with whole.put_together() as net:
@@ -170,7 +171,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         restore_snapshot(trainer, checkpoint, read_description(checkpoint))
     loader = make_loader(
         records,
-        image_size=image_size_of(model),
+        image_size=model.spec.image_size,
         global_batch=trainer.global_batch,
         steps=trainer.total_steps - trainer.progress.step,
         seed=settings.seed,
