@@ -281,11 +281,9 @@ def test_damaged_tags_mean_what_pil_makes_of_them():
     assert 50 < obeyed < 550
 
 
-def siglip(size: int):
+def siglip(size: int | tuple[int, int]):
     """The transform of a model whose pixels are not normalised as CLIP's: open_clip's."""
-    return preprocess_of(
-        SimpleNamespace(spec=SimpleNamespace(image_size=(size, size), pixels=((0.5,) * 3, (0.5,) * 3)))
-    )
+    return preprocess_of(SimpleNamespace(spec=SimpleNamespace(image_size=size, pixels=((0.5,) * 3, (0.5,) * 3))))
 
 
 TRANSFORMS = {"val": val_transform, "train": train_transform, "open_clip": siglip}

@@ -87,16 +87,16 @@ class NamedFeatures:
 
     def encode_parts(self, side: str, inputs: Tensor) -> Encoded:
         """Features of one side, not normalised, and what they were made of."""
-        return encode_image(self.visual, inputs) if side == "image" else self._encode_text(inputs)
+        return encode_image(self.visual, inputs) if side == "image" else self._encode_text_parts(inputs)
 
-    def _encode_text(self, text: Tensor) -> Encoded:
+    def _encode_text_parts(self, text: Tensor) -> Encoded:
         return encode_text(self.text, text)
 
 
 class CLIP(NamedFeatures, open_clip.CLIP):
     """open_clip's CLIP, whose text tower is the model itself."""
 
-    def _encode_text(self, text: Tensor) -> Encoded:
+    def _encode_text_parts(self, text: Tensor) -> Encoded:
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding.to(dtype)
         tokens = self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
@@ -146,9 +146,7 @@ class OpenClipConfig:
                 if not isinstance(source.get(key), dict)
             ]
         elif source not in (names := open_clip.list_models()):
-            problems.append(
-                f"open_clip: {source!r} is neither a model of open_clip's nor a table; {suggest(source, names)}"
-            )
+            problems.append(f"open_clip: {source!r} is no model of open_clip's and no table; {suggest(source, names)}")
         try:
             mean, std = (tuple(map(float, values)) for values in pixels)
         except (TypeError, ValueError):
@@ -239,20 +237,14 @@ class _TowerConfig:
     build_tower: ClassVar[Callable[..., nn.Module]]
     own_width: ClassVar[None] = None
     # Weights and tokens of another library's, which whole models have by name; steps that `needs` asks for.
-    refused: ClassVar[tuple[str, ...]] = (
-        "output_tokens",
-        "hf_model_name",
-        "hf_tokenizer_name",
-        "timm_model_pretrained",
-    )
+    refused: ClassVar[set[str]] = {"output_tokens", "timm_model_pretrained", "hf_model_name", "hf_tokenizer_name"}
 
     @classmethod
     def parse(cls, table: dict[str, Any]) -> Any:
         names = [f.name for f in dataclasses.fields(cls.fields) if f.name not in cls.refused] + ["quick_gelu"]
-        if problems := [
-            f"{cls.side}.{key}: unknown setting; {suggest(key, names)}" for key in table if key not in names
-        ]:
-            raise ConfigError(problems)
+        unknown = [key for key in table if key not in names]
+        if unknown:
+            raise ConfigError([f"{cls.side}.{key}: unknown setting; {suggest(key, names)}" for key in unknown])
         return cls(table)
 
     def to_json(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviat
 
 FAMILIES = {"rwkv": "rwkv", "open_clip": "openclip"}  # `kind` of a tower -> file
 DEFAULT_KIND = "rwkv"
+MOST_NAMES = 40  # that an error lists
 
 
 class Encoded(NamedTuple):
@@ -118,5 +119,7 @@ def parse_tower(side: str, table: Any) -> Any:
 
 def suggest(name: Any, names: Iterable[str]) -> str:
     """What to write instead of a wrong name."""
-    near = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(names)}"
+    names = list(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    listed = ", ".join(names[:MOST_NAMES]) + (" .." if len(names) > MOST_NAMES else "")
+    return f"did you mean {near[0]!r}?" if near else f"valid names: {listed}"

@@ -53,9 +53,7 @@ class ModelConfig:
             return []
         towers = (("image", self.image), ("text", self.text))
         if projected := [side for side, tower in towers if tower.own_width is None]:
-            return [
-                f"embed_dim: missing; this {side} tower projects its features: to which width?" for side in projected
-            ]
+            return [f"embed_dim: missing; the {side} tower needs the width to project to" for side in projected]
         if self.image.own_width != self.text.own_width:
             return [
                 f"text.width: {self.text.own_width} differs from image.width {self.image.own_width}; "
