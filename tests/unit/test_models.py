@@ -75,24 +75,18 @@ def test_the_dict_holds_the_features_of_the_tuple(name):
     expected, found = model(image, text), model(image, text, needs=("image", "text"))
     names = ["image", "text", "logit_scale", "logit_bias"][: len(expected)]
     assert list(found) == names and all(torch.equal(found[key], value) for key, value in zip(names, expected))
-    assert (
-        found["image"].shape
-        == found["text"].shape
-        == (3, model.spec.to_json().get("embed_dim", DIM if "image" not in MODELS[name] else 32))
-    )
+    width = 32 if name in ("one width", "class token") else DIM
+    assert found["image"].shape == found["text"].shape == (3, width)
     assert found["logit_scale"].shape == () and found["logit_scale"] == model.logit_scale.exp()
     torch.testing.assert_close(found["text"].norm(dim=-1), torch.ones(3))
-    alone = model(image, needs=["image"]), model(text=text, needs=["image", "text"])
-    assert [key for key in alone[0] if "logit" not in key] == ["image"] and torch.equal(
-        alone[0]["image"], found["image"]
-    )
-    assert [key for key in alone[1] if "logit" not in key] == ["text"] and torch.equal(alone[1]["text"], found["text"])
+    for side, alone in (("image", model(image, needs=["image"])), ("text", model(text=text, needs=["image", "text"]))):
+        assert [key for key in alone if "logit" not in key] == [side] and torch.equal(alone[side], found[side])
     assert model(image, None)[1] is None and model(None, text)[0] is None
 
 
 @pytest.mark.parametrize("name", WIDTHS)
 @pytest.mark.parametrize("training", [False, True])
-def test_pooled_and_tokens_of_one_pass(name, training, monkeypatch):
+def test_pooled_and_tokens_of_one_pass(name, training):
     """The tower runs once, and its features keep their bits."""
     model = build(name).train(training)
     image, text = inputs(model)
@@ -105,12 +99,11 @@ def test_pooled_and_tokens_of_one_pass(name, training, monkeypatch):
         hook.remove()
     plain = model(image, text)
     assert torch.equal(found["image"], plain[0]) and torch.equal(found["text"], plain[1])
+    patches = 6 if model.spec.image_size == (32, 48) else 4
+    lengths = {"text": 8, "image": patches + (patches == 4 or name == "class token")}
     for side, width in zip(("image", "text"), WIDTHS[name]):
-        tokens, pooled = found[f"{side}_tokens"], found[f"{side}_pooled"]
-        length = {"text": 8, "image": 6 if model.spec.image_size == (32, 48) else 4 + 1}[side] + (
-            name == "class token" and side == "image"
-        )
-        assert tokens.shape == (3, length, width) and pooled.shape == (3, width)
+        assert found[f"{side}_tokens"].shape == (3, lengths[side], width)
+        assert found[f"{side}_pooled"].shape == (3, width)
     assert torch.equal(model(image, needs=["image_tokens"])["image_tokens"], found["image_tokens"])
     sum(value.float().square().sum() for value in found.values()).backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "logit_bias" not in name)
