@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
-from .data.image import CLIP_MEAN, CLIP_STD, prepare, train_transform, val_transform
+from .data.image import prepare, train_transform, val_transform
 from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
-from .models.specification import ModelSpec, load_family
+from .models.specification import CLIP_PIXELS, ModelSpec, load_family
 from .models.two_tower import ModelConfig
 from .tokenizer import Tokenizer
 
@@ -120,7 +120,7 @@ def get_tokenizer(model: Model) -> Tokenizer:
 def preprocess_of(model: nn.Module) -> Callable:
     """Evaluation transform of a model of `create_model`: PIL image of any mode -> float (3, h, w)."""
     size, (mean, std) = model.spec.image_size, model.spec.pixels
-    if (mean, std) == (CLIP_MEAN, CLIP_STD):
+    if (mean, std) == CLIP_PIXELS:
         return val_transform(size)
     import open_clip
 

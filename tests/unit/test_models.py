@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -17,6 +19,9 @@ from rwkv_clip.config import ConfigError, Settings, parse
 from rwkv_clip.data.recordio import Header, RecordWriter, pack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.factory import parse_spec
+from rwkv_clip.models.freezing import FreezeSettings, freeze_parameters
+from rwkv_clip.models.specification import FAMILIES, Encoded
+from rwkv_clip.tokenizer import make_tokenizer
 from rwkv_clip.training.checks import check_records
 from rwkv_clip.training.main import run
 
@@ -241,6 +246,45 @@ def test_a_run_of_a_mixture_resumes(tmp_path):
     assert rwkv_clip.load_for_inference(folder).model.spec.text.context == 8
 
 
+class ToySpec:
+    """A family of text towers: what its file has to hold."""
+
+    own_width, default_tokenizer, context, vocabulary = None, "clip-bpe", 8, 49408
+
+    @classmethod
+    def parse(cls, table):
+        assert table == {"size": 3}
+        return cls()
+
+    def to_json(self):
+        return {"kind": "toy", "size": 3}
+
+    def build(self, embed_dim):
+        tower = torch.nn.EmbeddingBag(self.vocabulary, embed_dim)
+        tower.lock = lambda unlocked: tower.requires_grad_(False)
+        tower.set_grad_checkpointing = lambda enable: None
+        return tower
+
+    def encode(self, tower, text):
+        return Encoded(tower(text), tower(text), tower.weight[text])
+
+    def tokenizer(self, name):
+        return make_tokenizer(name, self.context)
+
+
+def test_a_new_family_is_one_file_and_one_row(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rwkv_clip.models.toy", SimpleNamespace(TOWERS={"text": ToySpec}))
+    monkeypatch.setitem(FAMILIES, "toy", "toy")
+    description = {"embed_dim": DIM, "image": RWKV_IMAGE, "text": {"kind": "toy", "size": 3}}
+    model = rwkv_clip.create_model(description)
+    found = model(*inputs(model), needs=["image_tokens", "text_tokens"])
+    assert found["text_tokens"].shape == (3, 8, DIM) and found["text"].shape == found["image"].shape
+    assert model.spec.to_json()["text"] == description["text"] and rwkv_clip.get_tokenizer(description).context == 8
+    assert "text_model.weight" in freeze_parameters(model, FreezeSettings(lock_text=True))
+    with pytest.raises(ConfigError, match=r"image\.kind: 'toy' has no image tower, only text"):
+        rwkv_clip.create_model(description | {"image": {"kind": "toy"}})
+
+
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +331,14 @@ def test_descriptions_are_written_as_ever():
             {"text": {"kind": "open_clip", "width": 50, "heads": 3}},
             r"text: open_clip cannot build \['heads', 'width'\]",
         ),
-        ({"image": {"kind": "open_clip", "width": "wide"}}, r"image: open_clip cannot build"),
+        ({"image": {"kind": "open_clip", "width": "wide"}}, r"image\.width: 'wide' is not a positive whole number"),
+        (
+            {"text": {"kind": "open_clip", "context_length": 0}},
+            r"text\.context_length: 0 is not a positive whole number",
+        ),
+        ({"image": {"kind": "open_clip", "patch_size": "x"}}, r"image: open_clip cannot build \['patch_size'\]"),
+        ({"image": {"pixels": 3}}, r"image\.pixels: unknown setting"),
+        ({"text": {"side": "image"}}, r"text\.side: unknown setting"),
         ({"imgae": {}}, r"imgae: unknown setting; did you mean 'image'\?"),
         ({"embed_dim": 0}, r"embed_dim: 0 must be at least 1"),
         ({"embed_dim": None}, r"text\.width: 48 differs from image\.width 32; .*embed_dim"),

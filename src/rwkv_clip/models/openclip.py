@@ -1,6 +1,7 @@
-"""open_clip's models, whole or a tower beside one of ours: descriptions, features by name, tags, errors of fetching.
+"""open_clip's models and towers: descriptions, features by name, tags of weights, errors while they are fetched.
 
-`_embeds`, `_global_pool` and the builders of towers are open_clip's own, since version 3.1.
+A whole model is one family, described by name or in open_clip's form; a tower of open_clip's may also stand beside one
+of another family. `_embeds`, `_global_pool` and the builders of towers are private to open_clip, the same since 3.1.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from open_clip.transformer import TextTransformer, VisionTransformer, text_globa
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..data.image import CLIP_MEAN, CLIP_STD
 from ..errors import is_out_of_memory
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from .outputs import name_features
-from .specification import Encoded, Pixels, suggest
+from .specification import CLIP_PIXELS, Encoded, Pixels, suggest
 
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
-CLIP_PIXELS = (CLIP_MEAN, CLIP_STD)
 _NETWORK = ("httpx", "httpcore", "requests", "urllib", "huggingface_hub", "ssl")  # modules of network errors
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class OpenClipConfig:
     pixels: Pixels = CLIP_PIXELS  # of the weights that it was made from
 
     def __repr__(self) -> str:
-        """As ever since version 0.2: feature caches are found by it."""
+        """Unchanged since version 0.2: it is part of the key of cached features."""
         return repr(self.to_json())
 
     @classmethod
@@ -189,8 +188,8 @@ class OpenClipConfig:
             return self, None
         name = name_for_tag(self.source, pretrained)
         weights = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), pretrained)
-        pixels = (tuple(weights.get("mean") or CLIP_MEAN), tuple(weights.get("std") or CLIP_STD))
-        return OpenClipConfig(name, pixels), pretrained
+        mean, std = (tuple(weights.get(key) or own) for key, own in zip(("mean", "std"), CLIP_PIXELS))
+        return OpenClipConfig(name, (mean, std)), pretrained
 
     @property
     def name(self) -> str:
@@ -236,15 +235,20 @@ class _TowerConfig:
     fields: ClassVar[type]  # open_clip's settings
     build_tower: ClassVar[Callable[..., nn.Module]]
     own_width: ClassVar[None] = None
-    # Weights and tokens of another library's, which whole models have by name; steps that `needs` asks for.
+    # Weights and tokenizers that open_clip would fetch, and outputs that `needs` asks for.
     refused: ClassVar[set[str]] = {"output_tokens", "timm_model_pretrained", "hf_model_name", "hf_tokenizer_name"}
 
     @classmethod
     def parse(cls, table: dict[str, Any]) -> Any:
         names = [f.name for f in dataclasses.fields(cls.fields) if f.name not in cls.refused] + ["quick_gelu"]
-        unknown = [key for key in table if key not in names]
-        if unknown:
-            raise ConfigError([f"{cls.side}.{key}: unknown setting; {suggest(key, names)}" for key in unknown])
+        problems = [f"{cls.side}.{key}: unknown setting; {suggest(key, names)}" for key in table if key not in names]
+        problems += [
+            f"{cls.side}.{key}: {table[key]!r} is not a positive whole number"
+            for key in ("width", "heads", "context_length", "vocab_size")
+            if key in table and key in names and not (type(table[key]) is int and table[key] > 0)
+        ]
+        if problems:
+            raise ConfigError(problems)
         return cls(table)
 
     def to_json(self) -> dict[str, Any]:
@@ -303,10 +307,10 @@ TOWERS = {"image": OpenClipImageConfig, "text": OpenClipTextConfig}
 
 @contextlib.contextmanager
 def fetching(field: str, what: str) -> Iterator[None]:
-    """Inside, open_clip may fetch `what` from the network. ConfigError that names it where that fails.
+    """While open_clip may fetch `what` from the network: a ConfigError that names it if that fails.
 
-    Its libraries raise errors of many kinds, one inside the other; what tells them is a system's or a network's error
-    somewhere in the chain. One that is about this machine (a full disk, no memory) stays what it is.
+    Its libraries raise many kinds of errors, one caused by the other: a failed download has a system's or a network's
+    error somewhere in that chain. An error of this machine (a full disk, no memory) is raised as it is.
     """
     try:
         yield

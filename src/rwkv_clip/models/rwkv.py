@@ -7,24 +7,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import parse, ranged, to_dict
-from ..data.image import CLIP_MEAN, CLIP_STD
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from .rwkv_block import IMAGE_STYLE, TEXT_STYLE, Block, depth_power, init_mixing, run_blocks
-from .specification import Encoded, Pixels
+from .specification import CLIP_PIXELS, Encoded
+
+
+class _TowerConfig:
+    """What the descriptions of both towers have in common. (What is not annotated is no setting.)"""
+
+    width: int
+
+    @classmethod
+    def parse(cls, table: dict[str, Any]) -> Any:
+        return parse(cls, table, where=f"{cls.side}.")
+
+    def to_json(self) -> dict[str, Any]:
+        return to_dict(self)
+
+    def encode(self, tower: Tower, inputs: Tensor) -> Encoded:
+        return tower.encode(inputs)
+
+    @property
+    def own_width(self) -> int:
+        return self.width
 
 
 @dataclass(frozen=True)
-class ImageTowerConfig:
+class ImageTowerConfig(_TowerConfig):
     """RWKV image tower. Head size is width / heads and a multiple of 4 (four shift directions)."""
 
-    pixels: ClassVar[Pixels] = (CLIP_MEAN, CLIP_STD)
+    side = "image"
+    pixels = CLIP_PIXELS
 
     image_size: tuple[int, int] = (224, 224)  # height, width in pixels
     patch: int = ranged(32, minimum=1)
@@ -41,25 +61,11 @@ class ImageTowerConfig:
             return [f"image.heads: {self.heads} heads of width {self.width} give no head size that is a multiple of 4"]
         return [f"image.image_size: {side} is not positive" for side in self.image_size if side < 1]
 
-    @classmethod
-    def parse(cls, table: dict[str, Any]) -> ImageTowerConfig:
-        return parse(cls, table, where="image.")
-
-    def to_json(self) -> dict[str, Any]:
-        return to_dict(self)
-
     def build(self, embed_dim: int | None = None) -> ImageTower:
         return ImageTower(self, embed_dim)
 
-    def encode(self, tower: ImageTower, image: Tensor) -> Encoded:
-        return tower.encode(image)
-
     def with_drop_path(self, rate: float) -> ImageTowerConfig:
         return replace(self, drop_path=rate)
-
-    @property
-    def own_width(self) -> int:
-        return self.width
 
     @property
     def drop_branches(self) -> int:
@@ -67,10 +73,11 @@ class ImageTowerConfig:
 
 
 @dataclass(frozen=True)
-class TextTowerConfig:
+class TextTowerConfig(_TowerConfig):
     """RWKV text tower. Head size is even (two shift directions)."""
 
-    default_tokenizer: ClassVar[str] = CLIP_BPE
+    side = "text"
+    default_tokenizer = CLIP_BPE
 
     context: int = ranged(77, minimum=2)
     vocab: int = ranged(49408, minimum=1)
@@ -87,25 +94,11 @@ class TextTowerConfig:
             return [f"text.heads: {self.heads} heads of width {self.width} give no even head size"]
         return []
 
-    @classmethod
-    def parse(cls, table: dict[str, Any]) -> TextTowerConfig:
-        return parse(cls, table, where="text.")
-
-    def to_json(self) -> dict[str, Any]:
-        return to_dict(self)
-
     def build(self, embed_dim: int | None = None) -> TextTower:
         return TextTower(self, embed_dim)
 
-    def encode(self, tower: TextTower, text: Tensor) -> Encoded:
-        return tower.encode(text)
-
     def tokenizer(self, name: str) -> Tokenizer:
         return make_tokenizer(name, self.context)
-
-    @property
-    def own_width(self) -> int:
-        return self.width
 
     @property
     def vocabulary(self) -> int:

@@ -15,9 +15,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..data.image import CLIP_MEAN, CLIP_STD
 from ..tokenizer import Tokenizer
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
+CLIP_PIXELS: Pixels = (CLIP_MEAN, CLIP_STD)
 
 FAMILIES = {"rwkv": "rwkv", "open_clip": "openclip"}  # `kind` of a tower -> file
 DEFAULT_KIND = "rwkv"
@@ -25,15 +27,15 @@ MOST_NAMES = 40  # that an error lists
 
 
 class Encoded(NamedTuple):
-    """What a tower makes of its input. None: it cannot give this."""
+    """What a tower makes of its input."""
 
     features: Tensor  # (B, D), projected, not normalised
-    pooled: Tensor | None  # (B, W), before the projection
-    tokens: Tensor | None  # (B, L, W), after the last norm, before pooling
+    pooled: Tensor  # (B, W), before the projection
+    tokens: Tensor  # (B, L, W), after the last norm, before pooling
 
 
 class TowerSpec(Protocol):
-    """A tower: settings of a table `image` or `text` of a model JSON."""
+    """A tower: the table `image` or `text` of a model JSON."""
 
     own_width: int | None
     """Width of its features without an `embed_dim`; None for a tower that always has a projection."""
@@ -50,7 +52,7 @@ class TowerSpec(Protocol):
         `set_grad_checkpointing(enable)` and `lock(unlocked_groups)`, as open_clip's towers do."""
 
     def encode(self, tower: nn.Module, inputs: Tensor) -> Encoded:
-        """The features that `tower(inputs)` gives, to the bit, and what they were made of."""
+        """The features that `tower(inputs)` gives, to the bit, and what they were made of. ValueError if it cannot."""
 
 
 class ImageSpec(TowerSpec, Protocol):

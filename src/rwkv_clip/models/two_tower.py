@@ -43,7 +43,7 @@ class ModelConfig:
     embed_dim: int | None = None
 
     def __repr__(self) -> str:
-        """As ever since version 0.2: feature caches are found by it."""
+        """Unchanged since version 0.2: it is part of the key of cached features."""
         projection = "" if self.embed_dim is None else f", embed_dim={self.embed_dim}"
         return f"ModelConfig(image={self.image!r}, text={self.text!r}, tokenizer={self.tokenizer_name!r}{projection})"
 
