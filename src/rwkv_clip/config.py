@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 import types
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -41,60 +41,6 @@ def flat(table: type) -> Any:
 def ranged(default: Any = dataclasses.MISSING, **limits: float) -> Any:
     """A dataclass field with limits: minimum, above (exclusive), maximum, below (exclusive)."""
     return field(default=default, metadata={"limits": limits})
-
-
-@dataclass(frozen=True)
-class ImageTowerConfig:
-    """RWKV image tower. Head size is width / heads and a multiple of 4 (four shift directions)."""
-
-    image_size: tuple[int, int] = (224, 224)  # height, width in pixels
-    patch: int = ranged(32, minimum=1)
-    width: int = ranged(640, minimum=4)
-    depth: int = ranged(12, minimum=1)
-    heads: int = ranged(8, minimum=1)
-    ffn_width: int = ranged(3200, minimum=1)
-    norm_eps: float = ranged(1e-5, above=0)  # of the group norm behind WKV
-    drop_path: float = ranged(0.0, minimum=0, below=1)
-    class_token: bool = False
-
-    def problems(self) -> list[str]:
-        if self.width % (4 * self.heads):
-            return [f"image.heads: {self.heads} heads of width {self.width} give no head size that is a multiple of 4"]
-        return [f"image.image_size: {side} is not positive" for side in self.image_size if side < 1]
-
-
-@dataclass(frozen=True)
-class TextTowerConfig:
-    """RWKV text tower. Head size is even (two shift directions)."""
-
-    context: int = ranged(77, minimum=2)
-    vocab: int = ranged(49408, minimum=1)
-    width: int = ranged(640, minimum=2)
-    depth: int = ranged(6, minimum=1)
-    heads: int = ranged(10, minimum=1)
-    ffn_width: int = ranged(2240, minimum=1)
-    norm_eps: float = ranged(64e-5, above=0)  # of the group norm behind WKV: 1e-5 * 8^2 as released
-    # Released `text_initialization`: RWKV's own initial values; false leaves the library's defaults.
-    rwkv_init: bool = True
-
-    def problems(self) -> list[str]:
-        if self.width % (2 * self.heads):
-            return [f"text.heads: {self.heads} heads of width {self.width} give no even head size"]
-        return []
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Two RWKV towers of one width."""
-
-    image: ImageTowerConfig = ImageTowerConfig()
-    text: TextTowerConfig = TextTowerConfig()
-    tokenizer: str = "clip-bpe"
-
-    def problems(self) -> list[str]:
-        if self.image.width != self.text.width:
-            return [f"text.width: {self.text.width} differs from image.width {self.image.width}; features must match"]
-        return []
 
 
 def parse(cls: type[T], data: dict[str, Any], base: T | None = None, where: str = "") -> T:

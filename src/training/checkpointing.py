@@ -12,7 +12,7 @@ from torch import Tensor
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, to_dict
-from rwkv_clip.factory import read_fitting_weights, resolve_spec, spec_to_json
+from rwkv_clip.factory import read_fitting_weights, resolve_spec
 
 from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
@@ -66,7 +66,7 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
         "total_steps": state.total_steps,
         "global_batch": state.global_batch,
         "model": name,
-        "spec": spec_to_json(state.model.spec),
+        "spec": state.model.spec.to_json(),
         "settings": to_dict(state.settings),
         "scaler": state.scaler.state_dict(),
         "validated": state.progress.validated,
@@ -152,7 +152,7 @@ def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]
     checkpoint had their defaults then."""
     if "model" in changed or "spec" not in facts:
         return []
-    specs = spec_to_json(resolve_spec(facts["spec"])[1]), spec_to_json(state.model.spec)
+    specs = resolve_spec(facts["spec"])[1].to_json(), state.model.spec.to_json()
     then, now = (flatten_table("", spec) for spec in specs)
     own = {"image.drop_path"} if "drop_path" in changed else set()  # a setting, too
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in own]

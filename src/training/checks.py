@@ -15,8 +15,9 @@ import rwkv_clip
 from rwkv_clip.config import ConfigError, to_dict
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
-from rwkv_clip.factory import ModelSpec, spec_to_json, tokenizer_of, vocab_of
 from rwkv_clip.losses import Objective
+from rwkv_clip.models.outputs import NAMES, SIDES
+from rwkv_clip.models.specification import ModelSpec
 
 from .settings import ParallelSettings, Settings
 
@@ -32,7 +33,7 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
     """ConfigError when the records' tokens were not made for the model's text tower.
 
     That tell the side file and some records; each record read later is held against the same vocabulary."""
-    tokenizer, vocab = tokenizer_of(spec), vocab_of(spec)
+    tokenizer, vocab = spec.tokenizer(), spec.vocabulary
     problems = []
     if texts is not None and len(records.views) < texts:
         held = f"{len(records.views)} ({', '.join(records.views)})"
@@ -59,6 +60,13 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
             )
     if problems:
         raise ConfigError(problems)
+
+
+def check_objective(name: str, objective: Objective) -> None:
+    """ConfigError when the objective asks for features that no model has."""
+    unknown = [need for need in objective.needs if need not in NAMES and need.partition("_")[0] in SIDES]
+    if unknown:
+        raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(NAMES)}"])
 
 
 def check_texts(records: RecordSet, settings: Settings, objective: Objective) -> None:
@@ -115,7 +123,7 @@ def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world
     precision = settings.parallel.precision
     return {
         **flatten_table("", chosen),
-        **flatten_table("model.", spec_to_json(spec)),
+        **flatten_table("model.", spec.to_json()),
         "precision": f"{precision} ({autocast_dtype(precision, world.device) or torch.float32})",
         "train_data": describe_records({"count": len(records), "digest": records.digest}),
         "version": rwkv_clip.__version__,

@@ -120,11 +120,12 @@ class GradientStep:
         image, text = inputs.image[rows], inputs.text[rows]
         rows_of = {"image": image.shape[:-3], "text": text.shape[:-1]}  # (B,) or (B, V)
         call = self._called()
-        output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2))
-        output = dict(zip(("image", "text", "logit_scale"), output[:3]))
+        side_of = {name: name.partition("_")[0] for name in self.objective.needs}
+        needs = [name for name, side in side_of.items() if side in rows_of]  # the others are scalars, always there
+        output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2), needs=needs)
         return {
-            name: value.unflatten(0, rows_of[name.partition("_")[0]]) if value.dim() else value
-            for name, value in output.items()
+            name: output[name].unflatten(0, rows_of[side]) if side in rows_of else output[name]
+            for name, side in side_of.items()
         }
 
     def _called(self) -> nn.Module:

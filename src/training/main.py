@@ -26,13 +26,15 @@ from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
-from rwkv_clip.factory import ModelSpec, create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
+from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
 from rwkv_clip.files import write_whole
 from rwkv_clip.losses import Objective, make_objective
+from rwkv_clip.models.freezing import freeze_parameters
+from rwkv_clip.models.specification import ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_ranks, check_records, check_texts, check_weights
+from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights
 from .data import make_loader
 from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
@@ -43,7 +45,7 @@ from .parallel import WholeModel, is_sharded
 from .plot import plot_training
 from .run import open_run
 from .saver import Saver
-from .settings import Settings, load_settings
+from .settings import Settings, load_settings, update_flags
 from .state import TrainState
 from .trainer import Trainer
 
@@ -53,7 +55,8 @@ MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives)
 
 def read_command_line(arguments: list[str]) -> Settings:
     """Preset (`--preset NAME or path`), then overrides. ConfigError lists every value that does not fit."""
-    arguments, preset = [a for a in arguments if a != "--"], None  # some releases of torchrun pass it on
+    # Some releases of torchrun pass the lone -- on.
+    arguments, preset = update_flags([a for a in arguments if a != "--"]), None
     presets = ", ".join(list_presets("training"))
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
@@ -98,7 +101,7 @@ def make_validator(
         return dict
     pairs = load_retrieval(data.val_data, split=data.val_split) if world.is_main else None
     whole = WholeModel(model, parallel, world)
-    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), tokenizer_of(model.spec)
+    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), model.spec.tokenizer()
 
     def validate() -> dict[str, float]:
         with whole.gathered() as net:
@@ -139,6 +142,7 @@ def prepare(settings: Settings) -> Work:
     check_records(records, spec, settings.data.train_data, settings.data.texts)
     torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
     objective = make_objective(settings.loss)
+    check_objective(settings.loss.objective, objective)
     check_texts(records, settings, objective)
     world = join_world(settings.parallel.device, COLLECTIVES)
     check_ranks(settings, spec, records, world)
@@ -193,11 +197,13 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
 
 
 def _make_model(work: Work) -> torch.nn.Module:
-    """The model with its initial weights, the same on every rank."""
+    """The model with its initial weights, the same on every rank, and what is frozen of it."""
     settings, world = work.settings, work.world
     torch.manual_seed(settings.run.seed)
     device = "cpu" if is_sharded(settings.parallel, world) else world.device  # shards move by themselves
-    return create_model(work.spec, settings.model.pretrained, device=device, drop_path=settings.model.drop_path)
+    model = create_model(work.spec, settings.model.pretrained, device=device, drop_path=settings.model.drop_path)
+    freeze_parameters(model, settings.freezing)
+    return model
 
 
 def _open_loader(work: Work, state: TrainState) -> Loader:
@@ -212,7 +218,7 @@ def _open_loader(work: Work, state: TrainState) -> Loader:
     return make_loader(
         work.records,
         plan,
-        image_size_of(state.model),
+        state.model.spec.image_size,
         work.settings.data,
         seed=work.settings.run.seed,
         views=work.objective.image_views,

@@ -27,7 +27,7 @@ from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.errors import run_command
-from rwkv_clip.factory import create_model, image_size_of, resolve_spec
+from rwkv_clip.factory import create_model, resolve_spec
 from rwkv_clip.losses import make_objective
 
 from .checks import check_records
@@ -213,7 +213,7 @@ def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
         _, spec = resolve_spec(settings.model)
         check_records(records, spec, settings.train_data)
         model = create_model(spec, device=world.device)
-        size = tuple(image_size_of(model))
+        size = model.spec.image_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     say(f"{len(records):,} records, {size[1]} x {size[0]} px, batches of {settings.batch_size}, {cores} cores")
     reader = SampleReader(records, 0, size)

@@ -7,13 +7,16 @@ names are open_clip's, with open_clip's meaning, wherever open_clip has the sett
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rwkv_clip.config import flat, flat_names, load_preset, parse, ranged
+from rwkv_clip.config import ConfigError, flat, flat_names, load_preset, parse, ranged
 from rwkv_clip.losses import LossSettings
+from rwkv_clip.models.freezing import FreezeSettings
 
+log = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
 
 
@@ -202,6 +205,7 @@ class Settings:
 
     run: RunSettings = flat(RunSettings)
     model: ModelSettings = flat(ModelSettings)
+    freezing: FreezeSettings = flat(FreezeSettings)
     data: DataSettings = flat(DataSettings)
     loss: LossSettings = flat(LossSettings)
     parallel: ParallelSettings = flat(ParallelSettings)
@@ -226,21 +230,46 @@ def parse_settings(data: dict[str, Any]) -> Settings:
     return parse(Settings, update_names(data))
 
 
+# Names before 0.6 -> names of today. As flags they still work, with a warning.
+RENAMED = {"views": "text_choice", "max_bad_share": "max_bad_fraction"}
+AUTOCAST_BEFORE = {"bf16": "amp_bf16", "fp16": "amp"}  # values of `precision`
+
+
 def update_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings with the names and meanings of today. Before 0.6 `warmup` was a fraction, `precision` named the
-    autocast dtype, `views` chose texts, and `max_bad_share` was a fraction."""
+    """Flat settings with the names and meanings of today. Before 0.6 `warmup` was a fraction and `precision` named the
+    autocast dtype."""
     if not isinstance(data, dict):
         return data
-    data = dict(data)
-    for old, new in (("views", "text_choice"), ("max_bad_share", "max_bad_fraction")):
-        if old in data and new not in data:
-            data[new] = data.pop(old)
+    data = {RENAMED.get(key, key): value for key, value in data.items()}
     if isinstance(data.get("warmup"), float) and "warmup_fraction" not in data:
         data["warmup_fraction"] = data.pop("warmup")
-    precision = data.get("precision")
-    if precision in ("bf16", "fp16"):
-        data["precision"] = {"bf16": "amp_bf16", "fp16": "amp"}[precision]
+    if "precision" in data:
+        data["precision"] = AUTOCAST_BEFORE.get(data["precision"], data["precision"])
     return data
+
+
+def update_flags(arguments: list[str]) -> list[str]:
+    """Arguments with the names of today. ConfigError for a value whose meaning has changed."""
+    updated, problems = [], []
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        value = value if equals else "".join(arguments[i + 1 : i + 2])
+        if name in RENAMED:
+            new = f"--{RENAMED[name].replace('_', '-')}"
+            log.warning("%s is called %s since 0.6", flag, new)
+            argument = f"{new}{equals}{value}" if equals else new
+        elif name == "warmup" and value.startswith(("0.", ".")):
+            problems.append(f"warmup: {value} is not a number of steps; use --warmup-fraction {value}")
+        elif name == "precision" and value in AUTOCAST_BEFORE:
+            problems.append(
+                f"precision: {value!r} would be the type of the weights, which stay float32 in training; autocast in "
+                f"that type is --precision {AUTOCAST_BEFORE[value]}"
+            )
+        updated.append(argument)
+    if problems:
+        raise ConfigError(problems)
+    return updated
 
 
 def load_settings(preset: str | None) -> Settings:

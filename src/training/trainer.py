@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_clip.data.image import normalize
-from rwkv_clip.factory import pixel_statistics
 
 from .data.augment import draw_drops, draw_texts
 from .data.batch import Batch
@@ -39,7 +38,7 @@ class Trainer:
         step = DeterministicStep if settings.deterministic else GradientStep
         self.gradients = step(model, state.parallel, state.objective, settings, world, self.normalize, self.seed)
         # On the device from the start: a constant made in a step is a copy that the host waits for.
-        self.pixel_statistics = [torch.tensor(values, device=world.device) for values in pixel_statistics(model)]
+        self.pixel_statistics = [torch.tensor(values, device=world.device) for values in model.spec.pixels]
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     def normalize(self, image: Tensor) -> Tensor:

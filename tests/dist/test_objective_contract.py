@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from helpers.ranks import digest, run_ranks
 from helpers.tiny import make_smaller, make_tiny
 from helpers.toy_objective import Toy
-
 from rwkv_clip import losses
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import parse

@@ -2,14 +2,15 @@ import json
 
 import pytest
 
-from rwkv_clip.config import CONFIGS, ConfigError, ModelConfig, flat_names, list_presets, parse, to_dict
+from rwkv_clip.config import CONFIGS, ConfigError, flat_names, list_presets, parse, to_dict
 from rwkv_clip.factory import resolve_spec
+from rwkv_clip.models.two_tower import ModelConfig
 from rwkv_clip.training.settings import Settings, load_settings
 
 
-def problems(data, cls=Settings):
+def problems(data):
     with pytest.raises(ConfigError) as error:
-        parse(cls, data)
+        parse(Settings, data)
     return error.value.problems
 
 
@@ -41,10 +42,15 @@ def test_limits(change, message):
 
 
 def test_nested_model_settings():
-    found = problems({"image": {"depth": 0, "heads": 7}, "text": 3}, ModelConfig)
-    assert found == ["text: expected a table of settings, got 3"]
-    assert problems({"image": {"heads": 7}}, ModelConfig)[0].startswith("image.heads: 7 heads of width 640")
-    assert "text.width: 320 differs" in problems({"text": {"width": 320, "heads": 5}}, ModelConfig)[0]
+    def model_problems(data):
+        with pytest.raises(ConfigError) as error:
+            ModelConfig.parse(data)
+        return error.value.problems
+
+    found = model_problems({"image": {"depth": 0, "heads": 7}, "text": 3})
+    assert found == ["image.depth: 0 must be at least 1", "text: expected a table of settings, got 3"]
+    assert model_problems({"image": {"heads": 7}})[0].startswith("image.heads: 7 heads of width 640")
+    assert "text.width: 320 differs" in model_problems({"text": {"width": 320, "heads": 5}})[0]
 
 
 def test_settings_survive_json():

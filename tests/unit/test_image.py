@@ -272,9 +272,7 @@ def test_damaged_tags_mean_what_pil_makes_of_them():
 
 def siglip(size: int | tuple[int, int]):
     """The transform of a model whose pixels are not normalised as CLIP's: open_clip's."""
-    return preprocess_of(
-        SimpleNamespace(visual=SimpleNamespace(image_size=size, image_mean=(0.5,) * 3, image_std=(0.5,) * 3))
-    )
+    return preprocess_of(SimpleNamespace(spec=SimpleNamespace(image_size=size, pixels=((0.5,) * 3, (0.5,) * 3))))
 
 
 TRANSFORMS = {"val": val_transform, "train": train_transform, "open_clip": siglip}
@@ -312,10 +310,10 @@ from types import SimpleNamespace
 from PIL import Image
 from rwkv_clip.data.image import open_image, val_transform
 from rwkv_clip.factory import preprocess_of
-visual = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+spec = SimpleNamespace(pixels=((0.5,) * 3, (0.5,) * 3))
 transforms = [val_transform(224), val_transform((224, 112))]
-for visual.image_size in (224, (224, 112)):
-    transforms.append(preprocess_of(SimpleNamespace(visual=visual)))
+for spec.image_size in ((224, 224), (224, 112)):
+    transforms.append(preprocess_of(SimpleNamespace(spec=spec)))
 for transform in transforms:
     transform(Image.new("RGB", (300, 200)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import MODEL, make_smaller, make_tiny
-from helpers.toy_objective import Toy
 
 import rwkv_clip
+from helpers.tiny import MODEL, make_smaller, make_tiny
+from helpers.toy_objective import Toy
 from rwkv_clip import losses
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import ConfigError, parse
@@ -89,7 +89,10 @@ def test_gradients_in_micro_batches(plain, changes):
     for name, gradient in expected.items():
         assert float((found[name] - gradient).abs().max() / gradient.abs().max()) <= 1e-12, name
     torch.testing.assert_close(objective.center, center, rtol=1e-12, atol=0)
-    assert computed.features["image_tokens"].shape[:2] == (BATCH, 2) and set(computed.losses) == {"contrastive", "local"}
+    assert computed.features["image_tokens"].shape[:2] == (BATCH, 2) and set(computed.losses) == {
+        "contrastive",
+        "local",
+    }
 
 
 def test_its_parameters_follow_the_decay_rule():

@@ -1,6 +1,5 @@
 """Training end to end on tiny data: it learns, logs, resumes with the same bits, and refuses what does not fit."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,17 +14,17 @@ from torch.utils._pytree import tree_leaves
 import rwkv_clip
 from helpers.tiny import BATCH, COUNT, STEPS, make_tiny, to_arguments
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
-from rwkv_clip.config import ConfigError, parse
+from rwkv_clip.config import ConfigError, flat_names, parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training import loop
 from rwkv_clip.training.data.batch import Batch
-from rwkv_clip.training.faults.nonfinite import FiniteGuard
+from rwkv_clip.training.faults.nonfinite import FiniteGuard, NumericsError
 from rwkv_clip.training.main import read_command_line, run
-from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
+from rwkv_clip.training.optim import Schedule, build_optimizer, pack_state, update_weights
 from rwkv_clip.training.parallel import Shards
 from rwkv_clip.training.run import claim_folder
-from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.settings import OptimizerSettings, Settings, load_settings
 from rwkv_clip.training.state import TrainState
 from rwkv_clip.training.trainer import Trainer
 
@@ -253,7 +252,7 @@ def test_non_finite_numbers_stop_before_the_weights(data, history, monkeypatch, 
     monkeypatch.setattr(rwkv_clip.RWKVCLIP, "forward", poisoned)
     monkeypatch.setattr("rwkv_clip.training.main.Trainer", Trainer)
     name = f"nan {at} {every}"
-    with pytest.raises(loop.NumericsError, match=rf"^step {at}: loss nan, gradient norm .*records \[\d+, .* on rank 0"):
+    with pytest.raises(NumericsError, match=rf"^step {at}: loss nan, gradient norm .*records \[\d+, .* on rank 0"):
         run(settings(data, name=name, log_every_n_steps=every))
     assert len(trainers) == at + (1 if every == 1 or at in (5, STEPS - 1) else 2), "one step later at most"
     bits = bits_of(trainers[0])
@@ -275,7 +274,7 @@ def test_a_bad_rank_stops_all(monkeypatch):
     assert watch.judge(good, good, False).item() == 1
     monkeypatch.undo()
     watch.report(1, ids, good, good)
-    with pytest.raises(loop.NumericsError, match=r"^step 1: loss 1, gradient norm 1; records \[0, 1, 2\]"):
+    with pytest.raises(NumericsError, match=r"^step 1: loss 1, gradient norm 1; records \[0, 1, 2\]"):
         watch.check()
     assert watch.judge(good, good, False).item() == 1, "no step after a bad one"
 
@@ -386,9 +385,10 @@ def test_records_of_a_longer_context_are_refused(data, tmp_path):
 
 def test_command_line(data):
     parsed = read_command_line(["--preset", "rwkv-clip-b32-yfcc15m", "--train-data", "x", "--lr", "0.5", "--flip", "0"])
-    assert (parsed.model, parsed.lr, parsed.flip, parsed.decay) == ("RWKV-CLIP-B-32", 0.5, 0.0, "all")
+    assert (parsed.model.model, parsed.data.flip) == ("RWKV-CLIP-B-32", 0.0)
+    assert (parsed.optimizer.lr, parsed.optimizer.decay) == (0.5, "all")
     assert read_command_line(to_arguments(data)) == settings(data)
-    assert read_command_line(["--train-data", "x", "--preset=demo"]).model == "RWKV-CLIP-Ti-8"
+    assert read_command_line(["--train-data", "x", "--preset=demo"]).model.model == "RWKV-CLIP-Ti-8"
     with pytest.raises(ConfigError, match=r"preset: needs a value; shipped: .*demo"):
         read_command_line(["--preset"])
     with pytest.raises(ConfigError) as error:
@@ -398,16 +398,46 @@ def test_command_line(data):
 
 FLAGS = """
 accum-freq allow-change batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay deterministic device
-drop-path epochs eps flip gates grad-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr
-max-bad max-bad-share max-nonfinite max-ranks max-steps model name objective on-nonfinite parallel precision
-pretrained report-to resume save-every-n-steps schedule seed texts timeout torchcompile train-data val-data
-val-every-n-steps val-prefix val-split views warmup wd workers
+drop-path epochs eps flip freeze gates grad-checkpointing grad-clip-norm keep-checkpoints loader lock-image
+lock-image-freeze-bn-stats lock-image-unlocked-groups lock-text lock-text-freeze-layer-norm lock-text-unlocked-layers
+log-every-n-steps logs lr max-bad max-bad-fraction max-nonfinite max-ranks max-steps model name objective on-nonfinite
+parallel precision pretrained report-to resume save-every-n-steps schedule seed text-choice texts timeout torchcompile
+train-data val-data val-every-n-steps val-prefix val-split warmup warmup-fraction wd workers
 """
 
 
 def test_public_flags_are_frozen():
     """Users have these in their scripts. A new one is added here on purpose; none disappears."""
-    assert sorted(f.name.replace("_", "-") for f in dataclasses.fields(Settings)) == FLAGS.split()
+    assert sorted(name.replace("_", "-") for name in flat_names(Settings)) == FLAGS.split()
+
+
+def test_flags_of_before(caplog):
+    """Two names still work; two meanings that have become open_clip's are refused with what to say instead."""
+    old = read_command_line(["--train-data", "x", "--views", "first", "--max-bad-share=0.5"])
+    assert (old.data.text_choice, old.data.max_bad_fraction) == ("first", 0.5)
+    assert "--views is called --text-choice" in caplog.text
+    with pytest.raises(ConfigError) as error:
+        read_command_line(["--train-data", "x", "--warmup", "0.1", "--precision=fp16"])
+    assert [p.split(";")[1] for p in error.value.problems] == [
+        " use --warmup-fraction 0.1",
+        " autocast in that type is --precision amp",
+    ]
+
+
+def test_files_of_before(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"views": "all", "warmup": 0.25, "precision": "fp16", "max_bad_share": 0.5}')
+    found = load_settings(str(path))
+    assert (found.data.text_choice, found.data.max_bad_fraction, found.parallel.precision) == ("all", 0.5, "amp")
+    assert (found.optimizer.warmup, found.optimizer.warmup_fraction) == (None, 0.25)
+
+
+def test_warmup_counts_steps():
+    """As in open_clip; the fraction means as many steps as it comes to."""
+    counted, fraction = (parse(OptimizerSettings, x) for x in ({"warmup": 30}, {"warmup_fraction": 0.3}))
+    schedules = [Schedule.from_settings(settings, 100) for settings in (counted, fraction)]
+    assert len({tuple(map(schedule.lr, range(100))) for schedule in schedules}) == 1
+    assert schedules[0].lr(29) == 1e-3 > schedules[0].lr(28)
 
 
 @pytest.mark.parametrize(
