@@ -38,18 +38,13 @@ NEEDED = ("step", "samples_seen", "settings", "scaler", *WHOLE)
 log = logging.getLogger(__name__)
 
 
-def own_tensors(state: TrainState) -> dict[str, Tensor]:
-    """This rank's part of what a checkpoint holds besides weights; the run's own tensors."""
-    optim = pack_state(state.optimizer, state.shards.own)
-    return optim | {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}
-
-
 def save_run(state: TrainState, saver: Saver | None, name: str, last: bool = False) -> None:
     """Have a checkpoint written by the rank that has a saver; all ranks call this, after a check of the last step.
     name: of the model. `last`: wait until it is on the disk.
 
     NumericsError, and no checkpoint, when what is to be saved is not finite. StorageError as by the saver."""
-    state.watch.check_finite(state.shards.own | own_tensors(state))
+    own, buffers = state.shards.own, state.objective.named_buffers(prefix="objective")
+    state.watch.check_finite(own | pack_state(state.optimizer, own) | dict(buffers))
     weights, optim, facts = take_snapshot(state, name)
     if saver:
         saver.save(state.progress.step, weights, optim, facts, last)
@@ -60,7 +55,8 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
 
     The tensors are whole; those that the main rank holds itself are the run's own: copy them first.
     """
-    optim = state.shards.mark_state(own_tensors(state))
+    optim = state.shards.mark_state(pack_state(state.optimizer, state.shards.own))
+    optim |= {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}
     facts = {
         "samples_seen": state.progress.samples_seen,
         "total_steps": state.total_steps,

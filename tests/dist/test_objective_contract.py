@@ -29,8 +29,9 @@ def runs(tmp_path_factory):
 
     def start(ranks: int, **changes):
         name = f"{ranks} {sorted(changes.items())}".replace("/", "-")
-        run_ranks(ranks, folder, train, base | {"batch_size": 8 // ranks, "name": name, **changes})
-        return find_checkpoint(folder / "logs" / name)
+        settings = base | {"batch_size": 8 // ranks, "name": name, **changes}
+        run_ranks(ranks, folder, train, settings)
+        return find_checkpoint(folder / "logs" / settings["name"])
 
     return start
 

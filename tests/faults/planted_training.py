@@ -260,8 +260,8 @@ TRAINING = [
     Mutant(
         "ALIP's means are not saved",
         "training/checkpointing.py",
-        'return optim | {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}',
-        "return optim",
+        '    optim |= {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}\n',
+        "",
         "unit/test_alip.py::test_a_resumed_run_has_the_same_bits",
     ),
     Mutant(
