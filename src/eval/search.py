@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, choose_device
-from rwkv_clip.features import encode_images, encode_texts, open_picture
+from rwkv_clip.data.image import open_picture
+from rwkv_clip.dist import choose_device
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import nearest_items
-from rwkv_clip.retrieval import count_cut_texts
+from rwkv_clip.tokenizer import count_cut
 
 from .export import KINDS, Features, read_about, read_features
 from .report import markdown, new_folder
@@ -124,19 +125,17 @@ def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) ->
     loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=precision)
     if about and loaded.digest != about["checkpoint_sha256"]:
         raise ValueError(f"checkpoint: {checkpoint} is not what made {settings.features}; write the features again")
-    common = {"device": device, "autocast": AUTOCAST[precision]}
+    extractor = FeatureExtractor.of(loaded, device, workers=0)
     if settings.query:
         prefix = about.get("prefix", "") if settings.prefix is None else settings.prefix
         texts = [prefix + text for text in settings.query]
         tokens = loaded.tokenizer(texts)
-        if cut := count_cut_texts(texts, tokens, loaded.tokenizer):
+        if cut := count_cut(texts, tokens, loaded.tokenizer):
             print(f"{cut} queries are longer than the context of {tokens.shape[1]} tokens: cut", file=sys.stderr)
         rows = [{"text_id": text} for text in settings.query]
-        yield "text_to_image", Features("texts", encode_texts(loaded.model, tokens, **common), rows)
+        yield "text_to_image", Features("texts", extractor.encode_tokens(tokens), rows)
     if settings.picture:
-        vectors = encode_images(
-            loaded.model, lambda i: open_picture(paths[i]), len(paths), loaded.preprocess, workers=0, **common
-        )
+        vectors = extractor.encode_images(lambda i: open_picture(paths[i]), len(paths))
         yield "image_to_text", Features("images", vectors, [{"image_id": str(path)} for path in paths])
 
 
