@@ -67,6 +67,28 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, [json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"])
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring the names of the files in `folder` onto the disk, so that they survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def new_folder(path: Path) -> Path:
+    """Make the folder `path`, or `path`-2, -3, ... where that exists already, and those above it; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,9 +14,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from rwkv_clip.data import shards
-from rwkv_clip.data.readers import MAX_LINE, Problem
-from rwkv_clip.data.sources import Source, SourceError, list_inputs
+from rwkv_clip.data import samples, tar
+from rwkv_clip.data.rows import MAX_LINE, Problem, SourceError
+from rwkv_clip.data.sources import Source
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(256)) + b"\xff\xd9"  # nothing is decoded here
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(255, 0, -1))
@@ -303,8 +303,8 @@ def link(name: str) -> tarfile.TarInfo:
         (["0.jpg", "0.mask.png", "0.txt"], {"0": JPEG}),
         (["0.jpg", "0.txt", "0.jpg", "0.txt", "1.jpg", "1.txt"], {"0": "one name twice", "1": JPEG}),
         (["0.jpg", "0.jpg", "0.txt", "0.txt"], {"0": "one name twice"}),
-        (["0.jpg", "1.jpg", "0.txt", "1.txt"], {"0": str(shards.APART), "1": str(shards.APART)}),
-        (["0.txt", "1.txt", "0.jpg", "1.jpg"], {"0": str(shards.APART), "1": str(shards.APART)}),
+        (["0.jpg", "1.jpg", "0.txt", "1.txt"], {"0": str(samples.APART), "1": str(samples.APART)}),
+        (["0.txt", "1.txt", "0.jpg", "1.jpg"], {"0": str(samples.APART), "1": str(samples.APART)}),
         (["0.txt", "1.jpg", "1.txt"], {"0": "missing image", "1": JPEG}),
         (["0.heic", "1.jpg", "1.txt"], {"0": "missing image", "1": JPEG}),
         (["._0.jpg", "__MACOSX/0.jpg", "PaxHeaders.7/0.jpg", ".x/0.jpg", ".DS_Store", "LICENSE", "0.jpg"], {"0": JPEG}),
@@ -453,7 +453,7 @@ def test_a_tgz_is_read_to_its_end(tmp_path):
             pytest.fail(case)
 
 
-@pytest.mark.parametrize("behind", [b"x", pack(SAMPLES), bytes(shards.MAX_PADDING + (2 << 20))])
+@pytest.mark.parametrize("behind", [b"x", pack(SAMPLES), bytes(tar.MAX_PADDING + (2 << 20))])
 def test_only_some_zeros_may_follow_the_end_mark(tmp_path, behind):
     save(tmp_path, {"s.tar": pack(SAMPLES) + behind})
     with pytest.raises(SourceError, match="behind the end mark"):
@@ -500,7 +500,7 @@ def test_pictures_with_texts_beside_them(tmp_path):
     assert [row.name for row in source.rows(2)] == [row.name for row in rows[2:]]
     before = source.fingerprint()
     save(tmp_path, {"d/00000/000.txt": "another"})
-    assert source.fingerprint() != before and list_inputs(tmp_path / "d") == [tmp_path / "d"]
+    assert source.fingerprint() != before and Source(tmp_path / "d").files == [tmp_path / "d"]
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -537,7 +537,7 @@ def test_links_lead_out_of_a_folder_of_pairs_only_if_allowed(tmp_path, outside):
 )
 def test_what_a_folder_holds(tmp_path, files, expected):
     save(tmp_path, dict.fromkeys(files, "[]"))
-    assert [str(file.relative_to(tmp_path)) for file in list_inputs(tmp_path)] == expected
+    assert [str(file.relative_to(tmp_path)) for file in Source(tmp_path).files] == expected
 
 
 @pytest.mark.parametrize(
@@ -554,14 +554,14 @@ def test_what_a_folder_holds(tmp_path, files, expected):
 def test_a_folder_of_several_kinds_or_of_none_says_what_it_holds(tmp_path, files, message):
     save(tmp_path, dict.fromkeys(files, "[]"))
     with pytest.raises(ValueError, match=message):
-        list_inputs(tmp_path)
+        Source(tmp_path)
 
 
 def test_linked_folders_are_walked_once(tmp_path):
     save(tmp_path, {"d/a.tar": "", "far/b.tar": ""})
     (tmp_path / "d" / "far").symlink_to(tmp_path / "far")
     (tmp_path / "d" / "round").symlink_to(tmp_path / "d")
-    assert [file.name for file in list_inputs(tmp_path / "d")] == ["a.tar", "b.tar"]
+    assert [file.name for file in Source(tmp_path / "d").files] == ["a.tar", "b.tar"]
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ def test_lists_ranges_patterns_and_names_with_commas(tmp_path, monkeypatch, spec
     monkeypatch.chdir(tmp_path)
     names = ("a,b", "c", "d-00", "d-01", "x,y/e", "x,y/f", "b[1]")
     save(tmp_path, {f"{name}.jsonl": "{}" for name in names})
-    assert [str(file) for file in list_inputs(spec)] == expected
+    assert [str(file) for file in Source(spec).files] == expected
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ def test_what_names_no_file_is_told(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     save(tmp_path, {"d-00.jsonl": "{}", "d-01.jsonl": "{}"})
     with pytest.raises(ValueError, match=message):
-        list_inputs(spec)
+        Source(spec)
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -668,7 +668,7 @@ def test_token_ids_keep_their_axes(tmp_path, shape, dtype, inner):
     [
         (
             np.zeros((4, 77, 3), np.int32),
-            r"shape \(4, 77, 3\) has more views than tokens; .*\(images, views, context\)",
+            r"shape \(4, 77, 3\) has more texts than tokens; .*\(images, texts, context\)",
         ),
         (np.zeros((3, 4, 77), np.int32), r"has 3 rows, but .* lists 4 images; .*\(3, 4, 77\); should be \(images, vi"),
         (np.zeros((12, 77), np.int32), r"has 12 rows, but"),
