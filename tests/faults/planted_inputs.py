@@ -255,16 +255,16 @@ EVALUATION = [
     ),
     Mutant(
         "records of one picture are pictures of their own",
-        "rwkv_clip/retrieval.py",
-        "pictures.setdefault(known(payload),",
+        "rwkv_clip/data/retrieval_set.py",
+        "pictures.setdefault(_digest(payload),",
         'pictures.setdefault(index.to_bytes(8, "little"),',
         SETS + "test_records_of_one_picture_are_joined_as_rows_are",
     ),
     Mutant(
         "names of a manifest lead anywhere",
-        "rwkv_clip/retrieval.py",
-        "find_below(root, row.image, outside)",
-        "find_below(root, row.image, True)",
+        "rwkv_clip/data/retrieval_set.py",
+        "find_below(root, entry.image, outside)",
+        "find_below(root, entry.image, True)",
         SETS + "test_names_that_lead_out_are_refused",
     ),
     Mutant(
@@ -292,14 +292,14 @@ EVALUATION = [
 CORE = [
     Mutant(
         "a rotation tag is ignored",
-        "rwkv_clip/image.py",
+        "rwkv_clip/data/image.py",
         "        if turn is not None:\n            image = image.transpose(turn)\n",
         "",
         "unit/test_image.py::test_pictures_are_upright_everywhere",
     ),
     Mutant(
         "a JPEG stored sideways counts as plain",
-        "rwkv_clip/image.py",
+        "rwkv_clip/data/image.py",
         "plain = plain and turn is None and edge",
         "plain = plain and edge",
         "unit/test_image.py::test_pictures_are_upright_everywhere",
@@ -313,7 +313,7 @@ CORE = [
     ),
     Mutant(
         "a thin picture is cut between pixels of the result",
-        "rwkv_clip/image.py",
+        "rwkv_clip/transform.py",
         "// (2 * short) * short",
         "// 2",
         "unit/test_image.py::test_thin_pictures_look_as_if_scaled_whole",
