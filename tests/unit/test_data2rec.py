@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rwkv_clip.data import build
+from rwkv_clip.data import build, recordio
 from rwkv_clip.data.build import build_records, verify_records
 from rwkv_clip.data.fields import Condition, Texts
 from rwkv_clip.data.records import RecordError, RecordFile, RecordSet, find_record_files, unpack
@@ -397,7 +397,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
         return replace
 
     # Every publication of a file goes through os.replace: .json (twice), .rec, .idx of each shard, then the summary.
-    monkeypatch.setattr(build.os, "replace", crash_at("replace", build.os.replace))
+    monkeypatch.setattr(recordio.os, "replace", crash_at("replace", recordio.os.replace))
     with pytest.raises(KeyboardInterrupt):
         build_records(source, str(prefix), shard_size=2, where=where)
     monkeypatch.undo()
@@ -416,7 +416,7 @@ def test_finished_build_is_kept_and_others_are_in_the_way(manifest, tmp_path, mo
     for size in (0, 4):
         first = build_records(manifest, prefix, shard_size=size, overwrite=True)
         before = contents(prefix)
-        monkeypatch.setattr(build.Build, "_write_shards", None)  # nothing may be written again
+        monkeypatch.setattr(build, "_write_shard", None)  # nothing may be written again
         second = build_records(manifest, prefix, shard_size=size, verify=True)
         monkeypatch.undo()
         assert (second.kept, second.count, second.verified) == (len(first.shards), 6, 6)
@@ -427,7 +427,7 @@ def test_finished_build_is_kept_and_others_are_in_the_way(manifest, tmp_path, mo
     assert contents(prefix) == before
     build_records(manifest, prefix, texts=("raw",), overwrite=True)
     assert sorted(contents(prefix)) == ["t.idx", "t.json", "t.rec"]
-    check_standard(prefix, texts=("raw",))
+    check_standard(prefix, names=("raw",))
     (tmp_path / "out" / "t.json").unlink()  # now it looks like a file of another program
     with pytest.raises(ValueError, match="give --overwrite"):
         build_records(manifest, prefix)

@@ -670,7 +670,7 @@ def test_token_ids_keep_their_axes(tmp_path, shape, dtype, inner):
             np.zeros((4, 77, 3), np.int32),
             r"shape \(4, 77, 3\) has more texts than tokens; .*\(images, texts, context\)",
         ),
-        (np.zeros((3, 4, 77), np.int32), r"has 3 rows, but .* lists 4 images; .*\(3, 4, 77\); should be \(images, vi"),
+        (np.zeros((3, 4, 77), np.int32), r"has 3 rows, but .* lists 4 images; .*\(3, 4, 77\); should be \(images, te"),
         (np.zeros((12, 77), np.int32), r"has 12 rows, but"),
         (np.zeros(4, np.int32), r"int32 of shape \(4,\)"),
         (np.zeros((4, 77), np.float16), r"float16 of shape"),

@@ -243,10 +243,10 @@ def _write_shard(plan: Plan, progress: Progress, outcomes: Iterator[tuple]) -> b
 
 def _publish(plan: Plan, writer: RecordWriter, side: dict) -> None:
     """Give a shard its names. What was there before stays until everything is on the disk."""
-    writer.flush()
+    writer.flush(side)
     if plan.shard_size and not beside(plan.prefix, ".rec").exists():  # a summary of shards that are replaced
         beside(plan.prefix, ".json").unlink(missing_ok=True)
-    writer.close(side)
+    writer.close()
 
 
 # ---- reading back ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class RecordWriter:
         self.prefix = split_path(path)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._index_path = beside(self.prefix, ".rec"), beside(self.prefix, ".idx")
+        self._side_path: Path | None = None
         self.size = 0  # bytes of the .rec so far
         self._rec = open(_unfinished(self.path), "wb")  # noqa: SIM115 - closed by close() and discard()
         self._idx = open(_unfinished(self._index_path), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
@@ -132,26 +133,26 @@ class RecordWriter:
             self.size += padding
             self._idx.write(f"{text}\t{start}\n")
 
-    def flush(self) -> None:
-        """Bring everything onto the disk, still under temporary names."""
+    def flush(self, side: dict | None = None) -> None:
+        """Bring everything onto the disk, and `side` as a .json that is to be published with it; all of it still has
+        temporary names."""
         with naming(self.path):
             for file in (self._rec, self._idx):
                 file.flush()
                 os.fsync(file.fileno())
+        if side is not None:
+            self._side_path = beside(self.prefix, ".json")
+            write_json(_unfinished(self._side_path), side)
 
-    def close(self, side: dict | None = None) -> None:
-        """Flush and publish: .json (`side`) first and .idx last, so that an index never describes another file."""
+    def close(self) -> None:
+        """Flush and publish: .json first and .idx last, so that an index never describes another file."""
         if self._rec.closed:
             return
         self.flush()
         self._rec.close()
         self._idx.close()
-        paths = [self.path, self._index_path]
-        if side is not None:
-            paths.insert(0, beside(self.prefix, ".json"))
-            write_json(_unfinished(paths[0]), side)
         self._index_path.unlink(missing_ok=True)
-        for path in paths:
+        for path in filter(None, (self._side_path, self.path, self._index_path)):
             os.replace(_unfinished(path), path)
         sync_folder(self.prefix.parent)
 
