@@ -6,7 +6,7 @@ at a 4-byte aligned place of a record, the record is cut there and the word left
 (first), 2 (middle), 3 (last) and the reader puts the word back; cflag 0 is a whole record. A record starts
 with `<IfQQ` (flag, label, id, id2), then `flag` float32 labels, then the payload.
 
-No length read from a file is used before it is checked against the file, and a record has to end, zero padding
+No length read from a file is used before it is checked against the file, and a record must end, zero padding
 included, where the next one starts: a flipped bit in a frame is found without a checksum, unless it makes one or two
 bytes of the padding part of the record.
 """
@@ -34,7 +34,7 @@ WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 _FRAME = struct.Struct("<II")
 _PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")
 HEADER = struct.Struct("<IfQQ")
-_SPOT_CHECKS = 64  # frames looked at when a file is opened
+_SPOT_CHECKS = 64  # frames checked when a file is opened
 INDEX_BLOCK = 1 << 24  # bytes of an index parsed at once: bounds the temporary arrays to a few hundred MB
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})\Z", re.ASCII)  # an int64 holds every number of 18 digits
 
@@ -252,7 +252,7 @@ class RecordFile:
         return key if isinstance(key, str) else int(key)
 
     def view(self, i: int) -> memoryview:
-        """Record `i` as one piece; it shares the file's memory unless the record was stored in parts."""
+        """Record `i` in one view, which shares the file's memory unless the record was stored in parts."""
         if not 0 <= i < len(self.offsets):
             raise IndexError(f"{self.path}: record {i} of {len(self.offsets)}")
         start, limit = self._extent(i)
