@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib.util
 import io
 import json
 import subprocess
@@ -504,3 +505,12 @@ def test_command_line(manifest, tmp_path):
     check_standard(tmp_path / "t", names=("raw", "generated"))
     wrong = run(str(tmp_path / "none.jsonl"), str(tmp_path / "t"))
     assert wrong.returncode == 2 and "names no file" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("flag", ["--texts", "--views"])
+def test_the_texts_have_their_earlier_flag_as_well(flag):
+    spec = importlib.util.spec_from_file_location("data2rec", ROOT / "data2rec.py")
+    data2rec = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(data2rec)
+    command = data2rec.parse(["c.jsonl", "out/t", flag, "raw=alt", "synthetic", "--workers", "2"])
+    assert (command.texts, command.workers, command.prefix) == (("raw=alt", "synthetic"), 2, "out/t")
