@@ -24,7 +24,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Command(BuildSettings):
-    texts: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--views"])] = ()  # its name up to release 0.5.0
+    """The settings as the command line shows them; up to release 0.5.0 `--texts` was called `--views`."""
+
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")]
+    prefix: Annotated[str, tyro.conf.arg(metavar="PREFIX")]
+    images: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    texts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...", aliases=["--views"])] = ()
+    where: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CONDITION ...")] = ()
+    image_field: Annotated[str | None, tyro.conf.arg(metavar="FIELD")] = None
+    token_field: Annotated[str | None, tyro.conf.arg(metavar="FIELD")] = None
+
+
+def parse(arguments: list[str] | None = None) -> Command:
+    """The settings on the command line; `arguments` replace those of this process."""
+    return tyro.cli(Command, description=__doc__, args=arguments, config=(tyro.conf.PositionalRequiredArgs,))
 
 
 def main() -> int:
@@ -32,8 +45,7 @@ def main() -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, stop)
     try:
-        command = tyro.cli(Command, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
-        print(build_records(**vars(command)))
+        print(build_records(**vars(parse())))
     except KeyboardInterrupt as stopped:
         print("data2rec: stopped; run the same command again to go on (complete shards are kept)", file=sys.stderr)
         return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib.util
 import io
 import json
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rwkv_clip.data import build
+from rwkv_clip.data import build, recordio
 from rwkv_clip.data.build import build_records, verify_records
 from rwkv_clip.data.fields import Condition, Texts
 from rwkv_clip.data.records import RecordError, RecordFile, RecordSet, find_record_files, unpack
@@ -397,7 +398,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
         return replace
 
     # Every publication of a file goes through os.replace: .json (twice), .rec, .idx of each shard, then the summary.
-    monkeypatch.setattr(build.os, "replace", crash_at("replace", build.os.replace))
+    monkeypatch.setattr(recordio.os, "replace", crash_at("replace", recordio.os.replace))
     with pytest.raises(KeyboardInterrupt):
         build_records(source, str(prefix), shard_size=2, where=where)
     monkeypatch.undo()
@@ -416,7 +417,7 @@ def test_finished_build_is_kept_and_others_are_in_the_way(manifest, tmp_path, mo
     for size in (0, 4):
         first = build_records(manifest, prefix, shard_size=size, overwrite=True)
         before = contents(prefix)
-        monkeypatch.setattr(build.Build, "_write_shards", None)  # nothing may be written again
+        monkeypatch.setattr(build, "_write_shard", None)  # nothing may be written again
         second = build_records(manifest, prefix, shard_size=size, verify=True)
         monkeypatch.undo()
         assert (second.kept, second.count, second.verified) == (len(first.shards), 6, 6)
@@ -427,7 +428,7 @@ def test_finished_build_is_kept_and_others_are_in_the_way(manifest, tmp_path, mo
     assert contents(prefix) == before
     build_records(manifest, prefix, texts=("raw",), overwrite=True)
     assert sorted(contents(prefix)) == ["t.idx", "t.json", "t.rec"]
-    check_standard(prefix, texts=("raw",))
+    check_standard(prefix, names=("raw",))
     (tmp_path / "out" / "t.json").unlink()  # now it looks like a file of another program
     with pytest.raises(ValueError, match="give --overwrite"):
         build_records(manifest, prefix)
@@ -504,3 +505,12 @@ def test_command_line(manifest, tmp_path):
     check_standard(tmp_path / "t", names=("raw", "generated"))
     wrong = run(str(tmp_path / "none.jsonl"), str(tmp_path / "t"))
     assert wrong.returncode == 2 and "names no file" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("flag", ["--texts", "--views"])
+def test_the_texts_have_their_earlier_flag_as_well(flag):
+    spec = importlib.util.spec_from_file_location("data2rec", ROOT / "data2rec.py")
+    data2rec = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(data2rec)
+    command = data2rec.parse(["c.jsonl", "out/t", flag, "raw=alt", "synthetic", "--workers", "2"])
+    assert (command.texts, command.workers, command.prefix) == (("raw=alt", "synthetic"), 2, "out/t")

@@ -261,9 +261,9 @@ def test_two_and_three_texts_from_every_kind_of_input(tmp_path, kind, texts):
     else:
         rows = [{"image": "0.jpg", **dict(zip(names, values))}] * 2
         (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for texts in ((), names):
+    for chosen in ((), names):
         report = build_records(
-            str(tmp_path / f"c.{kind}"), str(tmp_path / "out"), texts=texts, overwrite=True, **options
+            str(tmp_path / f"c.{kind}"), str(tmp_path / "out"), texts=chosen, overwrite=True, **options
         )
         assert report.texts.names == names and report.count == 2
         assert texts_of(tmp_path / "out", 1) == ids_of(*values)

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -243,35 +244,30 @@ def _write_shard(plan: Plan, progress: Progress, outcomes: Iterator[tuple]) -> b
 
 def _publish(plan: Plan, writer: RecordWriter, side: dict) -> None:
     """Give a shard its names. What was there before stays until everything is on the disk."""
-    writer.flush()
+    writer.flush(side)
     if plan.shard_size and not beside(plan.prefix, ".rec").exists():  # a summary of shards that are replaced
         beside(plan.prefix, ".json").unlink(missing_ok=True)
-    writer.close(side)
+    writer.close()
 
 
 # ---- reading back ----------------------------------------------------------------------------------------------------
 
 
-class Verifier:
-    """Record number -> None, or what is wrong with that record: structure, checksum, token ids, picture."""
-
-    def __init__(self, files: list[str]):
-        self.records = RecordSet(files)
-
-    def __call__(self, i: int) -> str | None:
-        try:
-            open_image(self.records.sample(i)[0], self.records.name(i))
-        except (RecordError, ImageError) as error:
-            return str(error)
-        return None
+def _find_fault(records: RecordSet, i: int) -> str | None:
+    """What is wrong with record `i`: its structure, checksum, token ids or picture."""
+    try:
+        open_image(records.sample(i)[0], records.name(i))
+    except (RecordError, ImageError) as error:
+        return str(error)
+    return None
 
 
 def verify_records(files: str | list[str], workers: int = 1) -> int:
     """Read every record, decode every picture -> number of records. RecordError lists the first bad."""
-    verifier = Verifier(files)
-    count = len(verifier.records)
+    records = RecordSet(files)
+    count = len(records)
     numbers = tqdm(range(count), unit="record", disable=None, desc="verify")
-    bad = [problem for problem in map_ordered(verifier, numbers, workers) if problem]
+    bad = [fault for fault in map_ordered(partial(_find_fault, records), numbers, workers) if fault]
     if bad:
         raise RecordError(f"{len(bad)} of {count} records are bad:\n  " + "\n  ".join(bad[:BAD_NAMED]))
     return count

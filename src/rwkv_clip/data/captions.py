@@ -1,6 +1,6 @@
 """Caption files as evaluation wants them: every entry names a picture and has all its texts, or is an error.
 
-The files are those that records are built from (`manifests`); building skips and counts an entry that is of no use, a
+The files are those that records are built from (`manifests`); building skips and counts an entry that it cannot use, a
 benchmark must not.
 """
 

@@ -1,7 +1,7 @@
-"""Which field of a row is what: the texts, ready token ids, the picture; decided once, from the first rows.
+"""Which fields of a row hold the texts, ready token ids and the picture; decided once, from the first rows.
 
-Names that the user gives are taken as they are. Others are looked for under the usual ones, and what a source has
-under the first name that is found is what all its rows are asked for: a row without it is not given another text.
+Names that the user gives are taken as they are. Otherwise the usual names are tried in order, and the first that the
+source has is used for all its rows: a row without it is not given another text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SYNTHETIC_FIELDS = ("synthetic", "ofa", "caption")
 CAPTION_FIELDS = ("captions", "caption", "title", "text", "raw", "raw_caption", "txt")  # where all captions are wanted
 IMAGE_FIELDS = ("image", "images", "image_path", "filepath", "file_name", "filename", "path", *IMAGE_ENDINGS)
 TOKEN_FIELDS = ("tokens", "texts")  # `texts` is what the published YFCC15M calls them
-GUESS = 100  # rows looked at to find out what there is
+GUESS = 100  # rows that the choice is made from
 SHOWN = 30  # names of fields in a message
 
 Found = TypeVar("Found")
@@ -255,15 +255,15 @@ class Condition:
             if number is None and value is not None:
                 reason = f"{self.field} is not a number"
         else:
-            taken = any(_is_said(value, text) for text in self.values) == (self.sign == "=")
+            taken = any(_denotes(value, text) for text in self.values) == (self.sign == "=")
         if value is None:
             reason = f"no field {self.field}"
         return taken, reason and f"{self}: {reason}, {'taken' if taken else 'left out'}"
 
 
-def _is_said(value: Any, text: str) -> bool:
-    """Whether `text` says this value: numbers by their size (1 is 1.0), true and false in any case, dates and whatever
-    else tables hold as Python writes them, bytes as the text that they are; texts only as they stand there."""
+def _denotes(value: Any, text: str) -> bool:
+    """Whether `text` denotes this value: numbers are compared by value (1 is 1.0), true and false in any case, bytes as
+    the text that they are, dates and other types of tables as Python prints them, texts exactly."""
     if isinstance(value, str):
         return value == text
     if isinstance(value, bool):
@@ -290,10 +290,10 @@ def _to_number(value: Any) -> float | None:
 
 
 def survey(rows: Iterator[Row], conditions: list[Condition], choose: Callable[[list[Row]], Found]) -> Found:
-    """What `choose` makes of the first rows that fulfil the conditions.
+    """What `choose` makes of the first rows that meet the conditions.
 
     ValueError, with the fields there are, for a condition on a field that no row has, and `choose`'s FieldError. Where
-    a field that the user named is not in the first rows, all are looked through before that is said.
+    a field that the user named is not in the first rows, all are searched before that is reported.
     """
     unseen, there = {condition.field for condition in conditions}, {}
 

@@ -23,7 +23,7 @@ from .rows import (
     decode_picture,
     iterate_lines,
     load_json,
-    row_maker,
+    make_row,
     take_pictures,
 )
 
@@ -35,13 +35,12 @@ _ROW_INSIDE = re.compile(r"\n[^\n]*" + IMAGE_NAME + r'"?\s*(?:,|\n|$)', re.IGNOR
 
 def read_jsonl(file: Path, skip: Skip) -> Iterator[Row]:
     """One object per line; blank lines are no rows."""
-    make = row_maker(file)
     with open(file, "rb") as stream:
         for number, line in iterate_lines(stream, file):
             if not line.strip() or skip():
                 continue
             place = f"line {number}"
-            row = make(place, load_json(line, file, place))
+            row = make_row(file, place, load_json(line, file, place))
             yield row if len(line) <= SHORT else take_pictures(row)
 
 
@@ -60,10 +59,9 @@ class JsonFile(NamedTuple):
 
     def rows(self, skip: Skip) -> Iterator[Row]:
         """A row for each entry; the entries can be gone through once."""
-        make = row_maker(self.file)
         for number, (fields, problem) in enumerate(self.entries):
             if not skip():
-                row = make(f"entry {number}", fields)
+                row = make_row(self.file, f"entry {number}", fields)
                 yield row._replace(image=problem) if problem else take_pictures(row)
 
 
@@ -136,7 +134,7 @@ def _join_karpathy(file: Path, number: int, entry: dict) -> dict:
 def read_table(file: Path, skip: Skip) -> Iterator[Row]:
     """A table whose first line names the columns, separated by commas (quoted as CSV has it) or by tabs.
 
-    Tabs are told by the ending .tsv, or by a first line that has more tabs than commas.
+    A table has tabs if it ends in .tsv or its first line has more tabs than commas.
     """
     with open(file, "rb") as stream:
         lines = _decode_lines(stream, file)
@@ -150,7 +148,6 @@ def read_table(file: Path, skip: Skip) -> Iterator[Row]:
             yield from _read_numbered_pictures(file, chain([(number, names)], rows), skip)
             return
         _check_names(file, names, tabs)
-        make = row_maker(file)
         for number, values in rows:
             if len(values) != len(names):
                 hint = "; save a table with tabs or line ends in its texts as .csv" if tabs else ""
@@ -158,7 +155,7 @@ def read_table(file: Path, skip: Skip) -> Iterator[Row]:
                     f"{file}: line {number} has {len(values)} columns, not {len(names)} columns as the first line{hint}"
                 )
             if not skip():
-                row = make(f"line {number}", dict(zip(names, values)))
+                row = make_row(file, f"line {number}", dict(zip(names, values)))
                 yield row if max(map(len, values)) <= SHORT else take_pictures(row)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .image import MAX_BYTES
-from .rows import SHORT, Row, Skip, SourceError, first_line, row_maker, take_pictures
+from .rows import SHORT, Row, Skip, SourceError, first_line, make_row, take_pictures
 
 ROWS = 64  # read at a time
 BATCH = 1 << 25  # bytes that they should not grow beyond; then fewer are read at a time
@@ -53,7 +53,7 @@ def read_parquet(file: Path, skip: Skip) -> Iterator[Row]:
         names = table.schema_arrow.names
         if len(set(names)) != len(names):
             raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
-        number, make = 0, row_maker(file)
+        number = 0
         for place, group in enumerate(groups):
             end = number + group[NUM_ROWS]
             if skip.pass_over(group[NUM_ROWS]):
@@ -66,7 +66,7 @@ def read_parquet(file: Path, skip: Skip) -> Iterator[Row]:
                     entries, long = _list_entries(batch)
                     for fields in entries:
                         if not skip():
-                            row = make(f"row {number}", fields)
+                            row = make_row(file, f"row {number}", fields)
                             yield take_pictures(row) if long else row
                         number += 1
             except SourceError:

@@ -6,7 +6,7 @@ at a 4-byte aligned place of a record, the record is cut there and the word left
 (first), 2 (middle), 3 (last) and the reader puts the word back; cflag 0 is a whole record. A record starts
 with `<IfQQ` (flag, label, id, id2), then `flag` float32 labels, then the payload.
 
-No length read from a file is used before it is checked against the file, and a record has to end, zero padding
+No length read from a file is used before it is checked against the file, and a record must end, zero padding
 included, where the next one starts: a flipped bit in a frame is found without a checksum, unless it makes one or two
 bytes of the padding part of the record.
 """
@@ -34,7 +34,7 @@ WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 _FRAME = struct.Struct("<II")
 _PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")
 HEADER = struct.Struct("<IfQQ")
-_SPOT_CHECKS = 64  # frames looked at when a file is opened
+_SPOT_CHECKS = 64  # frames checked when a file is opened
 INDEX_BLOCK = 1 << 24  # bytes of an index parsed at once: bounds the temporary arrays to a few hundred MB
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})\Z", re.ASCII)  # an int64 holds every number of 18 digits
 
@@ -107,6 +107,7 @@ class RecordWriter:
         self.prefix = split_path(path)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._index_path = beside(self.prefix, ".rec"), beside(self.prefix, ".idx")
+        self._side_path: Path | None = None
         self.size = 0  # bytes of the .rec so far
         self._rec = open(_unfinished(self.path), "wb")  # noqa: SIM115 - closed by close() and discard()
         self._idx = open(_unfinished(self._index_path), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
@@ -132,26 +133,26 @@ class RecordWriter:
             self.size += padding
             self._idx.write(f"{text}\t{start}\n")
 
-    def flush(self) -> None:
-        """Bring everything onto the disk, still under temporary names."""
+    def flush(self, side: dict | None = None) -> None:
+        """Bring everything onto the disk, and `side` as a .json that is to be published with it; all of it still has
+        temporary names."""
         with naming(self.path):
             for file in (self._rec, self._idx):
                 file.flush()
                 os.fsync(file.fileno())
+        if side is not None:
+            self._side_path = beside(self.prefix, ".json")
+            write_json(_unfinished(self._side_path), side)
 
-    def close(self, side: dict | None = None) -> None:
-        """Flush and publish: .json (`side`) first and .idx last, so that an index never describes another file."""
+    def close(self) -> None:
+        """Flush and publish: .json first and .idx last, so that an index never describes another file."""
         if self._rec.closed:
             return
         self.flush()
         self._rec.close()
         self._idx.close()
-        paths = [self.path, self._index_path]
-        if side is not None:
-            paths.insert(0, beside(self.prefix, ".json"))
-            write_json(_unfinished(paths[0]), side)
         self._index_path.unlink(missing_ok=True)
-        for path in paths:
+        for path in filter(None, (self._side_path, self.path, self._index_path)):
             os.replace(_unfinished(path), path)
         sync_folder(self.prefix.parent)
 
@@ -251,7 +252,7 @@ class RecordFile:
         return key if isinstance(key, str) else int(key)
 
     def view(self, i: int) -> memoryview:
-        """Record `i` as one piece; it shares the file's memory unless the record was stored in parts."""
+        """Record `i` in one view, which shares the file's memory unless the record was stored in parts."""
         if not 0 <= i < len(self.offsets):
             raise IndexError(f"{self.path}: record {i} of {len(self.offsets)}")
         start, limit = self._extent(i)

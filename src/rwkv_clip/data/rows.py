@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,13 +33,13 @@ PICTURE_PATH = re.compile(IMAGE_NAME + r"\s*$", re.IGNORECASE)
 
 
 class SourceError(ValueError):
-    """An input file is missing, damaged or not of a known kind; names file and place."""
+    """An input file is missing, damaged or of an unknown kind; names file and place."""
 
     exit_code = DATA
 
 
 class Problem(str):
-    """In place of a value that could not be had: the reason, by which the row is counted as skipped."""
+    """Takes the place of a value that is missing: the reason under which the row is counted as skipped."""
 
 
 MISSING = Problem("missing image")
@@ -49,8 +49,8 @@ UNLISTED = Problem("captions of a picture that is not listed")
 class Row(NamedTuple):
     """One image with its texts, as found: `fields` by name.
 
-    folder: that names of files in the fields are relative to; None: they are not names of files here.
-    image: the picture that came with the row, which no field replaces; None: a field names or holds it.
+    folder: the one that file names in the fields are relative to; None where they name no files here.
+    image: the picture that came with the row, which no field replaces; None where a field names or holds it.
     """
 
     name: str
@@ -59,16 +59,11 @@ class Row(NamedTuple):
     image: bytes | Problem | None = None
 
 
-def row_maker(file: Path) -> Callable[[str, Any], Row]:
-    """(place, fields) -> the row at that place of a manifest. SourceError if the fields are no object."""
-    name, folder = file.name, file.parent
-
-    def make(place: str, fields: Any) -> Row:
-        if not isinstance(fields, dict):
-            raise SourceError(f"{file}: {place} is a {type(fields).__name__}, not an object with named fields")
-        return Row(f"{name} {place}", fields, folder)
-
-    return make
+def make_row(file: Path, place: str, fields: Any) -> Row:
+    """The row at `place` of a manifest. SourceError if the fields are no object."""
+    if not isinstance(fields, dict):
+        raise SourceError(f"{file}: {place} is a {type(fields).__name__}, not an object with named fields")
+    return Row(f"{file.name} {place}", fields, file.parent)
 
 
 class Skip:

@@ -50,7 +50,7 @@ class Sample:
         self.room = 2 * MAX_BYTES
 
     def note(self, ending: str) -> int:
-        """There is a file of this ending: the most bytes that it is read with; 0: it is of no use."""
+        """Register a file of this ending; returns how many bytes of it to read at most, 0 if it is not needed."""
         if ending in self.endings:
             self.fault = TWICE
         elif len(self.endings) == MAX_FILES or not self.room:
@@ -61,7 +61,7 @@ class Sample:
         return 0
 
     def add(self, ending: str, content: bytes | Problem) -> None:
-        """What a file of this ending holds, or why it cannot be had."""
+        """Store what a file of this ending holds, or why it cannot be read."""
         if isinstance(content, bytes):
             self.room -= len(content)
         if is_picture(ending):
@@ -81,7 +81,7 @@ class Sample:
             self.texts[name] = Problem("text is not UTF-8 or JSON")
 
     def row(self, name: str) -> Row:
-        """Fields of the JSON give way to the files. The picture is x.jpg; x.mask.png is a field only."""
+        """The row of all files; a file replaces a field of the JSON. The picture is x.jpg; x.mask.png is a field only."""
         plain = [content for ending, content in self.pictures.items() if "." not in ending]
         image = MISSING if not plain else plain[0] if len(plain) == 1 else SEVERAL
         return Row(name, {**self.meta, **self.texts, **self.pictures}, None, self.fault or image)
@@ -201,8 +201,8 @@ def group_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:
 
 
 def read_pairs(folder: Path, skip: Skip, outside: bool = False) -> Iterator[Row]:
-    """Pictures with texts of the same name beside them; one without the other is a row, too, that will be counted.
-    Files that are elsewhere, by a link, are not read unless `outside`."""
+    """Pictures with texts of the same name beside them; one without the other is a row as well, to be counted.
+    Links that lead out of the folder are not followed unless `outside`."""
     for place, names in walk(folder):
         for stem, files in group_files(names).items():
             if skip():

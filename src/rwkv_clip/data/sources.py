@@ -73,7 +73,7 @@ class Source:
         return sum(map(count, self.files)) if count else None
 
     def fingerprint(self) -> list[list]:
-        """Tells one input from another, for every input file: [name, bytes, SHA-256], of larger files than WHOLE
+        """Identifies the input, with an entry for every file: [name, bytes, SHA-256], of files larger than WHOLE
         [name, bytes, time of change, SHA-256 of both ends]; for a folder of pictures and texts [name, files, SHA-256
         of their names, sizes and times].
         """
@@ -86,7 +86,7 @@ class Source:
         return files + [texts for file in files if (texts := find_texts(file))]
 
     def holds(self, file: Path) -> bool:
-        """Whether `file`, which is there, is one that rows are read from."""
+        """Whether rows are read from the existing file `file`."""
         if self.kind == PAIRS:
             group = group_files(os.listdir(file.parent)).get(file.stem, [])
             inside = any(file.resolve().is_relative_to(folder.resolve()) for folder in self.files)
@@ -178,7 +178,7 @@ def _look_into(folder: Path) -> list[tuple[str, Path]]:
     found += [("json", file) for file in loose]
     if not found:
         raise ValueError(
-            f"source: {str(folder)!r} names no file that is known, but {pictures} pictures, none with a .txt or .json "
+            f"source: {str(folder)!r} names no file of a known kind, but {pictures} pictures, none with a .txt or .json "
             f"of its name; known endings: {ENDINGS}"
         )
     return sorted(found, key=lambda item: item[1])

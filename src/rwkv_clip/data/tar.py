@@ -1,6 +1,7 @@
-"""The tar format, read here and not by `tarfile`: forwards and once, every size checked before it is believed (a negative
-one lets `tarfile` loop for ever, a long name of gigabytes fills the memory), and a compressed one to its end, where its
-checksum is.
+"""The tar format, forwards and once, with every size checked before it is believed.
+
+`tarfile` itself loops for ever on a negative size and reads a long name of gigabytes into memory; only its functions for
+single fields are used. A compressed tar is read to its end, where its checksum is.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,6 @@ END = bytes(BLOCK)
 OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 PAX = re.compile(rb"(\d{1,9}) ([^=]+)=")
 SIZE = re.compile(r"\d{1,18}", re.ASCII)
-OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
 
 
 class Member(NamedTuple):
@@ -35,10 +36,10 @@ class Member(NamedTuple):
 
 
 class Tar:
-    """The members of a tar, one after the other, as they stand in it. `read` is for the member at hand.
+    """The members of a tar in the order of the file. `read` gives the content of the current member.
 
-    SourceError, with the place: compressed by another program than gzip, damaged, cut short, headers whose numbers
-    cannot be, sparse members, anything but zeros behind the end mark.
+    SourceError, with the place: compressed by another program than gzip, damaged, cut short, headers with impossible
+    numbers, sparse members, anything but zeros after the end mark.
     """
 
     def __init__(self, file: Path, raw: BinaryIO):
@@ -112,11 +113,11 @@ class Tar:
             self._go_to(end)
 
     def _number(self, field: bytes) -> int:
-        """Octal digits, or base 256 where the first bit is set. A negative number is none that a header may say."""
-        if field[0] & 0xC0 == 0x80:
-            return int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
-        number = _octal(field)
-        if number is None:
+        try:
+            number = tarfile.nti(field)
+        except tarfile.HeaderError:
+            number = -1
+        if number < 0:
             raise self.error(f"the header gives a size that cannot be ({field!r}); damaged")
         return number
 
@@ -145,18 +146,13 @@ class Tar:
         return found
 
     def _check_end(self) -> None:
-        """Zeros up to the end of the file, which a compressed one is read to: its checksum stands there."""
+        """Only zeros may follow; a compressed file is read to its end, where its checksum is."""
         start = self.at
         while data := self._read(1 << 20):
             if data.count(0) != len(data):
-                raise self.error("more behind the end mark; damaged, or tars joined into one: give them one by one")
+                raise self.error("more after the end mark; damaged, or tars joined into one: give them one by one")
             if self.at - start > MAX_PADDING:
-                raise self.error(f"more than {MAX_PADDING:,} bytes behind the end mark")
-
-
-def _octal(field: bytes) -> int | None:
-    match = OCTAL.fullmatch(field)
-    return int(match[1] or b"0", 8) if match else None
+                raise self.error(f"more than {MAX_PADDING:,} bytes after the end mark")
 
 
 def _text(data: bytes) -> str:
@@ -171,14 +167,12 @@ def _name(block: bytes) -> str:
 
 
 def _check_block(tar: Tar, block: bytes) -> None:
-    """A header's bytes add up to what it says, its own field counted as blanks; some old programs add them signed."""
+    """Compare a header with its checksum; some old programs add its bytes up as signed ones."""
     if len(block) < BLOCK:
         raise tar.error("no end mark; cut short")
-    field = block[148:156]
-    # Adler-32 that starts from 0 has the sum in its lower half, exact up to 65,520.
-    bytes_sum = (zlib.adler32(block[:256], 0) & 0xFFFF) + (zlib.adler32(block[256:], 0) & 0xFFFF) - sum(field) + 256
-    said = _octal(field)
-    if said != bytes_sum:
-        high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in field)
-        if said != bytes_sum - 256 * high:
-            raise tar.error("no valid header; damaged")
+    try:
+        good = tarfile.nti(block[148:156]) in tarfile.calc_chksums(block)
+    except tarfile.HeaderError:
+        good = False
+    if not good:
+        raise tar.error("no valid header; damaged")
