@@ -19,100 +19,66 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, gather, max_over_ranks, rank_and_size
-from rwkv_clip.features import encode_images, raise_together
+from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
 from rwkv_clip.files import write_whole
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
+from .datasets import ClassificationSet
+from .encoder import Encoder, on_all_ranks
+
+if TYPE_CHECKING:
+    from rwkv_clip.factory import Loaded
+
 SCHEMA = 2  # a new number when the same weights give other features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
-T = TypeVar("T")
 _SAMPLES = 16  # pictures that are looked at all the same: a file system may have no times worth the name
 log = logging.getLogger(__name__)
 
 
-def encode_cached(
-    root: str | Path | None,
-    loaded,
-    data: dict,
-    open_one: Callable[[int], Image.Image],
-    count: int,
-    *,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-) -> Tensor:
-    """`features.encode_images` of a whole set, with what the cache below `root` (None: no cache) already has.
+def encode_labelled(encoder: Encoder, data: ClassificationSet) -> Tensor:
+    """Features (count, C) of the pictures of a set of classes; all ranks call it and get all features."""
+    return encode_cached(encoder, lambda: data_key(data.name, data.split, data.count, data.open, data.files), data.open)
 
-    loaded: a model of `load_for_inference`; data: the set's `data_key`. All ranks call it and get all features; the
-    main rank alone writes.
-    """
-    folder = _folder_of(Path(root), model_key(loaded) | data, device) if root is not None else None
+
+def encode_cached(encoder: Encoder, make_key: Callable[[], dict], open_one: Callable[[int], Image.Image]) -> Tensor:
+    """Features of a whole set, with what the encoder's cache already has. make_key: gives the set's `data_key`."""
+    key = on_all_ranks(make_key, encoder.device)
+    folder = None
+    if encoder.cache is not None:
+        folder = _folder_of(encoder.cache, model_key(encoder.loaded) | key, encoder.device)
     parts = []
-    for start in range(0, count, CHUNK) or [0]:
-        stop = min(start + CHUNK, count)
+    for start in range(0, key["count"], CHUNK) or [0]:
+        stop = min(start + CHUNK, key["count"])
         path = folder / f"{start:09}-{stop:09}.safetensors" if folder else None
-        found = _read(path) if path else None
-        # One rank that lacks a chunk (a disk of its own) needs the others to compute it.
-        if max_over_ranks(torch.tensor(float(found is None), device=device)):
-            found = encode_images(
-                loaded.model,
-                lambda i, start=start: open_one(start + i),
-                stop - start,
-                loaded.preprocess,
-                device=device,
-                batch_size=batch_size,
-                autocast=AUTOCAST[loaded.precision],
-                workers=workers,
-                progress=True,
+        parts.append(
+            cached(
+                path,
+                lambda start=start, stop=stop: encoder.images(lambda i: open_one(start + i), stop - start),
+                encoder.device,
             )
-            if path:
-                keep(path, encode_tensors({"features": found, "checksum": _checksum(path, found)}))
-        parts.append(found)
+        )
     return torch.cat(parts)
 
 
-def keep(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file of a cache, by the main rank. Where that cannot be, a warning says so."""
-    if rank_and_size()[0]:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, pieces)
-    except OSError as error:
-        log.warning("cache: %s cannot be written (%s); the run goes on without it", path, error.strerror)
+def cached(path: Path | None, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """The features of a file, else make(), which the main rank keeps there. path: None keeps nothing. All ranks call
+    it: one that finds nothing (a disk of its own) needs the others to compute."""
+    found = _read(path) if path else None
+    if max_over_ranks(torch.tensor(float(found is None), device=device)):
+        found = make()
+        if path:
+            _keep(path, encode_tensors({"features": found, "checksum": _checksum(path, found)}))
+    return found
 
 
-def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
-    """make() on every rank, or its error on all of them: a rank may have a disk of its own."""
-    made, problem = None, None
-    try:
-        made = make()
-    except Exception as error:  # whatever it is: nobody goes on alone
-        problem = error
-    raise_together(problem, 0, device)
-    return made
-
-
-def encode_labelled(root: str | Path | None, loaded, data, **work) -> tuple[Tensor, Tensor]:
-    """Features and labels (count,) of a `ClassificationSet`; `work` goes to `encode_cached`."""
-    labels = on_all_ranks(data.labels, work["device"])
-
-    def make_key() -> dict:
-        return data_key(data.name, data.split, data.count, lambda index: data.read(index)[0], data.files)
-
-    key = on_all_ranks(make_key, work["device"])
-    return encode_cached(root, loaded, key, data.open_one(labels), data.count, **work), labels
-
-
-def model_key(loaded) -> dict:
+def model_key(loaded: Loaded) -> dict:
     """What tells one model of `load_for_inference` from another: its description, the digest of the weights, precision,
     a look at weights and transform.
 
@@ -149,11 +115,11 @@ def data_key(
         picture = open_one(place)
         pictures.update(f"{place} {picture.size}".encode() + picture.tobytes())
     for item in items:
-        known = str(item)
+        line = str(item)
         if isinstance(item, Path):
             state = os.stat(item)
-            known = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
-        listing.update(f"{known}\n".encode("utf-8", "backslashreplace"))
+            line = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
+        listing.update(f"{line}\n".encode("utf-8", "backslashreplace"))
     found = {"pictures": pictures.hexdigest(), "items": listing.hexdigest()}
     return {"set": name, "split": split, "count": count, **found}
 
@@ -167,8 +133,19 @@ def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
         digest = hashlib.sha256(every.numpy().tobytes()).digest()
     folder = root / digest.hex()[:24]
     if not (folder / "key.json").is_file():
-        keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
+        _keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
     return folder
+
+
+def _keep(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file of a cache, by the main rank. Where that cannot be, a warning says so."""
+    if rank_and_size()[0]:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, pieces)
+    except OSError as error:
+        log.warning("cache: %s cannot be written (%s); the run goes on without it", path, error.strerror)
 
 
 def _read(path: Path) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""`--legacy`: figures as the released code of RWKV-CLIP and ALIP counts them, for comparison, beside the exact ones.
+"""`--legacy`: figures as the released code of RWKV-CLIP and ALIP counts them, beside the exact ones, for comparison.
 
 Every defect of that code that changes a figure, or ends the run, is named in the output with what it did here, and so
 is the one that nobody can reproduce. The exact figures stay the result.
@@ -23,7 +23,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class Defect:
-    """What the released code does wrong, whether the legacy figures have it, and what it did to this set."""
+    """What the released code does wrong, whether our second count has it, and what it did to this set."""
 
     name: str
     says: str
@@ -31,7 +31,7 @@ class Defect:
     effect: str
 
 
-def legacy_classification(
+def count_classification(
     features: Tensor, weights: Tensor, labels: Tensor, dataset: str, classes: int
 ) -> dict[str, object]:
     """Top-1 and mean per class as the released code counts them; what its ties hide; the defects by name.
@@ -74,7 +74,7 @@ def legacy_classification(
     return {"metrics": metrics, "defects": [asdict(defect) for defect in defects]}
 
 
-def legacy_retrieval(image: Tensor, text: Tensor, image_of_caption: Tensor, dataset: str) -> dict[str, object]:
+def count_retrieval(image: Tensor, text: Tensor, image_of_caption: Tensor, dataset: str) -> dict[str, object]:
     """Recall as the released code counts it: float32 similarities, an unstable sort, five captions for Flickr30k.
 
     image (n, d), text (m, d): normalised features in the order of the set. `*_hits@k_range`: hits if every tie were
@@ -118,8 +118,7 @@ def integer_logits(features: Tensor, weights: Tensor) -> Tensor:
 
 def phantom_rows(samples: int, ranks: int = RANKS, batch: int = BATCH) -> int:
     """Rows of the released ImageNet buffers that no picture fills: each rank's last batch counts as a full one."""
-    shares = [samples // ranks + (rank < samples % ranks) for rank in range(ranks)]
-    return sum(-share % batch for share in shares)
+    return sum(-(samples // ranks + (rank < samples % ranks)) % batch for rank in range(ranks))
 
 
 def _integers(metrics: dict) -> Defect:
@@ -157,10 +156,8 @@ def _unstable(open_ranks: int, queries: int) -> Defect:
 
 
 def _groups(owner: Tensor, images: int) -> list[Tensor]:
-    """Captions of each picture that has any."""
-    order = torch.argsort(owner, stable=True)
-    parts = order.split(torch.bincount(owner, minlength=images).tolist())
-    return [part for part in parts]
+    """Captions of each picture."""
+    return list(torch.argsort(owner, stable=True).split(torch.bincount(owner, minlength=images).tolist()))
 
 
 def _sorted_ranks(queries: Tensor, items: Tensor, right: list[Tensor]) -> Tensor:

@@ -37,8 +37,8 @@ def list_pictures(folder: Path, deep: bool = True) -> tuple[list[Path], list[Pat
     """(pictures, what else is there), each sorted; deep: at any depth. Linked folders are not entered."""
     pictures, others = [], []
     for path in _walk(folder, deep):
-        known = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        (pictures if known else others).append(path)
+        is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        (pictures if is_picture else others).append(path)
     return sorted(pictures), sorted(others)
 
 
