@@ -175,7 +175,7 @@ def create_model(
     if pretrained and known and not Path(pretrained).exists():
         import open_clip
 
-        from .data.image import CLIP_MEAN, CLIP_STD
+        from .transform import CLIP_MEAN, CLIP_STD
 
         spec = {"open_clip": _name_for_tag(spec["open_clip"], str(pretrained))}
         with _fetching("pretrained", str(pretrained)):
@@ -267,7 +267,7 @@ def create_model_and_transforms(
     device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Callable, Callable]:
     """(model, preprocess for training, preprocess for evaluation); transforms map a PIL image to (3, h, w) float."""
-    from .data.image import train_transform
+    from .transform import train_transform
 
     net = create_model(model, pretrained, precision, device)
     return net, train_transform(image_size_of(net)), preprocess_of(net)
@@ -316,7 +316,7 @@ def image_size_of(model: nn.Module) -> tuple[int, int]:
 
 def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) per channel that a model's pixels are normalised with; CLIP's where it does not say."""
-    from .data.image import CLIP_MEAN, CLIP_STD
+    from .transform import CLIP_MEAN, CLIP_STD
 
     visual = getattr(model, "visual", None)
     mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
@@ -325,7 +325,7 @@ def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 
 def preprocess_of(model: nn.Module) -> Callable:
     """Evaluation transform of a model: PIL image of any mode -> float (3, h, w)."""
-    from .data.image import CLIP_MEAN, CLIP_STD, prepare, val_transform
+    from .transform import CLIP_MEAN, CLIP_STD, prepare, val_transform
 
     mean, std = pixel_statistics(model)
     if (mean, std) == (CLIP_MEAN, CLIP_STD):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_clip.config import Settings
-from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import PeerLost, World, mean_over_ranks
 from rwkv_clip.factory import pixel_statistics
+from rwkv_clip.transform import normalize
 
 from .checkpointing import own_state, take_snapshot
 from .data.augment import draw_drops, draw_views

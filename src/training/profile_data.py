@@ -20,12 +20,13 @@ import torch
 import tyro
 
 from rwkv_clip.config import ConfigError, Precision, Settings
-from rwkv_clip.data.image import ImageError, normalize
+from rwkv_clip.data.image import ImageError
 from rwkv_clip.data.records import RecordError, RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.factory import create_model, image_size_of, resolve_spec
 from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.transform import normalize
 
 from .checks import check_records
 from .data.samples import Sample, SampleReader, decode_window, fit_pixels

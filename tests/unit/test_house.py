@@ -18,6 +18,7 @@ ROOMS = [
     {"processes", "device"},
     {"dist", "tokenizer", "metrics", "serialization", "checkpoint"},
     {"ops", "data", "losses"},
+    {"transform"},
     {"models"},
     {"factory", "features", "demo"},
     {"retrieval"},

@@ -16,12 +16,12 @@ from tiny import MODEL
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError, Settings, parse
-from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.losses import objective
 from rwkv_clip.losses.objective import make_objective
 from rwkv_clip.training.data.augment import draw_drops
 from rwkv_clip.training.gradients import GradientStep, Inputs
+from rwkv_clip.transform import normalize
 
 BATCH = 16
 MEAN = torch.full((3,), 0.4)

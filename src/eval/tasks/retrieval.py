@@ -100,7 +100,7 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     total = len(data.image_of_caption)
     chosen = torch.linspace(0, total - 1, min(queries, total)).round().long().unique()
     texts, owners = result.text_features[chosen], torch.from_numpy(data.image_of_caption)[chosen]
-    best = nearest_items(texts, result.image_features, SHOWN)
+    best, _ = nearest_items(texts, result.image_features, SHOWN)
     ranks = target_ranks(texts, result.image_features, owners)
     figure = Figure(figsize=(12.5, 1.9 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), SHOWN + 2, squeeze=False, width_ratios=[1.7, *[1] * (SHOWN + 1)])

@@ -23,6 +23,7 @@ from .sources import IMAGE_ENDINGS, Row
 # Other names of the two texts. `caption` is the raw text where it is the first of these, else the synthetic one.
 RAW_FIELDS = ("raw", "raw_caption", "caption", "captions", "text", "txt", "title")
 SYNTHETIC_FIELDS = ("synthetic", "ofa", "caption")
+CAPTION_FIELDS = ("captions", "caption", "title", "text", "raw", "raw_caption", "txt")  # where all captions are wanted
 IMAGE_FIELDS = ("image", "images", "image_path", "filepath", "file_name", "filename", "path", *IMAGE_ENDINGS)
 TOKEN_FIELDS = ("tokens", "texts")  # `texts` is what the published YFCC15M calls them
 GUESS = 100  # rows looked at to find out what there is

@@ -169,17 +169,28 @@ def read_jsonl(file: Path, skip: Skip) -> Iterator[Row]:
             yield row if len(line) <= SHORT else take_pictures(row)
 
 
-def read_json(file: Path, skip: Skip) -> Iterator[Row]:
-    """A list of objects, COCO's {"images", "annotations"} or Karpathy's {"images": [{"sentences"}]}."""
+def read_json(file: Path, skip: Skip, content: Entries | None = None) -> Iterator[Row]:
+    """A list of objects, COCO's {"images", "annotations"} or Karpathy's {"images": [{"sentences"}]}.
+
+    content: what `load_entries` gave, where that is known already.
+    """
     make = row_maker(file)
-    for number, (fields, problem) in enumerate(_load_entries(file)):
+    for number, (fields, problem) in enumerate((content or load_entries(file)).entries):
         if not skip():
             row = make(f"entry {number}", fields)
             yield row._replace(image=problem) if problem else take_pictures(row)
 
 
-def _load_entries(file: Path) -> Iterable[tuple[Any, Problem | None]]:
-    """(fields, what is wrong with the picture) of every entry."""
+class Entries(NamedTuple):
+    """A .json: (fields, problem of the picture) of every entry, and the name that the file gives itself."""
+
+    form: str  # "list", "coco" or "karpathy"
+    entries: Iterable[tuple[Any, Problem | None]]
+    name: str | None = None
+
+
+def load_entries(file: Path) -> Entries:
+    """Parse a .json of any of the three forms. SourceError for anything else."""
     with open(file, "rb") as stream:
         start = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] not in (b"[", b"{"):
@@ -190,13 +201,14 @@ def _load_entries(file: Path) -> Iterable[tuple[Any, Problem | None]]:
         raise SourceError(f"{file}: {error.strerror}; write one object per line and call it .jsonl") from None
     content = load_json(data, file, "the whole file")
     if isinstance(content, list):
-        return ((entry, None) for entry in content)
+        return Entries("list", ((entry, None) for entry in content))
     images = content.get("images")
     if isinstance(images, list) and all(isinstance(entry, dict) for entry in images):
         if isinstance(content.get("annotations"), list):
-            return _join_coco(file, images, content["annotations"])
+            return Entries("coco", _join_coco(file, images, content["annotations"]))
         if images and all(isinstance(entry.get("sentences"), list) for entry in images):
-            return ((_join_karpathy(file, number, entry), None) for number, entry in enumerate(images))
+            joined = ((_join_karpathy(file, number, entry), None) for number, entry in enumerate(images))
+            return Entries("karpathy", joined, content.get("dataset"))
     raise SourceError(
         f"{file}: an object with {', '.join(map(repr, list(content)[:8])) or 'nothing'}; should be a list of objects, "
         f"COCO's images and annotations, or Karpathy's images with sentences; for one object per line call it .jsonl"
