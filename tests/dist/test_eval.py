@@ -12,13 +12,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from color_model import COLORS, ColorModel, loaded, preprocess, save_color
 from ranks import run_ranks
 
 import rwkv_clip
 from rwkv_clip.dist import join_world, leave_world
-from rwkv_clip.eval.classification import evaluate_classification
 from rwkv_clip.eval.datasets import ClassificationSet
+from rwkv_clip.eval.encoder import Encoder
+from rwkv_clip.eval.tasks.classification import evaluate_classification
 from rwkv_clip.features import block_size, encode_images, encode_texts
 
 SAMPLES, SIZE = 1003, 16  # 1003: prime to nearly everything, so blocks and ranks have rests
@@ -57,36 +58,33 @@ def picture(index: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(index).integers(0, 255, (SIZE, SIZE, 3), np.uint8))
 
 
-def make_set(read=lambda index: (picture(index), index * 7 % len(CLASSES)), count=SAMPLES) -> ClassificationSet:
-    labels = [index * 7 % len(CLASSES) for index in range(count)]
-    return ClassificationSet("noise", "-", "-", count, read, CLASSES, TEMPLATES, label_of=labels.__getitem__)
+def make_set(open_one=picture, count=SAMPLES) -> ClassificationSet:
+    labels = torch.arange(count) * 7 % len(CLASSES)
+    return ClassificationSet("noise", "-", "-", labels, open_one, CLASSES, TEMPLATES)
 
 
-def evaluate(folder: str, autocast: torch.dtype | None, batches: tuple[int, ...], threads: int = 1) -> None:
+def evaluate(folder: str, precision: str, batches: tuple[int, ...], threads: int = 1) -> None:
     """Every rank writes features, class embeddings, labels and counts of every batch size."""
     world = join_world("cpu")
-    model = Sensitive()
+    model = loaded(Sensitive())
+    model.tokenizer, model.precision = tokenize, precision
     torch.set_num_threads(threads)
     for batch_size in batches:
-        work = {"device": "cpu", "batch_size": batch_size, "autocast": autocast}
-        name = f"{world.size}-{batch_size}-{world.rank}-{threads}"
-
-        def keep(features, weights, labels, name=name):
-            for kind, found in (("features", features), ("weights", weights), ("labels", labels)):
-                np.save(f"{folder}/{kind}-{name}.npy", found.numpy())
-
-        metrics = evaluate_classification(model, make_set(), preprocess, tokenize, inspect=keep, **work)
-        Path(folder, f"counts-{name}").write_text(json.dumps(metrics))
+        name, data = f"{world.size}-{batch_size}-{world.rank}-{threads}", make_set()
+        result = evaluate_classification(Encoder(model, world.device, batch_size), data)
+        for kind, found in (("features", result.features), ("weights", result.weights), ("labels", data.labels)):
+            np.save(f"{folder}/{kind}-{name}.npy", found.numpy())
+        Path(folder, f"counts-{name}").write_text(json.dumps(result.metrics))
     assert torch.get_num_threads() == threads, "the caller's number of threads is as it was"
     leave_world()
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_counts_are_the_same_integers_for_any_ranks_batch_and_threads(tmp_path, autocast):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_counts_are_the_same_integers_for_any_ranks_batch_and_threads(tmp_path, precision):
     """1,003 pictures; 1, 2 and 4 ranks; batches of 1, 7 and 64; one thread and three: one set of counts and of bits."""
     for world in WORLDS:
-        run_ranks(world, tmp_path, evaluate, str(tmp_path), autocast, BATCHES)
-    run_ranks(1, tmp_path, evaluate, str(tmp_path), autocast, (7,), 3)
+        run_ranks(world, tmp_path, evaluate, str(tmp_path), precision, BATCHES)
+    run_ranks(1, tmp_path, evaluate, str(tmp_path), precision, (7,), 3)
     runs = sum(WORLDS) * len(BATCHES) + 1
     for kind in ("features", "weights", "labels", "counts"):
         contents = {path.read_bytes() for path in tmp_path.glob(f"{kind}-*")}
@@ -168,13 +166,13 @@ def test_every_picture_is_opened_once_and_blocks_have_one_shape(tmp_path, count)
 def fail(folder: str, bad: tuple[int, ...]) -> None:
     world = join_world("cpu")
 
-    def read(index: int):
+    def open_one(index: int) -> Image.Image:
         if index in bad:
             raise ValueError(f"{index}.png: not a picture")
-        return Image.new("RGB", (4, 4), COLORS["red"]), index * 7 % len(CLASSES)
+        return Image.new("RGB", (4, 4), COLORS["red"])
 
     with pytest.raises(ValueError) as error:
-        evaluate_classification(ColorModel(), make_set(read, 100), preprocess, ColorTokenizer())
+        evaluate_classification(Encoder(loaded(), world.device), make_set(open_one, 100))
     Path(folder, f"{world.size}-{world.rank}").write_text(str(error.value))
     leave_world()
 

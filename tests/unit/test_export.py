@@ -10,7 +10,7 @@ import pytest
 import torch
 from color_model import COLORS, loaded, save_color
 
-from rwkv_clip.eval.export import Features, read_about, read_features, write_features
+from rwkv_clip.eval.feature_files import Features, read_about, read_features, write_features
 from rwkv_clip.eval.main import main
 from rwkv_clip.files import write_whole
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
