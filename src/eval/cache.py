@@ -60,7 +60,9 @@ def encode_cached(encoder: Encoder, make_key: Callable[[], dict], open_one: Call
         parts.append(
             cached(
                 path,
-                lambda start=start, stop=stop: encoder.images(lambda i: open_one(start + i), stop - start),
+                lambda start=start, stop=stop: encoder.extractor.encode_images(
+                    lambda i: open_one(start + i), stop - start
+                ),
                 encoder.device,
             )
         )

@@ -53,8 +53,8 @@ def _evaluate(task: Task, settings: EvalSettings, device: torch.device) -> int:
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )
-    encoder = Encoder(loaded, device, settings.batch_size, settings.workers, settings.cache_folder)
-    return task.run(settings, data, encoder)
+    options = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": True}
+    return task.run(settings, data, Encoder.of(loaded, device, settings.cache_folder, **options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

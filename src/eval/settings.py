@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from rwkv_clip.config import ranged
 
@@ -52,7 +54,7 @@ class CaptionedSettings(EvalSettings):
 
     image_root: str | None = None
     """Folder of the pictures; default: the data file's folder or its `images` folder."""
-    views: tuple[str, ...] | None = None
+    texts: Annotated[tuple[str, ...] | None, arg(aliases=("--views",))] = None
     """For records: names of the texts that count as captions; default: all."""
     allow_outside: bool = False
     """Take pictures whose names lead out of the pictures' folder (`..`, absolute, links)."""

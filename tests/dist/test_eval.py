@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from color_model import COLORS, ColorModel, loaded, preprocess, save_color
+from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from ranks import run_ranks
 
 import rwkv_clip
@@ -20,7 +20,7 @@ from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.eval.datasets import ClassificationSet
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.tasks.classification import evaluate_classification
-from rwkv_clip.features import block_size, encode_images, encode_texts
+from rwkv_clip.features import FeatureExtractor, block_size
 
 SAMPLES, SIZE = 1003, 16  # 1003: prime to nearly everything, so blocks and ranks have rests
 CLASSES = ["cup", "oak", "ant", "bus", "sky", "pea", "fox", "hat", "key", "jam", "owl"]
@@ -71,7 +71,7 @@ def evaluate(folder: str, precision: str, batches: tuple[int, ...], threads: int
     torch.set_num_threads(threads)
     for batch_size in batches:
         name, data = f"{world.size}-{batch_size}-{world.rank}-{threads}", make_set()
-        result = evaluate_classification(Encoder(model, world.device, batch_size), data)
+        result = evaluate_classification(Encoder.of(model, world.device, batch_size=batch_size), data)
         for kind, found in (("features", result.features), ("weights", result.weights), ("labels", data.labels)):
             np.save(f"{folder}/{kind}-{name}.npy", found.numpy())
         Path(folder, f"counts-{name}").write_text(json.dumps(result.metrics))
@@ -136,8 +136,9 @@ def share(folder: str, count: int) -> None:
         opened.append(index)
         return index
 
-    found = encode_images(model, open_one, count, numbered, device="cpu", workers=0)
-    texts = encode_texts(model, torch.arange(min(count, 7))[:, None] % 3, device="cpu")
+    extractor = FeatureExtractor(model, numbered, ColorTokenizer(), workers=0)
+    found = extractor.encode_images(open_one, count)
+    texts = extractor.encode_tokens(torch.arange(min(count, 7))[:, None] % 3)
     place = f"{folder}/{count}-{world.size}-{world.rank}"
     Path(f"{place}.json").write_text(json.dumps([opened, model.rows]))
     np.save(f"{place}.npy", found.numpy())
@@ -172,7 +173,7 @@ def fail(folder: str, bad: tuple[int, ...]) -> None:
         return Image.new("RGB", (4, 4), COLORS["red"])
 
     with pytest.raises(ValueError) as error:
-        evaluate_classification(Encoder(loaded(), world.device), make_set(open_one, 100))
+        evaluate_classification(Encoder.of(loaded(), world.device), make_set(open_one, 100))
     Path(folder, f"{world.size}-{world.rank}").write_text(str(error.value))
     leave_world()
 

@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def encoder_of(model=None, **changes) -> Encoder:
-    return Encoder(loaded(model), CPU, **changes)
+    return Encoder.of(loaded(model), CPU, **changes)
 
 
 def evaluate(data, **changes):
@@ -297,13 +297,13 @@ def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp
 
     def weights(run=run, data=data, **changes):
         before = len(run.model.calls)
-        found = class_weights(Encoder(run, CPU, cache=tmp_path / "cache", **changes), data)
+        found = class_weights(Encoder.of(run, CPU, cache=tmp_path / "cache", **changes), data)
         return found, len(run.model.calls) > before
 
     first, encoded = weights()
     again, encoded_again = weights(batch_size=3)
     assert torch.equal(first, again) and (encoded, encoded_again) == (True, False)
-    assert torch.equal(first, class_weights(Encoder(run, CPU), data))
+    assert torch.equal(first, class_weights(Encoder.of(run, CPU), data))
     others = [
         {"data": replace(data, templates=("{}", "white and {}"))},
         {"data": replace(data, class_names=data.class_names[::-1])},

@@ -175,7 +175,7 @@ def test_sets_of_torchvision_are_seen_file_by_file_and_labels_cost_no_picture(fo
 
     def encode():
         Torchvision.decoded, data = 0, load_classification("food101", folder)
-        encoder = Encoder(loaded(), torch.device("cpu"), workers=0, cache=folder / "cache")
+        encoder = Encoder.of(loaded(), torch.device("cpu"), workers=0, cache=folder / "cache")
         return cache.encode_labelled(encoder, data), data.labels, Torchvision.decoded
 
     first, labels, decoded = encode()
@@ -196,7 +196,7 @@ def test_a_torchvision_that_keeps_other_labels_than_it_gives_is_refused(folder, 
     save(folder / "food-101" / "0.ppm", 0)
     (folder / "food-101" / "labels.json").write_text("[0]")
     with pytest.raises(ValueError, match="has label 1, and had 0 before"):
-        cache.encode_labelled(Encoder(loaded(), torch.device("cpu")), load_classification("food101", folder))
+        cache.encode_labelled(Encoder.of(loaded(), torch.device("cpu")), load_classification("food101", folder))
 
 
 def hits(*more: str) -> tuple[int, int]:

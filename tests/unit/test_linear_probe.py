@@ -140,7 +140,7 @@ def pictures(opened: list[int] | None = None):
 
 
 def encode(root, open_one=None, count=COUNT, batch_size=64, workers=0, key="set"):
-    encoder = Encoder(loaded(), CPU, batch_size, workers, root and Path(root))
+    encoder = Encoder.of(loaded(), CPU, root and Path(root), batch_size=batch_size, workers=workers)
     return cache.encode_cached(encoder, lambda: {"set": key, "count": count}, open_one or pictures())
 
 

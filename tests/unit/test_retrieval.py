@@ -14,9 +14,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "faults"))
 from ranks import run_ranks
 
 import rwkv_clip
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.dist import join_world, leave_world
-from rwkv_clip.features import encode_images, encode_texts, read_ahead
-from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.features import FeatureExtractor, read_ahead
+from rwkv_clip.retrieval import evaluate_retrieval
 
 
 def write_lines(path, rows) -> str:
@@ -36,8 +37,8 @@ def colors(folder):
     return load_retrieval(write_lines(folder / "set.jsonl", [{"image": f"{c}.png", "caption": c} for c in COLORS]))
 
 
-def evaluate(data, **changes):
-    return evaluate_retrieval(ColorModel(), data, preprocess, ColorTokenizer(), **changes)
+def evaluate(data, model=None, **changes):
+    return evaluate_retrieval(FeatureExtractor(model or ColorModel(), preprocess, ColorTokenizer(), **changes), data)
 
 
 def test_a_model_that_is_right_scores_full(colors):
@@ -61,7 +62,7 @@ def test_counts_do_not_depend_on_batch_size_or_workers(folder):
 def test_last_partial_batch_counts_once_and_equal_captions_are_encoded_once(folder):
     rows = [{"image": f"{c}.png", "captions": [c, "red"]} for c in COLORS]
     data, model = load_retrieval(write_lines(folder / "set.jsonl", rows)), ColorModel()
-    result = evaluate_retrieval(model, data, preprocess, ColorTokenizer(), batch_size=4)
+    result = evaluate(data, model, batch_size=4)
     assert model.calls == [16, 16]  # seven pictures, seven distinct captions of fourteen, blocks of one shape
     assert len(result.text_features) == 14
 
@@ -74,23 +75,23 @@ def test_prefix_stands_before_every_caption(colors):
             seen.extend(texts)
             return super().__call__(texts)
 
-    evaluate_retrieval(ColorModel(), colors, preprocess, Tokenizer(), prefix="a photo of ")
+    evaluate_retrieval(FeatureExtractor(ColorModel(), preprocess, Tokenizer()), colors, "a photo of ")
     assert seen == [f"a photo of {color}" for color in COLORS]
 
 
 def test_training_mode_and_gradients_are_as_before(colors):
     model = ColorModel().train()
-    result = evaluate_retrieval(model, colors, preprocess, ColorTokenizer())
+    result = evaluate(colors, model)
     assert model.training and not result.image_features.requires_grad
     with pytest.raises(ValueError, match="batch_size"):
-        evaluate_retrieval(model, colors, preprocess, ColorTokenizer(), batch_size=0)
+        evaluate(colors, model, batch_size=0)
     assert model.training
 
 
 def test_bfloat16_features_have_length_one(colors):
     model = ColorModel().to(torch.bfloat16)
-    images = encode_images(model, colors.open, 3, preprocess, device="cpu")
-    texts = encode_texts(model, ColorTokenizer()(["red", "blue"]), device="cpu")
+    extractor = FeatureExtractor(model, preprocess, ColorTokenizer())
+    images, texts = extractor.encode_images(colors.open, 3), extractor.encode_texts(["red", "blue"])
     for features in (images, texts):
         assert features.dtype == torch.float32
         assert torch.allclose(features.norm(dim=1), torch.ones(len(features)), atol=1e-6)
@@ -106,7 +107,7 @@ def test_a_model_that_gives_nan_is_refused(colors):
     model = ColorModel()
     model.table.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        evaluate_retrieval(model, colors, preprocess, ColorTokenizer())
+        evaluate(colors, model)
 
 
 def test_read_ahead_keeps_order_and_stops_early():
@@ -127,7 +128,8 @@ def test_open_clip_models_go_through_the_same_functions(folder, colors):
     from rwkv_clip.tokenizer import make_tokenizer
 
     for autocast in (None, torch.bfloat16):
-        result = evaluate_retrieval(model, colors, transform, make_tokenizer(context=16), autocast=autocast)
+        extractor = FeatureExtractor(model, transform, make_tokenizer(context=16), autocast=autocast)
+        result = evaluate_retrieval(extractor, colors)
         assert 0 <= result.metrics["mean_recall"] <= 1 and result.image_features.shape == (7, 16)
 
 
@@ -146,7 +148,8 @@ def evaluate_on_ranks(folder: str, autocast: torch.dtype | None) -> None:
     data, tokenizer = load_retrieval(Path(folder, "set.jsonl")), rwkv_clip.get_tokenizer(MODEL)
     transform = rwkv_clip.factory.preprocess_of(model)
     for batch_size in (1, 7, 64):
-        result = evaluate_retrieval(model, data, transform, tokenizer, batch_size=batch_size, autocast=autocast)
+        extractor = FeatureExtractor(model, transform, tokenizer, batch_size=batch_size, autocast=autocast)
+        result = evaluate_retrieval(extractor, data)
         Path(folder, f"{world.size}-{world.rank}-{batch_size}.json").write_text(json.dumps(result.metrics))
     leave_world()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_clip.features import open_picture
+from rwkv_clip.data.image import open_picture
 
 from .benchmarks import BENCHMARKS, TRAIN
 from .labelled import ClassificationSet, MissingData

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.metrics import accuracy, target_ranks
-from rwkv_clip.retrieval import count_cut_texts
+from rwkv_clip.tokenizer import count_cut
 
 from .. import upstream
 from ..cache import cached, model_key
@@ -59,7 +59,7 @@ def class_weights(encoder: Encoder, data: ClassificationSet) -> Tensor:
     tokens = encoder.loaded.tokenizer(prompts_of(data.class_names, data.templates))
 
     def encode() -> Tensor:
-        features = encoder.texts(tokens)
+        features = encoder.extractor.encode_tokens(tokens)
         means = features.view(len(data.class_names), len(data.templates), -1).mean(1)
         return torch.nn.functional.normalize(means, dim=-1)
 
@@ -79,7 +79,7 @@ def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str
 def evaluate_classification(encoder: Encoder, data: ClassificationSet) -> ClassificationResult:
     """Classify every picture of a set, on every rank. Similarities are floats; equal ones count against the model."""
     weights = class_weights(encoder, data)
-    features = encoder.images(data.open, data.count)
+    features = encoder.extractor.encode_images(data.open, data.count)
     metrics = accuracy(target_ranks(features, weights, data.labels), data.labels, data.class_names)
     return ClassificationResult(metrics, features, weights)
 
@@ -106,7 +106,7 @@ def describe_prompts(data: ClassificationSet, tokenizer: Callable) -> str:
     texts = prompts_of(data.class_names, data.templates)
     tokens = tokenizer(texts)
     notes = [data.note] if data.note else []
-    if cut := count_cut_texts(texts, tokens, tokenizer):
+    if cut := count_cut(texts, tokens, tokenizer):
         notes.append(f"{cut} of {len(texts)} prompts are longer than the context of {tokens.shape[1]}: cut")
     rows = tokens.view(len(data.class_names), -1)
     groups: dict[bytes, list[str]] = {}

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
+from rwkv_clip.data.retrieval_set import RetrievalSet
 from rwkv_clip.dist import rank_and_size
-from rwkv_clip.retrieval import RetrievalSet, caption_tokens, count_cut
 
 from ..cache import data_key, encode_cached, encode_labelled
 from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
@@ -41,7 +41,7 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
     """The set that `settings` name; all ranks call it."""
     if not settings.dataset:
         return retrieval.load(settings, device)
-    inapplicable = [name for name in ("image_root", "views", "allow_outside", "prefix") if getattr(settings, name)]
+    inapplicable = [name for name in ("image_root", "texts", "allow_outside", "prefix") if getattr(settings, name)]
     inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
     if inapplicable:
         raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
@@ -88,17 +88,16 @@ def _absolute(place: str | None) -> str | None:
 def _encode_captioned(data: RetrievalSet, encoder: Encoder, prefix: str) -> tuple[dict, list[Features]]:
     """A retrieval set: pictures, and texts with the pictures that they belong to."""
     tokenizer = encoder.loaded.tokenizer
-    tokens = caption_tokens(data, tokenizer, prefix)
+    tokens, cut = data.tokenize(tokenizer, prefix)
     names = list(map(str, data.image_names))
     items = [*names, *data.files]
     images = encode_cached(encoder, lambda: data_key(data.name, data.split, len(names), data.open, items), data.open)
-    texts = encoder.texts(tokens)
+    texts = encoder.extractor.encode_tokens(tokens)
     owners = data.image_of_caption.tolist()
     image_rows = [{"image_id": name} for name in names]
     text_rows = [
         {"text_id": i, "text": data.caption_text(i), "image_ids": [names[owner]]} for i, owner in enumerate(owners)
     ]
-    cut = count_cut(data, tokens, tokenizer, prefix)
     note = "; ".join(filter(None, [data.note, retrieval.note_cut(data, cut, tokenizer)]))
     about = {"dataset": data.name, "path": data.path, "split": data.split, "prefix": prefix}
     about |= {"captions_cut": cut, "note": note}

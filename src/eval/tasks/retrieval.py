@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from rwkv_clip.config import ranged
+from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
 from rwkv_clip.metrics import nearest_items, target_ranks
-from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 
 from .. import upstream
 from ..encoder import Encoder, on_all_ranks
@@ -38,22 +39,14 @@ class RetrievalSettings(CaptionedSettings):
 
 def load(settings: CaptionedSettings, device: torch.device) -> RetrievalSet:
     """The set that `settings` name; all ranks call it."""
-    names = ("split", "image_root", "views", "allow_outside")
+    names = ("split", "image_root", "texts", "allow_outside")
     return on_all_ranks(lambda: load_retrieval(settings.data, **{n: getattr(settings, n) for n in names}), device)
 
 
 def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> int:
     """Evaluate retrieval and write the report."""
     report, loaded = start_report("retrieval", settings, encoder), encoder.loaded
-    result = evaluate_retrieval(
-        loaded.model,
-        data,
-        loaded.preprocess,
-        loaded.tokenizer,
-        prefix=settings.prefix,
-        workers=settings.workers,
-        **encoder.options,
-    )
+    result = evaluate_retrieval(encoder.extractor, data, settings.prefix)
     name, legacy = settings.dataset or data.name, {}
     if settings.legacy:
         features = result.image_features, result.text_features
@@ -80,7 +73,7 @@ def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> in
 
 
 def note_cut(data: RetrievalSet, count: int, tokenizer) -> str:
-    """`count_cut` in words; nothing where none is cut."""
+    """How many captions are cut, in words; nothing where none is."""
     if not count:
         return ""
     which = f"{count} of {len(data.image_of_caption)} captions"

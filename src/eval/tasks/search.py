@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.config import ranged
+from rwkv_clip.data.image import open_picture
 from rwkv_clip.dist import choose_device
-from rwkv_clip.features import open_picture
 from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import nearest_items
-from rwkv_clip.retrieval import count_cut_texts
+from rwkv_clip.tokenizer import count_cut
 
 from ..encoder import Encoder
 from ..feature_files import KINDS, Features, json_line, read_about, read_features
@@ -156,11 +156,14 @@ def _own_queries(
         tokenizer, prefix = encoder.loaded.tokenizer, settings.prefix
         texts = [(about.get("prefix", "") if prefix is None else prefix) + text for text in settings.query]
         tokens = tokenizer(texts)
-        if cut := count_cut_texts(texts, tokens, tokenizer):
+        if cut := count_cut(texts, tokens, tokenizer):
             print(f"{cut} queries are longer than the context of {tokens.shape[1]} tokens: cut", file=sys.stderr)
-        yield "text_to_image", Features("texts", encoder.texts(tokens), [{"text_id": text} for text in settings.query])
+        yield (
+            "text_to_image",
+            Features("texts", encoder.extractor.encode_tokens(tokens), [{"text_id": text} for text in settings.query]),
+        )
     if settings.picture:
-        vectors = encoder.images(lambda i: open_picture(paths[i]), len(paths))
+        vectors = encoder.extractor.encode_images(lambda i: open_picture(paths[i]), len(paths))
         yield "image_to_text", Features("images", vectors, [{"image_id": str(path)} for path in paths])
 
 
@@ -178,7 +181,7 @@ def _load_encoder(settings: SearchSettings, about: dict, device: torch.device) -
     loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=about.get("precision", "fp32"))
     if about and loaded.digest != about["checkpoint_sha256"]:
         raise ValueError(f"checkpoint: {checkpoint} is not what made {settings.features}; write the features again")
-    return Encoder(loaded, device, workers=0)
+    return Encoder.of(loaded, device, workers=0)
 
 
 def _find_again(place: str | None, features: Path) -> str | None:
