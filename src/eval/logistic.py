@@ -87,8 +87,8 @@ def fit(features: Tensor, labels: Tensor, classes: int, l2: float, device: str |
     return Classifier(weights, theta[:, -1] - weights @ center, iterations, float(theta.grad.abs().max()))
 
 
-def find_l2(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The penalty with the highest score, and all that were tried, weakest first.
+def find_l2(score: Callable[[float], float]) -> float:
+    """The penalty with the highest score.
 
     The CLIP paper's search: seven values from 1e-6 to 1e6, then ever closer neighbours of the best one down to eight
     steps a decade. Of equally good ones the strongest wins.
@@ -102,7 +102,7 @@ def find_l2(score: Callable[[float], float]) -> tuple[float, dict[float, float]]
                 scores[place] = score(l2_at(place))
         best = max(scores, key=lambda place: (scores[place], place))
         if step == 1:
-            return l2_at(best), {l2_at(place): scores[place] for place in sorted(scores)}
+            return l2_at(best)
         step //= 2
         wanted = [best - step, best + step]
 

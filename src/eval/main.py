@@ -24,7 +24,7 @@ from rwkv_clip.dist import join_world, leave_world, rank_and_size
 from rwkv_clip.errors import run_command
 
 from .encoder import Encoder, on_all_ranks
-from .report import check_place
+from .report.files import check_place
 from .settings import EvalSettings
 from .tasks import TASKS, Task
 

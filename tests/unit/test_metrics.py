@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rwkv_clip.eval.logistic import Classifier
-from rwkv_clip.eval.report import worst_classes
+from rwkv_clip.eval.report.confusion import worst_classes
 from rwkv_clip.metrics import (
     COLUMNS,
     accuracy,

@@ -15,7 +15,9 @@ from color_model import COLORS, loaded, save_color
 from PIL import Image
 
 from rwkv_clip.eval.main import main
-from rwkv_clip.eval.report import collect, formats, published, tables, worst_classes
+from rwkv_clip.eval.report import formats, published, tables
+from rwkv_clip.eval.report.comparison import collect
+from rwkv_clip.eval.report.confusion import worst_classes
 from rwkv_clip.eval.report.plots import draw_bars, draw_confusion
 
 METHODS = ["CLIP", "SLIP", "DeCLIP", "UniCLIP", "HiCLIP", "HiDeCLIP", "FILIP", "DeFILIP", "ALIP", "RWKV-CLIP"]

@@ -15,7 +15,7 @@ import torch
 
 from ..encoder import on_all_ranks
 from .benchmarks import BENCHMARKS, TEST
-from .class_folders import find_class_folders, load_benchmark_folder, load_image_folder
+from .class_folders import load_benchmark_folder, load_image_folder
 from .imagenet import load_imagenet_records
 from .labelled import ClassificationSet, MissingData
 from .names import rename_classes
@@ -43,18 +43,18 @@ def load_classification(
         return load_image_folder(folder, names)
     if dataset not in BENCHMARKS:
         raise ValueError(f"dataset: {dataset!r} is not known; known: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
-    splits = BENCHMARKS[dataset].splits
-    if split not in splits:
-        raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(splits)}")
+    benchmark = BENCHMARKS[dataset]
+    if split not in benchmark.splits:
+        raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(benchmark.splits)}")
     if language != "en" and dataset != "imagenet" and names is None:
         raise ValueError(f"language: {dataset} has no names in {language!r}; give names and templates by --names FILE")
     if dataset == "sun397":
         return rename_classes(*load_sun397(folder, split), names)
-    if found := find_class_folders(dataset, folder, split):
-        return load_benchmark_folder(dataset, *found, names, split, language)
+    if found := load_benchmark_folder(benchmark, folder, names, split, language):
+        return found
     if dataset == "imagenet":
         return rename_classes(*load_imagenet_records(folder, split, language), names)
-    return rename_classes(*load_torchvision(dataset, folder, split), names)
+    return rename_classes(*load_torchvision(benchmark, folder, split), names)
 
 
 def load_each(

@@ -20,6 +20,7 @@ TEST, TRAIN, VAL = "test", "train", "val"
 class Benchmark:
     """What torchvision calls a benchmark, and what its splits and classes are."""
 
+    name: str
     source: str  # what to download, and where to put it below {root}
     splits: Mapping[str, dict]  # split -> arguments of the loader
     loader: str = ""  # class in torchvision.datasets; empty: class folders, or a reader of ours
@@ -31,9 +32,10 @@ class Benchmark:
     classes: Sequence[str] = ()  # as folder names, in label order, where known
     spoken: Mapping[str, str] = field(default_factory=dict)  # class -> as people say it, where `say` would not
 
-    def report(self, split: str) -> str:
-        """What a report calls a split."""
-        return self.reported.get(split, split)
+    def about(self, split: str) -> dict[str, Any]:
+        """What a `ClassificationSet` says of a split, whatever its pictures are read from."""
+        reported = self.reported.get(split, split)
+        return {"name": self.name, "split": reported, "templates": self.templates, "headline": self.headline}
 
     def say(self, name: str) -> str:
         """A class as people say it."""
@@ -52,9 +54,5 @@ def say(name: str) -> str:
     return name.replace("_", " ").replace("/", " ")
 
 
-def _row(entry: dict[str, Any]) -> Benchmark:
-    return Benchmark(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-
-
-_CONTENT = json.loads(Path(__file__).with_name("benchmarks.json").read_text(encoding="utf-8"))
-BENCHMARKS: dict[str, Benchmark] = {name: _row(entry) for name, entry in _CONTENT.items()}
+_ROWS = json.loads(Path(__file__).with_name("benchmarks.json").read_text(encoding="utf-8"))
+BENCHMARKS = {name: Benchmark(name=name, **row) for name, row in _ROWS.items()}

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from rwkv_clip.data.image import open_picture
-
-from .benchmarks import BENCHMARKS, TRAIN, say
+from .benchmarks import TRAIN, Benchmark, say
 from .folders import (
     IMAGE_SUFFIXES,
     class_folders,
@@ -19,7 +15,7 @@ from .folders import (
     refuse_unreadable,
 )
 from .imagenet import imagenet_prompts
-from .labelled import ClassificationSet
+from .labelled import ClassificationSet, set_of_files
 from .names import find_names, read_names, read_names_file
 
 PLAIN = ("a photo of a {}.",)
@@ -40,48 +36,48 @@ def load_image_folder(folder: Path, names: str | Path | None) -> ClassificationS
     named, templates = read_names(path, folders) if path else ({name: say(name) for name in folders}, ())
     # Two levels of the path: "cifar10" alone would pass for the published set, and "test" says little.
     name = "/".join(folder.resolve().parts[-2:])
-    return _read_folders(name, folder, "-", named, templates or PLAIN)
-
-
-def find_class_folders(dataset: str, root: Path, split: str) -> tuple[Path, Sequence[str]] | None:
-    """The folder that holds class folders of a benchmark, and its classes in label order."""
-    inside = ("train",) if split == TRAIN else ("test", "val")
-    near = [root] if split != TRAIN else []
-    for folder in (*near, *(root / name for name in inside), root / dataset, *(root / dataset / i for i in inside)):
-        present, classes = class_folders(folder), BENCHMARKS[dataset].classes
-        if dataset == "imagenet":
-            classes = [name for name in present if name[:1] == "n" and name[1:].isdigit()]
-        if set(present) & set(classes):
-            return folder, classes
-    return None
+    return _read_folders(folder, named, name=name, split="-", templates=templates or PLAIN)
 
 
 def load_benchmark_folder(
-    dataset: str, folder: Path, classes: Sequence[str], names: str | Path | None, split: str, language: str
-) -> ClassificationSet:
-    """A benchmark as class folders: its own names unless a names file says otherwise."""
-    benchmark = BENCHMARKS[dataset]
-    templates = benchmark.templates
-    foreign = sorted(set(class_folders(folder)) - set(classes))
-    if foreign:
-        raise ValueError(f"data: {folder} holds {foreign[0]!r}, which is no class of {dataset}; give its classes only")
-    if dataset == "imagenet":
-        listed, templates = imagenet_prompts(language)
+    benchmark: Benchmark, root: Path, names: str | Path | None, split: str, language: str
+) -> ClassificationSet | None:
+    """A benchmark as class folders, with its own names unless a names file says otherwise; None where it is not there
+    in this form."""
+    folder, classes = _find(benchmark, root, split)
+    if folder is None:
+        return None
+    if foreign := sorted(set(class_folders(folder)) - set(classes)):
+        raise ValueError(
+            f"data: {folder} holds {foreign[0]!r}, which is no class of {benchmark.name}; give its classes only"
+        )
+    about, named = benchmark.about(split), {name: benchmark.say(name) for name in classes}
+    if benchmark.name == "imagenet":
+        listed, about["templates"] = imagenet_prompts(language)
         if len(classes) != len(listed):
             raise ValueError(f"data: {folder} holds {len(classes)} of the 1000 ImageNet class folders; add the others")
         named = dict(zip(classes, listed))
-    else:
-        named = {name: benchmark.say(name) for name in classes}
     if path := find_names(folder, names):
-        named, others = read_names(path, classes)
-        templates = others or templates
-    return _read_folders(dataset, folder, benchmark.report(split), named, templates, benchmark.headline)
+        named, templates = read_names(path, classes)
+        about["templates"] = templates or about["templates"]
+    return _read_folders(folder, named, **about)
 
 
-def _read_folders(
-    name: str, folder: Path, split: str, named: dict[str, str], templates: Sequence[str], headline: str = "top1"
-) -> ClassificationSet:
-    """named: {class folder: name of the class} in label order."""
+def _find(benchmark: Benchmark, root: Path, split: str) -> tuple[Path | None, Sequence[str]]:
+    """The folder that holds class folders of a benchmark, and its classes in label order."""
+    inside = ("train",) if split == TRAIN else ("test", "val")
+    places = [place / name for place in (root, root / benchmark.name) for name in ("", *inside)]
+    for folder in places[1:] if split == TRAIN else places:
+        present, classes = class_folders(folder), benchmark.classes
+        if benchmark.name == "imagenet":
+            classes = [name for name in present if name[:1] == "n" and name[1:].isdigit()]
+        if set(present) & set(classes):
+            return folder, classes
+    return None, ()
+
+
+def _read_folders(folder: Path, named: dict[str, str], **about) -> ClassificationSet:
+    """named: {class folder: name of the class} in label order; about: further fields of the set."""
     present, files, labels, left_out = set(class_folders(folder)), [], [], []
     for label, key in enumerate(named):
         pictures, others = list_pictures(folder / key) if key in present else ([], [])
@@ -91,19 +87,7 @@ def _read_folders(
     if not files:
         raise ValueError(f"data: the class folders of {folder} hold no picture ({' '.join(IMAGE_SUFFIXES)})")
     left_out += list_pictures(folder, deep=False)[0]  # beside the class folders
-    note = ""
     if left_out:
         example = left_out[0].relative_to(folder).as_posix()
-        note = f"{len(left_out)} files that are no pictures, or in no class, left out, e.g. {example}"
-    return ClassificationSet(
-        name=name,
-        path=str(folder),
-        split=split,
-        labels=torch.tensor(labels, dtype=torch.int64),
-        open=lambda index: open_picture(files[index]),
-        class_names=list(named.values()),
-        templates=templates,
-        headline=headline,
-        note=note,
-        files=files,
-    )
+        about["note"] = f"{len(left_out)} files that are no pictures, or in no class, left out, e.g. {example}"
+    return set_of_files(files, labels, path=str(folder), class_names=list(named.values()), **about)

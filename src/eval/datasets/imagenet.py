@@ -55,14 +55,11 @@ def load_imagenet_records(root: Path, split: str, language: str) -> tuple[Classi
         return open_picture(bytes(unpack(records.view(index))[1]), f"{path}: record {records.key(index)}")
 
     data = ClassificationSet(
-        name="imagenet",
         path=str(path),
-        split=benchmark.report(split),
         labels=torch.tensor([label_of(index) for index in range(len(records))], dtype=torch.int64),
         open=open_one,
         class_names=names,
-        templates=templates,
-        headline=benchmark.headline,
         files=(records.path, records.index_path),
+        **(benchmark.about(split) | {"templates": templates}),
     )
     return data, [str(label) for label in range(len(names))]

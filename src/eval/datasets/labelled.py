@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
+
+from rwkv_clip.data.image import open_picture
 
 
 class MissingData(Exception):
@@ -32,3 +35,13 @@ class ClassificationSet:
     @property
     def count(self) -> int:
         return len(self.labels)
+
+
+def set_of_files(files: Sequence[Path], labels: Sequence[int], **about) -> ClassificationSet:
+    """The set of picture files with their labels; about: its other fields."""
+    return ClassificationSet(
+        labels=torch.tensor(labels, dtype=torch.int64),
+        open=lambda index: open_picture(files[index]),
+        files=files,
+        **about,
+    )

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from rwkv_clip.data.image import open_picture
-
 from .benchmarks import BENCHMARKS, TRAIN
-from .labelled import ClassificationSet, MissingData
+from .labelled import ClassificationSet, MissingData, set_of_files
 
 
 def load_sun397(root: Path, split: str) -> tuple[ClassificationSet, list[str]]:
@@ -38,19 +34,10 @@ def load_sun397(root: Path, split: str) -> tuple[ClassificationSet, list[str]]:
     if missing:
         raise ValueError(f"sun397: {len(missing)} of {len(files)} pictures are missing, the first is {missing[0]}")
     classes = [name.partition("/")[2] for name in labels]
-    data = ClassificationSet(
-        name="sun397",
-        path=str(folder),
-        split=reported,
-        labels=torch.tensor(own, dtype=torch.int64),
-        open=lambda index: open_picture(files[index]),
-        class_names=[benchmark.say(name) for name in classes],
-        templates=benchmark.templates,
-        headline=benchmark.headline,
-        note="" if found else f"no {listing}: not the official partition 1",
-        files=files,
-    )
-    return data, classes
+    about = benchmark.about(split) | {"split": reported, "path": str(folder)}
+    about["note"] = "" if found else f"no {listing}: not the official partition 1"
+    about["class_names"] = [benchmark.say(name) for name in classes]
+    return set_of_files(files, own, **about), classes
 
 
 def _draw(folder: Path, split: str) -> tuple[list[str], str]:

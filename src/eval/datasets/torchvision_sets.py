@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from .benchmarks import BENCHMARKS
+from .benchmarks import Benchmark
 from .folders import list_files
 from .labelled import ClassificationSet, MissingData
 
 
-def load_torchvision(dataset: str, root: Path, split: str) -> tuple[ClassificationSet, list[str]]:
+def load_torchvision(benchmark: Benchmark, root: Path, split: str) -> tuple[ClassificationSet, list[str]]:
     """The set below `root`, and its classes as torchvision names them."""
     from torchvision import datasets
 
-    benchmark = BENCHMARKS[dataset]
     hint = f"download {benchmark.source.format(root=root)}"
     if not root.is_dir():
         raise MissingData(f"no folder {root}; {hint}")
@@ -28,12 +27,12 @@ def load_torchvision(dataset: str, root: Path, split: str) -> tuple[Classificati
         raise MissingData(f"torchvision below {root}: {str(error).split('. ')[0]}; {hint}") from None
     classes = getattr(source, "classes", None) or getattr(source, "categories", None)
     if not classes:
-        raise ValueError(f"{dataset}: this torchvision does not name its classes; install a newer one")
+        raise ValueError(f"{benchmark.name}: this torchvision does not name its classes; install a newer one")
     places = range(len(source))
     if benchmark.random:
         if len(source) != benchmark.random["count"]:
             expected = benchmark.random["count"]
-            raise ValueError(f"{dataset}: {len(source)} pictures instead of {expected}; unpack it again")
+            raise ValueError(f"{benchmark.name}: {len(source)} pictures instead of {expected}; unpack it again")
         places = benchmark.places(split)
     label_of = _labels(source)
     labels = torch.tensor([int(label_of(place)) for place in places], dtype=torch.int64)
@@ -45,15 +44,12 @@ def load_torchvision(dataset: str, root: Path, split: str) -> tuple[Classificati
         return picture.convert("RGB")
 
     data = ClassificationSet(
-        name=dataset,
         path=str(root),
-        split=benchmark.report(split),
         labels=labels,
         open=open_one,
         class_names=[benchmark.say(name) for name in classes],
-        templates=benchmark.templates,
-        headline=benchmark.headline,
         files=list_files(root / benchmark.folder),
+        **benchmark.about(split),
     )
     return data, list(classes)
 

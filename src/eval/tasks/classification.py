@@ -22,7 +22,8 @@ from .. import upstream
 from ..cache import cached, model_key
 from ..datasets import Asked, ClassificationSet, load_classification, load_each, on_each
 from ..encoder import Encoder
-from ..report import start_report, worst_classes
+from ..report.confusion import worst_classes
+from ..report.run import start_report
 from ..settings import ClassesSettings
 
 

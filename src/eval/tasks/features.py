@@ -17,7 +17,7 @@ from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classif
 from ..datasets.benchmarks import TEST
 from ..encoder import Encoder, on_all_ranks
 from ..feature_files import Features, write_about, write_features
-from ..report import new_folder, place_of
+from ..report.files import new_folder, place_of
 from ..settings import CaptionedSettings
 from . import retrieval
 

@@ -27,7 +27,7 @@ from ..datasets import IMAGEFOLDER, Asked, ClassificationSet, load_classificatio
 from ..datasets.benchmarks import BENCHMARKS, TRAIN, VAL
 from ..encoder import Encoder
 from ..logistic import Classifier, find_l2, fit, hold_out
-from ..report import start_report
+from ..report.run import start_report
 from ..settings import ClassesSettings
 
 SEED = 0  # of what is held out
@@ -153,7 +153,7 @@ def choose_and_fit(
                 bar.update()
                 return value
 
-            l2, _ = find_l2(score)
+            l2 = find_l2(score)
     found = fit(everything.features, everything.labels, len(class_names), l2, device)
     facts = {"strength": l2, "scikit_learn_C": 1 / l2, "converged": found.converged}
     counts = {"train_samples": len(everything.labels), "validation_samples": len(validation.labels) if tried else 0}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from ..report import collect, markdown_section
+from ..report.comparison import collect
+from ..report.formats import markdown_section
 
 
 @dataclass(frozen=True, kw_only=True)

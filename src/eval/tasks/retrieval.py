@@ -15,7 +15,9 @@ from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 
 from .. import upstream
 from ..encoder import Encoder, on_all_ranks
-from ..report import drawable, keep, png_of, start_report
+from ..report.files import keep
+from ..report.plots import drawable, png_of
+from ..report.run import start_report
 from ..settings import CaptionedSettings
 
 SHOWN = 5  # pictures for each query of the gallery

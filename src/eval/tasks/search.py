@@ -28,9 +28,14 @@ from rwkv_clip.tokenizer import count_cut
 
 from ..encoder import Encoder
 from ..feature_files import KINDS, Features, json_line, read_about, read_features
-from ..report import markdown, new_folder
+from ..report.files import new_folder
+from ..report.formats import markdown
 
-DIRECTIONS = {"text_to_image": ("texts", "images"), "image_to_text": ("images", "texts")}  # queries, items
+DIRECTIONS = {
+    "text_to_image": {"queries": "texts", "items": "images"},
+    "image_to_text": {"queries": "images", "items": "texts"},
+}
+Answer = tuple[object, list[tuple[int, float]]]  # a query's id, and place and similarity of what was found, best first
 EXACT = "exact"
 
 
@@ -66,21 +71,6 @@ class SearchSettings:
         return []
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Places (n, k) of the best items of each query, best first, and their similarities (n, k)."""
-
-    queries: Features
-    items: Features
-    places: Tensor
-    scores: Tensor
-
-    def rows(self) -> Iterator[tuple[object, list[tuple[int, float]]]]:
-        """Each query's id, and (place, similarity) of what was found: an index may find fewer, with a place of -1."""
-        for query, places, scores in zip(self.queries.ids, self.places.tolist(), self.scores.tolist()):
-            yield query, [(place, score) for place, score in zip(places, scores) if place >= 0]
-
-
 def run(settings: SearchSettings) -> int:
     """Search as `settings` say: own queries are answered on the screen, else files are written."""
     folder = Path(settings.features)
@@ -88,22 +78,19 @@ def run(settings: SearchSettings) -> int:
     stored = {kind: found for kind in KINDS if (found := read_features(folder, kind))}
     if settings.query or settings.picture:
         for direction, queries in _own_queries(settings, about, stored, device):
-            print(markdown(_table(_search(settings, queries, _need(settings, stored, direction, 1), device))), end="")
+            items = _take(settings, stored, direction, "items")
+            print(markdown(_table(items, _search(settings, queries, items, device))), end="")
         return 0
-    wanted = [
-        direction
-        for direction, kinds in DIRECTIONS.items()
-        if settings.direction == direction or (settings.direction == "both" and all(kind in stored for kind in kinds))
-    ]
-    if not wanted:
+    wanted = DIRECTIONS if settings.direction == "both" else [settings.direction]
+    if settings.direction == "both" and len(stored) < len(KINDS):
         raise ValueError(f"{folder}: holds no pair of images and texts; give --query or --picture")
     found = {}
     for direction in wanted:
-        queries, items = (_need(settings, stored, direction, role) for role in (0, 1))
-        found[direction] = _search(settings, queries, items, device)
+        queries, items = (_take(settings, stored, direction, role) for role in ("queries", "items"))
+        found[direction] = queries, items, _search(settings, queries, items, device)
     output = new_folder(Path(settings.output or folder / "search"))
-    for direction, answer in found.items():
-        write_whole(output / f"{direction}.jsonl", _lines(answer))
+    for direction, answers in found.items():
+        write_whole(output / f"{direction}.jsonl", _lines(*answers))
         print(f"results: {output / f'{direction}.jsonl'}")
     return 0
 
@@ -126,14 +113,18 @@ def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -
     return torch.from_numpy(places), torch.from_numpy(scores)
 
 
-def _search(settings: SearchSettings, queries: Features, items: Features, device: torch.device) -> _Found:
+def _search(settings: SearchSettings, queries: Features, items: Features, device: torch.device) -> list[Answer]:
+    """The best items of each query."""
     if settings.index == EXACT:
-        return _Found(queries, items, *nearest_items(queries.vectors, items.vectors, settings.k, device))
-    return _Found(queries, items, *nearest_by_faiss(queries.vectors, items.vectors, settings.k, settings.index))
+        places, scores = nearest_items(queries.vectors, items.vectors, settings.k, device)
+    else:
+        places, scores = nearest_by_faiss(queries.vectors, items.vectors, settings.k, settings.index)
+    rows = zip(queries.ids, places.tolist(), scores.tolist())
+    return [(query, [pair for pair in zip(found, values) if pair[0] >= 0]) for query, found, values in rows]
 
 
-def _need(settings: SearchSettings, stored: dict[str, Features], direction: str, role: int) -> Features:
-    """The queries (role 0) or items (1) of the folder. ValueError where it has none."""
+def _take(settings: SearchSettings, stored: dict[str, Features], direction: str, role: str) -> Features:
+    """The queries or the items of the folder. ValueError where it has none."""
     kind = DIRECTIONS[direction][role]
     if kind not in stored:
         raise ValueError(f"{settings.features}: holds no {kind}, which {direction} needs; write them with `features`")
@@ -146,7 +137,7 @@ def _own_queries(
     """Texts and pictures of the user, encoded by the model that the features came from."""
     for direction, given in (("text_to_image", settings.query), ("image_to_text", settings.picture)):
         if given:
-            _need(settings, stored, direction, 1)
+            _take(settings, stored, direction, "items")
     paths = [Path(path) for path in settings.picture]
     for path in paths:
         if not path.is_file():
@@ -193,19 +184,17 @@ def _find_again(place: str | None, features: Path) -> str | None:
     return next((str(path) for path in above if path.exists()), place)
 
 
-def _table(found: _Found) -> list[list[str]]:
+def _table(items: Features, answers: list[Answer]) -> list[list[str]]:
     """Query, rank, similarity, id and, where known, text or class of each result."""
-    rows, ids = [["query", "rank", "similarity", "id", ""]], found.items.ids
-    for query, results in found.rows():
-        for rank, (place, score) in enumerate(results):
-            facts = found.items.rows[place]
-            about = facts.get("text", facts.get("class", ""))
-            rows.append([str(query), str(rank + 1), f"{score:.4f}", str(ids[place]), str(about)])
+    rows, ids = [["query", "rank", "similarity", "id", ""]], items.ids
+    for query, found in answers:
+        for rank, (place, score) in enumerate(found, 1):
+            about = items.rows[place].get("text", items.rows[place].get("class", ""))
+            rows.append([str(query), str(rank), f"{score:.4f}", str(ids[place]), str(about)])
     return rows
 
 
-def _lines(found: _Found) -> Iterator[bytes]:
-    ids, asked, answer = found.items.ids, KINDS[found.queries.kind], KINDS[found.items.kind] + "s"
-    for query, results in found.rows():
-        names, scores = [ids[place] for place, _ in results], [score for _, score in results]
-        yield json_line({asked: query, answer: names, "scores": scores})
+def _lines(queries: Features, items: Features, answers: list[Answer]) -> Iterator[bytes]:
+    ids, asked, answer = items.ids, KINDS[queries.kind], KINDS[items.kind] + "s"
+    for query, found in answers:
+        yield json_line({asked: query, answer: [ids[place] for place, _ in found], "scores": [s for _, s in found]})
