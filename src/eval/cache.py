@@ -1,13 +1,13 @@
-"""Features that outlive the process that computed them: a killed extraction goes on, a finished one is only read.
+"""Features that outlive the process: a killed extraction goes on where it stopped, a finished one is only read.
 
-A cache folder has one folder for each (weights, data, transform, precision), and in it one file for every CHUNK items,
-which appears whole or not at all. CHUNK is a multiple of the blocks that the model gets, so features are the same bits
-with and without a cache, resumed or not, on any number of ranks. A file that is damaged is made again.
+A cache has one folder for each (weights, data, transform, precision), and in it one file for every CHUNK items, which
+appears whole or not at all. CHUNK is a multiple of the blocks that the model gets, so features have the same bits with
+and without a cache, resumed or not, on any number of ranks. A damaged file is made again.
 
-The key sees the state of every file that pictures lie in: size, time of change (of content, and of anything else: a
-copy may bring an older time of content along) and inode. A picture that was replaced, moved or touched makes all
-features new; a copy of the set elsewhere as well. Labels are never kept. A cache is an aid: where it cannot be
-written, the run goes on without, and says so.
+The key contains the state of every file with pictures: size, inode, and times of change, of content and of anything
+else (a copy may keep an older time of content). A picture that was replaced, moved or touched makes all features new,
+and so does a copy of the set elsewhere. Labels are never kept. If the cache cannot be written, the run warns and goes
+on without.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2  # a new number when the same weights give other features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
-_SAMPLES = 16  # pictures that are looked at all the same: a file system may have no times worth the name
+_SAMPLES = 16  # pictures whose content is hashed as well: a file system may not keep useful times
 log = logging.getLogger(__name__)
 
 
@@ -54,24 +55,20 @@ def encode_cached(encoder: Encoder, make_key: Callable[[], dict], open_one: Call
     if encoder.cache is not None:
         folder = _folder_of(encoder.cache, model_key(encoder.loaded) | key, encoder.device)
     parts = []
+
+    def encode(start: int, stop: int) -> Tensor:
+        return encoder.extractor.encode_images(lambda index: open_one(start + index), stop - start)
+
     for start in range(0, key["count"], CHUNK) or [0]:
         stop = min(start + CHUNK, key["count"])
         path = folder / f"{start:09}-{stop:09}.safetensors" if folder else None
-        parts.append(
-            cached(
-                path,
-                lambda start=start, stop=stop: encoder.extractor.encode_images(
-                    lambda i: open_one(start + i), stop - start
-                ),
-                encoder.device,
-            )
-        )
+        parts.append(cached(path, partial(encode, start, stop), encoder.device))
     return torch.cat(parts)
 
 
 def cached(path: Path | None, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """The features of a file, else make(), which the main rank keeps there. path: None keeps nothing. All ranks call
-    it: one that finds nothing (a disk of its own) needs the others to compute."""
+    """The features in a file, else make(), which the main rank then writes there; path None: no file. All ranks call
+    it, as one that finds nothing (on a disk of its own) needs the others to compute."""
     found = _read(path) if path else None
     if max_over_ranks(torch.tensor(float(found is None), device=device)):
         found = make()
@@ -81,12 +78,11 @@ def cached(path: Path | None, make: Callable[[], Tensor], device: torch.device) 
 
 
 def model_key(loaded: Loaded) -> dict:
-    """What tells one model of `load_for_inference` from another: its description, the digest of the weights, precision,
-    a look at weights and transform.
+    """What distinguishes models of `load_for_inference`: description, digest of the weights file, precision, samples of
+    weights and transform.
 
-    One file of weights may be read as several models (QuickGELU or not). The look at the weights is for
-    `open_clip:NAME` without a tag, whose weights are random and new in every process. The transform is known by what
-    it does to a picture.
+    One file of weights may be read as several models (QuickGELU or not). Weights are sampled for `open_clip:NAME`
+    without a tag, where they are random and new in every process. The transform is known by its effect on a picture.
     """
     weights = hashlib.sha256()
     for name, value in sorted(loaded.model.state_dict().items()):
@@ -110,8 +106,8 @@ def data_key(
     open_one: Callable[[int], Image.Image],
     items: Iterable[str | Path] = (),
 ) -> dict:
-    """What tells one set of pictures from another: name, split, number, some decoded pictures spread over it, and of
-    all `items`, in their order, the names (strings) or also the state (paths of files)."""
+    """What distinguishes sets of pictures: name, split, number, some decoded pictures spread over the set, and of all
+    `items`, in order, the names (strings) or also the state (paths of files)."""
     pictures, listing = hashlib.sha256(), hashlib.sha256()
     for place in np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int).tolist():
         picture = open_one(place)
@@ -127,7 +123,7 @@ def data_key(
 
 
 def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
-    """The folder of a key. Ranks that see other files (disks of their own) have one for all that they see together."""
+    """The folder of a key. Ranks that see different files (on disks of their own) share one for this combination."""
     text = json.dumps({"schema": SCHEMA, **key}, sort_keys=True, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
     every = gather(torch.tensor([list(digest)], dtype=torch.int64, device=device)).cpu()
@@ -140,7 +136,7 @@ def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
 
 
 def _keep(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file of a cache, by the main rank. Where that cannot be, a warning says so."""
+    """Write a file of the cache on the main rank; a warning if that fails."""
     if rank_and_size()[0]:
         return
     try:
@@ -151,7 +147,7 @@ def _keep(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def _read(path: Path) -> Tensor | None:
-    """Features of a chunk; None where it is not there or not as it was written."""
+    """Features of a chunk; None if it is missing or not as it was written."""
     if not path.is_file():
         return None
     try:
@@ -163,6 +159,6 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _checksum(path: Path, features: Tensor) -> Tensor:
-    """Of the place as well: a good file under another name is wrong."""
+    """Includes the name: a good file in another place is wrong."""
     value = zlib.crc32(f"{path.parent.name}/{path.name}".encode())
     return torch.tensor([zlib.crc32(features.contiguous().numpy(), value)])

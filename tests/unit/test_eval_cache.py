@@ -15,7 +15,7 @@ from PIL import Image
 
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import cache
-from rwkv_clip.eval.datasets import class_folders, load_classification
+from rwkv_clip.eval.datasets import labelled, load_classification
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.feature_files import read_features
 from rwkv_clip.eval.main import main
@@ -242,8 +242,8 @@ def test_an_unchanged_set_is_read_from_the_cache(folder, model, monkeypatch):
     """The second run decodes the few pictures that the key looks at, and encodes none."""
     Classes().make(folder)
     first, calls = features(Classes()), len(model.model.calls)
-    opened, open_picture = [], class_folders.open_picture
-    monkeypatch.setattr(class_folders, "open_picture", lambda path: opened.append(path) or open_picture(path))
+    opened, open_picture = [], labelled.open_picture
+    monkeypatch.setattr(labelled, "open_picture", lambda path: opened.append(path) or open_picture(path))
     assert torch.equal(features(Classes()), first) and len(model.model.calls) == calls and len(opened) == 16
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run, and what is written there: each file whole or not at all, and what finds no room is named."""
+"""The folder of a run and its files: each is written whole or not at all, and named if it cannot be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..settings import EvalSettings
 
 
 def check_place(logs: str) -> None:
-    """Make the folder of all runs and write into it, before any work. OSError where that cannot be."""
+    """Make the folder of all runs and try to write into it, before any work. OSError if that fails."""
     Path(logs).mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=logs) as file:
@@ -26,13 +26,13 @@ def check_place(logs: str) -> None:
 
 
 def place_of(settings: EvalSettings, task: str, model: str) -> Path:
-    """The folder that a run wants: LOGS/NAME, or LOGS/TIME-TASK-MODEL."""
+    """The folder that a run asks for: LOGS/NAME, or LOGS/TIME-TASK-MODEL."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return Path(settings.logs) / (settings.name or f"{stamp}-{task}-{safe_name(model)}")
 
 
 def new_folder(folder: Path) -> Path:
-    """Make the folder and those above it, or NAME-2, NAME-3 .. where it exists already."""
+    """Make the folder and its parents; NAME-2, NAME-3 .. if it exists already."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in _numbered(folder):
         try:
@@ -43,7 +43,7 @@ def new_folder(folder: Path) -> Path:
 
 
 def new_file(folder: Path, stem: str, suffix: str) -> Path:
-    """The file of a name, or STEM-2, STEM-3 .. where it exists already."""
+    """A file that does not exist yet: STEM, STEM-2, STEM-3 .."""
     return next(path for path in _numbered(folder / stem, suffix) if not path.exists())
 
 
@@ -58,7 +58,7 @@ def safe_name(name: str) -> str:
 
 
 def keep(path: Path, make: Callable[[], bytes | str]) -> bool:
-    """Write make() into a file. False, and a line on standard error, where it cannot be written."""
+    """Write make() into a file. False, and a line on standard error, if it cannot be written."""
     try:
         write(path, make())
         return True
@@ -68,7 +68,7 @@ def keep(path: Path, make: Callable[[], bytes | str]) -> bool:
 
 
 def say_missing(path: Path, error: OSError) -> None:
-    """Name what was not written."""
+    """Tell the user what was not written."""
     print(f"missing: {path}: {error.strerror or error}", file=sys.stderr)
 
 

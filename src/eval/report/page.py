@@ -1,6 +1,6 @@
 """page.html: one file with everything that a run or a comparison has to show. No script, nothing from the network.
 
-Tables are those of the other files; pictures are embedded (photographs as JPEG, so that the file can be sent).
+Its tables are those of the other files; pictures are embedded (photographs as JPEG, which keeps the page small).
 """
 
 from __future__ import annotations

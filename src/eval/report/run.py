@@ -1,8 +1,8 @@
-"""What an evaluation leaves behind: one folder of its own.
+"""The report of one run, in a folder of its own.
 
-A run writes result.json, table.md, table.csv and table.tex, again after every data set, so that an error in a later
-one loses nothing; at its end pictures and page.html. What finds no room is named, and the run goes on: its figures are
-printed in any case. Ranks other than the main rank write nothing.
+result.json, table.md, table.csv and table.tex are written again after every data set, so that a later error loses
+nothing; pictures and page.html at the end. A file that cannot be written is named and the run goes on: its figures are
+printed in any case. Only the main rank writes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Report:
     """The results of one run, one dict per data set, and the folder that they go to."""
 
     place: Path
-    about: dict  # what the results share, its task among it
+    about: dict  # what all results share, e.g. the task
     results: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     folder: Path | None = None  # made by the first save: a run that fails before any result leaves nothing
-    saved: bool = True  # whether result.json has all that is known
+    saved: bool = True  # whether result.json is up to date
 
     def add(self, result: dict) -> None:
-        """Append the result of a data set and write everything known so far."""
+        """Append the result of a data set and write everything again."""
         self.results.append(result)
         self.save()
 
@@ -51,7 +51,7 @@ class Report:
         return {"schema": SCHEMA, **self.about, "seconds": seconds, "results": self.results}
 
     def save(self) -> None:
-        """Write result.json and the tables into the folder, each whole or not at all."""
+        """Write result.json and the tables, each whole or not at all."""
         if rank_and_size()[0]:
             return
         try:
@@ -90,8 +90,7 @@ class Report:
         return list_sets(content), compare(content["task"], [content])
 
     def text(self) -> str:
-        """The table of every set and, after it, the comparison; for retrieval, where both have the same rows, its
-        notes."""
+        """The table of every set, then the comparison; of retrieval's, which has the same rows, only the notes."""
         sets, compared = self.tables()
         text = markdown([sets.header, *sets.rows])
         if compared is None:
@@ -111,7 +110,7 @@ class Report:
 
 
 def start_report(task: str, settings: EvalSettings, encoder: Encoder) -> Report:
-    """A report that knows its place and what all its results share."""
+    """An empty report; its folder is made with the first result."""
     loaded, device = encoder.loaded, encoder.device
     about = {
         "task": task,

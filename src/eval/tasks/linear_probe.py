@@ -80,7 +80,7 @@ def load(settings: LinearProbeSettings, device: torch.device) -> list[Asked]:
 def run(settings: LinearProbeSettings, sets: list[Asked], encoder: Encoder) -> int:
     """Probe every set of `load`. One that is missing is reported as skipped, one that fails as failed.
 
-    Ranks share the encoding of all sets; then the others end, and the main rank computes what is left.
+    All ranks encode; then the main rank fits and tests, while the others end.
     """
     report = start_report("linear_probe", settings, encoder)
     encoded = list(on_each(sets, lambda splits: _encode(splits, encoder)))
@@ -181,7 +181,7 @@ def _probe(
         kept, held = hold_out(test.labels, settings.split_test, SEED)
         train, test = test[kept], test[held]
         reported = f"{settings.split_test:g} of {reported}"
-        note = "; ".join(filter(None, [note, "trained on the rest of the same part: no published protocol"]))
+        note = "; ".join(filter(None, [note, "trained on the rest of the same split: no published protocol"]))
     options = {"fraction": settings.hold_out, "l2": settings.l2}
     classifier, probe = choose_and_fit(train, validation, data.class_names, data.headline, device, **options)
     return {
