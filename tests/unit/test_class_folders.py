@@ -7,7 +7,7 @@ import pytest
 from color_model import COLORS, ColorTokenizer, save_color
 
 from rwkv_clip.eval.datasets import load_classification
-from rwkv_clip.eval.datasets.folders import class_folders
+from rwkv_clip.eval.datasets.class_folders import list_classes
 from rwkv_clip.eval.datasets.names import read_names
 from rwkv_clip.eval.tasks.classification import describe_prompts
 
@@ -73,7 +73,7 @@ def test_splits_are_no_classes(tmp_path, files, message, choice):
     with pytest.raises(ValueError, match=f"holds {message}, not classes; give one, --data {tmp_path / choice}, or"):
         load(tmp_path)
     # Unless somebody says so.
-    names = {folder: folder for folder in class_folders(tmp_path)}
+    names = {folder: folder for folder in list_classes(tmp_path)}
     (tmp_path / "names.json").write_text(json.dumps({"names": names}))
     assert load(tmp_path).class_names == list(names)
 

@@ -19,6 +19,7 @@ from rwkv_clip.eval.datasets.benchmarks import BENCHMARKS
 from rwkv_clip.eval.datasets.class_folders import PLAIN
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.tasks.classification import class_weights, evaluate_classification
+from rwkv_clip.serialization import encode_tensors
 
 CPU = torch.device("cpu")
 
@@ -313,7 +314,9 @@ def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp
     ]
     assert all(weights(**other)[1] for other in others)
     assert len(list((tmp_path / "cache" / "classes").iterdir())) == 1 + len(others)
-    for damage in (lambda content: content[:-9], lambda content: content[:-9] + b"x" * 9, lambda content: b""):
+    until_0_5 = b"".join(encode_tensors({"weights": first, "sha256": torch.zeros(32, dtype=torch.uint8)}))
+    damages = [lambda content: content[:-9], lambda content: content[:-9] + b"x" * 9, lambda content: b""]
+    for damage in (*damages, lambda content: until_0_5):
         for path in (tmp_path / "cache" / "classes").iterdir():
             path.write_bytes(damage(path.read_bytes()))
         repaired, encoded = weights()

@@ -1,29 +1,33 @@
-"""Sets that are a folder of class folders: anybody's, and benchmarks in this form."""
+"""Sets that are a folder of class folders: anybody's, and benchmarks in this form.
+
+Names that begin with a dot, and what archives and storage systems leave (LITTER), never count, at any depth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from .benchmarks import TRAIN, Benchmark, say
-from .folders import (
-    IMAGE_SUFFIXES,
-    class_folders,
-    list_pictures,
-    refuse_splits,
-    refuse_unclear_order,
-    refuse_unreadable,
-)
 from .imagenet import imagenet_prompts
 from .labelled import ClassificationSet, set_of_files
-from .names import find_names, read_names, read_names_file
+from .names import are_numbers, find_names, read_names, read_names_file
 
 PLAIN = ("a photo of a {}.",)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+LITTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+SPLIT = re.compile(
+    r"(train|training|test|testing|val|valid|validation|dev|eval|evaluation|holdout)"
+    r"([-_ ]?(set|split|data|images|imgs|\d+))?",
+    re.IGNORECASE,
+)
 
 
 def load_image_folder(folder: Path, names: str | Path | None) -> ClassificationSet:
     """A folder of class folders that is no benchmark."""
-    folders = class_folders(folder)
+    folders = list_classes(folder)
     if not folders:
         raise ValueError(f"data: {folder} holds no class folders; give a folder with one folder of pictures a class")
     refuse_unreadable(folder, folders)
@@ -47,7 +51,7 @@ def load_benchmark_folder(
     folder, classes = _find(benchmark, root, split)
     if folder is None:
         return None
-    if foreign := sorted(set(class_folders(folder)) - set(classes)):
+    if foreign := sorted(set(list_classes(folder)) - set(classes)):
         raise ValueError(
             f"data: {folder} holds {foreign[0]!r}, which is no class of {benchmark.name}; give its classes only"
         )
@@ -68,7 +72,7 @@ def _find(benchmark: Benchmark, root: Path, split: str) -> tuple[Path | None, Se
     inside = ("train",) if split == TRAIN else ("test", "val")
     places = [place / name for place in (root, root / benchmark.name) for name in ("", *inside)]
     for folder in places[1:] if split == TRAIN else places:
-        present, classes = class_folders(folder), benchmark.classes
+        present, classes = list_classes(folder), benchmark.classes
         if benchmark.name == "imagenet":
             classes = [name for name in present if name[:1] == "n" and name[1:].isdigit()]
         if set(present) & set(classes):
@@ -78,7 +82,7 @@ def _find(benchmark: Benchmark, root: Path, split: str) -> tuple[Path | None, Se
 
 def _read_folders(folder: Path, named: dict[str, str], **about) -> ClassificationSet:
     """named: {class folder: name of the class} in label order; about: further fields of the set."""
-    present, files, labels, left_out = set(class_folders(folder)), [], [], []
+    present, files, labels, left_out = set(list_classes(folder)), [], [], []
     for label, key in enumerate(named):
         pictures, others = list_pictures(folder / key) if key in present else ([], [])
         files += pictures
@@ -91,3 +95,91 @@ def _read_folders(folder: Path, named: dict[str, str], **about) -> Classificatio
         example = left_out[0].relative_to(folder).as_posix()
         about["note"] = f"{len(left_out)} files that are no pictures, or in no class, left out, e.g. {example}"
     return set_of_files(files, labels, path=str(folder), class_names=list(named.values()), **about)
+
+
+def list_classes(folder: Path) -> list[str]:
+    """Names of the folders in `folder`: by number where all are numbers, else as texts; none where it is not there."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not _is_litter(entry.name)]
+    return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else sorted(names)
+
+
+def list_pictures(folder: Path, deep: bool = True) -> tuple[list[Path], list[Path]]:
+    """(pictures, what else is there), each sorted; deep: at any depth. Linked folders are not entered."""
+    pictures, others = [], []
+    for path in _walk(folder, deep):
+        is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        (pictures if is_picture else others).append(path)
+    return sorted(pictures), sorted(others)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted; none where it does not exist."""
+    return sorted(_walk(folder, True)) if folder.is_dir() else []
+
+
+def refuse_unreadable(folder: Path, folders: Sequence[str]) -> None:
+    """ValueError for a folder whose name is not UTF-8: it could not be said to a model."""
+    for name in folders:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(
+                f"data: {folder}: the folder {os.fsencode(name)!r} has a name that is not UTF-8; rename it"
+            )
+
+
+def refuse_splits(folder: Path, folders: Sequence[str], named: Collection[str] = ()) -> None:
+    """ValueError where `folders` are splits, such as train and test, and not classes; `named`: those that are classes
+    because somebody said so.
+
+    One folder of such a name among others may be a class (train, of vehicles), if there are pictures in it and not
+    folders, and in others as well.
+    """
+    splits = [name for name in folders if SPLIT.fullmatch(name) and name not in named]
+    if not splits:
+        return
+    if len(splits) == 1:
+        pictures, others = (list_pictures(folder / splits[0], deep=False)[0], set(folders) - set(splits))
+        if pictures and any(list_pictures(folder / name)[0] for name in others):
+            return
+    choice = next((name for kind in ("test", "val", "") for name in splits if name.lower().startswith(kind)), splits[0])
+    raise ValueError(
+        f"data: {folder} holds the splits {', '.join(splits)}, not classes; give one, --data {folder / choice}, "
+        'or, if these are classes, name them in a names file: {"names": {"' + splits[0] + '": ..}}'
+    )
+
+
+def refuse_unclear_order(folders: Sequence[str], where: str) -> None:
+    """ValueError where a list of names could mean two orders of the folders: class_1, class_2, class_10, or
+    class_1, class_10, class_2."""
+
+    def by_number(name: str) -> list:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    other = next((name for name, natural in zip(folders, sorted(folders, key=by_number)) if name != natural), None)
+    if other is not None and not are_numbers(folders):
+        raise ValueError(
+            f'{where}: "names" is a list, and the class folders ({folders[0]}, .., {other}, ..) come in another order '
+            'by number than as texts; write {"names": {folder: name}}'
+        )
+
+
+def _walk(folder: Path, deep: bool) -> Iterator[Path]:
+    """Files below a folder, and links to folders. OSError for one that cannot be looked into."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not _is_litter(name)]
+        here = Path(place)
+        if deep:
+            yield from (here / name for name in folders if (here / name).is_symlink())
+        yield from (here / name for name in files if not _is_litter(name))
+        if not deep:
+            return
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name in LITTER

@@ -11,7 +11,6 @@ import torch
 from rwkv_clip.files import parse_json
 
 from .benchmarks import say
-from .folders import are_numbers
 from .labelled import ClassificationSet
 
 
@@ -66,3 +65,8 @@ def rename_classes(data: ClassificationSet, classes: Sequence[str], names: str |
     label = {name: place for place, name in enumerate(named)}
     labels = torch.tensor([label[name] for name in classes], dtype=torch.int64)[data.labels]
     return replace(data, labels=labels, class_names=list(named.values()), templates=templates or data.templates)
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether every name is a number, in digits."""
+    return all(name.isascii() and name.isdigit() for name in names)

@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 
 from .benchmarks import Benchmark
-from .folders import list_files
+from .class_folders import list_files
 from .labelled import ClassificationSet, MissingData
 
 
