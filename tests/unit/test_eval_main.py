@@ -200,7 +200,8 @@ MISTAKES = [
     (["--gallery", "-1"], "gallery: -1"),
     (["--device", "abacus"], "device: 'abacus'"),
     (["--name", "a/b"], "name: 'a/b'"),
-    (["--views", "raw"], "no .rec"),
+    (["--texts", "raw"], "no .rec"),
+    (["--views", "raw"], "no .rec"),  # its name until 0.5.0
 ]
 
 

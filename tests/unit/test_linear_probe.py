@@ -383,6 +383,7 @@ def test_mistakes_in_a_set_are_named(tmp_path, model, capsys, make, message):
         (["--split-test", "1"], "split_test: 1"),
         (["--split-test", "0.5", "--train", "x"], "leave one of them out"),
         (["--l2", "-1"], "l2: -1"),
+        (["--strength", "-1"], "l2: -1"),  # its name until 0.5.0
         (["--l2", "nan"], "l2: nan"),
     ],
 )
