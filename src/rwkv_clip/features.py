@@ -29,6 +29,7 @@ from .dist import AUTOCAST, gather, max_over_ranks, rank_and_size
 if TYPE_CHECKING:
     from .factory import Loaded
 
+CPU = torch.device("cpu")
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
 _ERROR_BYTES = 1000  # of an error that the other ranks are sent
 
@@ -48,7 +49,7 @@ class FeatureExtractor:
     model: nn.Module
     preprocess: Callable[[Image], Tensor]
     tokenizer: Callable[[Sequence[str]], Tensor]
-    device: str | torch.device = "cpu"
+    device: torch.device = CPU  # its name does as well
     batch_size: int = 64
     autocast: torch.dtype | None = None  # None: off
     workers: int = DECODE_WORKERS
@@ -63,7 +64,7 @@ class FeatureExtractor:
     def of(cls, loaded: Loaded, device: str | torch.device, **options: Any) -> FeatureExtractor:
         """The extractor of what `load_for_inference` gave, in its precision; options: further fields."""
         parts = loaded.model, loaded.preprocess, loaded.tokenizer
-        return cls(*parts, device, autocast=AUTOCAST[loaded.precision], **options)
+        return cls(*parts, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
 
     def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:
         """Features (count, C) of the pictures open_one(0 .. count - 1), float32 on the CPU, of length 1.

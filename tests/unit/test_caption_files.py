@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_clip.data.captions import read_captions
 from rwkv_clip.data.fields import CAPTION_FIELDS, IMAGE_FIELDS, RAW_FIELDS
-from rwkv_clip.data.readers import SourceError
+from rwkv_clip.data.rows import SourceError
 
 COCO = {
     "images": [{"id": 7, "file_name": "red.png"}, {"id": 5, "file_name": "blue.png"}, {"id": 6, "file_name": "x.png"}],

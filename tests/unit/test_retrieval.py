@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "faults"))
@@ -95,6 +95,22 @@ def test_bfloat16_features_have_length_one(colors):
     for features in (images, texts):
         assert features.dtype == torch.float32
         assert torch.allclose(features.norm(dim=1), torch.ones(len(features)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_loaded_model_computes_in_its_precision(colors, precision, dtype):
+    seen = []
+
+    class Product(ColorModel):
+        def encode_image(self, x, normalize=False):
+            features = x.mean((2, 3)) @ torch.eye(3)
+            seen.append(features.dtype)
+            return features
+
+    run = loaded(Product())
+    run.precision = precision
+    features = FeatureExtractor.of(run, "cpu").encode_images(colors.open, 3)
+    assert seen == [dtype] and features.dtype == torch.float32
 
 
 def test_a_broken_picture_stops_the_evaluation_by_name(folder, colors):

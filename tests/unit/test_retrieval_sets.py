@@ -189,6 +189,7 @@ def test_split_must_be_chosen_where_there_are_several(folder):
             '{"image": "red.png", "caption": "red"}\n{"image": "gone.png", "caption": "x"}',
             r"line 2: field 'image': 'gone.png' is not below .*\(1 of 2 pictures are missing\); set image_root",
         ),
+        ("set.jsonl", json.dumps({"image": "x" * 5000, "caption": "x"}), "cannot be looked for .*pictures are missing"),
     ],
 )
 def test_bad_files_are_named(folder, name, content, message):

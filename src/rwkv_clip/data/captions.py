@@ -1,6 +1,6 @@
 """Caption files as evaluation wants them: every entry names a picture and has all its texts, or is an error.
 
-The files are those that records are built from (`readers`); building skips and counts an entry that is of no use, a
+The files are those that records are built from (`manifests`); building skips and counts an entry that it cannot use, a
 benchmark must not.
 """
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .fields import CAPTION_FIELDS, IMAGE_FIELDS
-from .readers import Row, Skip, SourceError, load_entries, read_json, read_jsonl
+from .manifests import load_json_file, read_jsonl
+from .rows import Row, Skip, SourceError
 
 ENDINGS = (".json", ".jsonl", ".ndjson")
 
@@ -32,9 +33,8 @@ def read_captions(file: Path) -> tuple[str | None, list[Captioned]]:
     """
     if file.suffix.lower() != ".json":
         return None, [_read_entry(file, row) for row in read_jsonl(file, Skip(0))]
-    content = load_entries(file)
-    rows = read_json(file, Skip(0), content)
-    return content.name, [_read_entry(file, row, content.form == "coco") for row in rows]
+    content = load_json_file(file)
+    return content.name, [_read_entry(file, row, content.form == "coco") for row in content.rows(Skip(0))]
 
 
 def _read_entry(file: Path, row: Row, may_lack: bool = False) -> Captioned:

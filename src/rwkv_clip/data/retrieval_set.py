@@ -198,10 +198,10 @@ def _describe_oddities(names: list[str], captions: list[str], owners: list[int])
 
 def _from_records(spec: str, texts: Sequence[str] | None) -> RetrievalSet:
     records = RecordSet(spec)
-    unknown = [name for name in texts or () if name not in records.views]
+    unknown = [name for name in texts or () if name not in records.text_names]
     if unknown or (texts is not None and not len(texts)):
-        raise ValueError(f"texts: {list(texts)} of {spec}; choose from {list(records.views)}")
-    columns = [records.views.index(name) for name in texts or records.views]
+        raise ValueError(f"texts: {list(texts)} of {spec}; choose from {list(records.text_names)}")
+    columns = [records.text_names.index(name) for name in texts or records.text_names]
     # Records have no names, so a picture is told by its bytes: (its number, the first record that holds it).
     pictures: dict[bytes, tuple[int, int]] = {}
     tokens, owners, seen = [], [], set()
