@@ -4,7 +4,7 @@
 #   CHECKPOINT=run-folder-or-file DATA_ROOT=dir [DATASETS="cifar10 cifar100 food101 .."] [MODEL=preset-or-json]
 #   [LOGS=where results go] bash shell/test_linear_probe.sh [--setting value ..]
 #
-# DATASETS   sets below DATA_ROOT, training and test part (a missing one is named and passed over), or `imagefolder`
+# DATASETS   benchmarks below DATA_ROOT, training and test split (a missing one is named and passed over), or `imagefolder`
 #            (default): DATA_ROOT holds train and test, each with a folder per class
 # Features are kept in LOGS/cache: a run that was killed goes on, and the next one starts with them.
 set -euo pipefail

@@ -4,7 +4,7 @@
 #   CHECKPOINT=run-folder-or-file DATA_ROOT=dir [DATASETS="cifar10 cifar100 food101 .."] [MODEL=preset-or-json]
 #   [NPROC_PER_NODE=1] [LOGS=where results go] bash shell/test_zero_shot_classificaiton.sh [--setting value ..]
 #
-# DATASETS   known sets below DATA_ROOT (`all`: the eleven; a missing one is named and passed over), or `imagefolder`
+# DATASETS   benchmarks below DATA_ROOT (`all`: the eleven; a missing one is named and passed over), or `imagefolder`
 #            (default): a folder per class, and names.json with names and templates if you like
 # NPROC_PER_NODE  ranks that share the work, one a GPU. (The file's spelling is the released one: scripts depend on it.)
 set -euo pipefail

@@ -1,13 +1,13 @@
-"""Features that outlive the process that computed them: a killed extraction goes on, a finished one is only read.
+"""Features that outlive the process: a killed extraction goes on where it stopped, a finished one is only read.
 
-A cache folder has one folder for each (weights, data, transform, precision), and in it one file for every CHUNK items,
-which appears whole or not at all. CHUNK is a multiple of the blocks that the model gets, so features are the same bits
-with and without a cache, resumed or not, on any number of ranks. A file that is damaged is made again.
+A cache has one folder for each (weights, data, transform, precision), and in it one file for every CHUNK items, which
+appears whole or not at all. CHUNK is a multiple of the blocks that the model gets, so features have the same bits with
+and without a cache, resumed or not, on any number of ranks. A damaged file is made again.
 
-The key sees the state of every file that pictures lie in: size, time of change (of content, and of anything else: a
-copy may bring an older time of content along) and inode. A picture that was replaced, moved or touched makes all
-features new; a copy of the set elsewhere as well. Labels are never kept. A cache is an aid: where it cannot be
-written, the run goes on without, and says so.
+The key contains the state of every file with pictures: size, inode, and times of change, of content and of anything
+else (a copy may keep an older time of content). A picture that was replaced, moved or touched makes all features new,
+and so does a copy of the set elsewhere. Labels are never kept. If the cache cannot be written, the run warns and goes
+on without.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,89 +28,61 @@ from PIL import Image
 from torch import Tensor
 
 from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
-from rwkv_clip.features import FeatureExtractor, raise_together
 from rwkv_clip.files import write_whole
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
+from .datasets import ClassificationSet
+from .encoder import Encoder, on_all_ranks
+
+if TYPE_CHECKING:
+    from rwkv_clip.factory import Loaded
+
 SCHEMA = 2  # a new number when the same weights give other features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
-T = TypeVar("T")
-_SAMPLES = 16  # pictures that are looked at all the same: a file system may have no times worth the name
+_SAMPLES = 16  # pictures whose content is hashed as well: a file system may not keep useful times
 log = logging.getLogger(__name__)
 
 
-def encode_cached(
-    root: str | Path | None,
-    loaded,
-    data: dict,
-    open_one: Callable[[int], Image.Image],
-    count: int,
-    *,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-) -> Tensor:
-    """`FeatureExtractor.encode_images` of a whole set, with what the cache below `root` (None: no cache) already has.
+def encode_labelled(encoder: Encoder, data: ClassificationSet) -> Tensor:
+    """Features (count, C) of the pictures of a set of classes; all ranks call it and get all features."""
+    return encode_cached(encoder, lambda: data_key(data.name, data.split, data.count, data.open, data.files), data.open)
 
-    loaded: a model of `load_for_inference`; data: the set's `data_key`. All ranks call it and get all features; the
-    main rank alone writes.
-    """
-    folder = _folder_of(Path(root), model_key(loaded) | data, device) if root is not None else None
-    extractor = FeatureExtractor.of(loaded, device, batch_size=batch_size, workers=workers, progress=True)
+
+def encode_cached(encoder: Encoder, make_key: Callable[[], dict], open_one: Callable[[int], Image.Image]) -> Tensor:
+    """Features of a whole set, with what the encoder's cache already has. make_key: gives the set's `data_key`."""
+    key = on_all_ranks(make_key, encoder.device)
+    folder = None
+    if encoder.cache is not None:
+        folder = _folder_of(encoder.cache, model_key(encoder.loaded) | key, encoder.device)
     parts = []
-    for start in range(0, count, CHUNK) or [0]:
-        stop = min(start + CHUNK, count)
+
+    def encode(start: int, stop: int) -> Tensor:
+        return encoder.extractor.encode_images(lambda index: open_one(start + index), stop - start)
+
+    for start in range(0, key["count"], CHUNK) or [0]:
+        stop = min(start + CHUNK, key["count"])
         path = folder / f"{start:09}-{stop:09}.safetensors" if folder else None
-        found = _read(path) if path else None
-        # One rank that lacks a chunk (a disk of its own) needs the others to compute it.
-        if max_over_ranks(torch.tensor(float(found is None), device=device)):
-            found = extractor.encode_images(lambda i, start=start: open_one(start + i), stop - start)
-            if path:
-                keep(path, encode_tensors({"features": found, "checksum": _checksum(path, found)}))
-        parts.append(found)
+        parts.append(cached(path, partial(encode, start, stop), encoder.device))
     return torch.cat(parts)
 
 
-def keep(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file of a cache, by the main rank. Where that cannot be, a warning says so."""
-    if rank_and_size()[0]:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, pieces)
-    except OSError as error:
-        log.warning("cache: %s cannot be written (%s); the run goes on without it", path, error.strerror)
+def cached(path: Path | None, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """The features in a file, else make(), which the main rank then writes there; path None: no file. All ranks call
+    it, as one that finds nothing (on a disk of its own) needs the others to compute."""
+    found = _read(path) if path else None
+    if max_over_ranks(torch.tensor(float(found is None), device=device)):
+        found = make()
+        if path:
+            _keep(path, encode_tensors({"features": found, "checksum": _checksum(path, found)}))
+    return found
 
 
-def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
-    """make() on every rank, or its error on all of them: a rank may have a disk of its own."""
-    made, problem = None, None
-    try:
-        made = make()
-    except Exception as error:  # whatever it is: nobody goes on alone
-        problem = error
-    raise_together(problem, 0, device)
-    return made
+def model_key(loaded: Loaded) -> dict:
+    """What distinguishes models of `load_for_inference`: description, digest of the weights file, precision, samples of
+    weights and transform.
 
-
-def encode_labelled(root: str | Path | None, loaded, data, **work) -> tuple[Tensor, Tensor]:
-    """Features and labels (count,) of a `ClassificationSet`; `work` goes to `encode_cached`."""
-    labels = on_all_ranks(data.labels, work["device"])
-
-    def make_key() -> dict:
-        return data_key(data.name, data.split, data.count, lambda index: data.read(index)[0], data.files)
-
-    key = on_all_ranks(make_key, work["device"])
-    return encode_cached(root, loaded, key, data.open_one(labels), data.count, **work), labels
-
-
-def model_key(loaded) -> dict:
-    """What tells one model of `load_for_inference` from another: its description, the digest of the weights, precision,
-    a look at weights and transform.
-
-    One file of weights may be read as several models (QuickGELU or not). The look at the weights is for
-    `open_clip:NAME` without a tag, whose weights are random and new in every process. The transform is known by what
-    it does to a picture.
+    One file of weights may be read as several models (QuickGELU or not). Weights are sampled for `open_clip:NAME`
+    without a tag, where they are random and new in every process. The transform is known by its effect on a picture.
     """
     weights = hashlib.sha256()
     for name, value in sorted(loaded.model.state_dict().items()):
@@ -133,24 +106,24 @@ def data_key(
     open_one: Callable[[int], Image.Image],
     items: Iterable[str | Path] = (),
 ) -> dict:
-    """What tells one set of pictures from another: name, split, number, some decoded pictures spread over it, and of
-    all `items`, in their order, the names (strings) or also the state (paths of files)."""
+    """What distinguishes sets of pictures: name, split, number, some decoded pictures spread over the set, and of all
+    `items`, in order, the names (strings) or also the state (paths of files)."""
     pictures, listing = hashlib.sha256(), hashlib.sha256()
     for place in np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int).tolist():
         picture = open_one(place)
         pictures.update(f"{place} {picture.size}".encode() + picture.tobytes())
     for item in items:
-        known = str(item)
+        line = str(item)
         if isinstance(item, Path):
             state = os.stat(item)
-            known = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
-        listing.update(f"{known}\n".encode("utf-8", "backslashreplace"))
+            line = f"{item.name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
+        listing.update(f"{line}\n".encode("utf-8", "backslashreplace"))
     found = {"pictures": pictures.hexdigest(), "items": listing.hexdigest()}
     return {"set": name, "split": split, "count": count, **found}
 
 
 def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
-    """The folder of a key. Ranks that see other files (disks of their own) have one for all that they see together."""
+    """The folder of a key. Ranks that see different files (on disks of their own) share one for this combination."""
     text = json.dumps({"schema": SCHEMA, **key}, sort_keys=True, indent=1, ensure_ascii=False)
     digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
     every = gather(torch.tensor([list(digest)], dtype=torch.int64, device=device)).cpu()
@@ -158,12 +131,23 @@ def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
         digest = hashlib.sha256(every.numpy().tobytes()).digest()
     folder = root / digest.hex()[:24]
     if not (folder / "key.json").is_file():
-        keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
+        _keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
     return folder
 
 
+def _keep(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file of the cache on the main rank; a warning if that fails."""
+    if rank_and_size()[0]:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, pieces)
+    except OSError as error:
+        log.warning("cache: %s cannot be written (%s); the run goes on without it", path, error.strerror)
+
+
 def _read(path: Path) -> Tensor | None:
-    """Features of a chunk; None where it is not there or not as it was written."""
+    """Features of a chunk; None if it is missing or not as it was written."""
     if not path.is_file():
         return None
     try:
@@ -175,6 +159,6 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _checksum(path: Path, features: Tensor) -> Tensor:
-    """Of the place as well: a good file under another name is wrong."""
+    """Includes the name: a good file in another place is wrong."""
     value = zlib.crc32(f"{path.parent.name}/{path.name}".encode())
     return torch.tensor([zlib.crc32(features.contiguous().numpy(), value)])

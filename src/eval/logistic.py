@@ -1,7 +1,7 @@
-"""Logistic regression by L-BFGS and the search for its regularisation, as the linear probe of the CLIP paper has them.
+"""Logistic regression by L-BFGS and the search for its L2 penalty, as the linear probe of the CLIP paper has them.
 
-Minimised is C * sum of cross entropies + |W|^2 / 2 with C = 1 / strength and a free bias: scikit-learn's
-LogisticRegression(C=1 / strength). All is float64 with gradients in closed form, chunk by chunk, so no matrix of all
+Minimised is C * sum of cross entropies + |W|^2 / 2 with C = 1 / l2 and a free bias: scikit-learn's
+LogisticRegression(C=1 / l2). All is float64 with gradients in closed form, chunk by chunk, so no matrix of all
 scores exists. L-BFGS works on centred features, which only moves the bias, along their principal axes, scaled by the
 loss's curvature: the same minimum in a fraction of the iterations.
 """
@@ -43,21 +43,21 @@ class Classifier:
         return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 
 
-def fit(features: Tensor, labels: Tensor, classes: int, strength: float, device: str | torch.device) -> Classifier:
-    """The classifier of features (n, C) and labels (n,) for an L2 penalty `strength` (lambda of the CLIP paper).
+def fit(features: Tensor, labels: Tensor, classes: int, l2: float, device: str | torch.device) -> Classifier:
+    """The classifier of features (n, C) and labels (n,) for an L2 penalty (lambda of the CLIP paper).
 
     Starts from zero, so the same numbers give the same bits (as long as the number of threads is the same). A class
     without samples takes part all the same.
     """
-    if not strength > 0:
-        raise ValueError(f"strength: {strength}; give a positive number")
+    if not l2 > 0:
+        raise ValueError(f"l2: {l2}; give a positive number")
     if not len(features) or len(features) != len(labels):
         raise ValueError(f"{len(features)} features and {len(labels)} labels: give one label for each, and some")
     device = torch.device(device)
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     features, labels = features.to(device), labels.to(device)
     center = features.mean(0, dtype=torch.float64)
-    penalty = strength / len(features)  # the mean of the loss instead of its sum: gradients of one scale
+    penalty = l2 / len(features)  # the mean of the loss instead of its sum: gradients of one scale
     shift: Tensor | None = center
     if features.numel() <= _WHOLE:
         features, shift = features - center, None
@@ -87,8 +87,8 @@ def fit(features: Tensor, labels: Tensor, classes: int, strength: float, device:
     return Classifier(weights, theta[:, -1] - weights @ center, iterations, float(theta.grad.abs().max()))
 
 
-def find_strength(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The penalty with the highest score, and all that were tried, weakest first.
+def find_l2(score: Callable[[float], float]) -> float:
+    """The penalty with the highest score.
 
     The CLIP paper's search: seven values from 1e-6 to 1e6, then ever closer neighbours of the best one down to eight
     steps a decade. Of equally good ones the strongest wins.
@@ -99,21 +99,21 @@ def find_strength(score: Callable[[float], float]) -> tuple[float, dict[float, f
     while True:
         for place in wanted:
             if 0 <= place <= last and place not in scores:
-                scores[place] = score(strength_at(place))
+                scores[place] = score(l2_at(place))
         best = max(scores, key=lambda place: (scores[place], place))
         if step == 1:
-            return strength_at(best), {strength_at(place): scores[place] for place in sorted(scores)}
+            return l2_at(best)
         step //= 2
         wanted = [best - step, best + step]
 
 
-def strength_at(place: int) -> float:
+def l2_at(place: int) -> float:
     """The penalty at a place of the paper's scale, 0 .. 96."""
     return 10.0 ** (FIRST_DECADE + place / STEPS_PER_DECADE)
 
 
-def hold_out(labels: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of samples to keep and to hold out, both ascending: of each class `part`, rounded, drawn by `seed`.
+def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Places of samples to keep and to hold out, both ascending: of each class `fraction`, rounded, drawn by `seed`.
 
     A class keeps at least one sample; a class of one or more than one sample gives none or at least one.
     """
@@ -121,7 +121,7 @@ def hold_out(labels: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         places = torch.nonzero(labels == label).flatten()
-        count = min(max(1, round(part * len(places))), len(places) - 1)
+        count = min(max(1, round(fraction * len(places))), len(places) - 1)
         held[places[torch.randperm(len(places), generator=generator)[:count]]] = True
     return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
 

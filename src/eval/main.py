@@ -16,100 +16,53 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch
+
+from rwkv_clip.config import ConfigError, check
 from rwkv_clip.device import keep_freed_memory
-from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.errors import STORAGE, run_command
+from rwkv_clip.dist import join_world, leave_world, rank_and_size
+from rwkv_clip.errors import run_command
 
-from . import classification, export, linear_probe, retrieval, search
-from .cache import on_all_ranks
-from .report import Report, check_place, collect
-from .settings import (
-    ClassificationSettings,
-    EvalSettings,
-    FeaturesSettings,
-    LinearProbeSettings,
-    ReportSettings,
-    RetrievalSettings,
-    SearchSettings,
-)
-from .tables import markdown_section
-
-TASKS = {
-    "retrieval": RetrievalSettings,
-    "classification": ClassificationSettings,
-    "linear-probe": LinearProbeSettings,
-    "features": FeaturesSettings,
-    "search": SearchSettings,
-    "report": ReportSettings,
-}
-ROOMS = {
-    RetrievalSettings: retrieval,
-    ClassificationSettings: classification,
-    LinearProbeSettings: linear_probe,
-    FeaturesSettings: export,
-}
+from .encoder import Encoder, on_all_ranks
+from .report.files import check_place
+from .settings import EvalSettings
+from .tasks import TASKS, Task
 
 
-def evaluate(settings: EvalSettings | SearchSettings | ReportSettings) -> int:
-    """Load the model, run the task, print the table. Returns the exit code. Under torchrun all ranks share the work."""
-    if isinstance(settings, ReportSettings):
-        folder, tables = collect(settings.runs, settings.output)
-        print("\n".join(map(markdown_section, tables)), end="")
-        print(f"results: {folder}")
-        return 0
-    settings.check()
-    if isinstance(settings, SearchSettings):
-        for path in search.run(settings):
-            print(f"results: {path}")
-        return 0
+def evaluate(settings: EvalSettings) -> int:
+    """Do the task that `settings` belong to. Returns the exit code. Under torchrun all ranks share the work."""
+    if problems := check(settings):
+        raise ConfigError(problems)
+    task = next(task for task in TASKS.values() if task.settings is type(settings))
+    if task.load is None:
+        return task.run(settings)
     world = join_world(settings.device)
     try:
-        return _evaluate(settings, world)
+        return _evaluate(task, settings, world.device)
     finally:
         leave_world()
 
 
-def _evaluate(settings: EvalSettings, world: World) -> int:
+def _evaluate(task: Task, settings: EvalSettings, device: torch.device) -> int:
     from rwkv_clip.factory import load_for_inference
 
-    device = world.device
     if device.type == "cpu":
         keep_freed_memory()
-    room = ROOMS[type(settings)]
-    data = room.load(settings, device)  # before the model: what is wrong here costs no minute
-    on_all_ranks(lambda: check_place(settings.logs) if world.is_main else None, device)
+    data = task.load(settings, device)  # before the model: what is wrong here costs no minute
+    on_all_ranks(lambda: check_place(settings.logs) if rank_and_size()[0] == 0 else None, device)
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision
     )
-    found = room.run(settings, data, loaded, device)
-    if isinstance(found, Report):
-        return _finish(found, world)
-    if world.is_main:
-        print(f"features: {found}")
-    return 0
-
-
-def _finish(report: Report, world: World) -> int:
-    report.finish()
-    undone = [result for result in report.results if result["status"] != "done"]
-    if world.is_main:
-        print(report.text(), end="")
-        if report.folder:
-            print(f"results: {report.folder}")
-        for result in undone:
-            print(f"{result['status']}: {result['dataset']}: {result['reason']}", file=sys.stderr)
-    if world.is_main and not report.saved:
-        return STORAGE
-    failed = any(result["status"] == "failed" for result in undone)
-    # A rank without results has left them to the main rank.
-    return 2 if failed or (report.results and len(undone) == len(report.results)) else 0
+    options = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": True}
+    return task.run(settings, data, Encoder.of(loaded, device, settings.cache_folder, **options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and evaluate; returns the exit code."""
     import tyro
 
-    settings = tyro.extras.subcommand_cli_from_dict(TASKS, args=arguments, prog="python -m rwkv_clip.eval.main")
+    kinds = {name: task.settings for name, task in TASKS.items()}
+    settings = tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, prog="python -m rwkv_clip.eval.main")
     memory = "use --precision bf16, fewer --workers, or another --device"
     return run_command(lambda: evaluate(settings), memory=memory, one_line=True)
 

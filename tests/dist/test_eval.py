@@ -11,11 +11,12 @@ from PIL import Image
 from torch import nn
 
 import rwkv_clip
-from helpers.color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
+from helpers.color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from helpers.ranks import run_ranks
 from rwkv_clip.dist import join_world, leave_world
-from rwkv_clip.eval.classification import evaluate_classification
 from rwkv_clip.eval.datasets import ClassificationSet
+from rwkv_clip.eval.encoder import Encoder
+from rwkv_clip.eval.tasks.classification import evaluate_classification
 from rwkv_clip.features import FeatureExtractor, block_size
 
 SAMPLES, SIZE = 1003, 16  # 1003: prime to nearly everything, so blocks and ranks have rests
@@ -54,36 +55,33 @@ def picture(index: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(index).integers(0, 255, (SIZE, SIZE, 3), np.uint8))
 
 
-def make_set(read=lambda index: (picture(index), index * 7 % len(CLASSES)), count=SAMPLES) -> ClassificationSet:
-    labels = [index * 7 % len(CLASSES) for index in range(count)]
-    return ClassificationSet("noise", "-", "-", count, read, CLASSES, TEMPLATES, label_of=labels.__getitem__)
+def make_set(open_one=picture, count=SAMPLES) -> ClassificationSet:
+    labels = torch.arange(count) * 7 % len(CLASSES)
+    return ClassificationSet("noise", "-", "-", labels, open_one, CLASSES, TEMPLATES)
 
 
-def evaluate(folder: str, autocast: torch.dtype | None, batches: tuple[int, ...], threads: int = 1) -> None:
+def evaluate(folder: str, precision: str, batches: tuple[int, ...], threads: int = 1) -> None:
     """Every rank writes features, class embeddings, labels and counts of every batch size."""
     world = join_world("cpu")
-    model = Sensitive()
+    model = loaded(Sensitive())
+    model.tokenizer, model.precision = tokenize, precision
     torch.set_num_threads(threads)
     for batch_size in batches:
-        extractor = FeatureExtractor(model, preprocess, tokenize, batch_size=batch_size, autocast=autocast)
-        name = f"{world.size}-{batch_size}-{world.rank}-{threads}"
-
-        def keep(features, weights, labels, name=name):
-            for kind, found in (("features", features), ("weights", weights), ("labels", labels)):
-                np.save(f"{folder}/{kind}-{name}.npy", found.numpy())
-
-        metrics = evaluate_classification(extractor, make_set(), inspect=keep)
-        Path(folder, f"counts-{name}").write_text(json.dumps(metrics))
+        name, data = f"{world.size}-{batch_size}-{world.rank}-{threads}", make_set()
+        result = evaluate_classification(Encoder.of(model, world.device, batch_size=batch_size), data)
+        for kind, found in (("features", result.features), ("weights", result.weights), ("labels", data.labels)):
+            np.save(f"{folder}/{kind}-{name}.npy", found.numpy())
+        Path(folder, f"counts-{name}").write_text(json.dumps(result.metrics))
     assert torch.get_num_threads() == threads, "the caller's number of threads is as it was"
     leave_world()
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_counts_are_the_same_integers_for_any_ranks_batch_and_threads(tmp_path, autocast):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_counts_are_the_same_integers_for_any_ranks_batch_and_threads(tmp_path, precision):
     """1,003 pictures; 1, 2 and 4 ranks; batches of 1, 7 and 64; one thread and three: one set of counts and of bits."""
     for world in WORLDS:
-        run_ranks(world, tmp_path, evaluate, str(tmp_path), autocast, BATCHES)
-    run_ranks(1, tmp_path, evaluate, str(tmp_path), autocast, (7,), 3)
+        run_ranks(world, tmp_path, evaluate, str(tmp_path), precision, BATCHES)
+    run_ranks(1, tmp_path, evaluate, str(tmp_path), precision, (7,), 3)
     runs = sum(WORLDS) * len(BATCHES) + 1
     for kind in ("features", "weights", "labels", "counts"):
         contents = {path.read_bytes() for path in tmp_path.glob(f"{kind}-*")}
@@ -166,13 +164,13 @@ def test_every_picture_is_opened_once_and_blocks_have_one_shape(tmp_path, count)
 def fail(folder: str, bad: tuple[int, ...]) -> None:
     world = join_world("cpu")
 
-    def read(index: int):
+    def open_one(index: int) -> Image.Image:
         if index in bad:
             raise ValueError(f"{index}.png: not a picture")
-        return Image.new("RGB", (4, 4), COLORS["red"]), index * 7 % len(CLASSES)
+        return Image.new("RGB", (4, 4), COLORS["red"])
 
     with pytest.raises(ValueError) as error:
-        evaluate_classification(FeatureExtractor(ColorModel(), preprocess, ColorTokenizer()), make_set(read, 100))
+        evaluate_classification(Encoder.of(loaded(), world.device), make_set(open_one, 100))
     Path(folder, f"{world.size}-{world.rank}").write_text(str(error.value))
     leave_world()
 

@@ -242,16 +242,16 @@ EVALUATION = [
     ),
     Mutant(
         "labels of class folders are not read",
-        "eval/datasets.py",
-        "replace(found, label_of=lambda index: items[index][1], files=files)",
-        "replace(found, label_of=lambda index: 0, files=files)",
-        CACHE + "test_labels_are_those_of_now",
+        "eval/datasets/class_folders.py",
+        "labels += [label] * len(pictures)",
+        "labels += [0] * len(pictures)",
+        "unit/test_classification.py::test_a_model_that_is_right_scores_full",
     ),
     Mutant(
         "files of torchvision's sets are not looked at",
-        "eval/datasets.py",
-        "files = list_files(root / known.folder)",
-        "files = ()",
+        "eval/datasets/torchvision_sets.py",
+        "files=list_files(root / benchmark.folder)",
+        "files=()",
         CACHE + "test_sets_of_torchvision_are_seen_file_by_file_and_labels_cost_no_picture",
     ),
     Mutant(
@@ -284,7 +284,7 @@ EVALUATION = [
     ),
     Mutant(
         "hidden folders count",
-        "eval/folders.py",
+        "eval/datasets/class_folders.py",
         'return name.startswith(".") or name in LITTER',
         "return False",
         "unit/test_class_folders.py::test_what_is_hidden_never_counts",

@@ -1,4 +1,4 @@
-"""The real clip_benchmark command on our models through the bridge: its figures are ours to the last digit.
+"""The real clip_benchmark command on our models: its figures are ours to the last digit.
 
 Its recalls are means of float32 zeros and ones, so the same hits give the same float32 number.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 import rwkv_clip
 from rwkv_clip.checkpoint import save_checkpoint
 from rwkv_clip.data.retrieval_set import load_retrieval
-from rwkv_clip.eval import bridge
+from rwkv_clip.eval import clip_benchmark
 from rwkv_clip.eval.main import main
 
 NEEDED = ("clip_benchmark", "pycocoevalcap", "requests", "sklearn", "transformers")
@@ -85,7 +85,7 @@ def save_model(kind: str, folder) -> dict[str, list[str]]:
         return {"ours": ours, "theirs": ["--model_type", "rwkv_clip", "--model", str(described)], "file": str(path)}
     import open_clip
 
-    open_clip.add_model_config(described)  # clip_benchmark loads it by itself, without the bridge
+    open_clip.add_model_config(described)  # clip_benchmark loads it by itself, without our module
     return {"ours": ours, "theirs": ["--model", described.stem], "file": str(path)}
 
 
@@ -95,7 +95,7 @@ def theirs(model: dict, folder, *options: str, patch) -> dict[str, float]:
     command = ["clip_benchmark", "eval", *model["theirs"], "--pretrained", model["file"], "--no_amp", "--quiet"]
     patch.setattr(sys, "argv", [*command, "--num_workers", "0", "--output", str(output), *options])
     patch.setattr(torch.cuda, "is_available", lambda: False)  # the same device under both tools
-    assert bridge.main() == 0
+    assert clip_benchmark.main() == 0
     return json.loads(output.read_text())["metrics"]
 
 
@@ -143,8 +143,8 @@ def test_classification_is_theirs_to_the_last_digit(kind, data, tmp_path, monkey
 def test_a_second_registration_changes_nothing():
     from clip_benchmark import models
 
-    bridge.register()
-    bridge.register()
+    clip_benchmark.register()
+    clip_benchmark.register()
     assert models.MODEL_TYPES.count("rwkv_clip") == 1 and "open_clip" in models.MODEL_TYPES
 
 
@@ -152,11 +152,11 @@ def test_a_second_registration_changes_nothing():
 def test_a_wrong_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
     command = ["clip_benchmark", "eval", "--model_type", "rwkv_clip", "--model", "-", "--quiet"]
     monkeypatch.setattr(sys, "argv", [*command, "--pretrained", str(tmp_path / "none"), "--dataset", "flickr8k"])
-    assert bridge.main() == 2
+    assert clip_benchmark.main() == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
-    assert bridge.main() == 2
+    assert clip_benchmark.main() == 2
     assert "pip install -e '.[clip-benchmark]'" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import os
 import pytest
 
 from helpers.color_model import COLORS, ColorTokenizer, save_color
-from rwkv_clip.eval.classification import _notes
-from rwkv_clip.eval.datasets import load_classification, read_names
-from rwkv_clip.eval.folders import class_folders
+from rwkv_clip.eval.datasets import load_classification
+from rwkv_clip.eval.datasets.class_folders import list_classes
+from rwkv_clip.eval.datasets.names import read_names
+from rwkv_clip.eval.tasks.classification import describe_prompts
 
 
 def make(folder, *files: str):
@@ -39,7 +40,7 @@ HIDDEN = [
 
 def test_what_is_hidden_never_counts(tmp_path):
     data = load(make(tmp_path, "cat/0.png", "cat/a/1.png", "dog/0.png", *HIDDEN))
-    assert data.class_names == ["cat", "dog"] and data.count == 3 and data.labels().tolist() == [0, 0, 1]
+    assert data.class_names == ["cat", "dog"] and data.count == 3 and data.labels.tolist() == [0, 0, 1]
     assert data.note == "" and [path.name for path in data.files] == ["0.png", "1.png", "0.png"]
 
 
@@ -72,7 +73,7 @@ def test_splits_are_no_classes(tmp_path, files, message, choice):
     with pytest.raises(ValueError, match=f"holds {message}, not classes; give one, --data {tmp_path / choice}, or"):
         load(tmp_path)
     # Unless somebody says so.
-    names = {folder: folder for folder in class_folders(tmp_path)}
+    names = {folder: folder for folder in list_classes(tmp_path)}
     (tmp_path / "names.json").write_text(json.dumps({"names": names}))
     assert load(tmp_path).class_names == list(names)
 
@@ -98,7 +99,7 @@ def test_numbered_folders_are_in_the_order_of_numbers(tmp_path):
     (tmp_path / "names.json").write_text(json.dumps({"names": names}))
     data = load(tmp_path)
     assert data.class_names == names
-    assert {path.parent.name: names[label] for path, label in zip(data.files, data.labels().tolist())} == {
+    assert {path.parent.name: names[label] for path, label in zip(data.files, data.labels.tolist())} == {
         number: f"class {number}" for number in NUMBERS
     }
     (tmp_path / "names.json").write_text("{}")
@@ -153,5 +154,5 @@ def test_classes_that_nothing_tells_apart_are_said(tmp_path):
     make(tmp_path, "cat/0.png", "dog/0.png", "cow/0.png", "cup/notes.txt")
     names = {"cat": "red", "dog": "red", "cow": "blue", "cup": "teal"}
     (tmp_path / "names.json").write_text(json.dumps({"names": names}))
-    note = _notes(load(tmp_path), ColorTokenizer())
+    note = describe_prompts(load(tmp_path), ColorTokenizer())
     assert "2 classes have the prompts of another, e.g. red: never told apart" in note and "cup/notes.txt" in note

@@ -14,10 +14,14 @@ from PIL import Image
 
 from helpers.color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from rwkv_clip.data.records import Header, RecordWriter, pack
-from rwkv_clip.eval import datasets, prompts
-from rwkv_clip.eval.classification import cached_class_weights, class_weights, evaluate_classification
-from rwkv_clip.eval.datasets import KNOWN, MissingData, load_classification
-from rwkv_clip.features import FeatureExtractor
+from rwkv_clip.eval.datasets import MissingData, load_classification
+from rwkv_clip.eval.datasets.benchmarks import BENCHMARKS
+from rwkv_clip.eval.datasets.class_folders import PLAIN
+from rwkv_clip.eval.encoder import Encoder
+from rwkv_clip.eval.tasks.classification import class_weights, evaluate_classification
+from rwkv_clip.serialization import encode_tensors
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -28,17 +32,18 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def extractor(model=None, **changes) -> FeatureExtractor:
-    return FeatureExtractor(model or ColorModel(), preprocess, ColorTokenizer(), **changes)
+def encoder_of(model=None, **changes) -> Encoder:
+    return Encoder.of(loaded(model), CPU, **changes)
 
 
 def evaluate(data, **changes):
-    return evaluate_classification(extractor(**changes), data)
+    return evaluate_classification(encoder_of(**changes), data).metrics
 
 
-def test_class_weight_is_the_normalised_mean_of_normalised_texts():
+def test_class_weight_is_the_normalised_mean_of_normalised_texts(folder):
     model, names = ColorModel(), ["red", "blue"]
-    weights = class_weights(extractor(model), names, ["{}", "{} white", "green and {}"])
+    data = replace(load_classification("imagefolder", folder), class_names=names)
+    weights = class_weights(encoder_of(model), replace(data, templates=["{}", "{} white", "green and {}"]))
     for weight, name in zip(weights, names):
         texts = ColorTokenizer()([name, f"{name} white", f"green and {name}"])
         mean = torch.nn.functional.normalize(model.encode_text(texts), dim=-1).mean(0)
@@ -47,7 +52,7 @@ def test_class_weight_is_the_normalised_mean_of_normalised_texts():
 
 def test_a_model_that_is_right_scores_full(folder):
     data = load_classification("imagefolder", folder)
-    assert data.class_names == sorted(COLORS) and data.templates == prompts.PLAIN
+    assert data.class_names == sorted(COLORS) and data.templates == PLAIN
     metrics = evaluate(data)
     assert metrics["top1"] == metrics["mean_per_class"] == 1.0
     assert metrics["samples"] == sum(number % 3 + 1 for number in range(len(COLORS)))
@@ -77,12 +82,11 @@ def test_close_logits_stay_apart(folder):
             return torch.nn.functional.normalize(features * 1e-3 + torch.ones(3), dim=-1)
 
     data = load_classification("imagefolder", folder)
-    exact = evaluate_classification(extractor(Close()), data)
-    weights = class_weights(extractor(Close()), data.class_names, data.templates)
-    pictures = torch.stack([preprocess(data.read(i)[0]) for i in range(data.count)])
+    exact = evaluate_classification(encoder_of(Close()), data).metrics
+    weights = class_weights(encoder_of(Close()), data)
+    pictures = torch.stack([preprocess(data.open(i)) for i in range(data.count)])
     logits = Close().encode_image(pictures, normalize=True).double() @ weights.double().T
-    labels = torch.tensor([data.read(i)[1] for i in range(data.count)])
-    assert exact["hits1"] == int((logits.argmax(1) == labels).sum())
+    assert exact["hits1"] == int((logits.argmax(1) == data.labels).sum())
     assert logits.amax(1).sub(logits.amin(1)).max() < 0.01
 
 
@@ -99,7 +103,7 @@ def test_names_as_a_list_and_under_another_key(folder, tmp_path):
     path = tmp_path / "spoken.json"
     path.write_text(json.dumps({"classes": [f"my {color}" for color in sorted(COLORS)]}))
     data = load_classification("imagefolder", folder, path)
-    assert data.class_names == [f"my {color}" for color in sorted(COLORS)] and data.templates == prompts.PLAIN
+    assert data.class_names == [f"my {color}" for color in sorted(COLORS)] and data.templates == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -136,8 +140,9 @@ def test_cifar10_as_class_folders(tmp_path):
     for name in ("cat", "airplane"):
         save_color(tmp_path / name / "0.png", "red")
     data = load_classification("cifar10", tmp_path)
-    assert data.class_names == list(prompts.CIFAR10_CLASSES) and data.templates == prompts.CIFAR
-    assert [data.read(i)[1] for i in range(data.count)] == [0, 3] and data.name == "cifar10"
+    assert data.class_names == list(BENCHMARKS["cifar10"].classes)
+    assert data.templates == BENCHMARKS["cifar10"].templates
+    assert data.labels.tolist() == [0, 3] and data.name == "cifar10"
     save_color(tmp_path / "unicorn" / "0.png", "red")
     with pytest.raises(ValueError, match="'unicorn', which is no class of cifar10"):
         load_classification("cifar10", tmp_path)
@@ -147,11 +152,11 @@ def test_real_cifar10_folder(shared):
     data = load_classification("cifar10", shared / "data" / "cifar10" / "test")
     lines = (shared / "data" / "cifar10" / "classes.txt").read_text().split()
     assert data.count == 2000 and list(data.class_names) == lines
-    picture, label = data.read(1999)
+    picture, label = data.open(1999), data.labels[1999]
     assert picture.size == (32, 32) and label == 9
 
 
-@pytest.mark.parametrize("dataset", sorted(KNOWN))
+@pytest.mark.parametrize("dataset", sorted(BENCHMARKS))
 def test_a_missing_set_says_what_to_download_and_where(dataset, tmp_path):
     pytest.importorskip("torchvision")
     with pytest.raises(MissingData, match="download") as error:
@@ -182,12 +187,12 @@ def test_torchvision_sets_and_the_caltech_split(monkeypatch, tmp_path):
     data = load_classification("caltech101", tmp_path)
     assert data.count == 5677 and data.class_names == ["side of a car", "sea horse"] and len(data.templates) == 34
     _, second = torch.utils.data.random_split(range(8677), [3000, 5677], generator=torch.Generator().manual_seed(3072))
-    assert [data.read(i)[1] for i in range(50)] == [index % 2 for index in second.indices[:50]]
-    assert data.read(0)[0].mode == "RGB"
-    train = load_classification("caltech101", tmp_path, part="train")
+    assert data.labels[:50].tolist() == [index % 2 for index in second.indices[:50]]
+    assert data.open(0).mode == "RGB"
+    train = load_classification("caltech101", tmp_path, split="train")
     assert train.count == 3000 and train.split != data.split
-    with pytest.raises(ValueError, match="caltech101 has no 'val'; it has test, train"):
-        load_classification("caltech101", tmp_path, part="val")
+    with pytest.raises(ValueError, match="split: caltech101 has no 'val'; it has test, train"):
+        load_classification("caltech101", tmp_path, split="val")
 
 
 def test_a_names_file_for_a_torchvision_set_may_reorder_and_add_classes(monkeypatch, tmp_path):
@@ -197,7 +202,7 @@ def test_a_names_file_for_a_torchvision_set_may_reorder_and_add_classes(monkeypa
     (tmp_path / "zh.json").write_text(json.dumps({"names": names, "templates": ["{}的照片"]}))
     data = load_classification("caltech101", tmp_path, tmp_path / "zh.json", language="zh")
     assert data.class_names == ["nothing", "海马", "汽车"] and data.templates == ("{}的照片",)
-    assert [data.read(i)[1] for i in range(50)] == [2 - own.read(i)[1] for i in range(50)]
+    assert data.labels[:50].tolist() == (2 - own.labels[:50]).tolist()
     with pytest.raises(ValueError, match="language: caltech101 has no names in 'zh'"):
         load_classification("caltech101", tmp_path, language="zh")
 
@@ -219,8 +224,8 @@ def test_sun397_takes_the_official_partition(tmp_path):
     data = load_classification("sun397", tmp_path)
     assert data.class_names == ["abbey", "apartment building outdoor", "zoo"] and len(data.templates) == 2
     assert (data.split, data.note, data.count) == ("partition 1, test", "", 3)
-    assert [data.read(i)[1] for i in range(3)] == [0, 1, 2]
-    assert data.read(1)[0].getpixel((0, 0)) == pytest.approx(COLORS["green"], abs=4)
+    assert data.labels.tolist() == [0, 1, 2]
+    assert data.open(1).getpixel((0, 0)) == pytest.approx(COLORS["green"], abs=4)
     (tmp_path / "SUN397" / "Testing_01.txt").write_text("/k/kasbah/sun_a.jpg\n")
     with pytest.raises(ValueError, match=r"/k/kasbah/sun_a.jpg is in no class of ClassName\.txt"):
         load_classification("sun397", tmp_path)
@@ -230,13 +235,13 @@ def test_sun397_without_its_lists_has_a_split_of_its_own_and_says_so(tmp_path, m
     save_sun397(tmp_path, listed=False)
     with pytest.raises(ValueError, match="9 pictures instead of 108754"):
         load_classification("sun397", tmp_path)
-    for name, value in (("SUN_COUNT", 9), ("SUN_TRAIN", 2), ("SUN_TEST", 4)):
-        monkeypatch.setattr(datasets, name, value)
-    parts = [load_classification("sun397", tmp_path, part=part) for part in ("train", "test")]
+    small = replace(BENCHMARKS["sun397"], random={"count": 9, "train": 2, "test": 4, "seed": 0})
+    monkeypatch.setitem(BENCHMARKS, "sun397", small)
+    splits = [load_classification("sun397", tmp_path, split=split) for split in ("train", "test")]
     expected = torch.utils.data.random_split(range(9), [2, 4, 3], generator=torch.Generator().manual_seed(0))
-    for data, places in zip(parts, expected):
-        assert [data.read(i)[1] for i in range(data.count)] == [place // 3 for place in places.indices]
-    assert parts[1].split == "random test part of 4, seed 0" and "not the official partition" in parts[1].note
+    for data, places in zip(splits, expected):
+        assert data.labels.tolist() == [place // 3 for place in places.indices]
+    assert splits[1].split == "random test part of 4, seed 0" and "not the official partition" in splits[1].note
 
 
 def save_records(path, labels: list) -> None:
@@ -253,28 +258,27 @@ def test_imagenet_as_records(tmp_path, place):
     pytest.importorskip("open_clip")
     save_records(tmp_path / place, [999.0, 0.0, 1.0])
     data = load_classification("imagenet", tmp_path)
-    assert [data.read(i)[1] for i in range(data.count)] == [999, 0, 1] and data.class_names[1] == "goldfish"
-    assert data.read(1)[0].getpixel((0, 0)) == COLORS["red"] and data.split == "val" and len(data.templates) == 80
+    assert data.labels.tolist() == [999, 0, 1] and data.class_names[1] == "goldfish"
+    assert data.open(1).getpixel((0, 0)) == COLORS["red"] and data.split == "val" and len(data.templates) == 80
     assert load_classification("imagenet", tmp_path / place).count == 3
     with pytest.raises(MissingData):
-        load_classification("imagenet", tmp_path, part="train")
+        load_classification("imagenet", tmp_path, split="train")
 
 
 @pytest.mark.parametrize("label", [-1.0, 0.5, 1000.0, float("nan"), [3.0, 4.0]])
 def test_a_record_that_is_no_class_is_named(tmp_path, label):
     pytest.importorskip("open_clip")
     save_records(tmp_path / "val.rec", [0.0, label])
-    data = load_classification("imagenet", tmp_path)
     with pytest.raises(ValueError, match=r"val\.rec: record 1: its label is .*from 0 to 999"):
-        data.read(1)
+        load_classification("imagenet", tmp_path)
 
 
 def test_class_folders_below_the_root_of_all_sets(tmp_path):
     for place, colors in (("cifar10/test", "cat"), ("cifar10/train", "dog"), ("cifar100", "apple")):
         save_color(tmp_path / place / colors / "0.png", "red")
     assert load_classification("cifar10", tmp_path).path == str(tmp_path / "cifar10" / "test")
-    train = load_classification("cifar10", tmp_path, part="train")
-    assert train.path == str(tmp_path / "cifar10" / "train") and train.read(0)[1] == 5 and train.split == "train"
+    train = load_classification("cifar10", tmp_path, split="train")
+    assert train.path == str(tmp_path / "cifar10" / "train") and train.labels[0] == 5 and train.split == "train"
     assert load_classification("cifar100", tmp_path).class_names[0] == "apple"
 
 
@@ -294,14 +298,13 @@ def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp
 
     def weights(run=run, data=data, **changes):
         before = len(run.model.calls)
-        found = cached_class_weights(tmp_path / "cache", run, FeatureExtractor.of(run, "cpu", **changes), data)
+        found = class_weights(Encoder.of(run, CPU, cache=tmp_path / "cache", **changes), data)
         return found, len(run.model.calls) > before
 
     first, encoded = weights()
     again, encoded_again = weights(batch_size=3)
     assert torch.equal(first, again) and (encoded, encoded_again) == (True, False)
-    fresh = class_weights(FeatureExtractor.of(run, "cpu"), data.class_names, data.templates)
-    assert torch.equal(first, fresh)
+    assert torch.equal(first, class_weights(Encoder.of(run, CPU), data))
     others = [
         {"data": replace(data, templates=("{}", "white and {}"))},
         {"data": replace(data, class_names=data.class_names[::-1])},
@@ -311,7 +314,9 @@ def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp
     ]
     assert all(weights(**other)[1] for other in others)
     assert len(list((tmp_path / "cache" / "classes").iterdir())) == 1 + len(others)
-    for damage in (lambda content: content[:-9], lambda content: content[:-9] + b"x" * 9, lambda content: b""):
+    until_0_5 = b"".join(encode_tensors({"weights": first, "sha256": torch.zeros(32, dtype=torch.uint8)}))
+    damages = [lambda content: content[:-9], lambda content: content[:-9] + b"x" * 9, lambda content: b""]
+    for damage in (*damages, lambda content: until_0_5):
         for path in (tmp_path / "cache" / "classes").iterdir():
             path.write_bytes(damage(path.read_bytes()))
         repaired, encoded = weights()
@@ -333,28 +338,28 @@ def test_names_and_templates_are_those_of_clip_benchmark():
     lists = Path(package.origin).parent / "datasets"
     templates = json.loads((lists / "en_zeroshot_classification_templates.json").read_text())
     theirs = {"stanford_cars": "cars", "aircraft": "fgvc_aircraft"}
-    for key, known in KNOWN.items():
-        if known.templates:
-            assert [t.replace("{}", "{c}") for t in known.templates] == templates[theirs.get(key, key)], key
+    for key, row in BENCHMARKS.items():
+        if row.templates:
+            assert [t.replace("{}", "{c}") for t in row.templates] == templates[theirs.get(key, key)], key
     names = json.loads((lists / "en_classnames.json").read_text())
     from torchvision.datasets import Flowers102
 
-    assert [prompts.spoken(name, "flowers") for name in Flowers102.classes] == names["flowers"]
+    assert [BENCHMARKS["flowers"].say(name) for name in Flowers102.classes] == names["flowers"]
     said = {" ".join(name.split()) for name in names["caltech101"]}
-    assert set(prompts.SPOKEN["caltech101"].values()) <= said
+    assert set(BENCHMARKS["caltech101"].spoken.values()) <= said
 
 
 def test_prompt_counts_are_those_of_the_public_list():
-    assert {key: len(row.templates) for key, row in KNOWN.items() if row.templates} == {
+    assert {key: len(row.templates) for key, row in BENCHMARKS.items() if row.templates} == {
         "cifar10": 18, "cifar100": 18, "food101": 1, "pets": 1, "flowers": 1, "sun397": 2, "stanford_cars": 8,
         "dtd": 8, "caltech101": 34, "aircraft": 2,
     }  # fmt: skip
-    assert len(KNOWN) == 11 and [k for k, row in KNOWN.items() if row.headline == "mean_per_class"] == [
+    assert len(BENCHMARKS) == 11 and [k for k, row in BENCHMARKS.items() if row.headline == "mean_per_class"] == [
         "pets", "flowers", "caltech101", "aircraft",
     ]  # fmt: skip
-    assert len(set(prompts.CIFAR100_CLASSES)) == 100
-    assert list(prompts.CIFAR100_CLASSES) == sorted(prompts.CIFAR100_CLASSES)
-    for row in KNOWN.values():
+    classes = BENCHMARKS["cifar100"].classes
+    assert len(set(classes)) == 100 and list(classes) == sorted(classes)
+    for row in BENCHMARKS.values():
         assert len(set(row.templates)) == len(row.templates)
         assert all(template.count("{}") == 1 for template in row.templates)
 
@@ -366,7 +371,7 @@ def test_imagenet_folders_take_names_and_templates_of_open_clip(tmp_path):
     save_color(tmp_path / "n00000001" / "0.JPEG", "red")
     data = load_classification("imagenet", tmp_path)
     assert (data.class_names[0], data.class_names[1]) == ("tench", "goldfish") and len(data.templates) == 80
-    assert data.read(0)[1] == 1 and data.split == "val"
+    assert data.labels[0] == 1 and data.split == "val"
     (tmp_path / "n00000002").rmdir()
     with pytest.raises(ValueError, match="999 of the 1000"):
         load_classification("imagenet", tmp_path)

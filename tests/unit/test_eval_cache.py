@@ -14,9 +14,10 @@ from PIL import Image
 
 from helpers.color_model import ColorModel, loaded
 from rwkv_clip.data.records import Header, RecordWriter, pack
-from rwkv_clip.eval import cache, datasets
-from rwkv_clip.eval.datasets import load_classification
-from rwkv_clip.eval.export import read_features
+from rwkv_clip.eval import cache
+from rwkv_clip.eval.datasets import labelled, load_classification
+from rwkv_clip.eval.encoder import Encoder
+from rwkv_clip.eval.feature_files import read_features
 from rwkv_clip.eval.main import main
 
 COUNT, CHANGED = 40, 8  # of 40 pictures the 16 that a key decodes are not these: 0, 2, 5, 7, 10 ..
@@ -174,8 +175,8 @@ def test_sets_of_torchvision_are_seen_file_by_file_and_labels_cost_no_picture(fo
 
     def encode():
         Torchvision.decoded, data = 0, load_classification("food101", folder)
-        work = {"device": torch.device("cpu"), "batch_size": 8, "workers": 0}
-        return *cache.encode_labelled(folder / "cache", loaded(), data, **work), Torchvision.decoded
+        encoder = Encoder.of(loaded(), torch.device("cpu"), workers=0, cache=folder / "cache")
+        return cache.encode_labelled(encoder, data), data.labels, Torchvision.decoded
 
     first, labels, decoded = encode()
     assert labels.tolist() == [i % 2 for i in range(COUNT)] and decoded == COUNT + 16
@@ -195,14 +196,12 @@ def test_a_torchvision_that_keeps_other_labels_than_it_gives_is_refused(folder, 
     save(folder / "food-101" / "0.ppm", 0)
     (folder / "food-101" / "labels.json").write_text("[0]")
     with pytest.raises(ValueError, match="has label 1, and had 0 before"):
-        cache.encode_labelled(
-            None, loaded(), load_classification("food101", folder), device=torch.device("cpu"), batch_size=1, workers=0
-        )
+        cache.encode_labelled(Encoder.of(loaded(), torch.device("cpu")), load_classification("food101", folder))
 
 
 def hits(*more: str) -> tuple[int, int]:
     before = set(Path("logs").glob("*"))
-    task = ["linear-probe", "--checkpoint", "x", "--data", "set", "--split-test", "0.5", "--strength", "1"]
+    task = ["linear-probe", "--checkpoint", "x", "--data", "set", "--split-test", "0.5", "--l2", "1"]
     assert main([*task, "--logs", "logs", "--device", "cpu", *more]) == 0
     (made,) = (path for path in set(Path("logs").glob("*")) - before if path.name != "cache")
     metrics = json.loads((made / "result.json").read_text())["results"][0]["metrics"]
@@ -243,8 +242,8 @@ def test_an_unchanged_set_is_read_from_the_cache(folder, model, monkeypatch):
     """The second run decodes the few pictures that the key looks at, and encodes none."""
     Classes().make(folder)
     first, calls = features(Classes()), len(model.model.calls)
-    opened, open_picture = [], datasets.open_picture
-    monkeypatch.setattr(datasets, "open_picture", lambda path: opened.append(path) or open_picture(path))
+    opened, open_picture = [], labelled.open_picture
+    monkeypatch.setattr(labelled, "open_picture", lambda path: opened.append(path) or open_picture(path))
     assert torch.equal(features(Classes()), first) and len(model.model.calls) == calls and len(opened) == 16
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 import rwkv_clip
 from helpers.color_model import COLORS, ColorModel, loaded, save_color
 from rwkv_clip.errors import DATA
-from rwkv_clip.eval import tables
 from rwkv_clip.eval.main import main
+from rwkv_clip.eval.report import tables
 
 
 @pytest.fixture
@@ -119,11 +119,14 @@ def test_published_rows_stand_below_the_same_set_only():
     metrics = {f"{way}_R@{k}": 0.5 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     result = {"dataset": "flickr30k", "status": "done", "split": "test", "images": 1000, "captions": 5000}
     result["metrics"] = metrics | {"mean_recall": 0.5}
-    rows = tables.retrieval_rows([result], "ours")
-    assert rows[2][0] == tables.PUBLISHED_MODEL
-    assert rows[2][5:] == ["76.0", "94.7", "97.6", "57.6", "82.3", "88.7", "82.8"]
-    assert len(tables.retrieval_rows([result | {"images": 999}], "ours")) == 2
-    assert len(tables.retrieval_rows([result | {"dataset": "flickr8k"}], "ours")) == 2
+
+    def rows(result: dict) -> list[list[str]]:
+        return tables.list_sets({"task": "retrieval", "model": "ours", "results": [result]}).rows
+
+    assert [row[0] for row in rows(result)][:2] == ["ours", tables.PUBLISHED_MODEL]
+    assert rows(result)[1][5:] == ["76.0", "94.7", "97.6", "57.6", "82.3", "88.7", "82.8"]
+    assert len(rows(result | {"images": 999})) == 1
+    assert len(rows(result | {"dataset": "flickr8k"})) == 1
 
 
 def test_classification_goes_on_past_missing_and_failing_sets(folder, model, capsys):
@@ -142,7 +145,7 @@ def test_classification_goes_on_past_missing_and_failing_sets(folder, model, cap
 
 
 def test_result_of_a_set_survives_a_crash_in_the_next(folder, model, monkeypatch):
-    from rwkv_clip.eval import classification
+    from rwkv_clip.eval.tasks import classification
 
     done = classification.evaluate_classification
 
@@ -175,8 +178,9 @@ def test_published_figure_beside_a_subset_is_marked():
     metrics = {"top1": 0.5, "top5": 0.9, "mean_per_class": 0.4, "samples": 2000, "classes": 10}
     metrics["classes_without_samples"] = ["frog"]
     result = {"dataset": "cifar10", "status": "done", "split": "test", "headline": "top1", "note": ""}
-    header, row = tables.classification_rows([result | {"metrics": metrics}], "ours")
-    named = dict(zip(header, row))
+    run = {"task": "classification", "model": "ours", "results": [result | {"metrics": metrics}]}
+    table = tables.list_sets(run)
+    named = dict(zip(table.header, *table.rows))
     assert (named["ours"], named[tables.PUBLISHED_MODEL]) == ("50.0", "79.8")
     assert "2000 of 10000 pictures" in named["note"] and "left out: frog" in named["note"]
 
@@ -196,7 +200,8 @@ MISTAKES = [
     (["--gallery", "-1"], "gallery: -1"),
     (["--device", "abacus"], "device: 'abacus'"),
     (["--name", "a/b"], "name: 'a/b'"),
-    (["--views", "raw"], "no .rec"),
+    (["--texts", "raw"], "no .rec"),
+    (["--views", "raw"], "no .rec"),  # its name until 0.5.0
 ]
 
 

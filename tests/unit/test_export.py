@@ -11,7 +11,7 @@ import torch
 
 from helpers.color_model import COLORS, loaded, save_color
 from rwkv_clip.data.retrieval_set import load_retrieval
-from rwkv_clip.eval.export import Features, read_about, read_features, write_features
+from rwkv_clip.eval.feature_files import Features, read_about, read_features, write_features
 from rwkv_clip.eval.main import main
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole

@@ -15,11 +15,12 @@ from PIL import Image
 
 from helpers.color_model import COLORS, ColorModel, loaded, preprocess, save_color
 from helpers.ranks import run_ranks
-from rwkv_clip.eval import cache, linear_probe, logistic
-from rwkv_clip.eval.known import KNOWN
-from rwkv_clip.eval.linear_probe import Samples, choose_and_fit
-from rwkv_clip.eval.logistic import find_strength, fit, hold_out, strength_at
+from rwkv_clip.eval import cache, logistic
+from rwkv_clip.eval.datasets.benchmarks import BENCHMARKS
+from rwkv_clip.eval.encoder import Encoder
+from rwkv_clip.eval.logistic import find_l2, fit, hold_out, l2_at
 from rwkv_clip.eval.main import main
+from rwkv_clip.eval.tasks.linear_probe import LinearProbeSettings, Samples, choose_and_fit, load_splits
 
 CPU = torch.device("cpu")
 
@@ -38,18 +39,18 @@ def blobs(count: int, width: int, classes: int, seed: int = 0) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("count, width, classes", [(60, 5, 2), (200, 12, 3), (30, 40, 4), (300, 8, 11)])
-@pytest.mark.parametrize("strength", [1e-3, 1e-1, 1.0, 30.0, 1e5])
-def test_gradient_of_the_objective_is_zero_at_the_solution(count, width, classes, strength):
+@pytest.mark.parametrize("l2", [1e-3, 1e-1, 1.0, 30.0, 1e5])
+def test_gradient_of_the_objective_is_zero_at_the_solution(count, width, classes, l2):
     """scikit-learn's objective, written down again, with torch's own gradient: it is convex, so that is the minimum."""
     features, labels = blobs(count, width, classes)
-    found = fit(features, labels, classes, strength, CPU)
+    found = fit(features, labels, classes, l2, CPU)
     weights, bias = found.weights.clone().requires_grad_(), found.bias.clone().requires_grad_()
     scores = features.double() @ weights.T + bias
-    objective = torch.nn.functional.cross_entropy(scores, labels, reduction="sum") / strength
+    objective = torch.nn.functional.cross_entropy(scores, labels, reduction="sum") / l2
     objective = objective + weights.square().sum() / 2
-    (objective * strength / count).backward()
+    (objective * l2 / count).backward()
     assert found.converged and found.iterations < 400
-    assert weights.grad.abs().max() < 1e-6 * max(1, (strength / count) ** 0.5) and bias.grad.abs().max() < 1e-6
+    assert weights.grad.abs().max() < 1e-6 * max(1, (l2 / count) ** 0.5) and bias.grad.abs().max() < 1e-6
 
 
 def test_one_sample_a_class_and_a_class_without_samples():
@@ -77,33 +78,32 @@ def test_search_finds_every_peak_of_the_scale():
     for peak in range(97):
         asked = []
 
-        def score(strength: float, peak=peak, asked=asked) -> float:
-            asked.append(strength)
-            return -abs(torch.log10(torch.tensor(strength, dtype=torch.float64)).item() - (-6 + peak / 8))
+        def score(l2: float, peak=peak, asked=asked) -> float:
+            asked.append(l2)
+            return -abs(torch.log10(torch.tensor(l2, dtype=torch.float64)).item() - (-6 + peak / 8))
 
-        best, scores = find_strength(score)
-        assert best == strength_at(peak), peak
-        assert asked[:7] == [10.0**e for e in (-6, -4, -2, 0, 2, 4, 6)] and list(scores) == sorted(asked)
+        assert find_l2(score) == l2_at(peak), peak
+        assert asked[:7] == [10.0**e for e in (-6, -4, -2, 0, 2, 4, 6)]
         assert len(asked) <= 15 and len(set(asked)) == len(asked)
 
 
 def test_of_equally_good_penalties_the_strongest_wins():
-    assert find_strength(lambda strength: 1.0)[0] == 1e6
-    assert find_strength(lambda strength: float(strength < 2))[0] == pytest.approx(10**0.25)
+    assert find_l2(lambda l2: 1.0) == 1e6
+    assert find_l2(lambda l2: float(l2 < 2)) == pytest.approx(10**0.25)
 
 
-@pytest.mark.parametrize("part", [0.01, 0.2, 0.5, 0.99])
-def test_held_out_are_a_part_of_every_class(part):
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
+def test_held_out_are_a_fraction_of_every_class(fraction):
     labels = torch.tensor([0] * 10 + [1] * 31 + [2] + [3] * 2)[torch.randperm(44)]
-    kept, held = hold_out(labels, part, 0)
+    kept, held = hold_out(labels, fraction, 0)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(44))
     counts = torch.bincount(labels[held], minlength=4).tolist()
-    assert counts == [min(max(1, round(part * n)), n - 1) for n in (10, 31, 1, 2)]
-    assert all(torch.equal(a, b) for a, b in zip((kept, held), hold_out(labels, part, 0)))
-    assert part != 0.5 or not torch.equal(held, hold_out(labels, part, 1)[1])
+    assert counts == [min(max(1, round(fraction * n)), n - 1) for n in (10, 31, 1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip((kept, held), hold_out(labels, fraction, 0)))
+    assert fraction != 0.5 or not torch.equal(held, hold_out(labels, fraction, 1)[1])
 
 
-def test_penalty_comes_from_the_validation_part_and_weights_from_all():
+def test_penalty_comes_from_the_validation_split_and_weights_from_all():
     names = list("abc")
     train, validation = Samples(*blobs(90, 10, 3, 1)), Samples(*blobs(40, 10, 3, 2))
     found, probe = choose_and_fit(train, validation, names, "top1", CPU)
@@ -116,8 +116,8 @@ def test_penalty_comes_from_the_validation_part_and_weights_from_all():
     both = train + validation
     assert torch.equal(found.weights, fit(both.features, both.labels, 3, probe["strength"], CPU).weights)
     assert (probe["train_samples"], probe["validation_samples"]) == (130, 40)
-    # Without an official part it is drawn from the training pictures; the weights come from all of these.
-    found, probe = choose_and_fit(train, None, names, "top1", CPU, part=0.3)
+    # Without an official split it is drawn from the training pictures; the weights come from all of these.
+    found, probe = choose_and_fit(train, None, names, "top1", CPU, fraction=0.3)
     assert probe["validation_samples"] == sum(round(0.3 * n) for n in torch.bincount(train.labels).tolist())
     assert torch.equal(found.weights, fit(train.features, train.labels, 3, probe["strength"], CPU).weights)
 
@@ -136,10 +136,9 @@ def pictures(opened: list[int] | None = None):
     return open_one
 
 
-def encode(root, open_one=None, count=COUNT, batch_size=64, workers=0, key="set", **more):
-    data = {"set": key}
-    work = {"device": CPU, "batch_size": batch_size, "workers": workers}
-    return cache.encode_cached(root, loaded(), data, open_one or pictures(), count, **work, **more)
+def encode(root, open_one=None, count=COUNT, batch_size=64, workers=0, key="set"):
+    encoder = Encoder.of(loaded(), CPU, root and Path(root), batch_size=batch_size, workers=workers)
+    return cache.encode_cached(encoder, lambda: {"set": key, "count": count}, open_one or pictures())
 
 
 @pytest.fixture
@@ -300,11 +299,11 @@ def test_command_writes_result_and_table(tmp_path, model, capsys):
     assert "penalty" in out and "100.0" in out and "zero-shot" not in out
     # A second run reads the features: the model is not asked again.
     calls = len(model.model.calls)
-    assert probe(tmp_path, "--data", str(tmp_path), "--strength", "1", "--name", "again") == 0
+    assert probe(tmp_path, "--data", str(tmp_path), "--l2", "1", "--name", "again") == 0
     assert len(model.model.calls) == calls
 
 
-def test_labels_that_say_nothing_are_not_learned_from_the_test_part(tmp_path, model):
+def test_labels_that_say_nothing_are_not_learned_from_the_test_split(tmp_path, model):
     """Test pictures with the labels moved on by one: a probe that saw them would be right."""
     save_shades(tmp_path)
     names = list(COLORS)
@@ -355,13 +354,13 @@ def _broken_picture(folder: Path) -> list[str]:
 
 
 def _train_of_a_known_set(folder: Path) -> list[str]:
-    """--train must never make another test part the training part."""
+    """--train must never make another test split the training split."""
     return ["--data", str(folder), "--dataset", "cifar10", "--train", str(folder)]
 
 
 SET_MISTAKES = [
     (_train_of_a_known_set, "train: goes with imagefolder"),
-    (_single, "give --strength"),
+    (_single, "give --l2"),
     (_other_classes, "'brown' is in one only"),
     (_no_training, "--split-test 0.5"),
     (_broken_picture, "red/1.png"),
@@ -381,8 +380,9 @@ def test_mistakes_in_a_set_are_named(tmp_path, model, capsys, make, message):
         (["--hold-out", "0"], "hold_out: 0"),
         (["--split-test", "1"], "split_test: 1"),
         (["--split-test", "0.5", "--train", "x"], "leave one of them out"),
-        (["--strength", "-1"], "strength: -1"),
-        (["--strength", "nan"], "strength: nan"),
+        (["--l2", "-1"], "l2: -1"),
+        (["--strength", "-1"], "l2: -1"),  # its name until 0.5.0
+        (["--l2", "nan"], "l2: nan"),
     ],
 )
 def test_mistakes_in_settings_are_one_line(tmp_path, model, capsys, more, message):
@@ -391,19 +391,19 @@ def test_mistakes_in_settings_are_one_line(tmp_path, model, capsys, more, messag
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("dataset", [name for name, known in KNOWN.items() if known.loader])
-def test_every_set_has_the_parts_of_torchvision(dataset, monkeypatch, tmp_path):
-    """Its loaders take our arguments and have splits of these names; no part is the test part again."""
+@pytest.mark.parametrize("dataset", [name for name, row in BENCHMARKS.items() if row.loader])
+def test_every_benchmark_has_the_splits_of_torchvision(dataset, monkeypatch, tmp_path):
+    """Its loaders take our arguments and have splits of these names; no split is the test split again."""
     import torchvision
 
-    loader = getattr(torchvision.datasets, KNOWN[dataset].loader)
-    source, wanted = inspect.getsource(loader), dict(KNOWN[dataset].parts)
+    loader = getattr(torchvision.datasets, BENCHMARKS[dataset].loader)
+    source, wanted = inspect.getsource(loader), dict(BENCHMARKS[dataset].splits)
     for arguments in wanted.values():
         inspect.signature(loader).bind(root="x", **arguments)
         assert "split" not in arguments or f'"{arguments["split"]}"' in source
     assert len({json.dumps(arguments) for arguments in wanted.values()}) == len(wanted) or dataset == "caltech101"
     assert (
-        KNOWN[dataset].folder in source or KNOWN[dataset].folder == loader.__name__.lower()
+        BENCHMARKS[dataset].folder in source or BENCHMARKS[dataset].folder == loader.__name__.lower()
     )  # what the cache looks at
     asked = []
 
@@ -416,9 +416,12 @@ def test_every_set_has_the_parts_of_torchvision(dataset, monkeypatch, tmp_path):
         def __len__(self):
             return 8677
 
+        def __getitem__(self, index):
+            return None, index % 2
+
     monkeypatch.setattr(torchvision.datasets, loader.__name__, Stand)
-    settings = linear_probe.LinearProbeSettings(checkpoint="x", data=str(tmp_path))
-    parts = linear_probe.load_parts(dataset, settings)
-    assert asked == [wanted[part] for part in ("test", "train", "val") if part in wanted] and len(parts) == len(asked)
+    sets = load_splits(dataset, LinearProbeSettings(checkpoint="x", data=str(tmp_path)))
+    assert asked == [wanted[split] for split in ("test", "train", "val") if split in wanted]
+    assert len(sets) == len(asked)
     if dataset == "caltech101":
-        assert [part.count for part in parts] == [5677, 3000]
+        assert [one.count for one in sets] == [5677, 3000]

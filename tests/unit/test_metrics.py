@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_clip.eval.confusion import worst_classes
 from rwkv_clip.eval.logistic import Classifier
+from rwkv_clip.eval.report.confusion import worst_classes
 from rwkv_clip.metrics import (
     COLUMNS,
     accuracy,

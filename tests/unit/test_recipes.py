@@ -47,7 +47,7 @@ def test_recipe_trains_and_both_test_scripts_evaluate(tmp_path, free_port):
     assert "top-1" in out and list(run.glob("eval/*classification*/result.json"))
     for part in ("train", "test"):
         shutil.copytree(classes, tmp_path / "probe" / part)
-    out = script("test_linear_probe.sh", "--strength", "1", CHECKPOINT=str(run), DATA_ROOT=str(tmp_path / "probe"))
+    out = script("test_linear_probe.sh", "--l2", "1", CHECKPOINT=str(run), DATA_ROOT=str(tmp_path / "probe"))
     assert "penalty" in out and list(run.glob("eval/*linear_probe*/result.json")) and list(run.glob("eval/cache/*/*"))
 
 

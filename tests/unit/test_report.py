@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from helpers.color_model import COLORS, loaded, save_color
-from rwkv_clip.eval import published, tables
-from rwkv_clip.eval.confusion import worst_classes
 from rwkv_clip.eval.main import main
-from rwkv_clip.eval.plots import draw_bars, draw_confusion
-from rwkv_clip.eval.report import collect
+from rwkv_clip.eval.report import formats, published, tables
+from rwkv_clip.eval.report.comparison import collect
+from rwkv_clip.eval.report.confusion import worst_classes
+from rwkv_clip.eval.report.plots import draw_bars, draw_confusion
 
 METHODS = ["CLIP", "SLIP", "DeCLIP", "UniCLIP", "HiCLIP", "HiDeCLIP", "FILIP", "DeFILIP", "ALIP", "RWKV-CLIP"]
 
@@ -57,7 +57,7 @@ def test_every_method_has_its_figures_or_is_named_as_absent():
         absent = published.not_at_hand(task)
         assert present | set(absent) == set(METHODS) and not present & set(absent)
         run = run_of("retrieval", pair_result()) if task == "retrieval" else run_of("classification", class_result())
-        (note,) = [note for note in tables.comparison(task, [run]).notes if "not at hand" in note] or [""]
+        (note,) = [note for note in tables.compare(task, [run]).notes if "not at hand" in note] or [""]
         assert set(re.findall(r"[A-Z][\w-]+", note.partition(": ")[2])) == set(absent)
 
 
@@ -73,10 +73,10 @@ def test_published_figures_are_plausible_and_have_a_source():
 
 
 def test_specified_rows_are_printed_as_they_are():
-    found = rows_by_name(tables.comparison("classification", [run_of("classification", class_result("imagenet"))]))
+    found = rows_by_name(tables.compare("classification", [run_of("classification", class_result("imagenet"))]))
     assert found["RWKV-CLIP B/32, YFCC15M (published)"] == ["44.3"]
     assert found["ALIP B/32, YFCC15M (published)"] == ["40.3"]
-    table = tables.comparison("retrieval", [run_of("retrieval", pair_result())])
+    table = tables.compare("retrieval", [run_of("retrieval", pair_result())])
     recalls = {row[1]: row[5:11] for row in table.rows}
     assert recalls["ALIP B/32, YFCC15M (published)"] == ["46.8", "72.4", "81.8", "29.3", "54.4", "65.4"]
     assert recalls["RWKV-CLIP B/32, YFCC15M (published)"] == ["50.3", "76.2", "85.2", "34.0", "60.9", "71.7"]
@@ -85,13 +85,11 @@ def test_specified_rows_are_printed_as_they_are():
 def test_sets_of_one_model_join_in_one_row_with_its_average():
     sets = list(published.published_samples("classification"))
     runs = [run_of("classification", class_result(name, top1=(i + 1) / 100)) for i, name in enumerate(sets)]
-    table = tables.comparison("classification", list(reversed(runs)))
+    table = tables.compare("classification", list(reversed(runs)))
     assert table.header == ["model", *sets, "average of the eleven"]
     assert rows_by_name(table)["ours"] == [f"{i + 1}.0" for i in range(11)] + ["6.0"]
     assert rows_by_name(table)["RWKV-CLIP B/32, YFCC15M (published)"][-1] == "44.4"
-    part = tables.comparison(
-        "classification", [*runs[:-1], run_of("classification", class_result(sets[-1], samples=9))]
-    )
+    part = tables.compare("classification", [*runs[:-1], run_of("classification", class_result(sets[-1], samples=9))])
     assert rows_by_name(part)["ours"][-2:] == ["50.0*", "-"]  # no average over another set
     assert f"Starred, {sets[-1]}: 9 of 50000 pictures, not the published set" in part.notes
 
@@ -99,28 +97,28 @@ def test_sets_of_one_model_join_in_one_row_with_its_average():
 def test_models_are_told_apart():
     runs = [run_of("classification", class_result(), digest=c * 64) for c in "ab"]
     runs.append(run_of("classification", class_result("mine"), model="other"))
-    names = [row[0] for row in tables.comparison("classification", runs).rows]
+    names = [row[0] for row in tables.compare("classification", runs).rows]
     assert names[-3:] == ["ours (aaaaaaaa)", "ours (bbbbbbbb)", "other"]
     twice = [run_of("classification", class_result(top1=v)) for v in (0.1, 0.2)]
-    assert [row[1] for row in tables.comparison("classification", twice).rows][-2:] == ["10.0", "20.0"]
+    assert [row[1] for row in tables.compare("classification", twice).rows][-2:] == ["10.0", "20.0"]
     types = [run_of("classification", class_result(), environment={"precision": p}) for p in ("fp32", "bf16")]
-    assert [row[0] for row in tables.comparison("classification", types).rows][-2:] == ["ours (fp32)", "ours (bf16)"]
+    assert [row[0] for row in tables.compare("classification", types).rows][-2:] == ["ours (fp32)", "ours (bf16)"]
 
 
 def test_best_figures_are_those_of_whole_sets_and_exact_logits():
     legacy = {"metrics": {"top1": 0.99, "mean_per_class": None}, "defects": []}
     runs = [run_of("classification", class_result(top1=0.9, legacy=legacy))]
     runs.append(run_of("classification", class_result(top1=0.95, samples=5), model="part"))
-    table = tables.comparison("classification", runs)
+    table = tables.compare("classification", runs)
     (best,) = table.best
     assert table.rows[best[0]] == ["ours", "90.0"]
     assert ["ours (legacy)", "99.0"] in table.rows and ["part", "95.0*"] in table.rows
-    assert r"\textbf{90.0}" in tables.latex(table) and tables.latex(table).count("textbf") == 1
+    assert r"\textbf{90.0}" in formats.latex(table) and formats.latex(table).count("textbf") == 1
 
 
 def test_published_recall_stands_beside_the_whole_set_only():
     runs = [run_of("retrieval", pair_result(), pair_result("flickr30k", images=999), pair_result("mine"))]
-    table = tables.comparison("retrieval", runs)
+    table = tables.compare("retrieval", runs)
     theirs = len([row for row in published.published_rows() if row.retrieval])
     assert [row[0] for row in table.rows] == ["coco"] * (theirs + 1) + ["flickr30k", "mine"]
     assert table.published == set(range(theirs)) and [row[1] for row in table.rows[theirs:]] == ["ours"] * 3
@@ -130,7 +128,7 @@ def test_legacy_rows_and_their_defects_are_named():
     defects = [{"name": "odd", "says": "one thing", "reproduced": True, "effect": "did this"}]
     defects.append({"name": "even", "says": "other", "reproduced": False, "effect": "no seed"})
     legacy = {"metrics": {key: 0.25 for key in published.RECALLS} | {"mean_recall": 0.25}, "defects": defects}
-    table = tables.comparison("retrieval", [run_of("retrieval", pair_result("mine", legacy=legacy))])
+    table = tables.compare("retrieval", [run_of("retrieval", pair_result("mine", legacy=legacy))])
     assert [(row[1], row[5]) for row in table.rows] == [("ours", "50.0"), ("ours (legacy)", "25.0")]
     assert "ours (legacy), mine: odd (one thing), reproduced: did this" in table.notes
     assert "ours (legacy), mine: even (other), not reproduced: no seed" in table.notes
@@ -138,7 +136,7 @@ def test_legacy_rows_and_their_defects_are_named():
 
 def test_latex_is_escaped_and_balanced():
     run = run_of("classification", class_result("50%_$#&~^{}\\<>"), model="a_b & c")
-    text = tables.latex(tables.comparison("classification", [run]))
+    text = formats.latex(tables.compare("classification", [run]))
     body = text.splitlines()
     assert r"50\%\_\$\#\&\textasciitilde{}\textasciicircum{}\{\}\textbackslash{}\textless{}\textgreater{}" in text
     assert r"a\_b \& c & 50.0 \\" in body
@@ -156,8 +154,8 @@ def test_worst_classes_against_a_plain_count():
     answers = (features.double() @ weights.double().T).argmax(1)
     names = [f"class {i}" for i in range(15)]
     worst = worst_classes(features, weights, labels, names)
-    shares = {c: float((answers[labels == c] == c).double().mean()) for c in range(14)}
-    assert [entry["class"] for entry in worst] == sorted(shares, key=lambda c: (shares[c], c))[:10]
+    fractions = {c: float((answers[labels == c] == c).double().mean()) for c in range(14)}
+    assert [entry["class"] for entry in worst] == sorted(fractions, key=lambda c: (fractions[c], c))[:10]
     for entry in worst:
         mine = answers[labels == entry["class"]]
         assert entry["samples"] == len(mine) and entry["right"] == int((mine == entry["class"]).sum())
@@ -168,7 +166,7 @@ def test_worst_classes_against_a_plain_count():
         assert counts == sorted(counts, reverse=True) and entry["name"] == names[entry["class"]]
 
 
-def test_bars_are_as_high_as_the_figures(tmp_path, monkeypatch):
+def test_bars_are_as_high_as_the_figures(monkeypatch):
     """Every figure of the table has its bar, ours in color and published ones in grey."""
     from matplotlib.axes import Axes
 
@@ -177,29 +175,27 @@ def test_bars_are_as_high_as_the_figures(tmp_path, monkeypatch):
         Axes, "bar", lambda self, x, y, *a, **n: drawn.append((y, n["color"])) or bar(self, x, y, *a, **n)
     )
     legacy = {"metrics": {"top1": 0.2, "mean_per_class": None}, "defects": []}
-    table = tables.comparison("classification", [run_of("classification", class_result(top1=0.3, legacy=legacy))])
-    draw_bars(table, tmp_path / "bars.png", {"cifar10": 10.0})
+    table = tables.compare("classification", [run_of("classification", class_result(top1=0.3, legacy=legacy))])
+    content = draw_bars(table, {"cifar10": 10.0})
     heights = [height for height, _ in drawn]
     assert heights == [float(row[1]) for row in table.rows] and heights[-2:] == [30.0, 20.0]
     colors = [color for _, color in drawn]
     assert all(0 <= float(color) <= 1 for color in colors[:-2]) and colors[-1] == colors[-2] == "#0072B2"
-    with Image.open(tmp_path / "bars.png") as picture:
+    with Image.open(io.BytesIO(content)) as picture:
         assert (0, 114, 178) in {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
 
 
-def test_bars_of_strange_names_are_drawn(tmp_path):
+def test_bars_of_strange_names_are_drawn():
     run = run_of("classification", class_result("$x_{$ <b>\ud83d"), model="_$y^{$\udcff")
-    draw_bars(tables.comparison("classification", [run]), tmp_path / "bars.png")
+    assert draw_bars(tables.compare("classification", [run]))
     recall = run_of("retrieval", pair_result("$x_{$"), model="$y^{$")
-    draw_bars(tables.comparison("retrieval", [recall]), tmp_path / "recall.png")
-    assert (tmp_path / "bars.png").is_file() and (tmp_path / "recall.png").is_file()
+    assert draw_bars(tables.compare("retrieval", [recall]))
 
 
-def test_confusion_of_strange_names_is_drawn(tmp_path):
+def test_confusion_of_strange_names_is_drawn():
     predicted = [[3, "$x_{$ <b>\ud83d", 6], [0, "a" * 90, 3], *([i, f"other {i}", 1] for i in range(20, 45))]
     worst = [{"class": 0, "name": "a" * 90, "samples": 34, "right": 3, "predicted": predicted}]
-    draw_confusion(worst, "set $\ud83d", tmp_path / "c.png")
-    with Image.open(tmp_path / "c.png") as picture:
+    with Image.open(io.BytesIO(draw_confusion(worst, "set $\ud83d"))) as picture:
         assert 500 < picture.width < 2000
         assert (255, 127, 14) in {
             color for _, color in picture.convert("RGB").getcolors(1 << 20)

@@ -10,7 +10,7 @@ import torch
 
 from helpers.color_model import COLORS, loaded, save_color
 from rwkv_clip.eval.main import main
-from rwkv_clip.eval.search import nearest_by_faiss
+from rwkv_clip.eval.tasks.search import nearest_by_faiss
 from rwkv_clip.metrics import nearest_items
 
 

@@ -1,15 +1,13 @@
-"""`--legacy`: figures as the released code of RWKV-CLIP and ALIP counts them, for comparison, beside the exact ones.
+"""`--legacy`: figures as the released code of RWKV-CLIP and ALIP counts them, beside the exact ones, for comparison.
 
-Every defect of that code that changes a figure, or ends the run, is named in the output with what it did here, and so
-is the one that nobody can reproduce. The exact figures stay the result.
+Every defect of that code that changes a figure or ends the run is named in the output, with its effect on this set, and
+so is the one that nobody can reproduce. The exact figures stay the result.
 
-Equal logits: the released code takes what torch.topk (classification) or torch.argsort (retrieval) happens to put
-first. We call the same operators, on the CPU, where the order is a fixed one, and report how far any order could go.
+Of equal logits, the released code takes whichever torch.topk (classification) or torch.argsort (retrieval) puts first.
+We call the same operators, on the CPU, where their order is fixed, and report how much any order could change.
 """
 
 from __future__ import annotations
-
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -21,20 +19,10 @@ FLICKR_CAPTIONS = 5
 _CHUNK = 1024
 
 
-@dataclass(frozen=True)
-class Defect:
-    """What the released code does wrong, whether the legacy figures have it, and what it did to this set."""
-
-    name: str
-    says: str
-    reproduced: bool
-    effect: str
-
-
-def legacy_classification(
+def count_classification(
     features: Tensor, weights: Tensor, labels: Tensor, dataset: str, classes: int
 ) -> dict[str, object]:
-    """Top-1 and mean per class as the released code counts them; what its ties hide; the defects by name.
+    """Top-1 and mean per class as the released code counts them, how many rows tie, and the defects by name.
 
     features (n, d) and weights (classes, d): normalised; labels (n,). `hits1_range`: hits if every tie at the top
     were lost, and if every one were won. mean_per_class is None where the released code divides by zero.
@@ -66,15 +54,15 @@ def legacy_classification(
         defects.append(_phantoms(phantoms, int(right[-phantoms:].sum())))
     if absent:
         effect = f"{absent} of {classes} classes have no sample: the released code stops with ZeroDivisionError"
-        defects.append(Defect("absent-class", "mean per class divides by every class's count", True, effect))
+        defects.append(_defect("absent-class", "mean per class divides by every class's count", True, effect))
     if dataset == "sun397":
         effect = "no seed to repeat: the figure is that of the split that this report names"
         says = "the split is seeded with hash(), salted anew in every process, so each rank draws its own"
-        defects.append(Defect("salted-split", says, False, effect))
-    return {"metrics": metrics, "defects": [asdict(defect) for defect in defects]}
+        defects.append(_defect("salted-split", says, False, effect))
+    return {"metrics": metrics, "defects": defects}
 
 
-def legacy_retrieval(image: Tensor, text: Tensor, image_of_caption: Tensor, dataset: str) -> dict[str, object]:
+def count_retrieval(image: Tensor, text: Tensor, image_of_caption: Tensor, dataset: str) -> dict[str, object]:
     """Recall as the released code counts it: float32 similarities, an unstable sort, five captions for Flickr30k.
 
     image (n, d), text (m, d): normalised features in the order of the set. `*_hits@k_range`: hits if every tie were
@@ -102,8 +90,8 @@ def legacy_retrieval(image: Tensor, text: Tensor, image_of_caption: Tensor, data
     defects.insert(0, _unstable(open_ranks, sum(map(len, directions.values()))))
     if len(text) % BATCH == 1:
         effect = f"{len(text)} captions leave one for the last batch of {BATCH}: the released code stops with an error"
-        defects.append(Defect("lone-caption", "squeeze() of a text batch of one", False, effect))
-    return {"metrics": metrics, "defects": [asdict(defect) for defect in defects]}
+        defects.append(_defect("lone-caption", "squeeze() of a text batch of one", False, effect))
+    return {"metrics": metrics, "defects": defects}
 
 
 def integer_logits(features: Tensor, weights: Tensor) -> Tensor:
@@ -118,11 +106,15 @@ def integer_logits(features: Tensor, weights: Tensor) -> Tensor:
 
 def phantom_rows(samples: int, ranks: int = RANKS, batch: int = BATCH) -> int:
     """Rows of the released ImageNet buffers that no picture fills: each rank's last batch counts as a full one."""
-    shares = [samples // ranks + (rank < samples % ranks) for rank in range(ranks)]
-    return sum(-share % batch for share in shares)
+    return sum(-(samples // ranks + (rank < samples % ranks)) % batch for rank in range(ranks))
 
 
-def _integers(metrics: dict) -> Defect:
+def _defect(name: str, says: str, reproduced: bool, effect: str) -> dict[str, object]:
+    """What the released code does wrong, whether our second count does it too, and what it did to this set."""
+    return {"name": name, "says": says, "reproduced": reproduced, "effect": effect}
+
+
+def _integers(metrics: dict) -> dict[str, object]:
     low, high = metrics["hits1_range"]
     rows, samples = metrics["tied_rows"], metrics["samples"]
     effect = (
@@ -130,16 +122,16 @@ def _integers(metrics: dict) -> Defect:
         f"anything from {100 * low / samples:.1f} to {100 * high / samples:.1f} %, torch.topk makes it "
         f"{100 * metrics['top1']:.1f} %"
     )
-    return Defect("integer-logits", "100 * cosine goes into an int64 buffer, cut toward zero", True, effect)
+    return _defect("integer-logits", "100 * cosine goes into an int64 buffer, cut toward zero", True, effect)
 
 
-def _phantoms(count: int, right: int) -> Defect:
+def _phantoms(count: int, right: int) -> dict[str, object]:
     effect = f"{count} rows that hold no picture count as samples of class 0, {right} of them as right"
     says = f"ImageNet buffers hold whole batches ({RANKS} ranks, batch {BATCH}); the rest stays zero"
-    return Defect("phantom-rows", says, True, effect)
+    return _defect("phantom-rows", says, True, effect)
 
 
-def _five_captions(owner: Tensor, images: int) -> tuple[Tensor, Defect]:
+def _five_captions(owner: Tensor, images: int) -> tuple[Tensor, dict[str, object]]:
     """Captions 5 k .. 5 k + 4 belong to picture k, whatever the file says."""
     assumed = torch.arange(len(owner)) // FLICKR_CAPTIONS
     if len(owner) != FLICKR_CAPTIONS * images:
@@ -148,19 +140,17 @@ def _five_captions(owner: Tensor, images: int) -> tuple[Tensor, Defect]:
     else:
         effect = f"{int((assumed != owner).sum())} of {len(owner)} captions go to a wrong picture"
     says = "Flickr30k: caption 5 k to 5 k + 4 are taken for those of picture k"
-    return assumed, Defect("five-captions", says, assumed is not owner, effect)
+    return assumed, _defect("five-captions", says, assumed is not owner, effect)
 
 
-def _unstable(open_ranks: int, queries: int) -> Defect:
+def _unstable(open_ranks: int, queries: int) -> dict[str, object]:
     effect = f"{open_ranks} of {queries} queries have ranks that only the sort decides"
-    return Defect("unstable-sort", "float32 similarities, and ties in the order of an unstable argsort", True, effect)
+    return _defect("unstable-sort", "float32 similarities, and ties in the order of an unstable argsort", True, effect)
 
 
 def _groups(owner: Tensor, images: int) -> list[Tensor]:
-    """Captions of each picture that has any."""
-    order = torch.argsort(owner, stable=True)
-    parts = order.split(torch.bincount(owner, minlength=images).tolist())
-    return [part for part in parts]
+    """Captions of each picture."""
+    return list(torch.argsort(owner, stable=True).split(torch.bincount(owner, minlength=images).tolist()))
 
 
 def _sorted_ranks(queries: Tensor, items: Tensor, right: list[Tensor]) -> Tensor:

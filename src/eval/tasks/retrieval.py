@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import textwrap
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
+from rwkv_clip.config import ranged
 from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
-from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 
-from .cache import on_all_ranks
-from .legacy import legacy_retrieval
-from .plots import drawable
-from .report import Report, keep, start_report
-from .settings import FeaturesSettings, RetrievalSettings
+from .. import upstream
+from ..encoder import Encoder, on_all_ranks
+from ..report.files import keep
+from ..report.plots import drawable, png_of
+from ..report.run import start_report
+from ..settings import CaptionedSettings
 
 SHOWN = 5  # pictures for each query of the gallery
 
 
-def load(settings: RetrievalSettings | FeaturesSettings, device: torch.device) -> RetrievalSet:
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSettings(CaptionedSettings):
+    """Zero-shot retrieval, image to text and text to image: recall at 1, 5 and 10."""
+
+    data: str
+    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records (prefix, .rec, glob, comma list)."""
+    split: str | None = None
+    """Take only entries of this split ("all": every one); needed where the file holds several."""
+    dataset: str | None = None
+    """Name in the report; flickr30k and coco bring the published rows. Default: from the file."""
+    gallery: int = ranged(8, minimum=0)
+    """Queries shown in retrieval.png with their five best pictures; 0: none."""
+    legacy: bool = False
+    """Count a second time as the released code does, its defects named; the exact figures stay the result."""
+
+
+def load(settings: CaptionedSettings, device: torch.device) -> RetrievalSet:
     """The set that `settings` name; all ranks call it."""
-    names = ("split", "image_root", "allow_outside")
-    options = {"texts": settings.views, **{name: getattr(settings, name) for name in names}}
-    return on_all_ranks(lambda: load_retrieval(settings.data, **options), device)
+    names = ("split", "image_root", "texts", "allow_outside")
+    return on_all_ranks(lambda: load_retrieval(settings.data, **{n: getattr(settings, n) for n in names}), device)
 
 
-def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.device) -> Report:
-    """Evaluate retrieval on `data` as `settings` say with a model of `load_for_inference`."""
-    report = start_report("retrieval", settings, loaded, device)
-    work = {"batch_size": settings.batch_size, "workers": settings.workers}
-    extractor = FeatureExtractor.of(loaded, device, progress=True, **work)
-    result = evaluate_retrieval(extractor, data, settings.prefix)
+def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> int:
+    """Evaluate retrieval and write the report."""
+    report, loaded = start_report("retrieval", settings, encoder), encoder.loaded
+    result = evaluate_retrieval(encoder.extractor, data, settings.prefix)
     name, legacy = settings.dataset or data.name, {}
     if settings.legacy:
-        pairs = (result.image_features, result.text_features, data.image_of_caption)
-        legacy["legacy"] = legacy_retrieval(*pairs, name.lower())
+        features = result.image_features, result.text_features
+        legacy["legacy"] = upstream.count_retrieval(*features, data.image_of_caption, name.lower())
     report.add(
         {
             "dataset": name,
@@ -48,7 +62,7 @@ def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.d
             "images": len(data.image_names),
             "captions": len(data.image_of_caption),
             "captions_cut": result.captions_cut,
-            "note": "; ".join(filter(None, [data.note, cut_note(data, result.captions_cut, loaded.tokenizer)])),
+            "note": "; ".join(filter(None, [data.note, note_cut(data, result.captions_cut, loaded.tokenizer)])),
             "prefix": settings.prefix,
             "metrics": result.metrics,
             **legacy,
@@ -56,11 +70,11 @@ def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.d
         }
     )
     if settings.gallery and report.folder:  # the main rank has one
-        keep(report.folder / "retrieval.png", lambda path: draw_gallery(data, result, path, settings.gallery))
-    return report
+        keep(report.folder / "retrieval.png", lambda: draw_gallery(data, result, settings.gallery))
+    return report.finish()
 
 
-def cut_note(data: RetrievalSet, count: int, tokenizer) -> str:
+def note_cut(data: RetrievalSet, count: int, tokenizer) -> str:
     """How many captions are cut, in words; nothing where none is."""
     if not count:
         return ""
@@ -70,8 +84,8 @@ def cut_note(data: RetrievalSet, count: int, tokenizer) -> str:
     return f"{which} are longer than the context of {tokenizer.context} tokens: their ends were cut off"
 
 
-def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, queries: int) -> None:
-    """Save a picture: `queries` captions spread over the set, each with its five best pictures, best first.
+def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> bytes:
+    """A picture (PNG): `queries` captions spread over the set, each with its five best pictures, best first.
 
     The right picture has a green frame. Where it is not among the five, it follows with its rank, framed in
     orange.
@@ -95,7 +109,7 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, querie
             _show(axes, data.open(image), "tab:green" if image == owner else None)
         if owner not in found:
             _show(row[-1], data.open(owner), "tab:orange", f"rank {rank + 1} of {len(data.image_names)}")
-    figure.savefig(path, dpi=90)
+    return png_of(figure, dpi=90)
 
 
 def _show(axes, picture, frame: str | None, title: str = "") -> None:

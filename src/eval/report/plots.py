@@ -5,21 +5,21 @@ Ours in color, published rows in grey, the released code's way of counting hatch
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
-from .tables import LEGACY, Table
+from .tables import LEGACY, RECALL_COLUMNS, Table
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all
 LABELLED = 48  # in a panel with more bars than that, published ones lose their figures
 COLUMNS = 16  # of the confusion
-_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line behind a figure does not strike it out
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line that passes a figure does not strike it out
 DPI = 110
 
 
-def draw_bars(table: Table, path: Path, chance: dict[str, float] | None = None) -> None:
-    """Save the figures of a comparison as bars: a panel for each retrieval set, one panel for all class sets.
+def draw_bars(table: Table, chance: dict[str, float] | None = None) -> bytes:
+    """The figures of a comparison as bars (PNG): a panel for each retrieval set, one panel for all class sets.
 
     chance: percent by column name, marked by a line.
     """
@@ -60,29 +60,29 @@ def draw_bars(table: Table, path: Path, chance: dict[str, float] | None = None) 
         axes.yaxis.grid(alpha=0.25)
         axes.set_axisbelow(True)
     figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=2 if len(colors) > 3 else 1)
-    figure.savefig(path, dpi=DPI)
+    return png_of(figure)
 
 
-def draw_confusion(worst: Sequence[dict], dataset: str, path: Path) -> None:
-    """Save what the worst classes (rows, of `confusion.worst_classes`) were taken for (columns), percent of a row."""
+def draw_confusion(worst: Sequence[dict], dataset: str) -> bytes:
+    """What the worst classes (rows, of `confusion.worst_classes`) were taken for (columns), percent of a row (PNG)."""
     from matplotlib.figure import Figure
 
     rows = [entry["class"] for entry in worst]
     names = {answer[0]: answer[1] for entry in worst for answer in entry["predicted"]}
     names |= {entry["class"]: entry["name"] for entry in worst}
     columns = _answered(worst, rows)
-    shares = [
+    percents = [
         [100 * dict((a[0], a[2]) for a in entry["predicted"]).get(column, 0) / entry["samples"] for column in columns]
         for entry in worst
     ]
-    others = [max(0.0, 100 - sum(row)) for row in shares]
+    others = [max(0.0, 100 - sum(row)) for row in percents]
     if any(rest > 0.05 for rest in others):
-        shares = [[*row, rest] for row, rest in zip(shares, others)]
-    heads = [names[column] for column in columns] + ["all others"] * (len(shares[0]) - len(columns))
+        percents = [[*row, rest] for row, rest in zip(percents, others)]
+    heads = [names[column] for column in columns] + ["all others"] * (len(percents[0]) - len(columns))
     figure = Figure(figsize=(3.0 + 0.52 * len(heads), 2.1 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for row, values in enumerate(shares):
+    axes.imshow(percents, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for row, values in enumerate(percents):
         for column, value in enumerate(values):
             if value > 0.5:
                 color = "white" if value > 55 else "black"
@@ -96,7 +96,14 @@ def draw_confusion(worst: Sequence[dict], dataset: str, path: Path) -> None:
     axes.set_title(f"{_short(dataset)}: the {len(rows)} classes most often wrong", fontsize=10, loc="left")
     axes.set(xlabel="taken for, percent of the class (framed: right)", ylabel="class (pictures)")
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=DPI)
+    return png_of(figure)
+
+
+def png_of(figure, dpi: int = DPI) -> bytes:
+    """A figure of matplotlib as the content of a file."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi)
+    return content.getvalue()
 
 
 def chances(runs: Sequence[dict]) -> dict[str, float]:
@@ -107,17 +114,19 @@ def chances(runs: Sequence[dict]) -> dict[str, float]:
 
 def _panels(table: Table) -> list[tuple[str, list[str], list[tuple[str, bool, list[float | None]]]]]:
     """(title, groups, [(label, published, figure of each group)]) of every panel."""
-    if table.header[0] != "data set":
+    if not table.by_set:
         columns = [column for column, name in enumerate(table.header) if column and not name.startswith("average")]
         bars = [(r[0], i in table.published, [_figure(r[c]) for c in columns]) for i, r in enumerate(table.rows)]
         return [(table.title, [table.header[column] for column in columns], bars)]
     groups: dict[tuple, list] = {}
     for number, row in enumerate(table.rows):
-        groups.setdefault((row[0], row[3]), []).append((row[1], number in table.published, row[5:11]))
+        groups.setdefault((row[0], row[3]), []).append(
+            (row[1], number in table.published, row[RECALL_COLUMNS.start : RECALL_COLUMNS.stop])
+        )
     return [
         (
             f"{name}: recall, {images} pictures",
-            table.header[5:11],
+            [table.header[column] for column in RECALL_COLUMNS],
             [(label, published, [_figure(cell) for cell in cells]) for label, published, cells in rows],
         )
         for (name, images), rows in groups.items()

@@ -1,9 +1,9 @@
 """The `clip_benchmark` command with our models: the real package, with one more model type in its table of loaders.
 
-    python -m rwkv_clip.eval.bridge eval --model_type rwkv_clip --model - --pretrained logs/my-run \\
+    python -m rwkv_clip.eval.clip_benchmark eval --model_type rwkv_clip --model - --pretrained logs/my-run \\
         --dataset flickr8k --task zeroshot_retrieval --dataset_root flickr8k --recall_k 1 5 10
 
-Everything behind `bridge` goes to clip_benchmark as it is, and its data sets, loaders, loops and metrics do the work.
+Everything after the module's name goes to clip_benchmark, whose data sets, loaders, loops and metrics do the work.
 --pretrained takes what --checkpoint of `rwkv_clip.eval.main` takes; --model is the preset or JSON of a file that holds
 weights only, and `-` where the checkpoint says what it is. In Python: `register()`, then clip_benchmark as usual.
 

@@ -1,6 +1,6 @@
 """page.html: one file with everything that a run or a comparison has to show. No script, nothing from the network.
 
-Tables are those of the other files; pictures are embedded (photographs as JPEG, so that the file can be sent).
+Its tables are those of the other files; pictures are embedded (photographs as JPEG, which keeps the page small).
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
+from .files import keep, new_file, safe_name
+from .plots import chances, draw_bars, draw_confusion
 from .tables import Table
 
+GALLERY = "captions and their five best pictures, best first. Green: right; orange: right, but further down."
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1180px; margin: 2em auto;
@@ -35,10 +39,34 @@ details { margin: 1em 0; } pre { background: #f5f5f5; padding: .8em; overflow-x:
 """
 
 
-def write_page(
-    path: Path, title: str, about: Sequence[str], tables: Sequence[Table], pictures: Sequence[tuple[Path, str]], runs
-) -> None:
-    """Write the page.
+def draw_pictures(folder: Path, tables: Sequence[Table], runs: Sequence[dict]) -> list[tuple[Path, str]]:
+    """Draw bars of each table and the confusion of each set into the folder; (file, caption) of each picture."""
+    pictures = []
+    for table in tables:
+        task = re.sub("[^a-z]+", "-", table.title.split(",")[0].lower())
+        file = folder / ("bars.png" if len(tables) == 1 else f"bars-{task}.png")
+        guess = None if table.by_set else chances(runs)
+        keep(file, lambda table=table, guess=guess: draw_bars(table, guess))
+        pictures.append((file, f"{table.title}. Line: chance." if guess else f"{table.title}."))
+    for run in runs:
+        for result in run["results"]:
+            worst, name = result.get("confusion"), result["dataset"]
+            if worst and any(entry["right"] < entry["samples"] for entry in worst):
+                stem = f"{run['model']}-{name}" if len(runs) > 1 else name
+                file = new_file(folder, f"confusion-{safe_name(stem)}", ".png")
+                keep(file, lambda worst=worst, name=name: draw_confusion(worst, name))
+                pictures.append((file, f"{run['model']}, {name}: what the worst classes are taken for."))
+    return pictures
+
+
+def page_text(
+    title: str,
+    about: Sequence[str],
+    tables: Sequence[Table],
+    pictures: Sequence[tuple[Path, str]],
+    runs: Sequence[dict],
+) -> str:
+    """The page.
 
     about: lines below the title; pictures: (file, caption), one that is not there is left out; runs: contents of
     result.json, whose settings and environment stand at the end.
@@ -49,8 +77,7 @@ def write_page(
     parts += [_details(run) for run in runs]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     head += '<meta name="viewport" content="width=device-width">'
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
 def _table(table: Table) -> str:
@@ -61,7 +88,7 @@ def _table(table: Table) -> str:
     lines = []
     for index, row in enumerate(table.rows):
         # A rule where another set begins, and between published rows and ours.
-        new_set = table.header[0] == "data set" and table.published and row[0] != table.rows[index - 1][0]
+        new_set = table.by_set and table.published and row[0] != table.rows[index - 1][0]
         turn = (index in table.published) != (index - 1 in table.published)
         row_kind = "published" if index in table.published else ""
         row_kind += " rule" if index and (new_set or turn) else ""

@@ -1,0 +1,87 @@
+"""Sets for zero-shot classification and linear probes: any folder of class folders, and eleven benchmarks.
+
+Nothing is downloaded here. A benchmark that is not there raises MissingData, which says what to fetch and where to put
+it; the run reports it as skipped and goes on. Pictures come in an order that does not depend on the file system, so
+that all ranks and all machines agree on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..encoder import on_all_ranks
+from .benchmarks import BENCHMARKS, TEST
+from .class_folders import load_benchmark_folder, load_image_folder
+from .imagenet import load_imagenet_records
+from .labelled import ClassificationSet, MissingData
+from .names import rename_classes
+from .sun397 import load_sun397
+from .torchvision_sets import load_torchvision
+
+__all__ = ["IMAGEFOLDER", "Asked", "ClassificationSet", "MissingData", "load_classification", "load_each", "on_each"]
+IMAGEFOLDER = "imagefolder"
+# The name of a set that was asked for, and what was made of it, or its result, a dict: why it is not evaluated.
+Asked = tuple[str, Any]
+
+
+def load_classification(
+    dataset: str, data: str | Path, names: str | Path | None = None, *, split: str = TEST, language: str = "en"
+) -> ClassificationSet:
+    """A set by name, every label seen. ValueError for a user's mistake, MissingData where a benchmark is not there.
+
+    dataset: "imagefolder" or a key of BENCHMARKS; data: its folder of class folders (for a benchmark also one that
+    holds NAME or NAME/test), or torchvision's root; names: JSON file with class names and templates, see `read_names`;
+    default names.json in the folder of class folders, where that exists. split: test, train or (flowers, dtd, aircraft)
+    val. language: en, or zh for imagenet.
+    """
+    folder = Path(data)
+    if dataset == IMAGEFOLDER:
+        return load_image_folder(folder, names)
+    if dataset not in BENCHMARKS:
+        raise ValueError(f"dataset: {dataset!r} is not known; known: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[dataset]
+    if split not in benchmark.splits:
+        raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(benchmark.splits)}")
+    if language != "en" and dataset != "imagenet" and names is None:
+        raise ValueError(f"language: {dataset} has no names in {language!r}; give names and templates by --names FILE")
+    if dataset == "sun397":
+        return rename_classes(*load_sun397(folder, split), names)
+    if found := load_benchmark_folder(benchmark, folder, names, split, language):
+        return found
+    if dataset == "imagenet":
+        return rename_classes(*load_imagenet_records(folder, split, language), names)
+    return rename_classes(*load_torchvision(benchmark, folder, split), names)
+
+
+def load_each(
+    datasets: Sequence[str], make: Callable[[str], object], device: torch.device, hint: str = ""
+) -> list[Asked]:
+    """make(name) of every set ("all": of all benchmarks), before any model is loaded; all ranks call it.
+
+    hint: ends the reason of a set that is missing. ValueError with all reasons where nothing is left to evaluate.
+    """
+    names = BENCHMARKS if tuple(datasets) == ("all",) else datasets
+    asked = ((name, name) for name in names)
+    found = list(on_each(asked, lambda name: on_all_ranks(lambda: make(name), device), hint))
+    if all(isinstance(result, dict) for _, result in found):
+        reasons = [("" if name == IMAGEFOLDER else f"{name}: ") + result["reason"] for name, result in found]
+        raise ValueError("; ".join(reasons))
+    return found
+
+
+def on_each(sets: Iterable[Asked], step: Callable[[Any], Any], hint: str = "") -> Iterator[Asked]:
+    """step(what was made) of one set after the other; results pass through.
+
+    A set that is missing is a result `skipped` from there on, one that fails a result `failed`.
+    """
+    for name, made in sets:
+        try:
+            yield name, made if isinstance(made, dict) else step(made)
+        except MissingData as error:
+            yield name, {"dataset": name, "status": "skipped", "reason": f"{error}{hint}"}
+        except (ValueError, OSError) as error:
+            yield name, {"dataset": name, "status": "failed", "reason": str(error)}

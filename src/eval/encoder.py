@@ -1,0 +1,46 @@
+"""A loaded model and how an evaluation runs it: what every task gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from rwkv_clip.features import FeatureExtractor, raise_together
+
+if TYPE_CHECKING:
+    from rwkv_clip.factory import Loaded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model of `load_for_inference`, its extractor of features, and the folder of those that outlive the process."""
+
+    loaded: Loaded
+    extractor: FeatureExtractor
+    cache: Path | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded, device: torch.device, cache: Path | None = None, **options: Any) -> Encoder:
+        """options: further fields of the extractor."""
+        return cls(loaded, FeatureExtractor.of(loaded, device, **options), cache)
+
+    @property
+    def device(self) -> torch.device:
+        return self.extractor.device
+
+
+def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
+    """make() on every rank, or its error on all of them: a rank may have a disk of its own."""
+    made, problem = None, None
+    try:
+        made = make()
+    except Exception as error:  # whatever it is: nobody goes on alone
+        problem = error
+    raise_together(problem, 0, device)
+    return made

@@ -1,0 +1,32 @@
+"""The tasks of the evaluation's command line, a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import classification, features, linear_probe, report, retrieval, search
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command.
+
+    settings: its table, from which its flags are made. run(settings, data, encoder) -> exit code, on all ranks, with
+    data = load(settings, device), read before the model. Without `load` there is neither data nor model nor ranks:
+    run(settings).
+    """
+
+    settings: type
+    run: Callable[..., int]
+    load: Callable | None = None
+
+
+TASKS = {
+    "retrieval": Task(retrieval.RetrievalSettings, retrieval.run, retrieval.load),
+    "classification": Task(classification.ClassificationSettings, classification.run, classification.load),
+    "linear-probe": Task(linear_probe.LinearProbeSettings, linear_probe.run, linear_probe.load),
+    "features": Task(features.FeaturesSettings, features.run, features.load),
+    "search": Task(search.SearchSettings, search.run),
+    "report": Task(report.ReportSettings, report.run),
+}

@@ -1,0 +1,143 @@
+"""Zero-shot classification: a picture belongs to the class whose prompts it is most similar to.
+
+Ranks share the pictures and the prompts; all of them get all features, so counts are those of one process. The class
+embeddings of a checkpoint are kept in the cache folder: ImageNet's 80,000 prompts are encoded once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rwkv_clip.metrics import accuracy, target_ranks
+from rwkv_clip.tokenizer import count_cut
+
+from .. import upstream
+from ..cache import cached, model_key
+from ..datasets import Asked, ClassificationSet, load_classification, load_each, on_each
+from ..encoder import Encoder
+from ..report.confusion import worst_classes
+from ..report.run import start_report
+from ..settings import ClassesSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSettings(ClassesSettings):
+    """Zero-shot classification: top-1, top-5 and mean per class."""
+
+    data: str = "data"
+    """Folder of class folders; for a benchmark also the root folder in which torchvision looks for it."""
+    language: Literal["en", "zh"] = "en"
+    """Of ImageNet's names and templates; zh needs the extra clip-benchmark. Other sets: a file for `names`."""
+    names: str | None = None
+    """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order of the
+    sorted folders, by number where all are numbers. Default: names.json in the data folder, else the folders and its
+    own templates."""
+    legacy: bool = False
+    """Count a second time as the released code does, its defects named; the exact figures stay the result."""
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """Metrics as `metrics.accuracy` names them, and the features (float32, CPU, length 1) that they come from."""
+
+    metrics: dict[str, object]
+    features: Tensor  # (pictures, C)
+    weights: Tensor  # (classes, C)
+
+
+def class_weights(encoder: Encoder, data: ClassificationSet) -> Tensor:
+    """(classes, C) float32 of length 1: the mean over templates of the normalised text features, normalised.
+
+    Kept in the encoder's cache for the same weights, tokens, precision and device. All ranks call it.
+    """
+    tokens = encoder.loaded.tokenizer(prompts_of(data.class_names, data.templates))
+
+    def encode() -> Tensor:
+        features = encoder.extractor.encode_tokens(tokens)
+        means = features.view(len(data.class_names), len(data.templates), -1).mean(1)
+        return torch.nn.functional.normalize(means, dim=-1)
+
+    if encoder.cache is None:
+        return encode()
+    model = sorted(model_key(encoder.loaded).items())
+    about = f"{len(data.class_names)} {tuple(tokens.shape)} {encoder.device.type} {model}".encode()
+    key = hashlib.sha256(about + tokens.numpy().tobytes()).hexdigest()
+    return cached(encoder.cache / "classes" / f"{key[:32]}.safetensors", encode, encoder.device)
+
+
+def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every template with every class name, those of a class one after the other."""
+    return [template.replace("{}", name) for name in class_names for template in templates]
+
+
+def evaluate_classification(encoder: Encoder, data: ClassificationSet) -> ClassificationResult:
+    """Classify every picture of a set, on every rank. Similarities are floats; equal ones count against the model."""
+    weights = class_weights(encoder, data)
+    features = encoder.extractor.encode_images(data.open, data.count)
+    metrics = accuracy(target_ranks(features, weights, data.labels), data.labels, data.class_names)
+    return ClassificationResult(metrics, features, weights)
+
+
+def load(settings: ClassificationSettings, device: torch.device) -> list[Asked]:
+    """Every set asked for, or why it is not here. ValueError where there is none at all."""
+
+    def make(dataset: str) -> ClassificationSet:
+        return load_classification(dataset, settings.data, settings.names, language=settings.language)
+
+    return load_each(settings.dataset, make, device)
+
+
+def run(settings: ClassificationSettings, sets: list[Asked], encoder: Encoder) -> int:
+    """Evaluate every set of `load`. One that is missing is reported as skipped, one that fails as failed."""
+    report = start_report("classification", settings, encoder)
+    for _, result in on_each(sets, lambda data: _evaluate(data, encoder, settings.legacy)):
+        report.add(result)
+    return report.finish()
+
+
+def describe_prompts(data: ClassificationSet, tokenizer: Callable) -> str:
+    """What a reader of the figures should know about the set and its prompts."""
+    texts = prompts_of(data.class_names, data.templates)
+    tokens = tokenizer(texts)
+    notes = [data.note] if data.note else []
+    if cut := count_cut(texts, tokens, tokenizer):
+        notes.append(f"{cut} of {len(texts)} prompts are longer than the context of {tokens.shape[1]}: cut")
+    rows = tokens.view(len(data.class_names), -1)
+    groups: dict[bytes, list[str]] = {}
+    for name, row in zip(data.class_names, rows):
+        groups.setdefault(row.numpy().tobytes(), []).append(name)
+    if same := [names for names in groups.values() if len(names) > 1]:
+        count = sum(map(len, same))
+        notes.append(
+            f"{count} classes have the prompts of another, e.g. {same[0][0]}: never told apart, so never right"
+        )
+    return "; ".join(notes)
+
+
+def _evaluate(data: ClassificationSet, encoder: Encoder, legacy: bool) -> dict:
+    started = time.monotonic()
+    result = evaluate_classification(encoder, data)
+    pictures = result.features, result.weights, data.labels
+    details: dict = {"confusion": worst_classes(*pictures, data.class_names)}
+    if legacy:
+        details["legacy"] = upstream.count_classification(*pictures, data.name, len(data.class_names))
+    return {
+        "dataset": data.name,
+        "status": "done",
+        "path": data.path,
+        "split": data.split,
+        "headline": data.headline,
+        "metrics": result.metrics,
+        **details,
+        "class_names": list(data.class_names),
+        "templates": list(data.templates),
+        "note": describe_prompts(data, encoder.loaded.tokenizer),
+        "seconds": round(time.monotonic() - started, 3),
+    }

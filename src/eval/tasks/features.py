@@ -1,0 +1,114 @@
+"""Features of a set of pictures, with or without captions, written into a folder (see `feature_files`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rwkv_clip.data.retrieval_set import RetrievalSet
+from rwkv_clip.dist import rank_and_size
+
+from ..cache import data_key, encode_cached, encode_labelled
+from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
+from ..datasets.benchmarks import TEST
+from ..encoder import Encoder, on_all_ranks
+from ..feature_files import Features, write_about, write_features
+from ..report.files import new_folder, place_of
+from ..settings import CaptionedSettings
+from . import retrieval
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesSettings(CaptionedSettings):
+    """Write normalised features of pictures and texts, with their ids, into a folder."""
+
+    data: str
+    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records; with `dataset` a folder as in classification."""
+    dataset: str | None = None
+    """imagefolder or a benchmark (cifar10 ..): its pictures with their labels, and no texts."""
+    split: str | None = None
+    """Take only entries of this split ("all": every one); needed where the file holds several. With a benchmark: test
+    (default), train or val."""
+    form: Literal["safetensors", "npy", "jsonl"] = "safetensors"
+    """How features are written; jsonl is Chinese-CLIP's (images.img_feat.jsonl, texts.txt_feat.jsonl)."""
+
+
+def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | ClassificationSet:
+    """The set that `settings` name; all ranks call it."""
+    if not settings.dataset:
+        return retrieval.load(settings, device)
+    inapplicable = [name for name in ("image_root", "texts", "allow_outside", "prefix") if getattr(settings, name)]
+    inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
+    if inapplicable:
+        raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
+    split = settings.split or TEST
+    try:
+        return on_all_ranks(lambda: load_classification(settings.dataset, settings.data, split=split), device)
+    except MissingData as error:
+        raise ValueError(f"dataset: {settings.dataset}: {error}") from None
+
+
+def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, encoder: Encoder) -> int:
+    """Encode the set and write it into a folder of its own."""
+    started, loaded = time.monotonic(), encoder.loaded
+    if isinstance(data, ClassificationSet):
+        about, found = _encode_classes(data, encoder)
+    else:
+        about, found = _encode_captioned(data, encoder, settings.prefix)
+    if rank_and_size()[0]:
+        return 0
+    about = {
+        "model": loaded.name,
+        "checkpoint": _absolute(settings.checkpoint),
+        "model_setting": _absolute(settings.model) if (settings.model or "").endswith(".json") else settings.model,
+        "checkpoint_sha256": loaded.digest,
+        "precision": loaded.precision,
+        **about,
+        **{features.kind: len(features.rows) for features in found},
+        "width": found[0].vectors.shape[1],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    folder = new_folder(place_of(settings, "features", loaded.name))
+    for features in found:
+        write_features(folder, features, settings.form)
+    write_about(folder, about)
+    print(f"features: {folder}")
+    return 0
+
+
+def _absolute(place: str | None) -> str | None:
+    """A file or folder as it is found from everywhere; a name stays one."""
+    return os.path.abspath(place) if place and os.path.exists(place) else place
+
+
+def _encode_captioned(data: RetrievalSet, encoder: Encoder, prefix: str) -> tuple[dict, list[Features]]:
+    """A retrieval set: pictures, and texts with the pictures that they belong to."""
+    tokenizer = encoder.loaded.tokenizer
+    tokens, cut = data.tokenize(tokenizer, prefix)
+    names = list(map(str, data.image_names))
+    items = [*names, *data.files]
+    images = encode_cached(encoder, lambda: data_key(data.name, data.split, len(names), data.open, items), data.open)
+    texts = encoder.extractor.encode_tokens(tokens)
+    owners = data.image_of_caption.tolist()
+    image_rows = [{"image_id": name} for name in names]
+    text_rows = [
+        {"text_id": i, "text": data.caption_text(i), "image_ids": [names[owner]]} for i, owner in enumerate(owners)
+    ]
+    note = "; ".join(filter(None, [data.note, retrieval.note_cut(data, cut, tokenizer)]))
+    about = {"dataset": data.name, "path": data.path, "split": data.split, "prefix": prefix}
+    about |= {"captions_cut": cut, "note": note}
+    return about, [Features("images", images, image_rows), Features("texts", texts, text_rows)]
+
+
+def _encode_classes(data: ClassificationSet, encoder: Encoder) -> tuple[dict, list[Features]]:
+    """A split of a classification set: pictures with their labels."""
+    vectors, names = encode_labelled(encoder, data), list(data.class_names)
+    rows = [{"image_id": i, "label": label, "class": names[label]} for i, label in enumerate(data.labels.tolist())]
+    empty = [name for label, name in enumerate(names) if not (data.labels == label).any()]
+    note = "; ".join(filter(None, [data.note, f"no samples: {', '.join(empty)}" if empty else ""]))
+    about = {"dataset": data.name, "path": data.path, "split": data.split, "class_names": names, "note": note}
+    return about, [Features("images", vectors, rows)]
