@@ -380,10 +380,10 @@ def _from_records(spec: str, views: Sequence[str] | None) -> RetrievalSet:
     from .data.records import RecordSet
 
     records = RecordSet(spec)
-    unknown = [view for view in views or () if view not in records.views]
+    unknown = [view for view in views or () if view not in records.text_names]
     if unknown or (views is not None and not len(views)):
-        raise ValueError(f"views: {list(views)} of {spec}; choose from {list(records.views)}")
-    wanted = [records.views.index(view) for view in views or records.views]
+        raise ValueError(f"views: {list(views)} of {spec}; choose from {list(records.text_names)}")
+    wanted = [records.text_names.index(view) for view in views or records.text_names]
     # Records have no names, so a picture is known by its bytes: (its number, the first record that holds it).
     pictures: dict[bytes, tuple[int, int]] = {}
     tokens, owner, seen = [], [], set()

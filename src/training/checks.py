@@ -30,8 +30,8 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
     That tell the side file and some records; each record read later is held against the same vocabulary."""
     tokenizer, vocab = tokenizer_of(spec), vocab_of(spec)
     problems = []
-    if texts is not None and len(records.views) < texts:
-        held = f"{len(records.views)} ({', '.join(records.views)})"
+    if texts is not None and len(records.text_names) < texts:
+        held = f"{len(records.text_names)} ({', '.join(records.text_names)})"
         problems.append(
             f"{path}: texts an image: {held}, --texts asks for {texts}; build records with more, or ask for fewer"
         )
@@ -59,13 +59,13 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
 
 def check_texts(records: RecordSet, settings: Settings, objective: nn.Module) -> None:
     """ConfigError when the objective compares another number of texts per image than it would get."""
-    held = min(len(records.views), settings.texts or len(records.views))
+    held = min(len(records.text_names), settings.texts or len(records.text_names))
     given = held if settings.views == "all" else 1
     if objective.texts not in (None, given):
         raise ConfigError(
             [
                 f"objective: {settings.objective} compares {objective.texts} texts of an image, but --views "
-                f"{settings.views} and texts {', '.join(records.views[:held])} give it {given}; use --views all "
+                f"{settings.views} and texts {', '.join(records.text_names[:held])} give it {given}; use --views all "
                 f"--texts {objective.texts}, and records of as many"
             ]
         )

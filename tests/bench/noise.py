@@ -98,7 +98,7 @@ def write_records(data: Path, work: Path, share: float, seed: int) -> Path:
         str(source),
         str(folder / f"train-{seed}"),
         images=str(root if root.is_dir() else data.parent),
-        views=("raw", "synthetic"),
+        texts=("raw", "synthetic"),
         context=32,
         max_side=SIDE,
         overwrite=True,

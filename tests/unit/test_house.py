@@ -94,10 +94,9 @@ def test_no_circles():
 
 MOST_LINES, MOST_ARGUMENTS = 450, 8
 # What is above that today. Numbers may only become smaller, and a line goes when it is no longer needed.
-LONG_FILES = {"rwkv_clip/data/build.py": 457}
+LONG_FILES: dict[str, int] = {}
 WIDE_FUNCTIONS = {
     "eval/classification.py evaluate_classification": 11,
-    "rwkv_clip/data/build.py build_records": 16,
     "rwkv_clip/features.py encode_images": 9,
     "rwkv_clip/retrieval.py evaluate_retrieval": 11,
     "training/data/torch_loader.py make_loader": 14,
@@ -135,7 +134,7 @@ def test_no_function_takes_more_than_it_needs():
 
 OPTIONAL = {
     "nvidia.dali": {"dali_loader.py"},
-    "pyarrow": {"arrays.py"},
+    "pyarrow": {"parquet.py"},
     "wandb": {"log.py"},
     "faiss": {"search.py"},
     "lmdb": set(),

@@ -235,7 +235,7 @@ class Loader:
         rows, layout = self.plan.local_batch, self.reader.records.layout
         zeros = torch.zeros(rows, dtype=torch.int64)
         image = torch.zeros(rows, 3, *self.reader.image_size, dtype=torch.uint8)
-        text = torch.zeros(rows, len(layout.views), layout.context, dtype=torch.int64)
+        text = torch.zeros(rows, len(layout.text_names), layout.context, dtype=torch.int64)
         return Batch(image, text, zeros, zeros, self.plan.start)
 
     def close(self) -> None:
