@@ -8,5 +8,5 @@
 #   bash shell/train_ALIP_B32_YFCC15M.sh [--setting value ..]     (launch.sh says the rest: several nodes, restarts)
 set -euo pipefail
 PRESET=alip-b32-yfcc15m
-DEMO=(--model ViT-Ti-8 --objective alip --views all --texts 2)
+DEMO=(--model ViT-Ti-8 --objective alip --text-choice all --texts 2)
 source "$(dirname "$0")/launch.sh"

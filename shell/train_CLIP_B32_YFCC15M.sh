@@ -7,5 +7,5 @@
 #   bash shell/train_CLIP_B32_YFCC15M.sh [--setting value ..]     (launch.sh says the rest: several nodes, restarts)
 set -euo pipefail
 PRESET=clip-b32-yfcc15m
-DEMO=(--model ViT-Ti-8 --views first)
+DEMO=(--model ViT-Ti-8 --text-choice first)
 source "$(dirname "$0")/launch.sh"

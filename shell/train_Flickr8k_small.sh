@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From scratch on Flickr8k's 4,000 training pictures, tiny towers, CPU: not a published row, but a real-data check of the
-# whole way. Expected: text-to-image R@10 on 500 test pictures >= 10 % (chance 2 %); README.md says what came out.
+# whole way. Expected: text-to-image R@10 on 500 test pictures >= 10 % (chance 2 %); what came out is in shell/README.md.
 #
 #   FLICKR8K=folder with captions.jsonl ({"image", "captions": [5], "split"}) and images/ [CIFAR10=folder of class folders]
 #   [MODEL=RWKV-CLIP-Ti-16 | ViT-Ti-16] [OUTPUT=logs/flickr8k-MODEL] bash shell/train_Flickr8k_small.sh [--setting value ..]

@@ -1,7 +1,6 @@
 """RWKV-CLIP: contrastive image-text training with RWKV-6 towers."""
 
 from .factory import (
-    RWKVCLIP,
     create_model,
     create_model_and_transforms,
     get_tokenizer,
@@ -9,6 +8,7 @@ from .factory import (
     load_checkpoint,
     load_for_inference,
 )
+from .models.two_tower import RWKVCLIP
 
 __all__ = [
     "RWKVCLIP",

@@ -74,7 +74,7 @@ def choose_device(wanted: str | None = None) -> torch.device:
         raise ValueError(f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best") from None
 
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

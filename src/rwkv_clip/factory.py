@@ -1,4 +1,4 @@
-"""Two towers and a temperature, and how models are made: by name, JSON, dict or from a checkpoint.
+"""How models are made: by name, JSON, dict or from a checkpoint.
 
 The surface is open_clip's: create_model_and_transforms, get_tokenizer, encode_image, encode_text, list_models. A name
 that is not ours goes to open_clip, so any of its models trains and evaluates here.
@@ -6,87 +6,28 @@ that is not ours goes to open_clip, so any of its models trains and evaluates he
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import errno
 import hashlib
-import json
 import logging
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
-from .config import CONFIGS, ConfigError, ModelConfig, list_presets, load_json, parse, to_dict
-from .errors import is_out_of_memory
-from .models import ImageTower, TextTower
+from .config import CONFIGS, ConfigError, list_presets, load_json
+from .data.image import prepare, train_transform, val_transform
 from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
-from .tokenizer import Tokenizer, make_tokenizer
+from .models.specification import CLIP_PIXELS, ModelSpec, load_family
+from .models.two_tower import ModelConfig
+from .tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Ours, or {"open_clip": name or {embed_dim, ..}}, with "pixels": [mean, std] where these are not CLIP's.
-ModelSpec = ModelConfig | dict[str, Any]
-_NETWORK = ("httpx", "httpcore", "requests", "urllib", "huggingface_hub", "ssl")  # modules of network errors
-QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
+Model = str | Path | dict[str, Any] | ModelSpec
 log = logging.getLogger(__name__)
-
-
-class RWKVCLIP(nn.Module):
-    """Image and text tower of one width; features are compared by cosine times exp(logit_scale)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.text_model = TextTower(config.text)
-        self.image_model = ImageTower(config.image)
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """(B, 3, h, w) normalised pixels -> (B, width)."""
-        features = self.image_model(image.to(self.image_model.patch_embed.projection.weight.dtype))
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """(B, T) int64 token ids -> (B, width)."""
-        features = self.text_model(text)
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised image features, normalised text features, exp(logit_scale)."""
-        return self.encode_image(image, True), self.encode_text(text, True), self.logit_scale.exp()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass while training."""
-        self.image_model.recompute = self.text_model.recompute = enable
-
-    @property
-    def drop_branches(self) -> int:
-        """Residual branches that training drops at random: numbers a sample needs in `set_drop_numbers`."""
-        return 2 * self.config.image.depth if self.config.image.drop_path else 0
-
-    def set_drop_numbers(self, numbers: Tensor | None) -> None:
-        """Decide what the coming forward passes drop: uniform numbers in [0, 1), (drop_branches, B) on the CPU, or None
-        to draw anew each time. With numbers that belong to samples, a sample's drops are the same in every batch."""
-        self.image_model.drop_numbers = numbers
-
-    def pack(self) -> None:
-        """Nothing any more; scripts may call it. It held bfloat16 weights a second time, in oneDNN's order: the second
-        copy could be older than the weights, and won 3 % of an encoder's time from batch 8 on, less than nothing on
-        processors with AMX."""
-
-    @property
-    def context_length(self) -> int:
-        return self.config.text.context
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.config.image.image_size
 
 
 def list_models() -> list[str]:
@@ -94,66 +35,39 @@ def list_models() -> list[str]:
     return list_presets("models")
 
 
-def resolve_spec(model: str | Path | dict[str, Any] | ModelConfig) -> tuple[str, ModelSpec]:
-    """Name, JSON path, dict or ModelConfig -> (name, specification). ConfigError for anything else."""
-    if isinstance(model, ModelConfig):
-        return "RWKV-CLIP", model
+def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
+    """Name, JSON path, dict or specification -> (name, specification). ConfigError for anything else."""
     if isinstance(model, dict):
-        if isinstance(model.get("open_clip", model), dict) and {"open_clip", "embed_dim"} & model.keys():
-            _check_open_clip(model.get("open_clip", model))
-        if "open_clip" in model:
-            return str(model["open_clip"] if isinstance(model["open_clip"], str) else "open_clip"), model
-        if "embed_dim" in model:
-            return "open_clip", {"open_clip": model}
-        if is_released_config(model):
-            return "RWKV-CLIP", convert_config(model.get("config", model))
-        return "RWKV-CLIP", parse(ModelConfig, model)
+        spec = parse_spec(model)
+        return spec.name, spec
+    if not isinstance(model, (str, Path)):
+        return model.name, model
     name = str(model).replace("/", "-")
     if name in list_models():
-        return name, resolve_spec(load_json(CONFIGS / "models" / f"{name}.json"))[1]
+        return name, parse_spec(load_json(CONFIGS / "models" / f"{name}.json"))
     if str(model).endswith(".json"):
         data = load_json(model)
         if not isinstance(data, dict):
             raise ConfigError([f"{model}: expected a JSON object that describes a model"])
-        return Path(model).stem, resolve_spec(data)[1]
+        return Path(model).stem, parse_spec(data)
     import open_clip
 
     if name in open_clip.list_models():
-        return name, {"open_clip": name}
+        return name, parse_spec({"open_clip": name})
     near = difflib.get_close_matches(name, [*list_models(), *open_clip.list_models()], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"ours: {', '.join(list_models())}"
     raise ConfigError([f"model: {str(model)!r} is no preset, no .json file and no open_clip model; {hint}"])
 
 
-def _check_open_clip(source: dict[str, Any]) -> None:
-    missing = [key for key in ("vision_cfg", "text_cfg") if not isinstance(source.get(key), dict)]
-    if missing:
-        raise ConfigError(
-            [f"{key}: missing in a model in open_clip's form; add a table of its settings" for key in missing]
-        )
-
-
-def build_model(spec: ModelSpec) -> nn.Module:
-    """A model in float32 with initial values from torch's global generator."""
-    if isinstance(spec, ModelConfig):
-        return RWKVCLIP(spec)
-    import open_clip
-
-    source = spec["open_clip"]
-    if isinstance(source, str):
-        pixels = dict(zip(("mean", "std"), map(tuple, spec.get("pixels", ()))))
-        with _fetching("model", source):
-            return open_clip.create_model(source, force_preprocess_cfg=pixels or None)
-    source = dict(source)
-    kind = open_clip.CustomTextCLIP if source.pop("custom_text", False) else open_clip.CLIP
-    try:
-        return kind(**source)
-    except TypeError as error:  # an unknown or missing field, or a value of the wrong type
-        raise ConfigError([f"model: open_clip cannot build {sorted(source)}: {error}"]) from None
+def parse_spec(data: dict[str, Any]) -> ModelSpec:
+    """A model in one of the forms of JSON: open_clip's, the released one, or ours of two towers."""
+    if "open_clip" in data or ("embed_dim" in data and not {"image", "text"} & data.keys()):
+        return load_family("open_clip").OpenClipConfig.parse(data)
+    return convert_config(data) if is_released_config(data) else ModelConfig.parse(data)
 
 
 def create_model(
-    model: str | Path | dict[str, Any] | ModelConfig,
+    model: Model,
     pretrained: str | Path | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
@@ -163,92 +77,19 @@ def create_model(
 
     pretrained: weights as for `load_checkpoint`, or an open_clip tag when the model is open_clip's. precision: fp32, or
     bf16 / fp16 to hold the weights in that type (decays stay float32). drop_path overrides the image tower's rate.
+    The model answers `model(image, text)` as open_clip's do, and `model(image, text, needs=names)` by name.
     """
     if precision not in DTYPES:
         raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES)}"])
-    name, spec = resolve_spec(model)
+    _, spec = resolve_spec(model)
     if drop_path is not None:
-        if not isinstance(spec, ModelConfig):
-            raise ConfigError([f"drop_path: {name} is an open_clip model; only RWKV towers take this setting"])
-        spec = replace(spec, image=replace(spec.image, drop_path=drop_path))
-    known = isinstance(spec, dict) and isinstance(spec["open_clip"], str)
-    if pretrained and known and not Path(pretrained).exists():
-        import open_clip
-
-        from .data.image import CLIP_MEAN, CLIP_STD
-
-        spec = {"open_clip": _name_for_tag(spec["open_clip"], str(pretrained))}
-        with _fetching("pretrained", str(pretrained)):
-            net = open_clip.create_model(spec["open_clip"], pretrained=str(pretrained))
-        if (pixels := pixel_statistics(net)) != (CLIP_MEAN, CLIP_STD):
-            spec["pixels"] = pixels
-    else:
-        net = build_model(spec)
-        if pretrained:
-            load_checkpoint(net, pretrained)
+        spec = spec.with_drop_path(drop_path)
+    spec, tag = spec.find_tag(str(pretrained)) if pretrained else (spec, None)
+    net = spec.build(tag)
+    if pretrained and not tag:
+        load_checkpoint(net, pretrained)
     net.spec = spec
     return cast_weights(net, DTYPES[precision]).to(device).eval()
-
-
-@contextlib.contextmanager
-def _fetching(field: str, what: str) -> Iterator[None]:
-    """Inside, open_clip may fetch `what` from the network. ConfigError that names it where that fails.
-
-    Its libraries raise errors of many kinds, one inside the other; what tells them is a system's or a network's error
-    somewhere in the chain. One that is about this machine (a full disk, no memory) stays what it is.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        chain = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
-        if own := next(filter(_is_of_this_machine, chain), None):
-            raise own from None
-        if not any(isinstance(e, OSError) or type(e).__module__.startswith(_NETWORK) for e in chain):
-            raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(
-            [
-                f"{field}: {what!r} has to be downloaded once, which failed ({reason[:200]}); run it where there is a "
-                "network, copy its cache (~/.cache/huggingface) here, or give the weights as a file"
-            ]
-        ) from error
-
-
-def _is_of_this_machine(error: BaseException) -> bool:
-    """Whether a disk is full or closed, or memory ran out."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    closed = isinstance(error, PermissionError) and error.filename is not None
-    return full or closed or is_out_of_memory(error)
-
-
-def _name_for_tag(name: str, tag: str) -> str:
-    """open_clip's name of the function that a tag's weights were trained as; open_clip would warn and compute another.
-
-    ConfigError for a tag that it does not know, or where it has no such model."""
-    import open_clip
-
-    plain = name.removesuffix(QUICK)
-    weights = open_clip.get_pretrained_cfg(plain, tag)
-    if not weights:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(plain)) or "none"
-        raise ConfigError([f"pretrained: {tag!r} is neither a file nor a tag of {name}; open_clip's tags: {tags}"])
-    fits = plain
-    if weights.get("quick_gelu") and not open_clip.get_model_config(plain).get("quick_gelu"):
-        fits += QUICK
-    if fits not in open_clip.list_models():
-        raise ConfigError(
-            [
-                f"pretrained: {tag!r} was trained with QuickGELU, which {name} does not compute; save its weights as a "
-                f'file, and describe the model in a JSON with "quick_gelu": true'
-            ]
-        )
-    if fits != name:
-        log.warning("the weights %r were trained as %s: taking this model instead of %s", tag, fits, name)
-    return fits
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -261,79 +102,30 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def create_model_and_transforms(
-    model: str | Path | dict[str, Any] | ModelConfig,
+    model: Model,
     pretrained: str | Path | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Callable, Callable]:
     """(model, preprocess for training, preprocess for evaluation); transforms map a PIL image to (3, h, w) float."""
-    from .data.image import train_transform
-
     net = create_model(model, pretrained, precision, device)
-    return net, train_transform(image_size_of(net)), preprocess_of(net)
+    return net, train_transform(net.spec.image_size), preprocess_of(net)
 
 
-def get_tokenizer(model: str | Path | dict[str, Any] | ModelConfig) -> Tokenizer:
+def get_tokenizer(model: Model) -> Tokenizer:
     """Tokenizer of a model: texts -> int64 (n, context)."""
-    return tokenizer_of(resolve_spec(model)[1])
-
-
-def tokenizer_of(spec: ModelSpec) -> Tokenizer:
-    """Tokenizer of a specification."""
-    if isinstance(spec, ModelConfig):
-        return make_tokenizer(spec.tokenizer, spec.text.context)
-    source = spec["open_clip"]
-    if not isinstance(source, str):
-        return make_tokenizer(context=source["text_cfg"].get("context_length", 77))
-    import open_clip
-
-    with _fetching("tokenizer", f"that of {source}"):
-        tokenizer = open_clip.get_tokenizer(source)
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        return make_tokenizer(context=tokenizer.context_length)
-    vocab = tokenizer.vocab_size if hasattr(tokenizer, "vocab_size") else len(tokenizer.tokenizer)  # Hugging Face's
-    return Tokenizer(f"open_clip:{source}", tokenizer, vocab, tokenizer.context_length)
-
-
-def vocab_of(spec: ModelSpec) -> int | None:
-    """Number of token ids that the text tower knows; None where only the library that builds it can tell."""
-    if isinstance(spec, ModelConfig):
-        return spec.text.vocab
-    source = spec["open_clip"]
-    if isinstance(source, str):
-        import open_clip
-
-        source = open_clip.get_model_config(source) or {}
-    text = source.get("text_cfg", {})
-    return None if "hf_model_name" in text else text.get("vocab_size", 49408)
-
-
-def image_size_of(model: nn.Module) -> tuple[int, int]:
-    """(height, width) that a model was made for."""
-    size = model.image_size if isinstance(model, RWKVCLIP) else model.visual.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel that a model's pixels are normalised with; CLIP's where it does not say."""
-    from .data.image import CLIP_MEAN, CLIP_STD
-
-    visual = getattr(model, "visual", None)
-    mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
-    return (tuple(mean), tuple(std)) if mean else (CLIP_MEAN, CLIP_STD)
+    return resolve_spec(model)[1].tokenizer()
 
 
 def preprocess_of(model: nn.Module) -> Callable:
-    """Evaluation transform of a model: PIL image of any mode -> float (3, h, w)."""
-    from .data.image import CLIP_MEAN, CLIP_STD, prepare, val_transform
-
-    mean, std = pixel_statistics(model)
-    if (mean, std) == (CLIP_MEAN, CLIP_STD):
-        return val_transform(image_size_of(model))
+    """Evaluation transform of a model of `create_model`: PIL image of any mode -> float (3, h, w)."""
+    size, (mean, std) = model.spec.image_size, model.spec.pixels
+    if (mean, std) == CLIP_PIXELS:
+        return val_transform(size)
     import open_clip
 
-    theirs = open_clip.image_transform(model.visual.image_size, is_train=False, mean=mean, std=std)
-    theirs.transforms[:0] = prepare(image_size_of(model))
+    theirs = open_clip.image_transform(size, is_train=False, mean=mean, std=std)
+    theirs.transforms[:0] = prepare(size)
     return theirs
 
 
@@ -352,7 +144,7 @@ def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor
     own = model.state_dict()
     marks = [state.pop(key) for key in OPENAI_ENTRIES if key in state and key not in own]
     if marks and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
-        log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (name%s)", path, QUICK)
+        log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (NAME-quickgelu)", path)
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
     problems += [
@@ -405,9 +197,4 @@ def load_for_inference(
         name, spec = resolve_spec(model)
     net = create_model(spec, path, precision, device)
     weights = path / "model.safetensors" if path.is_dir() else path
-    return Loaded(net, preprocess_of(net), tokenizer_of(net.spec), name, hash_file(weights), precision)
-
-
-def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
-    """A specification as JSON data that `create_model` takes back."""
-    return to_dict(spec) if isinstance(spec, ModelConfig) else json.loads(json.dumps(spec))
+    return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, hash_file(weights), precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_clip
-from rwkv_clip.config import ConfigError, Settings, to_dict
+from rwkv_clip.config import ConfigError, to_dict
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
-from rwkv_clip.factory import ModelSpec, spec_to_json, tokenizer_of, vocab_of
+from rwkv_clip.losses import Objective
+from rwkv_clip.models.outputs import NAMES, SIDES
+from rwkv_clip.models.specification import ModelSpec
+
+from .settings import ParallelSettings, Settings
 
 # What each rank may have of its own: where things lie and how it reads them. Records, model and weights are compared
 # by what they hold; what only the main rank uses is of no matter to the others.
@@ -28,7 +33,7 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
     """ConfigError when the records' tokens were not made for the model's text tower.
 
     That tell the side file and some records; each record read later is held against the same vocabulary."""
-    tokenizer, vocab = tokenizer_of(spec), vocab_of(spec)
+    tokenizer, vocab = spec.tokenizer(), spec.vocabulary
     problems = []
     if texts is not None and len(records.text_names) < texts:
         held = f"{len(records.text_names)} ({', '.join(records.text_names)})"
@@ -57,24 +62,31 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
         raise ConfigError(problems)
 
 
-def check_texts(records: RecordSet, settings: Settings, objective: nn.Module) -> None:
+def check_objective(name: str, objective: Objective) -> None:
+    """ConfigError when the objective asks for features that no model has."""
+    unknown = [need for need in objective.needs if need not in NAMES and need.partition("_")[0] in SIDES]
+    if unknown:
+        raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(NAMES)}"])
+
+
+def check_texts(records: RecordSet, settings: Settings, objective: Objective) -> None:
     """ConfigError when the objective compares another number of texts per image than it would get."""
-    held = min(len(records.text_names), settings.texts or len(records.text_names))
-    given = held if settings.views == "all" else 1
+    names, choice = records.text_names[: settings.data.texts], settings.data.text_choice
+    given = len(names) if choice == "all" else 1
     if objective.texts not in (None, given):
         raise ConfigError(
             [
-                f"objective: {settings.objective} compares {objective.texts} texts of an image, but --views "
-                f"{settings.views} and texts {', '.join(records.text_names[:held])} give it {given}; use --views all "
-                f"--texts {objective.texts}, and records of as many"
+                f"objective: {settings.loss.objective} compares {objective.texts} texts of an image, but --text-choice "
+                f"{choice} and texts {', '.join(names)} give it {given}; use --text-choice all --texts "
+                f"{objective.texts}, and records of as many"
             ]
         )
 
 
-def check_batch(settings: Settings, world: World, count: int) -> None:
-    """ConfigError when a step's pairs have no others to be told from, or the same ones. count: of the records.
+def check_batch(settings: ParallelSettings, world: World, count: int) -> None:
+    """ConfigError when a step's pairs have no negatives, or themselves. count: of the records.
 
-    A batch that an epoch ends in may still hold a record twice: once of each epoch."""
+    A batch in which an epoch ends may still hold a record twice: once of each epoch."""
     pairs = settings.batch_size * settings.accum_freq * world.size
     step = f"{settings.batch_size} x accum_freq {settings.accum_freq} x {world.size} ranks"
     if count < 2:
@@ -108,10 +120,11 @@ def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world
     for key in PLACES:
         if chosen[key] not in (None, "latest"):
             chosen[key] = "given"
+    precision = settings.parallel.precision
     return {
         **flatten_table("", chosen),
-        **flatten_table("model.", spec_to_json(spec)),
-        "precision": f"{settings.precision} ({autocast_dtype(settings.precision, world.device) or torch.float32})",
+        **flatten_table("model.", spec.to_json()),
+        "precision": f"{precision} ({autocast_dtype(precision, world.device) or torch.float32})",
         "train_data": describe_records({"count": len(records), "digest": records.digest}),
         "version": rwkv_clip.__version__,
         "code": hash_sources()[:12],
@@ -151,7 +164,7 @@ def flatten_table(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
 def hash_sources() -> str:
     """sha256, hexadecimal, of the source files of library and training, names and contents, however installed."""
     library, training = Path(rwkv_clip.__file__).parent, Path(__file__).parent
-    files = {f"training/{path.name}": path for path in training.iterdir()}
+    files = {f"training/{path.relative_to(training)}": path for path in training.glob("**/*")}
     for path in (library, *library.iterdir()):
         if path.is_dir() and path.name not in ("training", "eval"):
             files |= {str(file.relative_to(library)): file for file in path.glob("*" if path == library else "**/*")}
@@ -164,11 +177,11 @@ def hash_sources() -> str:
     return found.hexdigest()
 
 
-def check_weights(model: nn.Module, world: World) -> None:
+def check_weights(modules: Iterable[nn.Module], world: World) -> None:
     """ConfigError, on all ranks, unless all begin with the same weights. A collective."""
     if world.size == 1:
         return
-    sums = gather(torch.tensor([hash_weights(model)], device=world.device)).tolist()
+    sums = gather(torch.tensor([[hash_weights(module) for module in modules]], device=world.device)).tolist()
     others = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if others:
         raise ConfigError(
@@ -183,6 +196,8 @@ def hash_weights(model: nn.Module) -> int:
     """63 bits from names, shapes and the sum of the bits of each tensor. Reads all once, where it lies: 0.13 s for 150
     million parameters on a CPU core."""
     state = model.state_dict()
+    if not state:
+        return 0
     sums = torch.stack([_sum_bits(x).cpu() for x in state.values()]).tolist()
     text = repr([(key, tuple(x.shape), str(x.dtype), found) for (key, x), found in zip(state.items(), sums)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

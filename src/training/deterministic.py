@@ -1,23 +1,86 @@
-"""Sums in an order that does not depend on the number of ranks: what --deterministic adds gradients with."""
+"""The form of a step whose bits do not depend on the number of ranks (--deterministic).
+
+The micro-batches are the same whatever the number of ranks is, every rank computes the objective in full, and the
+micro-batches' gradients are added as one binary tree: a step has the same bits on 1, 2, 4, .. ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rwkv_clip.dist import rank_and_size
+from rwkv_clip.config import ConfigError
+from rwkv_clip.dist import World, gather, rank_and_size, single_process
+
+from .gradients import Features, GradientStep, MicroBatches
+from .settings import ParallelSettings
 
 BUCKET = 2**23  # elements that travel at a time: 32 MiB in float32
+
+
+class DeterministicStep(GradientStep):
+    """Gradients summed in a fixed order. ConfigError where batch, ranks and --max-ranks do not fit each other."""
+
+    def __init__(self, model: nn.Module, *arguments, **named):
+        super().__init__(model, *arguments, **named)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            raise ConfigError(
+                ["deterministic: the model's batch norms depend on the number of ranks; leave the flag out"]
+            )
+        # Gradients of the model's own scalars (logit_scale) come from the objective, computed in full on every rank.
+        self.tree = TreeSum([p for name, p in model.named_parameters() if p.requires_grad and (p.dim() or "." in name)])
+
+    @staticmethod
+    def cut_batch(settings: ParallelSettings, world: World) -> MicroBatches:
+        """--max-ranks micro-batches over all ranks, fewer where those do not divide the batch."""
+        whole = settings.batch_size * settings.accum_freq * world.size
+        count = settings.max_ranks
+        while whole % count:
+            count //= 2
+        size = whole // count
+        if count % world.size:
+            legal = ", ".join(str(2**i) for i in range(count.bit_length()))
+            raise ConfigError(
+                [
+                    f"deterministic: {world.size} ranks cannot share {count} micro-batches of a global batch of "
+                    f"{whole} pairs; use {legal} ranks, or another --max-ranks or batch"
+                ]
+            )
+        if settings.accum_freq > 1 and size > settings.batch_size:
+            raise ConfigError(
+                [
+                    f"max_ranks: {count} micro-batches of {size} pairs, more than --batch-size {settings.batch_size} "
+                    f"allows at a time; use a power of two from {whole // settings.batch_size} on"
+                ]
+            )
+        return MicroBatches(size, count // world.size, world.rank * (count // world.size))
+
+    def _called(self) -> nn.Module:
+        return self.model
+
+    def _compare(
+        self, features: Features, scale_loss: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
+        """With everybody's features as one process would hold them; nothing is exchanged after that."""
+        everybody = {name: gather(value) if value.dim() else value for name, value in features.items()}
+        with single_process():
+            losses, report, gradients = super()._compare(everybody, scale_loss)
+        rows = self.micro_batches.size * self.micro_batches.count
+        own = slice(self.world.rank * rows, (self.world.rank + 1) * rows)
+        return losses, report, {name: value[own] if value.dim() else value for name, value in gradients.items()}
+
+    def _finish(self) -> None:
+        sum_in_order(self.tree.finish())
 
 
 def sum_in_order(tensors: list[Tensor]) -> None:
     """Sum over a power of two of ranks, in place, as a balanced binary tree: ((0 + 1) + (2 + 3)) + ..
 
     An all-reduce adds in an order of its own that depends on the number of ranks. Here each rank adds the ranks' parts
-    of its share of the numbers; with partial sums that are such trees themselves (`TreeSum`), the result is the same
+    of its section of the numbers; with partial sums that are such trees themselves (`TreeSum`), the result is the same
     bits for 1, 2, 4, .. ranks. It sends and holds no more than an all-reduce of `BUCKET` elements does.
     """
     size = rank_and_size()[1]
@@ -34,10 +97,10 @@ def sum_in_order(tensors: list[Tensor]) -> None:
 
 
 def _send(bucket: list[Tensor], size: int) -> tuple[Tensor, Tensor, dist.Work]:
-    """Each rank's share of the bucket to that rank -> (buffer of a whole bucket, what comes here, the exchange)."""
+    """Each rank's section of the bucket to that rank -> (buffer of a whole bucket, what comes here, the exchange)."""
     count = sum(tensor.numel() for tensor in bucket)
-    share = -(-count // size)
-    whole = bucket[0].new_empty(size * share)
+    section = -(-count // size)
+    whole = bucket[0].new_empty(size * section)
     torch.cat([tensor.reshape(-1) for tensor in bucket], out=whole[:count])
     whole[count:].zero_()
     parts = torch.empty_like(whole)

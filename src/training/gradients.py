@@ -1,13 +1,13 @@
-"""The gradients of a global batch, computed in pieces: everybody is compared with everybody, however the batch is cut.
+"""The gradients of a global batch, computed in micro-batches: every pair is a negative of every other, however the
+batch is cut.
 
-The towers see a piece at a time, the objective sees all features: first the pieces are encoded, then the objective is
-differentiated down to the features, then every piece is differentiated from there. With --accum-freq the first pass
-keeps no activations and each piece is encoded again (feature caching: Gao et al. 2021, arXiv 2101.06983), so that
-memory is that of --batch-size pairs and the negatives are those of all. What is random in a tower is a function of the
-sample or of the piece's number, so the second pass repeats the first.
+The towers see one micro-batch at a time, the objective sees all features: first the micro-batches are encoded, then the
+objective is differentiated down to the features, then every micro-batch is differentiated from there. With --accum-freq
+the first pass keeps no activations and each micro-batch is encoded again (feature caching: Gao et al. 2021, arXiv
+2101.06983), so that memory is that of --batch-size pairs and the negatives are those of all. What is random in a tower
+is a function of the sample or of the micro-batch's number, so the second pass repeats the first.
 
---deterministic fixes the pieces whatever the number of ranks is, computes the objective on every rank in full and adds
-the pieces' gradients as one binary tree: a step has the same bits on 1, 2, 4, .. ranks.
+`deterministic.py` has the form whose bits do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,61 +19,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rwkv_clip.config import ConfigError, Settings
-from rwkv_clip.dist import World, autocast_dtype, gather, single_process
+from rwkv_clip.dist import World, autocast_dtype
+from rwkv_clip.losses import Objective
 
 from .data.augment import hash64
-from .deterministic import TreeSum, sum_in_order
-from .parallel import synchronized
+from .parallel import average_gradients, synchronized
+from .settings import ParallelSettings
+
+Features = dict[str, Tensor]  # by name: one row per sample, or scalars of the whole model (logit_scale)
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """How a rank's rows of a global batch are cut: `count` pieces of `size` rows, numbered from `first`."""
+class MicroBatches:
+    """How a rank's rows of a global batch are cut: `count` micro-batches of `size` rows, numbered from `first`."""
 
     size: int
     count: int
     first: int
 
-    def rows(self, piece: int) -> slice:
-        """Rows of this rank's share that a piece covers."""
-        return slice(piece * self.size, (piece + 1) * self.size)
-
-
-def cut_batch(settings: Settings, world: World) -> Pieces:
-    """A piece per accumulation; with --deterministic --max-ranks over all ranks, fewer where those do not divide it.
-
-    ConfigError where that many ranks, or this --batch-size, do not go with the pieces.
-    """
-    if not settings.deterministic:
-        return Pieces(settings.batch_size, settings.accum_freq, world.rank * settings.accum_freq)
-    whole = settings.batch_size * settings.accum_freq * world.size
-    pieces = settings.max_ranks
-    while whole % pieces:
-        pieces //= 2
-    size = whole // pieces
-    if pieces % world.size:
-        legal = ", ".join(str(2**i) for i in range(pieces.bit_length()))
-        raise ConfigError(
-            [
-                f"deterministic: {world.size} ranks cannot share {pieces} pieces of a global batch of {whole} pairs; "
-                f"use {legal} ranks, or another --max-ranks or batch"
-            ]
-        )
-    if settings.accum_freq > 1 and size > settings.batch_size:
-        raise ConfigError(
-            [
-                f"max_ranks: {pieces} pieces of {size} pairs, more than --batch-size {settings.batch_size} allows at a "
-                f"time; use a power of two from {whole // settings.batch_size} on"
-            ]
-        )
-    return Pieces(size, pieces // world.size, world.rank * (pieces // world.size))
+    def rows(self, number: int) -> slice:
+        """Rows of this rank that a micro-batch covers."""
+        return slice(number * self.size, (number + 1) * self.size)
 
 
 @dataclass
 class Inputs:
-    """A rank's share of a global batch on its device; `text`: (B, T), or (B, V, T) for V texts an image;
-    `drop_numbers`: float32 (branches, B) on the CPU, or None."""
+    """A rank's rows of a global batch on its device. image: uint8 (B, 3, h, w), or (B, V, 3, h, w) for V views of each;
+    text: int64 (B, T), or (B, V, T) for V texts; drop_numbers: float32 (branches, B), or (branches, B, V) for V image
+    views, on the CPU, or None."""
 
     image: Tensor
     text: Tensor
@@ -86,98 +59,116 @@ class Computed:
 
     losses: dict[str, Tensor]
     report: dict[str, Tensor]
-    image_features: Tensor
-    text_features: Tensor
+    features: Features
 
 
 class GradientStep:
-    """Computes the gradients of a global batch into `.grad` of the model's parameters.
+    """Computes the gradients of a global batch into `.grad` of the parameters of model and objective.
 
     parallel: the model as it is called, what `distribute_model` returns. normalize: pixels as stored -> as the model
-    takes them.
+    takes them. seed: of the run.
     """
 
     def __init__(
         self,
         model: nn.Module,
         parallel: nn.Module,
-        objective: nn.Module,
-        settings: Settings,
+        objective: Objective,
+        settings: ParallelSettings,
         world: World,
         normalize: Callable[[Tensor], Tensor],
+        seed: int,
     ):
         self.model, self.parallel, self.objective = model, parallel, objective
-        self.seed, self.world, self.normalize = settings.seed, world, normalize
-        self.pieces = cut_batch(settings, world)
-        self.in_order, self.keeps_graphs = settings.deterministic, settings.accum_freq == 1
+        self.seed, self.world, self.normalize = seed, world, normalize
+        self.micro_batches = self.cut_batch(settings, world)
+        self.keeps_graphs = settings.accum_freq == 1
         self.caches_weights = settings.parallel == "ddp"
         self.dtype = autocast_dtype(settings.precision, world.device)
-        if self.in_order and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            raise ConfigError(
-                ["deterministic: the model's batch norms depend on the number of ranks; leave the flag out"]
-            )
-        # The temperature's gradient comes from the objective, which every rank computes in full.
-        summed = [p for p in model.parameters() if p.requires_grad and p is not model.logit_scale]
-        self.tree = TreeSum(summed) if self.in_order else None
+
+    @staticmethod
+    def cut_batch(settings: ParallelSettings, world: World) -> MicroBatches:
+        """One micro-batch per accumulation."""
+        return MicroBatches(settings.batch_size, settings.accum_freq, world.rank * settings.accum_freq)
 
     def run(self, step: int, inputs: Inputs, scale_loss: Callable[[Tensor], Tensor]) -> Computed:
         """Gradients of `scale_loss(sum of losses)`, averaged over ranks as DDP does. `step` seeds what is random."""
-        pieces = range(self.pieces.count)
+        numbers = range(self.micro_batches.count)
         with torch.set_grad_enabled(self.keeps_graphs), self._autocast():
-            outputs = [self._encode(step, inputs, piece) for piece in pieces]
-        image, text, scale = (part.detach() for part in _join(outputs))
+            outputs: list[Features | None] = [self._encode(step, inputs, number) for number in numbers]
+        features = {name: value.detach() for name, value in _join(outputs).items()}
         if not self.keeps_graphs:
-            outputs = [None] * len(pieces)
-        losses, report, *d_features, d_scale = self._compare(image, text, scale, scale_loss)
-        with self._autocast():  # one for all pieces: weights are converted once
-            for piece in pieces:
-                rows, last = self.pieces.rows(piece), piece == pieces[-1]
+            outputs = [None] * len(numbers)
+        losses, report, gradients = self._compare(features, scale_loss)
+        with self._autocast():  # one for all micro-batches: weights are converted once
+            for number in numbers:
+                last = number == numbers[-1]
                 with synchronized(self.parallel, last):
-                    output = outputs[piece] or self._encode(step, inputs, piece)
-                    outputs[piece] = None  # its graph ends with this turn
-                    gradients = [gradient[rows] for gradient in d_features]
+                    output = outputs[number] or self._encode(step, inputs, number)
+                    outputs[number] = None  # its graph ends with this turn
                     with self._autocast(False):
-                        if last:  # the temperature once
-                            torch.autograd.backward(output, [*gradients, d_scale])
-                        else:
-                            torch.autograd.backward(output[:2], gradients)
-        if self.tree:
-            sum_in_order(self.tree.finish())
-        return Computed(losses, report, image, text)
+                        _differentiate(output, gradients, self.micro_batches.rows(number), last)
+        self._finish()
+        return Computed(losses, report, features)
 
-    def _encode(self, step: int, inputs: Inputs, piece: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image features, text features and scale of one piece, random numbers as its place in the run says."""
-        torch.manual_seed(int(hash64(self.seed, step, self.pieces.first + piece)[0] >> 1))
-        rows = self.pieces.rows(piece)
+    def _encode(self, step: int, inputs: Inputs, number: int) -> Features:
+        """Features of one micro-batch, random numbers as its place in the run says."""
+        torch.manual_seed(int(hash64(self.seed, step, self.micro_batches.first + number)[0] >> 1))
+        rows = self.micro_batches.rows(number)
         if inputs.drop_numbers is not None:
-            self.model.set_drop_numbers(inputs.drop_numbers[:, rows])
-        call = self.parallel if torch.is_grad_enabled() and not self.in_order else self.model
-        text = inputs.text[rows]
-        image, texts, scale = call(self.normalize(inputs.image[rows]), text.flatten(0, -2))[:3]
-        return image, texts.unflatten(0, text.shape[:-1]), scale  # one row per image, whatever the number of its texts
+            self.model.set_drop_numbers(inputs.drop_numbers[:, rows].flatten(1))
+        image, text = inputs.image[rows], inputs.text[rows]
+        rows_of = {"image": image.shape[:-3], "text": text.shape[:-1]}  # (B,) or (B, V)
+        call = self._called()
+        side_of = {name: name.partition("_")[0] for name in self.objective.needs}
+        needs = [name for name, side in side_of.items() if side in rows_of]  # the others are scalars, always there
+        output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2), needs=needs)
+        return {
+            name: output[name].unflatten(0, rows_of[side]) if side in rows_of else output[name]
+            for name, side in side_of.items()
+        }
 
-    def _compare(self, image: Tensor, text: Tensor, scale: Tensor, scale_loss: Callable[[Tensor], Tensor]):
-        """Losses, report, and the gradients of this rank's image features and text features and of the scale."""
-        # With a fixed order: everybody's features as one process would hold them, and nothing is exchanged after that.
-        leaves = [gather(image), gather(text), scale] if self.in_order else [image, text, scale]
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        with single_process() if self.in_order else contextlib.nullcontext():
-            losses, report = self.objective(*leaves)
-            scale_loss(torch.stack(list(losses.values())).sum()).backward()
-        start = self.world.rank * len(image) if self.in_order else 0
-        d_image, d_text = (leaf.grad[start : start + len(image)] for leaf in leaves[:2])
-        return losses, report, d_image, d_text, leaves[2].grad
+    def _called(self) -> nn.Module:
+        """The module that encodes: the distributed one where it is differentiated."""
+        return self.parallel if torch.is_grad_enabled() else self.model
+
+    def _compare(
+        self, features: Features, scale_loss: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
+        """Losses, report, and the gradients of this rank's features and of the scalars."""
+        leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
+        losses, report = self.objective(**leaves)
+        scale_loss(torch.stack(list(losses.values())).sum()).backward()
+        average_gradients(self.objective)
+        # What an objective makes no use of has a gradient of zeros: every parameter of the towers is reached.
+        unused = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if leaf.grad is None}
+        return losses, report, {name: unused.get(name, leaf.grad) for name, leaf in leaves.items()}
+
+    def _finish(self) -> None:
+        """After the last micro-batch."""
 
     def _autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager:
-        """The towers' arithmetic; the objective switches it off for itself. A share of a model keeps no converted copy
-        of the whole."""
+        """The towers' arithmetic; the objective switches it off for itself. A sharded model keeps no converted copy of
+        the whole."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, self.dtype, enabled, cache_enabled=self.caches_weights)
 
 
-def _join(outputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _join(outputs: list[Features]) -> Features:
     if len(outputs) == 1:
         return outputs[0]
-    image, text, scale = zip(*outputs)
-    return torch.cat(image), torch.cat(text), scale[-1]
+    return {
+        name: torch.cat([output[name] for output in outputs]) if value.dim() else value
+        for name, value in outputs[-1].items()
+    }
+
+
+def _differentiate(output: Features, gradients: Features, rows: slice, last: bool) -> None:
+    """Down to the parameters that are trained; scalars once, with the last micro-batch."""
+    reached = {name: value for name, value in output.items() if value.requires_grad and (last or value.dim())}
+    if reached:
+        torch.autograd.backward(
+            list(reached.values()),
+            [gradients[name][rows] if value.dim() else gradients[name] for name, value in reached.items()],
+        )

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_clip.config import Settings, to_dict
+from rwkv_clip.config import to_dict
 from rwkv_clip.files import write_whole
+
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +26,20 @@ class RunLog:
 
         self.path = folder / "log.jsonl"
         self._drop_future(first_step)
-        self._file = self.path.open("ab", buffering=0)  # unbuffered: what a full disk took is known to the byte
+        self._file = self.path.open("ab", buffering=0)  # so that it is clear to the byte what a full disk took
         self._unwritten = b""
         self._terminal = sys.stderr.isatty()
         self._total = total_steps
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self._terminal, leave=True)
         self._writers: dict[str, Callable[[int | None, dict[str, float]], None]] = {}
-        for name in settings.report_to:
+        for name in settings.log.report_to:
             make = _WRITERS[name]()
             with self._guarding(name):
                 self._writers[name] = make(folder, settings)
 
     def _drop_future(self, first_step: int) -> None:
-        """Lines behind the step that the run resumes from will be written again. One that was cut off (a full disk, a
-        kill) goes, too."""
+        """Remove lines after the step that the run resumes from, which will be written again, and one that was cut off
+        (by a full disk or a kill)."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -75,7 +77,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _guarding(self, name: str) -> Iterator[None]:
-        """A report that fails, by a full disk or a network, is given up and ends no run: log.jsonl has all of it."""
+        """A report that fails, because of a full disk or the network, is given up; log.jsonl has all of it."""
         try:
             yield
         except Exception as error:
@@ -106,8 +108,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-# Each finds its package, ValueError without, and returns what opens a report: (folder, settings) -> a function that
-# writes (step, values), and ends the report when the step is None.
+# Each imports its package, ValueError where it is missing, and returns what opens a report: (folder, settings) -> a
+# function that writes (step, values), and ends the report when the step is None.
 
 
 def _tensorboard():

@@ -13,35 +13,41 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import torch
 import tyro
 
 from rwkv_clip.checkpoint import read_description
-from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
+from rwkv_clip.config import ConfigError, check, list_presets, to_dict
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
-from rwkv_clip.factory import ModelSpec, create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
+from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
 from rwkv_clip.files import write_whole
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import Objective, make_objective
+from rwkv_clip.models.freezing import freeze_parameters
+from rwkv_clip.models.specification import ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_ranks, check_records, check_texts, check_weights
-from .data.augment import Augmentation
-from .data.torch_loader import make_loader
+from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights
+from .data import make_loader
+from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
-from .faults.watchdog import COLLECTIVES, Heartbeat, end_process, watch_peers
+from .faults.watchdog import COLLECTIVES, Watchdog, end_process, watch_peers
 from .log import RunLog
-from .loop import Trainer, train
-from .parallel import WholeModel, has_shares
+from .loop import RunContext, train
+from .parallel import WholeModel, is_sharded
 from .plot import plot_training
 from .run import open_run
 from .saver import Saver
+from .settings import Settings, load_settings, update_flags
+from .state import TrainState
+from .trainer import Trainer
 
 # What to do where memory runs out, the host's or the GPU's.
 MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives), --grad-checkpointing, fewer --workers"
@@ -49,31 +55,37 @@ MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives)
 
 def read_command_line(arguments: list[str]) -> Settings:
     """Preset (`--preset NAME or path`), then overrides. ConfigError lists every value that does not fit."""
-    arguments, preset = [a for a in arguments if a != "--"], None  # some releases of torchrun pass it on
+    # Some releases of torchrun pass the lone -- on.
+    arguments, preset = update_flags([a for a in arguments if a != "--"]), None
+    presets = ", ".join(list_presets("training"))
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--preset":
             preset = value if equals else "".join(arguments[i + 1 : i + 2])
             if not preset:
-                raise ConfigError([f"preset: needs a value; shipped: {', '.join(list_presets('recipes'))}"])
+                raise ConfigError([f"preset: needs a value; shipped: {presets}"])
             del arguments[i : i + (1 if equals else 2)]
             break
-    description = f"{__doc__}\nShipped presets (--preset): {', '.join(list_presets('recipes'))}."
-    settings = tyro.cli(
-        Settings,
-        args=arguments,
-        default=load_settings(preset),
-        prog="rwkv_clip.training.main",
-        description=description,
-    )
+    settings = parse_flags(arguments, load_settings(preset), f"{__doc__}\nShipped presets (--preset): {presets}.")
     problems = check(settings)
-    if settings.train_data is None:
+    if settings.data.train_data is None:
         problems.append("train_data: not set; name the records (prefix, folder or glob), made by data2rec.py")
-    if settings.resume == "latest" and settings.name is None:
+    if settings.run.resume == "latest" and settings.run.name is None:
         problems.append("name: --resume latest needs the run's name")
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def parse_flags(arguments: list[str], default: Settings, description: str) -> Settings:
+    """Settings from flags without the names of tables; what no flag names is as in `default`."""
+    hints = get_type_hints(Settings)
+    tables = [
+        (table.name, Annotated[hints[table.name], tyro.conf.arg(name="")], field(default=getattr(default, table.name)))
+        for table in fields(Settings)
+    ]
+    kind = make_dataclass("Settings", tables, frozen=True)
+    return Settings(**vars(tyro.cli(kind, args=arguments, prog="rwkv_clip.training.main", description=description)))
 
 
 def make_validator(
@@ -81,29 +93,30 @@ def make_validator(
 ) -> Callable[[], dict[str, float]]:
     """Retrieval on --val-data by the main rank; reads the set now, so that a wrong path fails before training.
 
-    Before the model is distributed; all ranks call the result. A signal ends it at the next picture (Interrupted): the
+    Before the model is distributed; all ranks call the result. A signal ends it at the next image (Interrupted): the
     time until the process is killed is for saving.
     """
-    if settings.val_data is None:
+    data, parallel = settings.data, settings.parallel
+    if data.val_data is None:
         return dict
-    data = load_retrieval(settings.val_data, split=settings.val_split) if world.is_main else None
-    whole = WholeModel(model, settings, world)
-    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), tokenizer_of(model.spec)
+    pairs = load_retrieval(data.val_data, split=data.val_split) if world.is_main else None
+    whole = WholeModel(model, parallel, world)
+    preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), model.spec.tokenizer()
 
     def validate() -> dict[str, float]:
-        with whole.put_together() as net:
+        with whole.gathered() as net:
             if not world.is_main:
                 return {}
             with single_process():
                 metrics = evaluate_retrieval(
                     net,
-                    data,
+                    pairs,
                     preprocess,
                     tokenizer,
                     device=world.device,
-                    batch_size=settings.batch_size,
-                    autocast=autocast_dtype(settings.precision, world.device),
-                    prefix=settings.val_prefix,
+                    batch_size=parallel.batch_size,
+                    autocast=autocast_dtype(parallel.precision, world.device),
+                    prefix=data.val_prefix,
                 ).metrics
         return {key: value for key, value in metrics.items() if isinstance(value, float)}
 
@@ -118,20 +131,22 @@ class Work:
     name: str  # of the model
     spec: ModelSpec
     records: RecordSet
-    objective: torch.nn.Module
+    objective: Objective
     world: World
 
 
 def prepare(settings: Settings) -> Work:
-    """Read what the settings name, join the other ranks, and hold all against each other. ConfigError, RecordError."""
-    name, spec = resolve_spec(settings.model)
-    records = RecordSet(settings.train_data)
-    check_records(records, spec, settings.train_data, settings.texts)
-    objective = make_objective(settings.objective, settings.gates)
+    """Read what the settings name, join the other ranks, and compare all ranks. ConfigError, RecordError."""
+    name, spec = resolve_spec(settings.model.model)
+    records = RecordSet(settings.data.train_data)
+    check_records(records, spec, settings.data.train_data, settings.data.texts)
+    torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
+    objective = make_objective(settings.loss)
+    check_objective(settings.loss.objective, objective)
     check_texts(records, settings, objective)
-    world = join_world(settings.device, COLLECTIVES)
+    world = join_world(settings.parallel.device, COLLECTIVES)
     check_ranks(settings, spec, records, world)
-    check_batch(settings, world, len(records))
+    check_batch(settings.parallel, world, len(records))
     return Work(settings, name, spec, records, objective, world)
 
 
@@ -141,70 +156,84 @@ def run(settings: Settings) -> Path:
     world = work.world
     if world.device.type == "cpu":
         keep_freed_memory()
-    if settings.deterministic:
+    if settings.parallel.deterministic:
         fix_arithmetic(world.device)
     # Until now a signal just ends the process.
-    with open_run(settings, world, work.name) as (folder, checkpoint), Preemption() as preemption:
+    with open_run(settings.run, world, work.name) as (folder, checkpoint), Preemption() as preemption:
         try:
-            with watch_peers(world, settings.timeout, preemption) as heart:
-                _train(work, folder, checkpoint, preemption, heart)
+            with watch_peers(world, settings.faults.timeout, preemption) as watchdog:
+                _train(work, folder, checkpoint, preemption, watchdog)
         except PeerLost as lost:
             end_process(lost)
         except Preempted as stop:
-            again = "the same command" if settings.resume == "latest" else f"--name {folder.name} --resume latest"
+            again = "the same command" if settings.run.resume == "latest" else f"--name {folder.name} --resume latest"
             raise Preempted(f"{stop}: all saved in {folder}; {again} goes on") from None
     return folder
 
 
-def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemption, heart: Heartbeat) -> None:
-    settings, world, records = work.settings, work.world, work.records
-    torch.manual_seed(settings.seed)  # the same initial weights on every rank
-    device = "cpu" if has_shares(settings, world) else world.device  # shares move by themselves
-    model = create_model(work.spec, settings.pretrained, device=device, drop_path=settings.drop_path)
+def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemption, watchdog: Watchdog) -> None:
+    settings, world = work.settings, work.world
+    model = _make_model(work)
     if checkpoint is None:
-        check_weights(model, world)
-    validate = heart.busy("validation")(make_validator(settings, model, world, preemption))
-    trainer = Trainer(model, work.objective, settings, world, len(records))
-    trainer.progress.records = {"count": len(records), "digest": records.digest}
+        check_weights((model, work.objective), world)
+    validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
+    state = TrainState(model, work.objective, settings, world, len(work.records))
+    state.progress.records = {"count": len(work.records), "digest": work.records.digest}
+    trainer = Trainer(state)
     if checkpoint is not None:
-        restore_snapshot(trainer, checkpoint, read_description(checkpoint))
-    loader = make_loader(
-        records,
-        image_size=image_size_of(model),
-        global_batch=trainer.global_batch,
-        steps=trainer.total_steps - trainer.progress.step,
-        seed=settings.seed,
-        start=trainer.progress.samples_seen,
-        rank=world.rank,
-        world=world.size,
-        workers=settings.workers,
-        loader=settings.loader,
-        device=world.device,
-        max_bad=settings.max_bad,
-        max_bad_share=settings.max_bad_share,
-        augmentation=Augmentation(settings.crop_area, settings.crop_aspect, settings.flip),
-    )
-    log = _open_log(work, folder, trainer, resumed=checkpoint is not None) if world.is_main else None
-    try:
-        with Saver(folder / "checkpoints", settings.keep_checkpoints) if log else contextlib.nullcontext() as saver:
-            train(trainer, loader, folder, work.name, log, validate, preemption, heart, saver)
-        if log:
+        restore_snapshot(state, checkpoint, read_description(checkpoint))
+    context = RunContext(folder, work.name, validate, preemption, watchdog)
+    with contextlib.ExitStack() as ended:
+        if world.is_main:
+            log = _open_log(work, folder, state, resumed=checkpoint is not None)
+            context.log = ended.enter_context(contextlib.closing(log))
+            context.saver = Saver(folder / "checkpoints", settings.log.keep_checkpoints)
+        loader = ended.enter_context(contextlib.closing(_open_loader(work, state)))
+        with context.saver or contextlib.nullcontext():
+            train(trainer, loader, context)
+        if context.log:
             _plot(folder)
-            log.say(f"run folder: {folder}")
-    finally:
-        loader.close()
-        if log:
-            log.close()
+            context.log.say(f"run folder: {folder}")
 
 
-def _open_log(work: Work, folder: Path, trainer: Trainer, resumed: bool) -> RunLog:
+def _make_model(work: Work) -> torch.nn.Module:
+    """The model with its initial weights, the same on every rank, and what is frozen of it."""
+    settings, world = work.settings, work.world
+    torch.manual_seed(settings.run.seed)
+    device = "cpu" if is_sharded(settings.parallel, world) else world.device  # shards move by themselves
+    model = create_model(work.spec, settings.model.pretrained, device=device, drop_path=settings.model.drop_path)
+    freeze_parameters(model, settings.freezing)
+    return model
+
+
+def _open_loader(work: Work, state: TrainState) -> Loader:
+    """Batches of the steps that are left."""
+    plan = Plan(
+        global_batch=state.global_batch,
+        steps=state.total_steps - state.progress.step,
+        start=state.progress.samples_seen,
+        rank=work.world.rank,
+        world=work.world.size,
+    )
+    return make_loader(
+        work.records,
+        plan,
+        state.model.spec.image_size,
+        work.settings.data,
+        seed=work.settings.run.seed,
+        views=work.objective.image_views,
+        device=work.world.device,
+    )
+
+
+def _open_log(work: Work, folder: Path, state: TrainState, resumed: bool) -> RunLog:
     write_whole(folder / "settings.json", [json.dumps(to_dict(work.settings), indent=1).encode() + b"\n"])
-    log = RunLog(folder, work.settings, trainer.progress.step, trainer.total_steps)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    begin = f"resumed at step {trainer.progress.step}" if resumed else "new run"
+    log = RunLog(folder, work.settings, state.progress.step, state.total_steps)
+    parameters = sum(p.numel() for p in state.model.parameters())
+    begin = f"resumed at step {state.progress.step}" if resumed else "new run"
     log.say(
         f"{work.name}: {parameters:,} parameters on {work.world.size} x {work.world.device.type}; "
-        f"{len(work.records):,} records, {trainer.total_steps:,} steps of {trainer.global_batch}; {begin} in {folder}"
+        f"{len(work.records):,} records, {state.total_steps:,} steps of {state.global_batch}; {begin} in {folder}"
     )
     return log
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_clip.config import Settings
-
-from .parallel import Shares
+from .parallel import Shards
+from .settings import OptimizerSettings
 
 # torch's OneCycleLR, which the released recipe uses: start = peak / 25, end = start / 1e4, beta1 0.95 -> 0.85 -> 0.95.
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
@@ -21,7 +21,7 @@ FUSED = ("cpu", "cuda")  # devices whose fused AdamW is used; it takes a rate an
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and beta1 of every step 0 .. total - 1."""
+    """Learning rate and beta1 of every step 0 .. total - 1. warmup: steps, not always a whole number of them."""
 
     kind: str
     peak: float
@@ -31,8 +31,9 @@ class Schedule:
     cycle_beta1: bool = False
 
     @classmethod
-    def from_settings(cls, settings: Settings, total: int) -> Schedule:
-        return cls(settings.schedule, settings.lr, total, settings.warmup, settings.beta1, settings.cycle_beta1)
+    def from_settings(cls, settings: OptimizerSettings, total: int) -> Schedule:
+        warmup = settings.warmup_fraction * total if settings.warmup is None else settings.warmup
+        return cls(settings.schedule, settings.lr, total, warmup, settings.beta1, settings.cycle_beta1)
 
     def lr(self, step: int) -> float:
         """Learning rate that step `step` uses."""
@@ -41,7 +42,7 @@ class Schedule:
         if self.kind == "onecycle":
             start = self.peak / START_DIVISOR
             return self._cycle(step, start, self.peak, start / END_DIVISOR)
-        warm = int(self.warmup * self.total)
+        warm = int(self.warmup)
         if step < warm:
             return self.peak * (step + 1) / warm
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.total - warm, 1)))
@@ -53,26 +54,27 @@ class Schedule:
         return self.beta1
 
     def _cycle(self, step: int, start: float, peak: float, end: float) -> float:
-        """Cosine from start to peak over the warm-up share of the steps, then from peak to end."""
-        turn, last = self.warmup * self.total - 1, self.total - 1
+        """Cosine from start to peak over the warm-up, then from peak to end."""
+        turn, last = self.warmup - 1, self.total - 1
         if step <= turn:
-            share, low, high = step / turn if turn > 0 else 1.0, start, peak
+            done, low, high = step / turn if turn > 0 else 1.0, start, peak
         else:
-            share, low, high = (step - max(turn, 0)) / max(last - max(turn, 0), 1), peak, end
-        return high + (low - high) / 2 * (1 + math.cos(math.pi * share))
+            done, low, high = (step - max(turn, 0)) / max(last - max(turn, 0), 1), peak, end
+        return high + (low - high) / 2 * (1 + math.cos(math.pi * done))
 
 
-def build_optimizer(model: nn.Module, settings: Settings, shares: Shares | None = None) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it. decay=matrices spares tensors of fewer than two dimensions (after
-    squeezing): norms, biases, mixing coefficients, temperature. shares: what it is to work on instead of the whole."""
-    own = dict((shares or model).named_parameters())
+def build_optimizer(shards: Shards, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW, fused where the device has it, on what this rank holds of the parameters that are trained.
+
+    decay=matrices spares tensors of fewer than two dimensions (after squeezing): norms, biases, mixing coefficients,
+    temperature."""
     decayed, spared = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in shards.whole():
         if parameter.requires_grad:
-            matrix = sum(side > 1 for side in parameter.shape) > 1  # a share may have one row of many
-            (decayed if settings.decay == "all" or matrix else spared).append(own[name])
+            matrix = sum(side > 1 for side in parameter.shape) > 1  # a shard may have one row of many
+            (decayed if settings.decay == "all" or matrix else spared).append(shards.own[name])
     groups = [{"params": decayed, "weight_decay": settings.wd}, {"params": spared, "weight_decay": 0.0}]
-    device = next(model.parameters()).device
+    device = next(iter(shards.own.values())).device
     fused = device.type in FUSED
     # As a tensor the rate changes without a new graph. Float64 on a CPU, the same bits as a number; GPUs read float32.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -108,9 +110,9 @@ def update_weights(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
         optimizer.step()
 
 
-def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module | Shares) -> dict[str, Tensor]:
-    """Optimizer state as tensors named `parameter/slot`; independent of the order of groups."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+def pack_state(optimizer: torch.optim.Optimizer, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Optimizer state as tensors named `parameter/slot`; independent of the order of groups. own: by name."""
+    names = {parameter: name for name, parameter in own.items()}
     return {
         f"{names[parameter]}/{slot}": value
         for parameter, slots in optimizer.state.items()
@@ -118,18 +120,19 @@ def pack_state(optimizer: torch.optim.Optimizer, model: nn.Module | Shares) -> d
     }
 
 
-def unpack_state(optimizer: torch.optim.Optimizer, model: nn.Module | Shares, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `pack_state`. ValueError when the state of a parameter is missing or left over."""
-    parameters = dict(model.named_parameters())
+def unpack_state(
+    optimizer: torch.optim.Optimizer, own: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Inverse of `pack_state`. ValueError when the state of a parameter of `own` is missing or left over."""
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
-        if name not in parameters:
+        if name not in own:
             raise ValueError(f"optim.safetensors: {key} belongs to no parameter of this model")
-        parameter = parameters[name]
+        parameter = own[name]
         # AdamW's step counters are float32 and live with the parameter when the fused kernel is used.
         dtype = torch.float32 if slot == "step" else parameter.dtype
         optimizer.state[parameter][slot] = value.to(parameter.device, dtype)
-    wanted = [f"{name}/{slot}" for name, p in parameters.items() if p.requires_grad for slot in SLOTS]
+    wanted = [f"{name}/{slot}" for name, p in own.items() if p.requires_grad for slot in SLOTS]
     lacking = [key for key in wanted if key not in tensors]
     if tensors and lacking:
         raise ValueError(f"optim.safetensors: {len(lacking)} tensors are missing, the first is {lacking[0]}")

@@ -1,9 +1,9 @@
-"""What each rank holds of a model: all of it (DDP), a share (FSDP2), or a share within its node (HSDP).
+"""What each rank holds of a model: all of it (DDP), a shard (FSDP2), or a shard within its node (HSDP).
 
-With shares every block of a tower is put together when it is its turn, forward and backward, and forgotten again. The
-optimizer does not know: `Shares.own` are plain tensors, this rank's rows of every parameter in the parameter's own
-memory, and AdamW, clipping and the gradient scaler go element by element. Checkpoints do not know either: they hold
-whole tensors, which are put together and cut one at a time (`whole_tensors`, `part_of`).
+With shards every block of a tower is gathered when it is its turn, forward and backward, and freed again. The
+optimizer does not know: `Shards.own` are plain tensors, this rank's rows of every parameter in the parameter's own
+memory, and AdamW, clipping and the gradient scaler work element by element. Checkpoints do not know either: they hold
+whole tensors, which are gathered and sharded one at a time.
 
 Weights begin as one whole model in every rank's host memory, made from the same seed, and move to a GPU block by block:
 models larger than host memory are out of scope.
@@ -20,25 +20,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_clip.config import ConfigError, Settings
-from rwkv_clip.dist import World, sum_over_ranks
+from rwkv_clip.config import ConfigError
+from rwkv_clip.dist import World, rank_and_size, sum_over_ranks
+
+from .settings import ParallelSettings
 
 
-def has_shares(settings: Settings, world: World) -> bool:
-    """Whether ranks hold shares of the model; one process alone holds it all."""
+def is_sharded(settings: ParallelSettings, world: World) -> bool:
+    """Whether ranks hold shards of the model; one process alone holds it all."""
     return settings.parallel != "ddp" and world.size > 1
 
 
-def distribute_model(model: nn.Module, settings: Settings, world: World) -> nn.Module:
-    """Compile and distribute a model, in place; returns what to call in training.
+def distribute_model(model: nn.Module, objective: nn.Module, settings: ParallelSettings, world: World) -> nn.Module:
+    """Compile and distribute a model and the parameters of its objective, in place; returns what to call for the model
+    in training.
 
-    ConfigError where hsdp does not fit the nodes. A model that gets shares may be in host memory.
+    ConfigError where hsdp does not fit the nodes. A model that is sharded may be in host memory.
     """
-    if has_shares(settings, world):
-        return _shard(model, _make_mesh(settings, world), settings.torchcompile)
+    if is_sharded(settings, world):
+        mesh = _make_mesh(settings, world)
+        if any(True for _ in objective.parameters()):
+            _shard(objective, mesh, compiled=False)
+        return _shard(model, mesh, settings.torchcompile)
     if settings.torchcompile:
         model.compile()  # in place: parameter names stay as they are
     if world.size == 1 or settings.deterministic:  # --deterministic adds the gradients itself
@@ -46,20 +52,20 @@ def distribute_model(model: nn.Module, settings: Settings, world: World) -> nn.M
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
 
 
-def _make_mesh(settings: Settings, world: World) -> DeviceMesh:
-    """Ranks that share a model: all, or those of a node, which are neighbours by number."""
+def _make_mesh(settings: ParallelSettings, world: World) -> DeviceMesh:
+    """Ranks that hold one model together: all, or those of a node, whose numbers are consecutive."""
     if settings.parallel == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("share",))
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     nodes, rest = divmod(world.size, world.local_size)
     if rest:
         raise ConfigError(
             [f"parallel: hsdp needs equal nodes; {world.size} ranks, but {world.local_size} on this one; use fsdp"]
         )
-    return init_device_mesh(world.device.type, (nodes, world.local_size), mesh_dim_names=("copy", "share"))
+    return init_device_mesh(world.device.type, (nodes, world.local_size), mesh_dim_names=("copy", "shard"))
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
-    """Cut the members of all ModuleLists, which are a tower's blocks, then what is left; scalars stay whole."""
+    """Shard the members of all ModuleLists, which are a tower's blocks, then what is left; scalars stay whole."""
     scalars = {parameter for parameter in model.parameters() if not parameter.dim()}
     for scalar in scalars:
         scalar.data = scalar.data.to(mesh.device_type)
@@ -67,10 +73,10 @@ def _shard(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
     blocks = dict.fromkeys(block for blocks in reversed(lists) for block in blocks)  # inner ones first
     for block in blocks:
         if not scalars.issuperset(block.parameters()):
-            if compiled:  # by block: a graph ends where parameters are put together
+            if compiled:  # by block: a graph ends where parameters are gathered
                 block.compile()
             fully_shard(block, mesh=mesh, ignored_params=scalars)
-    # The rest, too, is forgotten after a forward pass: one without a backward pass would keep it, and soon it is old.
+    # The rest, too, is freed after a forward pass: one without a backward pass would keep it, and soon it is old.
     return fully_shard(model, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
 
 
@@ -78,23 +84,30 @@ def _shard(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
 def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
     """For a backward pass of what `distribute_model` returned; after the last of a step gradients are means over ranks.
 
-    Shares are exchanged in every pass, since gradients that wait for the last would be those of the whole model; what
+    Shards are exchanged in every pass, since gradients that wait for the last would be those of the whole model; what
     nodes exchange waits.
     """
-    shares = isinstance(parallel, FSDPModule)
-    if shares:
+    sharded = isinstance(parallel, FSDPModule)
+    if sharded:
         parallel.set_requires_all_reduce(last)
     waits = isinstance(parallel, DistributedDataParallel) and not last
     with parallel.no_sync() if waits else contextlib.nullcontext():
         yield
-    if shares and last:
-        for parameter in parallel.parameters():
-            if not parameter.dim() and parameter.grad is not None:  # held by all, so nobody else does it
-                parameter.grad = sum_over_ranks(parameter.grad) / dist.get_world_size()
+    if sharded and last:
+        average_gradients(parallel)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Mean over ranks of the gradients of what all ranks hold whole, for which nobody else does it."""
+    size = rank_and_size()[1]
+    if size > 1:
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+                parameter.grad = sum_over_ranks(parameter.grad) / size
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors of which ranks hold shares are put together, one at a time; all ranks call this.
+    """Tensors of which ranks hold shards are gathered, one at a time; all ranks call this.
 
     They arrive in host memory where `keep` is true; on other ranks nothing stays, and nothing is returned.
     """
@@ -108,13 +121,12 @@ def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor
     return whole
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a tensor of the shape of `like`. Ranks get as many each, but the last ones fewer or none."""
+def own_shard(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of a tensor of the shape of `like`."""
     if not isinstance(like, DTensor) or not whole.dim():
         return whole
-    rows = -(-len(whole) // like.device_mesh.shape[-1])
-    start = like.device_mesh.get_local_rank("share") * rows
-    return whole[start : start + rows].clone()  # a view would keep all of it
+    shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return shard.clone()  # a view would keep all of it
 
 
 def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -122,7 +134,7 @@ def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     meshes = [tensor.device_mesh for tensors in groups.values() for tensor in tensors if isinstance(tensor, DTensor)]
     if not meshes:
         return {name: nn.utils.get_total_norm(tensors) for name, tensors in groups.items()}
-    first = meshes[0].get_local_rank("share") == 0  # who counts what all of them hold
+    first = meshes[0].get_local_rank("shard") == 0  # who counts what all of them hold
     norms = [
         nn.utils.get_total_norm(
             [t.to_local() if isinstance(t, DTensor) else t if first else torch.zeros_like(t) for t in tensors]
@@ -130,59 +142,77 @@ def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         for tensors in groups.values()
     ]
     squares = torch.stack(norms).square()
-    dist.all_reduce(squares, group=meshes[0].get_group("share"))
+    dist.all_reduce(squares, group=meshes[0].get_group("shard"))
     return dict(zip(groups, squares.sqrt().unbind()))
 
 
-class Shares:
-    """This rank's rows of a model's parameters as plain parameters, `own`, by name; with DDP simply the parameters."""
+class Shards:
+    """This rank's rows of all parameters of model and objective as plain parameters, `own`, by name; where nothing is
+    sharded simply the parameters. Names of the objective's begin with `objective.`."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.own = {name: _own(parameter) for name, parameter in model.named_parameters()}
+    def __init__(self, model: nn.Module, objective: nn.Module):
+        self._modules = {"": model, "objective.": objective}
+        self.own = {name: _own(parameter) for name, parameter in self.whole()}
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As a module's."""
-        return iter(self.own.items())
+    def whole(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters as the modules have them, with their whole shapes."""
+        for prefix, module in self._modules.items():
+            yield from module.named_parameters(prefix=prefix.rstrip("."))
 
     def take_gradients(self) -> None:
-        """Let `own` have the gradients of the model's parameters: the same memory."""
-        for name, parameter in self.model.named_parameters():
+        """Let `own` have the gradients of the parameters: the same memory."""
+        for name, parameter in self.whole():
             if isinstance(parameter, DTensor):
                 own = self.own[name]
                 assert own.data_ptr() == parameter.to_local().data_ptr(), f"{name} has moved"
                 own.grad = None if parameter.grad is None else parameter.grad.to_local()
 
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put whole tensors, one for each key of the model's state dict, into the model."""
-        for key, value in self.model.state_dict().items():
-            (value.to_local() if isinstance(value, DTensor) else value).copy_(part_of(weights[key], value))
+    def zero_gradients(self) -> None:
+        """Forget all gradients."""
+        for own in self.own.values():
+            own.grad = None
+        for _, parameter in self.whole():  # where these are not the same
+            parameter.grad = None
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Gradient norm of each tower, and of the objective: parameters by the first word of their names."""
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.whole():
+            if parameter.grad is not None:
+                groups.setdefault(name.partition(".")[0], []).append(parameter.grad)
+        return norms_of(groups)
 
     def cut_state(self, optim: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole optimizer state, keyed `parameter/slot` -> that of `own`. What has another key stays as it is."""
-        parameters = dict(self.model.named_parameters())
-        return {key: part_of(value, parameters.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
+        whole = dict(self.whole())
+        return {key: own_shard(value, whole.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
 
     def mark_state(self, optim: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Optimizer state of `own` -> the same as `whole_tensors` takes it: shares of something whole."""
-        parameters = dict(self.model.named_parameters())
-        return {key: _as_share(value, parameters.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
+        """Optimizer state of `own` -> the same as `whole_tensors` takes it: shards of something whole."""
+        whole = dict(self.whole())
+        return {key: _as_shard(value, whole.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
+
+
+@torch.no_grad()
+def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put whole tensors, one for each key of the module's state dict, into the module. KeyError for one that lacks."""
+    for key, value in module.state_dict().items():
+        (value.to_local() if isinstance(value, DTensor) else value).copy_(own_shard(tensors[key], value))
 
 
 class WholeModel:
-    """The model for the main rank that validates: where ranks hold shares of it, a copy that has all.
+    """The model for the main rank that validates: where ranks hold shards of it, a copy that has all.
 
     Made before the model is distributed. The copy needs room for all weights on the main rank's device while it is
     used, and is in host memory otherwise.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, world: World):
-        self.model, self.world, self.copied = model, world, has_shares(settings, world)
+    def __init__(self, model: nn.Module, settings: ParallelSettings, world: World):
+        self.model, self.world, self.copied = model, world, is_sharded(settings, world)
         self.copy = copy.deepcopy(model).cpu() if self.copied and world.is_main else None
 
     @contextlib.contextmanager
-    def put_together(self) -> Iterator[nn.Module | None]:
+    def gathered(self) -> Iterator[nn.Module | None]:
         """With the weights of now; all ranks call this, and those that are not the main rank may get None."""
         if not self.copied:
             yield self.model
@@ -199,10 +229,10 @@ class WholeModel:
             self.copy.cpu()
 
 
-def _as_share(share: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor) or not share.dim():
-        return share
-    return DTensor.from_local(share, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+def _as_shard(shard: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor) or not shard.dim():
+        return shard
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def _own(parameter: nn.Parameter) -> nn.Parameter:

@@ -1,12 +1,14 @@
 """What limits a run: `python -m rwkv_clip.training.profile_data --train-data PREFIX [--model NAME] [--workers 8 ..]`.
 
 Each stage between a record and a training step is timed by itself, then the loader as a whole and, with --model, the
-training step on one of its batches. The last line says in plain words which of them limits a run, and what helps.
+training step on one of its batches. The last line says which of them limits a run, and what helps.
 Exit codes: 0 done, 2 a setting, 3 the data.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -19,35 +21,40 @@ import numpy as np
 import torch
 import tyro
 
-from rwkv_clip.config import ConfigError, Precision, Settings
+from rwkv_clip.config import ConfigError, check, ranged
 from rwkv_clip.data.image import ImageError, normalize
-from rwkv_clip.data.records import RecordError, RecordSet
+from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.factory import create_model, image_size_of, resolve_spec
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.errors import run_command
+from rwkv_clip.factory import create_model, resolve_spec
+from rwkv_clip.losses import make_objective
 
 from .checks import check_records
-from .data.samples import Sample, SampleReader, decode_window, fit_pixels
-from .data.torch_loader import CHUNK, Batch, DataError, TorchLoader, make_loader
-from .loop import Trainer
+from .data import make_loader
+from .data.batch import Batch, Plan
+from .data.samples import DataError, Sample, SampleReader, decode_windows, fit_pixels
+from .data.torch_loader import CHUNK, TorchLoader
+from .settings import DataSettings, ParallelSettings, Precision, Settings
+from .state import TrainState
+from .trainer import Trainer
 
-ENDLESS = 1 << 40  # steps of a loader that is stopped by the clock
+ENDLESS = 1 << 40  # steps of a loader that is stopped after some seconds
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class ProfileSettings:
     """The settings of training that decide how fast data flow, under the same names."""
 
     train_data: str
     """Records: prefix, .rec file, folder, glob or comma-separated list."""
     model: str | None = None
     """Preset, model JSON or open_clip name: times its training step, too, and takes its image size."""
-    image_size: int = 224
+    image_size: int = ranged(224, minimum=1)
     """Pixels on a side, without --model."""
-    batch_size: int = 64
+    batch_size: int = ranged(64, minimum=1)
     """Pairs per step."""
-    workers: int = 4
+    workers: int = ranged(4, minimum=0)
     """Decoding processes (torch) or threads (DALI); 0 decodes in the training process."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     device: str | None = None
@@ -56,15 +63,11 @@ class BenchSettings:
     """Of the training step."""
     torchcompile: bool = False
     """Compile the towers for the training step."""
-    seconds: float = 3.0
+    seconds: float = ranged(3.0, above=0)
     """How long each stage is timed."""
 
-    def __post_init__(self):
-        for name, least in (("image_size", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError([f"{name}: {getattr(self, name)} is below {least}"])
-        if not self.seconds > 0:
-            raise ConfigError([f"seconds: {self.seconds}; needs a time above 0"])
+    def problems(self) -> list[str]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ class Rates:
 
 
 REMEDIES = {
-    "read": "put the records on a faster disk, or build them with smaller pictures (data2rec.py --max-side)",
-    "decode": "build the records with smaller pictures (data2rec.py --max-side), or decode on a GPU (--loader dali)",
-    "resize": "build the records with smaller pictures (data2rec.py --max-side), or use a GPU (--loader dali)",
+    "read": "put the records on a faster disk, or build them with smaller images (data2rec.py --max-side)",
+    "decode": "build the records with smaller images (data2rec.py --max-side), or decode on a GPU (--loader dali)",
+    "resize": "build the records with smaller images (data2rec.py --max-side), or use a GPU (--loader dali)",
     "collate": "more workers do not help; keep other work off the core of the training process, or train on a GPU",
 }
 STAGES = {
@@ -97,10 +100,10 @@ STAGES = {
 
 
 def slowest_stage(rates: Rates) -> str:
-    """Which stage of the loader holds the others up: the training process, or what the workers spend most time in."""
-    at_work = min(max(rates.workers, 1), rates.cores)
-    together = at_work / (1 / rates.read + 1 / rates.decode + 1 / rates.resize)
-    if rates.collate < together:
+    """Which stage of the loader limits it: the training process, or what the workers spend most time in."""
+    active = min(max(rates.workers, 1), rates.cores)
+    workers = active / (1 / rates.read + 1 / rates.decode + 1 / rates.resize)
+    if rates.collate < workers:
         return "collate"
     return min(("read", "decode", "resize"), key=lambda stage: getattr(rates, stage))
 
@@ -112,13 +115,13 @@ def find_limit(rates: Rates) -> str:
             f"The training step limits this run: {rates.step:,.0f} images/s; the loader gives {rates.loader:,.0f}, "
             f"{rates.loader / rates.step:.1f} times as many: the data are fast enough, fewer --workers may do."
         )
-    against = "" if rates.step is None else f", while the training step takes {rates.step:,.0f}"
+    step = "" if rates.step is None else f", while the training step takes {rates.step:,.0f}"
     stage = "decode" if rates.dali else slowest_stage(rates)
     more = rates.workers < rates.cores and stage != "collate"
     remedy = f"raise --workers, {rates.workers} of {rates.cores} cores are in use" if more else REMEDIES[stage]
     name = "DALI (decoding and resizing)" if rates.dali else STAGES[stage]
     which = "this run" if rates.step is not None else "the loader"
-    return f"The data limit {which}: {rates.loader:,.0f} images/s{against}; most of it is {name}: {remedy}."
+    return f"The data limit {which}: {rates.loader:,.0f} images/s{step}; most of it is {name}: {remedy}."
 
 
 def measure(run: Callable[[], int], seconds: float) -> float:
@@ -131,30 +134,27 @@ def measure(run: Callable[[], int], seconds: float) -> float:
 
 
 def measure_stages(reader: SampleReader, seconds: float) -> tuple[dict[str, float], float]:
-    """(images per second of read, decode and resize in this process, mean bytes of a record's picture)."""
-    places, taken = iter(range(ENDLESS)), []
+    """(images per second of read, decode and resize in this process, mean bytes of a record's image)."""
+    starts, taken = itertools.count(step=CHUNK), []
 
     def read() -> int:
-        start = next(places) * CHUNK
+        start = next(starts)
         taken[:] = reader.read(np.arange(start, start + CHUNK))
         return len(taken)
 
     rates = {"read": measure(read, seconds)}
     size, samples = reader.image_size, [sample for sample in taken if _decodes(sample, reader.image_size)]
     if not samples:
-        raise DataError(f"none of {len(taken)} records holds a picture that decodes; check the training data")
-    windows = [decode_window(sample, size) for sample in samples]
-    rates["decode"] = measure(lambda: sum(decode_window(s, size) is not None for s in samples), seconds)
-    flips = [sample.flip for sample in samples]
-    rates["resize"] = measure(
-        lambda: sum(fit_pixels(w, size, flip) is not None for w, flip in zip(windows, flips)), seconds
-    )
+        raise DataError(f"none of {len(taken)} records holds an image that decodes; check the training data")
+    windows = [(*decode_windows(sample, size), sample.crops[0].flip) for sample in samples]
+    rates["decode"] = measure(lambda: sum(len(decode_windows(sample, size)) for sample in samples), seconds)
+    rates["resize"] = measure(lambda: len([fit_pixels(pixels, size, flip) for pixels, flip in windows]), seconds)
     return rates, sum(len(sample.data) for sample in samples) / len(samples)
 
 
 def _decodes(sample: Sample, size: tuple[int, int]) -> bool:
     try:
-        decode_window(sample, size)
+        decode_windows(sample, size)
     except ImageError:
         return False
     return True
@@ -174,17 +174,18 @@ def measure_collate(size: tuple[int, int], batch: int, device: torch.device, sec
 
 
 def measure_loader(batches: Iterator[Batch], seconds: float) -> tuple[float, Batch]:
-    """The loader as a whole, once the queues that filled while it started are empty, and a batch of it."""
+    """Images per second of the whole loader, once the queues that filled while it started are empty, and a batch."""
     end = time.perf_counter() + seconds / 2
     while time.perf_counter() < end:
         batch = next(batches)
     return measure(lambda: len(next(batches).ids), seconds), batch
 
 
-def measure_step(settings: BenchSettings, model: torch.nn.Module, batch: Batch, world: World, records: int) -> float:
-    """Training steps (forward, loss, backward, optimizer) on one batch again and again."""
-    train = Settings(batch_size=settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
-    trainer = Trainer(model, make_objective(train.objective), train, world, records)
+def measure_step(settings: ProfileSettings, model: torch.nn.Module, batch: Batch, world: World, records: int) -> float:
+    """Images per second of training steps (forward, loss, backward, optimizer) on one batch again and again."""
+    parallel = ParallelSettings(settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
+    train = Settings(parallel=parallel)
+    trainer = Trainer(TrainState(model, make_objective(train.loss), train, world, records))
 
     def step() -> int:
         trainer.step(batch)
@@ -200,7 +201,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
+def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
     """Measure every stage, print each as soon as it is known, then the sentence."""
     records = RecordSet(settings.train_data)
     model = None
@@ -212,7 +213,7 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
         _, spec = resolve_spec(settings.model)
         check_records(records, spec, settings.train_data)
         model = create_model(spec, device=world.device)
-        size = tuple(image_size_of(model))
+        size = model.spec.image_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     say(f"{len(records):,} records, {size[1]} x {size[0]} px, batches of {settings.batch_size}, {cores} cores")
     reader = SampleReader(records, 0, size)
@@ -223,23 +224,13 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
     say(f"crop, resize    {rates['resize']:10,.0f} images/s per process")
     rates["collate"] = measure_collate(size, settings.batch_size, world.device, settings.seconds)
     say(f"collate, copy   {rates['collate']:10,.0f} images/s")
-    loader = make_loader(
-        records,
-        image_size=size,
-        global_batch=settings.batch_size,
-        steps=ENDLESS,
-        workers=settings.workers,
-        loader=settings.loader,
-        device=world.device,
-    )
-    try:
+    plan = Plan(global_batch=settings.batch_size, steps=ENDLESS)
+    data = DataSettings(workers=settings.workers, loader=settings.loader)
+    with contextlib.closing(make_loader(records, plan, size, data, device=world.device)) as loader:
         rates["loader"], batch = measure_loader(iter(loader), settings.seconds)
-    finally:
-        loader.close()
     dali = not isinstance(loader, TorchLoader)
-    say(
-        f"loader          {rates['loader']:10,.0f} images/s ({'DALI' if dali else 'torch'}, {settings.workers} workers)"
-    )
+    kind = "DALI" if dali else "torch"
+    say(f"loader          {rates['loader']:10,.0f} images/s ({kind}, {settings.workers} workers)")
     step = None
     if model is not None:
         step = measure_step(settings, model, batch, world, len(records))
@@ -251,20 +242,19 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> Rates:
 
 def main() -> None:
     """Command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        run(tyro.cli(BenchSettings, prog="rwkv_clip.training.profile_data", description=__doc__))
-    except (DataError, RecordError) as error:
-        sys.exit(_explain(error, 3))
-    except (ConfigError, FileNotFoundError, ValueError) as error:
-        sys.exit(_explain(error, 2))
+        code = run_command(_command)
     finally:
         leave_world()
+    sys.exit(code)
 
 
-def _explain(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+def _command() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    settings = tyro.cli(ProfileSettings, prog="rwkv_clip.training.profile_data", description=__doc__)
+    if problems := check(settings):
+        raise ConfigError(problems)
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
-from rwkv_clip.config import ConfigError, Settings
+from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, ask_main, judge_all
 from rwkv_clip.files import hold
 
+from .settings import RunSettings
+
 
 @contextlib.contextmanager
-def open_run(settings: Settings, world: World, model: str) -> Iterator[tuple[Path, Path | None]]:
+def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[Path, Path | None]]:
     """(run folder, checkpoint to resume from or None); the folder is owned while inside. A run without a name gets the
     model's and the time.
 
@@ -69,12 +71,12 @@ def _make_folder(path: Path, setting: str) -> None:
         raise ConfigError([f"{setting}: {path} cannot be made ({error.strerror}); name a folder that can"]) from None
 
 
-def _resumed_path(settings: Settings, folder: Path) -> Path:
+def _resumed_path(settings: RunSettings, folder: Path) -> Path:
     """Where the checkpoint to resume from is looked for."""
     return folder if settings.resume in (None, "latest") else Path(settings.resume)
 
 
-def _choose_checkpoint(settings: Settings, world: World, folder: Path) -> Path | None:
+def _choose_checkpoint(settings: RunSettings, world: World, folder: Path) -> Path | None:
     """The checkpoint folder to go on from, verified; None to start anew."""
     has_run = bool(list_checkpoints(folder))
     again = world.restarted and settings.name and has_run  # by torchrun, with the arguments of the first start
@@ -95,7 +97,7 @@ def _choose_checkpoint(settings: Settings, world: World, folder: Path) -> Path |
     )
 
 
-def _find_same(settings: Settings, folder: Path, name: str, manifest: str) -> Path | None:
+def _find_same(settings: RunSettings, folder: Path, name: str, manifest: str) -> Path | None:
     """The main rank's checkpoint as this rank sees it; None where it does not, or sees another one."""
     start = _resumed_path(settings, folder)
     for path in (start, start / "checkpoints" / name, start / name, folder / "checkpoints" / name):

@@ -18,8 +18,8 @@ import torch
 from harness import Report, alternate, argument_parser
 from torch import Tensor, nn
 
-from rwkv_clip.config import ImageTowerConfig, TextTowerConfig
-from rwkv_clip.models.rwkv import IMAGE_STYLE, TEXT_STYLE, Block
+from rwkv_clip.models.rwkv import ImageTowerConfig, TextTowerConfig
+from rwkv_clip.models.rwkv_block import IMAGE_STYLE, TEXT_STYLE, Block
 from rwkv_clip.ops import block_cpu
 
 CASES = {  # style, configuration, grid

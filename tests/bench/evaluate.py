@@ -25,7 +25,7 @@ from models import make_open_clip
 from PIL import Image
 from torch import Tensor, nn
 
-from rwkv_clip.factory import preprocess_of
+from rwkv_clip.data.image import val_transform
 from rwkv_clip.features import DECODE_WORKERS
 from rwkv_clip.metrics import RECALL_AT, recall_at_k
 from rwkv_clip.retrieval import RetrievalSet, evaluate_retrieval, load_retrieval
@@ -91,7 +91,7 @@ def measure_evaluation(report: Report, args, folder: Path) -> None:
     """Files to figures: decoding, both towers, ranking."""
     data = load_retrieval(args.data, split=args.split) if args.data else load_retrieval(draw_set(folder, args))
     model, tokenizer = make_open_clip(args.model, args.device), make_tokenizer()
-    preprocess = preprocess_of(model)
+    preprocess = val_transform(model.visual.image_size)
 
     def ours() -> dict:
         return evaluate_retrieval(model, data, preprocess, tokenizer, device=args.device).metrics
@@ -103,7 +103,7 @@ def measure_evaluation(report: Report, args, folder: Path) -> None:
     found = {}
     for name, call in contenders.items():
         contenders[name] = lambda name=name, call=call: found.__setitem__(name, call())
-    times = alternate(contenders, repeats=1 if args.data else args.repeats, warmup=0, device=args.device)
+    times = alternate(contenders, repeats=1 if args.data else args.repeats, warmup_fraction=0, device=args.device)
     case = f"{data.name if args.data else 'drawn set'}, {len(data.image_names)} x {len(data.captions)}, {args.model}"
     if has_peer():
         # Features differ in the last bits (other batches), so near ties may fall the other way.

@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from architecture import draw_architecture
-from harness import RESULTS, ROOT
-from summary import read_results
 
-FIGURES = ROOT / "figure"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, FIGURES = ROOT / "tests" / "bench" / "results", ROOT / "figure"
 DPI = 150
 RED, GREY, BLUE, GREEN, ORANGE = "#c1272d", "#6f6f6f", "#0072b2", "#2a7f62", "#d55e00"
 
@@ -38,7 +37,7 @@ CUTS = (1, 5, 10)
 
 def newest(bench: str, folder: Path = RESULTS) -> dict:
     """The newest result of a bench. ValueError if there is none."""
-    found = [result for result in read_results(folder) if result["bench"] == bench]
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{bench}-*.json")]
     if not found:
         raise ValueError(f"{folder.name}: no result of the bench {bench!r}; run it first (bash shell/bench.sh {bench})")
     return max(found, key=lambda result: result["date"])

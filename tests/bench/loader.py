@@ -29,8 +29,9 @@ from PIL import Image, ImageOps
 
 from rwkv_clip.data.image import CLIP_MEAN, CLIP_STD, normalize
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
-from rwkv_clip.training.data.augment import Augmentation
-from rwkv_clip.training.data.torch_loader import make_loader
+from rwkv_clip.training.data import make_loader
+from rwkv_clip.training.data.batch import Plan
+from rwkv_clip.training.settings import DataSettings
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 88, 224
 CHECKED = 64  # pictures compared with PIL's
@@ -98,17 +99,10 @@ def write_data(jpegs: list[bytes], folder: Path, shards: int) -> None:
 
 def ours(setting: Setting, kind: str) -> Batches:
     """Our loader, and the normalisation of the training step."""
-    augmentation = Augmentation((1.0, 1.0), (WIDTH / HEIGHT,) * 2, 0.0) if setting.whole else Augmentation()
-    loader = make_loader(
-        RecordSet(setting.folder / "train.rec"),
-        image_size=SIZE,
-        global_batch=setting.batch,
-        steps=ENDLESS,
-        workers=setting.workers,
-        loader=kind,
-        device=setting.device,
-        augmentation=augmentation,
-    )
+    whole = {"crop_area": (1.0, 1.0), "crop_aspect": (WIDTH / HEIGHT,) * 2, "flip": 0.0} if setting.whole else {}
+    settings = DataSettings(workers=setting.workers, loader=kind, **whole)
+    plan = Plan(global_batch=setting.batch, steps=ENDLESS)
+    loader = make_loader(RecordSet(setting.folder / "train.rec"), plan, SIZE, settings, device=setting.device)
     try:
         for batch in loader:
             yield normalize(batch.image.to(setting.device, non_blocking=True)), batch.ids.tolist()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from harness import Report, alternate, argument_parser, peak_memory
 from torch import Tensor
 
-from rwkv_clip.losses.objective import ALIP, InfoNCE
+from rwkv_clip.losses import ALIP, InfoNCE
 
 try:
     from open_clip.loss import ClipLoss

@@ -22,11 +22,12 @@ import torch
 from harness import Report, alternate, argument_parser, peak_memory
 from models import make_ours
 
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training.gradients import GradientStep, Inputs
 from rwkv_clip.training.parallel import distribute_model
+from rwkv_clip.training.settings import Settings
 
 MODES = {
     "plain": {},
@@ -40,10 +41,10 @@ def make_step(mode: str, name: str, batch: int, world: World) -> tuple[torch.nn.
     """(model, call): a call is one step, gradients and update, of a model of its own. batch: of all ranks."""
     model = make_ours(name, world.device).train()
     share = batch // world.size
-    changes = {"batch_size": share // MODES[mode].get("accum_freq", 1), "precision": "bf16", **MODES[mode]}
+    changes = {"batch_size": share // MODES[mode].get("accum_freq", 1), "precision": "amp_bf16", **MODES[mode]}
     settings = parse(Settings, changes)
     parallel = distribute_model(model, settings, world)
-    gradients = GradientStep(model, parallel, make_objective("infonce"), settings, world, lambda pixels: pixels)
+    gradients = GradientStep(model, parallel, InfoNCE(), settings, world, lambda pixels: pixels)
     g = torch.Generator().manual_seed(1)
     image = torch.randn(batch, 3, *model.image_size, generator=g)
     text = torch.randint(1, 49407, (batch, model.context_length), generator=g)

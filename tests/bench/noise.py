@@ -36,26 +36,27 @@ from figures import chance, draw_alip, draw_noise
 from harness import ROOT, Report, argument_parser
 
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
-from rwkv_clip.config import Settings, load_settings, parse, to_dict
+from rwkv_clip.config import parse, to_dict
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.factory import create_model, load_for_inference
 from rwkv_clip.features import encode_images, encode_texts, open_picture
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import make_objective
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training.main import run as train
+from rwkv_clip.training.settings import Settings, load_settings
 
 VIT, RWKV = "ViT-Ti-8", "RWKV-CLIP-Ti-8"  # one width, depth, picture and patch
-GATED = {"objective": "alip", "views": "all"}
+GATED = {"objective": "alip", "text_choice": "all"}
 METHODS = {
-    "CLIP, raw": {"model": VIT, "views": "first"},
-    "CLIP, one of two": {"model": VIT, "views": "one"},
+    "CLIP, raw": {"model": VIT, "text_choice": "first"},
+    "CLIP, one of two": {"model": VIT, "text_choice": "one"},
     "ALIP": {"model": VIT, **GATED},
-    "RWKV towers, one of two": {"model": RWKV, "views": "one"},
+    "RWKV towers, one of two": {"model": RWKV, "text_choice": "one"},
     "RWKV towers, ALIP": {"model": RWKV, **GATED},
 }
 EXTRAS = {  # what is it in ALIP: two texts a step, or their weights? and its slow start?
-    "extra: CLIP, both": {"model": VIT, "views": "all"},
+    "extra: CLIP, both": {"model": VIT, "text_choice": "all"},
     "extra: ALIP, means from 0.4": {"model": VIT, **GATED, "gates": {"init": 0.4}},
 }
 PRESET = "flickr8k-small"  # learning rate, schedule and augmentation of everybody
@@ -126,7 +127,7 @@ def run_method(task: tuple[argparse.Namespace, str, int]) -> dict:
     args, label, seed = task
     settings = make_settings(args, label, seed)
     started = time.monotonic()
-    folder = Path(settings.logs) / settings.name
+    folder = Path(settings.run.logs) / settings.run.name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "out.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         train(settings)
@@ -139,7 +140,7 @@ def run_method(task: tuple[argparse.Namespace, str, int]) -> dict:
     result = {"method": label, "seed": seed, "seconds": round(seconds, 1), "settings": kept_settings(args, settings)}
     result |= tested
     result["parameters"] = sum(p.numel() for p in loaded.model.parameters())
-    if settings.objective == "alip":
+    if settings.loss.objective == "alip":
         result["gates"] = measure_gates(settings, loaded, folder, args)
     path = kept_file(args, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ def kept_settings(args: argparse.Namespace, settings: Settings) -> dict:
 
 
 def kept_file(args: argparse.Namespace, settings: Settings) -> Path:
-    return args.work / "results" / f"{settings.name}.json"
+    return args.work / "results" / f"{settings.run.name}.json"
 
 
 def read_kept(args: argparse.Namespace, label: str, seed: int) -> dict | None:
@@ -172,8 +173,8 @@ def read_kept(args: argparse.Namespace, label: str, seed: int) -> dict | None:
 
 def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Namespace) -> dict:
     """Weights that the trained gates give clean and swapped training pairs: means and area."""
-    records = RecordSet(settings.train_data)
-    swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.seed}.json").read_text()))
+    records = RecordSet(settings.data.train_data)
+    swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.run.seed}.json").read_text()))
     images = encode_images(
         loaded.model,
         lambda i: open_picture(records.sample(i)[0]),
@@ -183,7 +184,7 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
     )
     tokens = np.stack([records.sample(i)[1] for i in range(len(records))])  # (n, 2, T)
     texts = encode_texts(loaded.model, tokens.reshape(-1, records.context), device=args.device)
-    objective = make_objective(settings.objective, settings.gates).eval()
+    objective = make_objective(settings.loss).eval()
     saved = read_tensors(find_checkpoint(folder) / "optim.safetensors")["objective/mean_similarity"]
     objective.load_state_dict({"mean_similarity": saved})
     similarities = objective.similarities(images, texts.view(len(records), 2, -1))

@@ -55,7 +55,7 @@ class Training:
         return time.perf_counter() - start
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.model.state_dict(), pack_state(self.optimizer, self.model)
+        return self.model.state_dict(), pack_state(self.optimizer, dict(self.model.named_parameters()))
 
     def size(self) -> int:
         return sum(t.numel() * t.element_size() for part in self.tensors() for t in part.values())

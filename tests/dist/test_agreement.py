@@ -68,7 +68,7 @@ def end(folder: Path, *arguments) -> tuple[list[int], list[str]]:
 
 CASES = {
     "seed": ({"seed": 5}, "", "seed: rank 1 on "),
-    "several": ({"lr": 0.5, "views": "first", "name": "another"}, "", "lr: rank 1 on "),
+    "several": ({"lr": 0.5, "text_choice": "first", "name": "another"}, "", "lr: rank 1 on "),
     "records": ({"train_data": "other"}, "", "train_data: rank 1 on "),
     "description": ({"model": "narrow.json"}, "", "model.text.ffn_width: rank 1 on "),
     "version": ({}, "version", "version: rank 1 on "),

@@ -11,10 +11,8 @@ from helpers.alip_formulas import BATCH, STEPS, ReferenceALIP, features
 from helpers.ranks import digest, run_ranks, train_logging_ids
 from helpers.tiny import make_smaller, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
-from rwkv_clip.config import GateConfig
 from rwkv_clip.dist import join_world, leave_world, mean_over_ranks
-from rwkv_clip.losses import objective
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import ALIP, GateSettings, pairs
 from rwkv_clip.training import main
 
 GATES = {"init": 0.25, "momentum": 0.5}
@@ -23,8 +21,8 @@ GATES = {"init": 0.25, "momentum": 0.5}
 def work(folder: str) -> None:
     """On a rank: three steps on its rows of the whole batch, gradients averaged over ranks as DDP does."""
     world = join_world("cpu")
-    objective.CPU_ROWS = 3  # chunks that end within a rank's share
-    alip, found = make_objective("alip", GateConfig(**GATES)).double(), []
+    pairs.CPU_ROWS = 3  # chunks that end within a rank's share
+    alip, found = ALIP(GateSettings(**GATES)).double(), []
     own = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
     for step in range(STEPS):
         *whole, scale = (leaf.detach() for leaf in features(step, torch.float64))
@@ -42,7 +40,7 @@ def work(folder: str) -> None:
 def test_ranks_are_one_process(world, tmp_path):
     run_ranks(world, tmp_path, work, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(world)]
-    theirs, ours = ReferenceALIP(**GATES), make_objective("alip", GateConfig(**GATES)).double()
+    theirs, ours = ReferenceALIP(**GATES), ALIP(GateSettings(**GATES)).double()
     for step in range(STEPS):
         leaves = features(step, torch.float64)
         losses, log, _ = theirs(*leaves)
@@ -61,7 +59,7 @@ def test_ranks_are_one_process(world, tmp_path):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
-    alip = {"objective": "alip", "views": "all", "texts": 2, "gates": {"init": 0.5, "momentum": 0.75}}
+    alip = {"objective": "alip", "text_choice": "all", "texts": 2, "gates": {"init": 0.5, "momentum": 0.75}}
     return settings | alip | {"val_data": None, "max_steps": 4, "save_every_n_steps": 4, "drop_path": 0.0}
 
 

@@ -10,9 +10,10 @@ import torch
 from helpers.ranks import digest, read_ids, run_ranks, train_logging_ids
 from helpers.tiny import COUNT, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import World
-from rwkv_clip.training.gradients import cut_batch
+from rwkv_clip.training.deterministic import DeterministicStep
+from rwkv_clip.training.settings import ParallelSettings
 
 STEPS, BATCH = 12, 16
 
@@ -85,15 +86,15 @@ def test_the_mode_matters(data, one_rank):
     assert found[2][0] != found[1][0], "if these agree, the digest sees nothing"
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"grad_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"precision": "amp_bf16"}, {"grad_checkpointing": True}], ids=str)
 def test_same_bits_in_other_modes(data, changes):
     runs = Runs(data, {"deterministic": True, "max_ranks": 4, "max_steps": 5, **changes})
     assert runs(2)[0] == runs(1)[0]
 
 
 def cut(ranks: int, **changes):
-    settings = {"train_data": "x", "deterministic": True, "max_ranks": 4, "batch_size": 4, **changes}
-    return cut_batch(parse(Settings, settings), World(0, ranks, torch.device("cpu")))
+    settings = {"deterministic": True, "max_ranks": 4, "batch_size": 4, **changes}
+    return DeterministicStep.cut_batch(parse(ParallelSettings, settings), World(0, ranks, torch.device("cpu")))
 
 
 def test_ranks_that_do_not_fit_are_refused():
@@ -101,7 +102,7 @@ def test_ranks_that_do_not_fit_are_refused():
         cut(3)
     with pytest.raises(ConfigError, match="8 ranks"):
         cut(8)
-    with pytest.raises(ConfigError, match=r"max_ranks: 4 pieces of 16 pairs, .* from 16 on"):
+    with pytest.raises(ConfigError, match=r"max_ranks: 4 micro-batches of 16 pairs, .* from 16 on"):
         cut(2, accum_freq=8)
     with pytest.raises(ConfigError, match="max_ranks: 3 is not a power of two"):
         cut(2, max_ranks=3)

@@ -62,7 +62,7 @@ def slow_down(main, rank: str) -> None:
     evaluate, step = main.evaluate_retrieval, main.Trainer.step
 
     def first(self, batch):
-        if self.progress.step == 0 and rank == "1":
+        if self.state.progress.step == 0 and rank == "1":
             time.sleep(TIMEOUT + 2.5)
         return step(self, batch)
 

@@ -21,18 +21,21 @@ import rwkv_clip
 from helpers.ranks import digest, run_ranks
 from helpers.tiny import MODEL, make_smaller, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint, read_description
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.dist import World, join_world, leave_world, mean_over_ranks
-from rwkv_clip.losses.objective import InfoNCE
+from rwkv_clip.losses import InfoNCE
 from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
 from rwkv_clip.training import loop, main, parallel
-from rwkv_clip.training.checkpointing import restore_snapshot, take_snapshot
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.training.checkpointing import restore_snapshot, save_run, take_snapshot
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.faults.nonfinite import NumericsError
 from rwkv_clip.training.faults.signals import Preempted
 from rwkv_clip.training.gradients import Inputs
-from rwkv_clip.training.parallel import Shares, distribute_model, whole_tensors
+from rwkv_clip.training.parallel import Shards, distribute_model, whole_tensors
 from rwkv_clip.training.saver import Saver
+from rwkv_clip.training.settings import ParallelSettings, Settings
+from rwkv_clip.training.state import TrainState
+from rwkv_clip.training.trainer import Trainer
 
 BATCH, STEPS, SAVED = 16, 5, 3  # a checkpoint after SAVED steps
 MODELS = {
@@ -71,7 +74,7 @@ class Run:
             for parameter in net.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         world = dataclasses.replace(world, local_size=local)
-        self.trainer = loop.Trainer(net.to(dtype), InfoNCE(), settings, world, 100)
+        self.trainer = Trainer(TrainState(net.to(dtype), InfoNCE(), settings, world, 100))
         self.most_whole = 0
         pixels = self.trainer.gradients.normalize
         self.trainer.gradients.normalize = lambda image: pixels(image).to(dtype)
@@ -80,16 +83,16 @@ class Run:
         """From now on have in `most_whole` the bytes of parameters that are whole at a time, in some norm's forward."""
 
         def count(*_: object) -> None:
-            whole = [p.nbytes for p in self.trainer.model.parameters() if not isinstance(p, DTensor)]
+            whole = [p.nbytes for p in self.trainer.state.model.parameters() if not isinstance(p, DTensor)]
             self.most_whole = max(self.most_whole, sum(whole))
 
-        for module in self.trainer.model.modules():
+        for module in self.trainer.state.model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.register_forward_hook(count)
 
     def batch(self) -> Batch:
         """This rank's share of the batch of the step that comes next."""
-        step, world = self.trainer.progress.step, self.trainer.world
+        step, world = self.trainer.state.progress.step, self.trainer.state.world
         g = torch.Generator().manual_seed(step)
         image = torch.randint(256, (BATCH, 3, 32, 32), generator=g, dtype=torch.uint8)
         text = torch.randint(1, 1000, (BATCH, 3, 8), generator=g)
@@ -101,29 +104,30 @@ class Run:
     def train(self, until: int) -> list[float]:
         """Losses and gradient norms, as the log has them."""
         numbers = []
-        while self.trainer.progress.step < until:
+        while self.trainer.state.progress.step < until:
             values = self.trainer.step(self.batch())
             numbers += mean_over_ranks({k: values[k] for k in ("loss", "grad_norm")}, torch.device("cpu")).values()
-        self.trainer.watch.check()
+        self.trainer.state.watch.check()
         return numbers
 
     def save(self, folder: Path) -> str | None:
         """Digest of the checkpoint, on the main rank."""
-        saver = Saver(folder, keep=9) if self.trainer.world.is_main else None
-        self.trainer.save(saver, "tiny", last=True)
+        saver = Saver(folder, keep=9) if self.trainer.state.world.is_main else None
+        self.trainer.check()
+        save_run(self.trainer.state, saver, "tiny", last=True)
         return digest(find_checkpoint(folder)) if saver else None
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return whole_tensors(self.trainer.model.state_dict(), True)
+        return whole_tensors(self.trainer.state.model.state_dict(), True)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients of the batch that comes next."""
         trainer, batch = self.trainer, self.batch()
-        inputs = Inputs(batch.image, trainer.choose_view(batch), trainer.draw_drops(batch))
-        trainer.gradients.run(trainer.progress.step, inputs, lambda loss: loss)
-        found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        inputs = Inputs(batch.image, trainer.choose_texts(batch), trainer.draw_drops(batch))
+        trainer.gradients.run(trainer.state.progress.step, inputs, lambda loss: loss)
+        found = {name: p.grad for name, p in trainer.state.model.named_parameters() if p.grad is not None}
         found = {key: value.clone() for key, value in whole_tensors(found, True).items()}
-        trainer.model.zero_grad()
+        trainer.state.model.zero_grad()
         return found
 
 
@@ -162,10 +166,10 @@ def resume_kinds(folder: Path, kinds: list[str]) -> None:
         for source in MOVED:
             run = Run(world, kind)
             with torch.no_grad():
-                for parameter in run.trainer.shares.own.values():
+                for parameter in run.trainer.state.shards.own.values():
                     parameter.fill_(0.5)  # nothing is right by chance
             path = folder / f"saved {source}" / f"step-{SAVED:08}"
-            restore_snapshot(run.trainer, path, read_description(path))
+            restore_snapshot(run.trainer.state, path, read_description(path))
             found = {"loaded": run.save(folder / f"{kind} from {source}")}
             if source in (kind, "fsdp"):
                 found["numbers"] = run.train(STEPS)
@@ -262,20 +266,20 @@ def test_one_block_is_whole_at_a_time(trained, kind, way):
 def stop_and_overflow(folder: Path) -> None:
     """On both ranks: a number in rank 1's share of the gradients is not finite, in float32 and in float16."""
     world = join_world("cpu")
-    take = Shares.take_gradients
+    take = Shards.take_gradients
 
-    def spoil(shares: Shares) -> None:
-        take(shares)
+    def spoil(shards: Shards) -> None:
+        take(shards)
         if world.rank == 1:
-            shares.own["text_model.blocks.0.att.key.weight"].grad[0, 0] = float("inf")
+            shards.own["text_model.blocks.0.att.key.weight"].grad[0, 0] = float("inf")
 
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "amp"):
         run = Run(world, "fsdp", "one block", precision=precision)
-        scaler, own = run.trainer.scaler, run.trainer.shares.own.values()
+        scaler, own = run.trainer.state.scaler, run.trainer.state.shards.own.values()
         scaler.load_state_dict(scaler.state_dict() and {**scaler.state_dict(), "scale": 2.0**10})
         run.train(1)
         before = [parameter.clone() for parameter in own]
-        Shares.take_gradients = spoil
+        Shards.take_gradients = spoil
         if precision == "fp32":
             with pytest.raises(NumericsError, match=r"^step 1: loss [0-9.]+, gradient norm (inf|nan)"):
                 run.train(2)
@@ -283,11 +287,11 @@ def stop_and_overflow(folder: Path) -> None:
             run.train(2)
             assert scaler.get_scale() == 2.0**9, "on both ranks"
         assert all(torch.equal(a, b) for a, b in zip(before, own))
-        Shares.take_gradients = take
-        if precision == "fp16":
+        Shards.take_gradients = take
+        if precision == "amp":
             run.train(3)
             assert not any(torch.equal(a, b) for a, b in zip(before, own) if a.numel())
-    weights, optim, _ = take_snapshot(run.trainer, "tiny")
+    weights, optim, _ = take_snapshot(run.trainer.state, "tiny")
     assert bool(weights) == bool(optim) == world.is_main, "nobody else keeps whole tensors"
     leave_world()
 
@@ -319,7 +323,7 @@ def command_line(settings: dict, stop: int | None) -> None:
     step = loop.Trainer.step
 
     def told(self, batch):
-        if self.progress.step == stop and self.world.rank == 1:
+        if self.state.progress.step == stop and self.state.world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
 
@@ -356,14 +360,14 @@ def test_a_run_that_is_told_to_stop(tmp_path):
 
 def test_one_process_holds_all():
     run = Run(World(0, 1, torch.device("cpu")), "one", parallel="fsdp")
-    assert all(run.trainer.shares.own[name] is p for name, p in run.trainer.model.named_parameters())
+    assert all(run.trainer.state.shards.own[name] is p for name, p in run.trainer.state.model.named_parameters())
 
 
 def test_unequal_nodes_are_refused():
-    settings = parse(Settings, {"parallel": "hsdp"})
+    settings = parse(ParallelSettings, {"parallel": "hsdp"})
     world = World(0, 3, torch.device("cpu"), local_size=2)
     with pytest.raises(ConfigError, match="parallel: hsdp needs equal nodes; 3 ranks, but 2 on this one; use fsdp"):
-        distribute_model(torch.nn.Linear(1, 1), settings, world)
+        distribute_model(torch.nn.Linear(1, 1), torch.nn.Module(), settings, world)
 
 
 def test_neighbours_share(monkeypatch):
@@ -372,5 +376,5 @@ def test_neighbours_share(monkeypatch):
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *shape, **names: meshes.append((*shape, *names.values())))
     monkeypatch.setattr(parallel, "_shard", lambda model, *_: model)
     world = World(5, 6, torch.device("cpu"), local_size=2)
-    distribute_model(torch.nn.Linear(1, 1), parse(Settings, {"parallel": "hsdp"}), world)
+    distribute_model(torch.nn.Linear(1, 1), torch.nn.Module(), parse(ParallelSettings, {"parallel": "hsdp"}), world)
     assert meshes == [("cpu", (3, 2), ("copy", "share"))]

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.dist import max_over_ranks
-from rwkv_clip.losses import objective
-from rwkv_clip.losses.objective import InfoNCE
+from rwkv_clip.losses import InfoNCE, pairs
 
 BATCH, WIDTH = 12, 6
 
@@ -45,7 +44,7 @@ def work(rank, world, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    objective.CPU_ROWS = 5  # chunks that end within a rank's share
+    pairs.CPU_ROWS = 5  # chunks that end within a rank's share
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     loss, grads = gradients(DistributedDataParallel(Pair()), *(x[part] for x in inputs()))
     dist.all_reduce(loss)

@@ -27,7 +27,7 @@ TRAINING = [
         f"{ELASTIC}::test_same_bits",
     ),
     Mutant(
-        "pieces added one after the other instead of as a tree",
+        "micro-batches added one after the other instead of as a tree",
         "training/deterministic.py",
         "while sums and sums[-1][0] == level:",
         "if sums:\n            level = sums[-1][0] - 1\n        while sums:",
@@ -42,7 +42,7 @@ TRAINING = [
     ),
     Mutant(
         "each rank has an order of its own",
-        "training/data/torch_loader.py",
+        "training/data/batch.py",
         "begin = self.first(step) + self.rank * self.local_batch",
         "begin = self.first(step) // self.world + self.rank * 10**6",
         f"{ELASTIC}::test_the_mode_matters",
@@ -50,29 +50,33 @@ TRAINING = [
     Mutant(
         "the second pass draws other dropout",
         "training/gradients.py",
-        "torch.manual_seed(int(hash64(self.seed, step, self.pieces.first + piece)[0] >> 1))",
+        "torch.manual_seed(int(hash64(self.seed, step, self.micro_batches.first + number)[0] >> 1))",
         "pass",
         "unit/test_step.py::test_the_second_pass_repeats_dropout_and_drop_path",
     ),
     Mutant(
-        "negatives of the own piece only",
+        "negatives of the own micro-batch only",
         "training/gradients.py",
-        "losses, report, *d_features, d_scale = self._compare(image, text, scale, scale_loss)",
-        "rows = [self.pieces.rows(piece) for piece in pieces]\n"
-        "        parts = [self._compare(image[own], text[own], scale, scale_loss) for own in rows]\n"
-        "        losses, report, d_scale = *parts[0][:2], sum(part[4] for part in parts) / len(parts)\n"
-        "        d_features = [torch.cat([part[i] for part in parts]) / len(parts) for i in (2, 3)]",
+        "        losses, report, gradients = self._compare(features, scale_loss)\n",
+        "        rows = [self.micro_batches.rows(number) for number in numbers]\n"
+        "        cut = [{k: v[own] if v.dim() else v for k, v in features.items()} for own in rows]\n"
+        "        parts = [self._compare(part, scale_loss) for part in cut]\n"
+        "        losses, report, found = *parts[0][:2], [part[2] for part in parts]\n"
+        "        gradients = {\n"
+        "            k: (torch.cat if v.dim() else sum)([x[k] / len(parts) for x in found])\n"
+        "            for k, v in features.items()\n"
+        "        }\n",
         "unit/test_step.py::test_accumulation_in_float64",
     ),
     Mutant(
-        "the temperature's gradient once per piece",
+        "the temperature's gradient once per micro-batch",
         "training/gradients.py",
-        "torch.autograd.backward(output[:2], gradients)",
-        "torch.autograd.backward(output, [*gradients, d_scale])",
+        "if value.requires_grad and (last or value.dim())}",
+        "if value.requires_grad}",
         "unit/test_step.py::test_accumulation_in_float64",
     ),
     Mutant(
-        "ranks exchange gradients after every piece",
+        "ranks exchange gradients after every micro-batch",
         "training/parallel.py",
         "waits = isinstance(parallel, DistributedDataParallel) and not last",
         "waits = False",
@@ -81,14 +85,35 @@ TRAINING = [
     Mutant(
         "text choice from the global generator",
         "training/data/augment.py",
-        "return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)",
-        "return np.random.randint(0, views, len(ids))",
+        "return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)",
+        "return np.random.randint(0, count, len(ids))",
         "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "all views of an image have the same crop",
+        "training/data/augment.py",
+        "settings.crop_area, settings.crop_aspect, view * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, 0",
+        "unit/test_loader.py::test_view_0_is_what_a_single_view_shows",
+    ),
+    Mutant(
+        "the first view of several is not that of a run with one",
+        "training/data/augment.py",
+        "settings.crop_area, settings.crop_aspect, view * NEXT_VIEW",
+        "settings.crop_area, settings.crop_aspect, (1 - view) * NEXT_VIEW",
+        "unit/test_augment.py::test_views_have_draws_of_their_own",
+    ),
+    Mutant(
+        "every view decodes the whole image again",
+        "training/data/samples.py",
+        "if scale not in decoded:",
+        "if True:",
+        "unit/test_loader.py::test_an_image_is_decoded_once_for_all_views",
     ),
     Mutant(
         "the gradient scaler starts anew",
         "training/checkpointing.py",
-        'trainer.scaler.load_state_dict(state["scaler"])',
+        'state.scaler.load_state_dict(facts["scaler"])',
         "pass",
         "faults/test_resume.py::test_every_stop_point",
     ),
@@ -102,14 +127,14 @@ TRAINING = [
     Mutant(
         "the data begin again at the resumed step",
         "training/main.py",
-        "start=trainer.progress.samples_seen,",
+        "start=state.progress.samples_seen,",
         "start=0,",
         "faults/test_resume.py::test_every_stop_point",
     ),
     Mutant(
         "a run resumes with another learning rate",
         "training/checkpointing.py",
-        "changes = compare_runs(trainer, state)",
+        "changes = compare_runs(state, facts)",
         "changes = []",
         "faults/test_resume.py::test_another_run_is_refused_unless_allowed",
     ),
@@ -158,15 +183,15 @@ TRAINING = [
     Mutant(
         "the count of bad steps is not resumed",
         "training/checkpointing.py",
-        "    trainer.watch.load_state_dict(state)\n",
+        "    state.watch.load_state_dict(facts)\n",
         "",
         "faults/test_nonfinite.py::test_a_resumed_run_goes_on_counting",
     ),
     Mutant(
         "nothing is saved at a signal",
         "training/loop.py",
-        "            trainer.save(saver, name, last=True)\n",
-        "            pass\n",
+        "    if signal or stuck:\n        _save(trainer, run, last=True)\n",
+        "    if signal or stuck:\n",
         "faults/test_signals.py::test_signals_at_random_times",
     ),
     Mutant(
@@ -185,7 +210,7 @@ TRAINING = [
     ),
     Mutant(
         "ALIP weighs by the means of the step before",
-        "rwkv_clip/losses/objective.py",
+        "rwkv_clip/losses/alip.py",
         "            if self.training:\n"
         "                kept = self.gates.momentum\n"
         "                self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)\n"
@@ -197,53 +222,53 @@ TRAINING = [
     ),
     Mutant(
         "ALIP's means are those of the own rank",
-        "rwkv_clip/losses/objective.py",
+        "rwkv_clip/losses/alip.py",
         "means = gather(similarities).mean(0)",
         "means = similarities.mean(0)",
         "dist/test_alip_ranks.py::test_ranks_are_one_process",
     ),
     Mutant(
         "ALIP's gate is closed at equality",
-        "rwkv_clip/losses/objective.py",
+        "rwkv_clip/losses/alip.py",
         "torch.where(agreement < 1, of_pairs, 1.0)",
         "torch.where(agreement <= 1, of_pairs, 1.0)",
         "parity/test_alip_formulas.py::test_texts_that_agree_as_much_as_on_average",
     ),
     Mutant(
-        "ALIP's momentum is the share of what is new",
-        "rwkv_clip/losses/objective.py",
+        "ALIP's momentum is the fraction of what is new",
+        "rwkv_clip/losses/alip.py",
         "self.mean_similarity.mul_(kept).add_(means, alpha=1 - kept)",
         "self.mean_similarity.mul_(1 - kept).add_(means, alpha=kept)",
         "parity/test_alip_formulas.py::test_three_steps",
     ),
     Mutant(
         "ALIP's weights are differentiated",
-        "rwkv_clip/losses/objective.py",
+        "rwkv_clip/losses/alip.py",
         "with torch.no_grad():  # the weights are constants",
         "with torch.enable_grad():",
         "parity/test_alip_formulas.py::test_three_steps",
     ),
     Mutant(
-        "ALIP's means are brought up to date with every piece",
+        "ALIP's means are brought up to date with every micro-batch",
         "training/gradients.py",
-        "        image, text, scale = (part.detach() for part in _join(outputs))\n",
-        "        image, text, scale = (part.detach() for part in _join(outputs))\n"
-        "        for own in [self.pieces.rows(piece) for piece in pieces[1:]]:\n"
-        "            self.objective(image[own], text[own], scale)\n",
+        "        features = {name: value.detach() for name, value in _join(outputs).items()}\n",
+        "        features = {name: value.detach() for name, value in _join(outputs).items()}\n"
+        "        for own in [self.micro_batches.rows(number) for number in numbers[1:]]:\n"
+        "            self.objective(**{k: v[own] if v.dim() else v for k, v in features.items()})\n",
         "dist/test_alip_ranks.py::test_runs_agree",
     ),
     Mutant(
         "ALIP's means are not saved",
         "training/checkpointing.py",
-        'return optim | {f"{OBJECTIVE}{key}": value for key, value in trainer.objective.state_dict().items()}',
+        'return optim | {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}',
         "return optim",
         "unit/test_alip.py::test_a_resumed_run_has_the_same_bits",
     ),
     Mutant(
         "ALIP's means keep what a skipped step did",
-        "training/loop.py",
-        "statistics = Statistics(self.model, self.objective)",
-        "statistics = Statistics(self.model)",
+        "training/trainer.py",
+        "statistics = Statistics(state.model, state.objective)",
+        "statistics = Statistics(state.model)",
         "unit/test_alip.py::test_a_skipped_step_leaves_the_means",
     ),
 ]

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.loading import make
 from helpers.pictures import picture
 from helpers.tiny import MODEL, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, read_weights
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, checksum, pack
 from rwkv_clip.training import main as training
-from rwkv_clip.training.data.torch_loader import Order, make_loader
+from rwkv_clip.training.data.order import Order
+from rwkv_clip.training.settings import Settings
 
 COUNT, BATCH, SEED = 5000, 250, 3
 BAD = (17, 1234, 2500, 2501, 4999)
@@ -57,10 +59,10 @@ def data(tmp_path_factory):
 
 def test_five_of_five_thousand(data, monkeypatch):
     """The run sees every record once; two runs, one with a worker, end with the same bits and counts."""
-    loaders, make = [], training.make_loader
+    loaders, make_loader = [], training.make_loader
 
     def watched(*arguments, **settings):
-        loaders.append(make(*arguments, **settings))
+        loaders.append(make_loader(*arguments, **settings))
         return loaders[-1]
 
     monkeypatch.setattr(training, "make_loader", watched)
@@ -84,7 +86,7 @@ def test_six_percent_end_the_run_within_an_epoch(data):
     order = Order(2000, SEED).at(np.arange(2000))
     first = [i for i in order.tolist() if i % 16 == 0][:10]
     assert [int(line.split("key ")[1].split(":")[0]) for line in said.splitlines()[1:]] == first
-    assert "more than max_bad=50 and max_bad_share=0.001 allow" in said and "image unreadable" in said
+    assert "more than max_bad=50 and max_bad_fraction=0.001 allow" in said and "image unreadable" in said
     assert not list(Path(data["logs"]).glob("many/checkpoints/step-*"))
 
 
@@ -94,8 +96,7 @@ def test_workers_and_ranks_replace_alike(workers, world, data):
 
     def load(workers, world):
         loaders = [
-            make_loader(records, **settings, seed=SEED, workers=workers, loader="torch", rank=rank, world=world)
-            for rank in range(world)
+            make(records, **settings, seed=SEED, workers=workers, rank=rank, world=world) for rank in range(world)
         ]
         batches = zip(*(list(loader) for loader in loaders))
         ids = np.concatenate([batch.ids.numpy() for step in batches for batch in step])

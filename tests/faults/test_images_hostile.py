@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.pictures import encode, paint
 from rwkv_clip.data.image import ImageError, inspect_image, open_image, val_transform
-from rwkv_clip.training.data.samples import Sample, decode_crop
+from rwkv_clip.training.data.samples import Crop, Sample, decode_windows, fit_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -144,8 +144,8 @@ def test_twelve_modes_through_the_loader(name):
     """As training decodes them: the whole picture as crop, at its own size."""
     data, expected = MODES[name]
     info = inspect_image(data)
-    sample = Sample(0, 0, 0, data, info, np.zeros((1, 1)), name, window=(0, 0, info.width, info.height))
-    pixels = decode_crop(sample, (info.height, info.width))
+    sample = Sample(0, 0, 0, data, info, np.zeros((1, 1)), name, (Crop(0, 0, info.width, info.height),))
+    pixels = fit_pixels(decode_windows(sample, (info.height, info.width))[0], (info.height, info.width), False)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, expected.height, expected.width)
     reference = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
     assert (pixels.float() - reference.float()).abs().mean() <= 1
@@ -160,8 +160,8 @@ def test_truncated_modes_are_refused(name):
         cut = data[:size]
         try:
             info = inspect_image(cut)
-            sample = Sample(0, 0, 0, cut, info, np.zeros((1, 1)), name, window=(0, 0, info.width, info.height))
-            decode_crop(sample, (8, 8))
+            sample = Sample(0, 0, 0, cut, info, np.zeros((1, 1)), name, (Crop(0, 0, info.width, info.height),))
+            fit_pixels(decode_windows(sample, (8, 8))[0], (8, 8), False)
         except ImageError:
             continue
         assert name.startswith("animated") or name == "1x1", "all that counts, a first frame or a pixel, is there"

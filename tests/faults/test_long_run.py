@@ -10,9 +10,10 @@ import numpy as np
 
 from helpers.pictures import picture
 from helpers.tiny import MODEL
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.training import main as training
+from rwkv_clip.training.settings import Settings
 
 STEPS, SAVES, EVERY, WARM = 2000, 50, 20, 500
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from rwkv_clip.losses.objective import contrastive_losses, pair_losses
+from rwkv_clip.losses.pairs import contrastive_losses, pair_losses
 from rwkv_clip.ops import wkv6
 from rwkv_clip.ops.pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
 from rwkv_clip.ops.shift import shift_tokens

@@ -12,12 +12,14 @@ import rwkv_clip
 from helpers.ranks import digest, start_ranks
 from helpers.tiny import BATCH, STEPS, make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints, read_tensors
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.dist import World
-from rwkv_clip.losses.objective import InfoNCE
-from rwkv_clip.training import loop
-from rwkv_clip.training.faults.nonfinite import NumericsError, Watch
+from rwkv_clip.losses import InfoNCE
+from rwkv_clip.training import loop, trainer
+from rwkv_clip.training.faults.nonfinite import FiniteGuard, NumericsError
 from rwkv_clip.training.main import main, run
+from rwkv_clip.training.parallel import Shards
+from rwkv_clip.training.settings import Settings
 
 AT, ROW = 5, 1  # the bad step, and the row of a bad record in its rank's batch
 NAN, INF = float("nan"), float("inf")
@@ -37,20 +39,20 @@ class Poison:
         self.active, self.done, self.trainer = False, [], None
         for owner, name in ((loop.Trainer, "step"), (rwkv_clip.RWKVCLIP, "forward"), (InfoNCE, "forward")):
             patch.setattr(owner, name, self._around(getattr(owner, name), f"{owner.__name__}.{name}"))
-        patch.setattr(loop, "gradient_norms", self._around(loop.gradient_norms, "gradient_norms"))
-        patch.setattr(loop, "update_weights", self._around(loop.update_weights, "update_weights"))
+        patch.setattr(Shards, "gradient_norms", self._around(Shards.gradient_norms, "gradient_norms"))
+        patch.setattr(trainer, "update_weights", self._around(trainer.update_weights, "update_weights"))
         patch.setattr("rwkv_clip.training.main.plot_training", lambda folder: None)
 
     def _around(self, function, name):
-        def call(*arguments):
-            return getattr(self, name.replace(".", "_"))(function, *arguments)
+        def call(*arguments, **named):
+            return getattr(self, name.replace(".", "_"))(function, *arguments, **named)
 
         return call
 
     def Trainer_step(self, function, trainer, batch):
         self.trainer = trainer
-        self.active = trainer.progress.step in self.steps and trainer.world.rank in self.ranks
-        self.done.append((trainer.progress.step, batch.ids.tolist()))
+        self.active = trainer.state.progress.step in self.steps and trainer.state.world.rank in self.ranks
+        self.done.append((trainer.state.progress.step, batch.ids.tolist()))
         return function(trainer, batch)
 
     def RWKVCLIP_forward(self, function, model, image, text):
@@ -59,23 +61,23 @@ class Poison:
             text = text + torch.zeros_like(text).index_fill_(0, torch.tensor(ROW), self.value)
         return image, text, scale
 
-    def InfoNCE_forward(self, function, *arguments):
-        losses, report = function(*arguments)
+    def InfoNCE_forward(self, function, *arguments, **features):
+        losses, report = function(*arguments, **features)
         if self.active and self.kind == "loss":  # the gradients stay good
             losses = {name: loss + self.value for name, loss in losses.items()}
         return losses, report
 
-    def gradient_norms(self, function, model):
+    def gradient_norms(self, function, shards):
         if self.active and self.kind == "gradient":
-            model.text_model.emb.weight.grad.view(-1)[7] = self.value
-        return function(model)
+            self.trainer.state.model.text_model.emb.weight.grad.view(-1)[7] = self.value
+        return function(shards)
 
     def update_weights(self, function, optimizer, skip):
         if not (self.active and self.kind == "left out"):
             function(optimizer, skip)
         if self.active and self.kind == "weights":  # of a token that no text has: the loss does not see it
             with torch.no_grad():
-                self.trainer.model.text_model.emb.weight[-1] = self.value
+                self.trainer.state.model.text_model.emb.weight[-1] = self.value
 
 
 def train_poisoned(settings: dict, folder: str, *poison) -> None:
@@ -88,7 +90,7 @@ def train_poisoned(settings: dict, folder: str, *poison) -> None:
     try:
         main()
     finally:
-        weights = torch.cat([p.detach().flatten() for p in poison.trainer.model.parameters()])
+        weights = torch.cat([p.detach().flatten() for p in poison.trainer.state.model.parameters()])
         state = {
             "done": poison.done,
             "bits": weights.view(torch.int32).long().mul(torch.arange(len(weights))).sum().item(),
@@ -229,7 +231,7 @@ def test_a_resumed_run_goes_on_counting(data, monkeypatch, saved, after):
         step = loop.Trainer.step
 
         def crash(trainer, batch):
-            if trainer.progress.step == after:
+            if trainer.state.progress.step == after:
                 raise Crash
             return step(trainer, batch)
 
@@ -241,7 +243,7 @@ def test_a_resumed_run_goes_on_counting(data, monkeypatch, saved, after):
         run(settings(data, name=f"part {saved}", save_every_n_steps=saved, resume="latest"))
     assert part.done[0][0] == saved
     assert str(resumed.value).replace("part", "whole") == str(stopped.value)
-    mine, theirs = (dict(poison.trainer.model.state_dict()) for poison in (part, whole))
+    mine, theirs = (dict(poison.trainer.state.model.state_dict()) for poison in (part, whole))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     folders = [Path(data["logs"]) / f"{name} {saved}" for name in ("part", "whole")]
     assert report_of(folders[0]) == report_of(folders[1])
@@ -289,7 +291,7 @@ def test_running_statistics_skip_a_bad_step_too(data, monkeypatch):
 
 
 def test_a_count_beyond_a_new_limit_does_not_stop_a_good_step():
-    watch = Watch(World(0, 1, torch.device("cpu")), 1)
+    watch = FiniteGuard(World(0, 1, torch.device("cpu")), 1)
     watch.load_state_dict({"nonfinite_in_a_row": 3})
     good, ids = torch.tensor(1.0), torch.arange(3)
     assert watch.judge(good, good, False).item() == 0

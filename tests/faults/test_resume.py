@@ -11,16 +11,17 @@ import pytest
 from helpers.ranks import digest
 from helpers.tiny import make_tiny
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.training import checkpointing
 from rwkv_clip.training.main import run
+from rwkv_clip.training.settings import Settings
 
 STEPS = 40
 MODES = {
     "plain": {},
-    "fp16 with a scaler": {"precision": "fp16"},
+    "fp16 with a scaler": {"precision": "amp"},
     "accumulated, in a fixed order": {"accum_freq": 2, "batch_size": 4, "deterministic": True, "max_ranks": 2},
-    "cosine, first view": {"schedule": "cosine", "cycle_beta1": False, "views": "first", "decay": "all"},
+    "cosine, first view": {"schedule": "cosine", "cycle_beta1": False, "text_choice": "first", "decay": "all"},
 }
 
 
@@ -108,10 +109,10 @@ CHANGES = {
     "beta2": 0.9,
     "eps": 1e-3,
     "schedule": "cosine",
-    "warmup": 0.3,
-    "views": "first",
+    "warmup_fraction": 0.3,
+    "text_choice": "first",
     "drop_path": 0.1,
-    "precision": "bf16",
+    "precision": "amp_bf16",
     "flip": 0.0,
     "grad_clip_norm": 2.0,
     "deterministic": True,

@@ -7,17 +7,21 @@ import json
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.tiny import make_tiny
-from rwkv_clip.config import ConfigError, ImageTowerConfig, ModelConfig, Settings, TextTowerConfig, load_settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
-from rwkv_clip.factory import resolve_spec
+from rwkv_clip.factory import parse_spec, resolve_spec
+from rwkv_clip.models.rwkv import ImageTowerConfig, TextTowerConfig
+from rwkv_clip.models.two_tower import ModelConfig
 from rwkv_clip.training import main as training
 from rwkv_clip.training.main import check_records, read_command_line
+from rwkv_clip.training.settings import Settings, load_settings
 
 LONG = "9" * 30
 
@@ -54,7 +58,7 @@ COMMAND_LINE = [
     ("--grad-clip-norm 0", "grad_clip_norm", "0", "more than 0"),
     ("--workers -1", "workers", "-1", "at least 0"),
     ("--max-bad -1", "max_bad", "-1", "at least 0"),
-    ("--max-bad-share 1.5", "max_bad_share", "1.5", "at most 1"),
+    ("--max-bad-share 1.5", "max_bad_fraction", "1.5", "at most 1"),
     ("--name ../other", "name", "../other", "--logs"),
     ("--views two", "views", "two", "first"),
     ("--texts 0", "texts", "0", "at least 1"),
@@ -144,13 +148,13 @@ def test_two_thousand_random_documents_give_settings_or_config_errors():
     for trial in range(2000):
         if trial % 2:
             data = {draw.choice([*names, "junk", ""]): draw.choice(VALUES) for _ in range(draw.randrange(6))}
-            cls = Settings
+            read, data = partial(parse, Settings), data if trial % 50 else draw.choice(VALUES)
         else:
             inner = [{draw.choice(parts): draw.choice(VALUES) for _ in range(3)}, draw.choice(VALUES)]
             data = {draw.choice(["image", "text", "tokenizer", "junk"]): draw.choice(inner) for _ in range(3)}
-            cls = ModelConfig
+            read = ModelConfig.parse
         try:
-            parse(cls, data if trial % 50 else draw.choice(VALUES))
+            read(data)
             taken += 1
         except ConfigError as error:
             assert error.problems and all(problem.strip() for problem in error.problems)
@@ -179,6 +183,7 @@ def model(context=8, vocab=49408) -> ModelConfig:
     return ModelConfig(text=TextTowerConfig(context=context, vocab=vocab))
 
 
+SMALL_VOCABULARY = parse_spec({"embed_dim": 4, "vision_cfg": {}, "text_cfg": {"context_length": 8, "vocab_size": 99}})
 IDS = np.arange(2400, dtype=np.float32).reshape(100, 24)
 SIDE = {"views": ["raw", "synthetic", "generated"], "context": 8, "tokenizer": "clip-bpe", "vocab_size": 49408}
 
@@ -194,7 +199,7 @@ SIDE = {"views": ["raw", "synthetic", "generated"], "context": 8, "tokenizer": "
         ({}, model(context=9), ("8 tokens", "context is 9", "--context 9")),
         ({}, model(context=7), ("8 tokens", "context is 7")),
         ({"vocab_size": None}, model(vocab=2399), ("id 2399", "ends at 2398")),
-        ({}, {"open_clip": {"embed_dim": 4, "text_cfg": {"context_length": 8, "vocab_size": 99}}}, ("49408", "99")),
+        ({}, SMALL_VOCABULARY, ("49408", "99")),
     ],
 )
 def test_records_of_another_model(change, spec, words, tmp_path):

@@ -18,7 +18,8 @@ from helpers.ranks import digest, read_ids, start_ranks
 from helpers.tiny import BATCH, make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
 from rwkv_clip.training import loop
-from rwkv_clip.training.data import torch_loader as data_module
+from rwkv_clip.training.data import batch as data_batch
+from rwkv_clip.training.data import torch_loader
 from rwkv_clip.training.faults import signals
 from rwkv_clip.training.main import main
 
@@ -46,8 +47,8 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     os.dup2(messages, 1), os.dup2(messages, 2)
     sys.argv[1:] = to_arguments(settings)
     patch = pytest.MonkeyPatch()
-    enter, step, save = signals.Preemption.__enter__, loop.Trainer.step, loop.Trainer.save
-    train, trainers, fill = loop.train, [], data_module._Chunks.fill
+    enter, step, save = signals.Preemption.__enter__, loop.Trainer.step, loop.save_run
+    train, trainers, fill = loop.train, [], torch_loader._Chunks.fill
 
     def entered(self):
         enter(self)
@@ -66,7 +67,7 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
         train(trainer, *arguments, **options)
 
     def logged(self, batch):
-        number = self.progress.step
+        number = self.state.progress.step
         with open(f"{folder}/ids.{number:03}.{rank}", "a") as file:
             file.write(" ".join(map(str, [*batch.ids.tolist(), ""])))
         pause("step", number)
@@ -76,13 +77,13 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
         pause("data", self.plan.first(item // self.per_step) // self.plan.global_batch)
         return fill(self, item, image)
 
-    def saved(self, *arguments, **options):
-        pause("save", self.progress.step)
-        return save(self, *arguments, **options)
+    def saved(state, *arguments, **options):
+        pause("save", state.progress.step)
+        return save(state, *arguments, **options)
 
     def interrupts(self, function):
         def call(*arguments):
-            pause("validate", trainers[0].progress.step)
+            pause("validate", trainers[0].state.progress.step)
             if self.signal:
                 raise signals.Interrupted
             return function(*arguments)
@@ -92,9 +93,9 @@ def train_rank(settings: dict, folder: str, pauses: dict) -> None:
     patch.setattr(signals.Preemption, "__enter__", entered)
     patch.setattr(signals.Preemption, "interrupts", interrupts)
     patch.setattr(loop.Trainer, "step", logged)
-    patch.setattr(loop.Trainer, "save", saved)
-    patch.setattr(data_module._Chunks, "fill", filled)
-    patch.setattr(data_module, "PATIENCE", 0.2)  # with a thread that never comes back
+    patch.setattr(loop, "save_run", saved)
+    patch.setattr(torch_loader._Chunks, "fill", filled)
+    patch.setattr(data_batch, "PATIENCE", 0.2)  # with a thread that never comes back
     patch.setattr("rwkv_clip.training.main.train", noted)
     patch.setattr("rwkv_clip.training.main.plot_training", lambda folder: None)
     main()
@@ -246,7 +247,7 @@ def test_a_second_signal_ends_at_once(data):
 NEVER, AT = 600.0, 5
 KINDS = {
     "plain": {},
-    "accumulated, fp16": {"accum_freq": 2, "batch_size": BATCH // 4, "precision": "fp16"},
+    "accumulated, fp16": {"accum_freq": 2, "batch_size": BATCH // 4, "precision": "amp"},
     "in a fixed order": {"deterministic": True, "max_ranks": 2},
     "shares": {"parallel": "fsdp"},
 }

@@ -23,7 +23,6 @@ from helpers.tiny import make_tiny, to_arguments
 from rwkv_clip import serialization
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, save_checkpoint, verify_checkpoint
 from rwkv_clip.training import saver as saver_module
-from rwkv_clip.training.optim import pack_state
 from rwkv_clip.training.saver import StorageError
 
 
@@ -239,7 +238,7 @@ def test_storage_that_never_answers_ends_the_run(run, stalled, monkeypatch):
 def test_what_is_written_is_the_moment_of_the_save(run, stalled):
     """Training goes on while the writer waits; it has a copy, and the copy did not change training."""
     run.step()
-    optim = {key: value.clone() for key, value in pack_state(run.optimizer, run.model).items()}  # written last
+    optim = {key: value.clone() for key, value in run.optim_tensors().items()}  # written last
     expected = {key: value.clone() for key, value in run.model.state_dict().items()}
     run.save()
     for _ in range(5):

@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import rwkv_clip
-from rwkv_clip.config import Settings
+from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world
-from rwkv_clip.losses.objective import InfoNCE
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.losses import InfoNCE
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import NumericsError, Trainer
+from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.state import TrainState
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MODEL = {
@@ -23,7 +25,8 @@ def make_trainer(device="cuda", **changes) -> Trainer:
     torch.manual_seed(0)
     world = join_world(device)
     model = rwkv_clip.create_model(MODEL, device=world.device, drop_path=0.2)
-    return Trainer(model, InfoNCE(), Settings(batch_size=BATCH, max_steps=100, **changes), world, 1000)
+    settings = parse(Settings, {"batch_size": BATCH, "max_steps": 100, **changes})
+    return Trainer(TrainState(model, InfoNCE(), settings, world, 1000))
 
 
 def make_batch(step: int) -> Batch:
@@ -39,28 +42,28 @@ def test_no_step_waits(precision):
     trainer = make_trainer(precision=precision)
     for step in range(2):  # builds kernels, makes the optimizer's state
         trainer.step(make_batch(step))
-    trainer.watch.check()
+    trainer.state.watch.check()
     try:
         torch.cuda.set_sync_debug_mode("error")
         for step in range(2, 6):
             values = trainer.step(make_batch(step))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.watch.check()
+    trainer.state.watch.check()
     assert torch.isfinite(values["loss"])
 
 
 def test_bad_numbers_stay_out(device="cuda"):
     trainer = make_trainer(device, precision="fp32")
     trainer.step(make_batch(0))
-    trainer.watch.check()
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.state.watch.check()
+    before = {key: value.clone() for key, value in trainer.state.model.state_dict().items()}
     trainer.pixel_statistics[0].fill_(float("nan"))
     trainer.step(make_batch(1))
     trainer.pixel_statistics[0].fill_(0.5)
     with pytest.raises(NumericsError, match="step 1: loss nan"):
         trainer.step(make_batch(2))
-    assert all(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in trainer.state.model.state_dict().items())
 
 
 def test_loss_in_chunks(device="cuda"):

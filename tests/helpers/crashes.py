@@ -18,9 +18,10 @@ from helpers.smallrun import SmallRun, digest_folder
 from helpers.syscalls import exit_at, watch_calls
 from rwkv_clip import serialization
 from rwkv_clip.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.tokenizer import make_tokenizer
 from rwkv_clip.training import main
+from rwkv_clip.training.settings import Settings
 
 UNTIL = 5  # steps of a small run
 KILLED = 137

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from rwkv_clip.training import loop, main
-from rwkv_clip.training.data.torch_loader import DataError
+from rwkv_clip.training.data.samples import DataError
 
 
 def hang_here() -> None:
@@ -35,7 +35,7 @@ def fail_at(folder: str, plan: str) -> None:
         values = original(self, batch)
         for rank, step, kind in failures:
             mark = Path(folder, f"failed-{rank}-{step}")
-            if (self.world.rank, self.progress.step) == (int(rank), int(step)) and not mark.exists():
+            if (self.state.world.rank, self.state.progress.step) == (int(rank), int(step)) and not mark.exists():
                 mark.write_text(str(time.monotonic()))
                 if kind == "hang":
                     hang_here()

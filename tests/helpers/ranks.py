@@ -60,16 +60,17 @@ def run_ranks(world: int, folder: Path, function: Callable, *arguments, timeout:
 
 def train_logging_ids(settings: dict, log: str | None = None) -> None:
     """A training run by its settings. log: prefix of files that get the record ids of every step, one per rank."""
-    from rwkv_clip.config import Settings, parse
+    from rwkv_clip.config import parse
     from rwkv_clip.dist import leave_world
     from rwkv_clip.training import loop
     from rwkv_clip.training.main import run
+    from rwkv_clip.training.settings import Settings
 
     if log:
         step = loop.Trainer.step
 
         def logged(self, batch):
-            with open(f"{log}.{self.progress.step:03}.{self.world.rank}", "w") as file:
+            with open(f"{log}.{self.state.progress.step:03}.{self.state.world.rank}", "w") as file:
                 file.write(" ".join(map(str, batch.ids.tolist())))
             return step(self, batch)
 

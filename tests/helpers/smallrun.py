@@ -23,7 +23,7 @@ class SmallRun:
         if folder.is_dir() and list_checkpoints(folder):
             path = find_checkpoint(start or folder)
             self.model.load_state_dict(read_weights(path))
-            unpack_state(self.optimizer, self.model, read_tensors(path / "optim.safetensors"))
+            unpack_state(self.optimizer, dict(self.model.named_parameters()), read_tensors(path / "optim.safetensors"))
             self.progress = read_description(path)["step"]
 
     def step(self) -> None:
@@ -33,8 +33,11 @@ class SmallRun:
         self.optimizer.step()
         self.progress += 1
 
+    def optim_tensors(self) -> dict[str, torch.Tensor]:
+        return pack_state(self.optimizer, dict(self.model.named_parameters()))
+
     def save(self, last: bool = False) -> None:
-        optim = pack_state(self.optimizer, self.model)
+        optim = self.optim_tensors()
         self.saver.save(self.progress, self.model.state_dict(), optim, {"samples_seen": 8 * self.progress}, last)
 
     def run(self, until: int) -> "SmallRun":
@@ -46,7 +49,7 @@ class SmallRun:
 
     def digest(self) -> str:
         """sha256 of weights and optimizer state."""
-        tensors = {**self.model.state_dict(), **pack_state(self.optimizer, self.model)}
+        tensors = {**self.model.state_dict(), **self.optim_tensors()}
         digest = hashlib.sha256()
         for key in sorted(tensors):
             digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())

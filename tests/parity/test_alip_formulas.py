@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 import rwkv_clip
 from helpers.alip_formulas import STEPS, ReferenceALIP, features
-from rwkv_clip.config import GateConfig, Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.dist import World
-from rwkv_clip.losses import objective
-from rwkv_clip.losses.objective import make_objective
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.losses import ALIP, GateSettings, InfoNCE, pairs
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import Trainer
+from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.state import TrainState
 
 ONE = World(0, 1, torch.device("cpu"))
 GATES = {  # means that float32 holds exactly
@@ -41,10 +42,10 @@ def close(found, expected, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
-@pytest.mark.parametrize("rows", [5, objective.CPU_ROWS])
+@pytest.mark.parametrize("rows", [5, pairs.CPU_ROWS])
 def test_three_steps(gates, dtype, rows, monkeypatch):
-    monkeypatch.setattr(objective, "CPU_ROWS", rows)
-    ours, theirs = make_objective("alip", GateConfig(**gates)).to(dtype), reference(gates)
+    monkeypatch.setattr(pairs, "CPU_ROWS", rows)
+    ours, theirs = ALIP(GateSettings(**gates)).to(dtype), reference(gates)
     for step in range(STEPS):
         image, raw, caption, scale = leaves = features(step, dtype)
         losses, report = ours(image, torch.stack([raw, caption], 1), scale)
@@ -88,7 +89,7 @@ def equal_similarity(pairs: float, dtype: torch.dtype) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_texts_that_agree_as_much_as_on_average(gates, dtype):
     """S == H exactly: u is 1, the gates are open, whatever the image says."""
-    ours, theirs = make_objective("alip", GateConfig(**gates)).to(dtype), reference(gates)
+    ours, theirs = ALIP(GateSettings(**gates)).to(dtype), reference(gates)
     image, text = equal_similarity(0.9, dtype)
     _, report = ours(image, text, torch.tensor(3.0, dtype=dtype))
     assert theirs(image, text[:, 0], text[:, 1], 3.0)[2]["u"].item() == 1
@@ -101,15 +102,15 @@ def test_texts_that_agree_as_much_as_on_average(gates, dtype):
 def test_closed_gates_are_infonce():
     """sample_gamma 0 opens them: the sum of two plain losses."""
     image, raw, caption, scale = features(0, torch.float64)
-    losses, _ = make_objective("alip", GateConfig(sample_gamma=0.0))(image, torch.stack([raw, caption], 1), scale)
+    losses, _ = ALIP(GateSettings(sample_gamma=0.0))(image, torch.stack([raw, caption], 1), scale)
     for name, text in (("raw_loss", raw), ("caption_loss", caption)):
-        plain = make_objective("infonce")(image, text, scale)[0]["contrastive"]
+        plain = InfoNCE()(image, text, scale)[0]["contrastive"]
         torch.testing.assert_close(losses[name], plain, rtol=1e-12, atol=0)
 
 
 def test_the_means_forget_slowly():
     """The figures of the specification: mean similarity 0.3, means of 1 at first; the loss warms up by itself."""
-    ours, theirs = make_objective("alip"), []
+    ours, theirs = ALIP(), []
     text = torch.tensor([[[1.0, 0.0], [0.3, math.sqrt(1 - 0.09)]]])
     for _ in range(500):
         ours(torch.ones(1, 2), text, torch.tensor(1.0))
@@ -169,7 +170,7 @@ def train_by_hand(model: torch.nn.Module, gates: dict) -> tuple[list[dict], Refe
 def test_training_run(spec):
     """In float64, where nothing but a mistake is larger than the tolerance (AdamW turns mere rounding into steps)."""
     gates = {"init": 0.375, "momentum": 0.8}
-    changes = {"objective": "alip", "views": "all", "texts": 2, "gates": gates, "batch_size": 8, "max_steps": 20}
+    changes = {"objective": "alip", "text_choice": "all", "texts": 2, "gates": gates, "batch_size": 8, "max_steps": 20}
     recipe = Path(rwkv_clip.__file__).parent / "configs" / "recipes" / "alip-b32-yfcc15m.json"
     changes |= {"precision": "fp32", "lr": 3e-3, "device": "cpu", "model": "x", "epochs": 1}
     settings = parse(Settings, changes, base=rwkv_clip.config.load_settings(str(recipe)))
@@ -180,12 +181,12 @@ def test_training_run(spec):
     with torch.no_grad():
         for model in models:
             model.logit_scale.fill_(5.0)  # so that the clamp matters
-    trainer = Trainer(models[0], make_objective("alip", settings.gates).double(), settings, ONE, 80)
+    trainer = Trainer(TrainState(models[0], ALIP(settings.loss.gates).double(), settings, ONE, 80))
     trainer.gradients.normalize = lambda image: trainer.normalize(image).double()
     found = [{key: float(value) for key, value in trainer.step(batch).items()} for batch in batches()]
     expected, alip = train_by_hand(models[1], gates)
     for ours, theirs in zip(found, expected):
         assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=1e-6)
-    assert trainer.objective.mean_similarity.tolist() == pytest.approx(alip.means(), rel=1e-6)
+    assert trainer.state.objective.mean_similarity.tolist() == pytest.approx(alip.means(), rel=1e-6)
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7, msg=name)

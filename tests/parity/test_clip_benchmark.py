@@ -16,7 +16,6 @@ import rwkv_clip
 from rwkv_clip.checkpoint import save_checkpoint
 from rwkv_clip.eval import bridge
 from rwkv_clip.eval.main import main
-from rwkv_clip.factory import spec_to_json
 from rwkv_clip.retrieval import load_retrieval
 
 NEEDED = ("clip_benchmark", "pycocoevalcap", "requests", "sklearn", "transformers")
@@ -72,7 +71,7 @@ def save_model(kind: str, folder) -> dict[str, list[str]]:
             parameter += 0.05 * torch.randn_like(parameter)
     weights = model.state_dict()
     if kind in ("checkpoint", "open_clip checkpoint"):
-        state = {"model": "tiny", "spec": spec_to_json(model.spec), "samples_seen": 0}
+        state = {"model": "tiny", "spec": model.spec.to_json(), "samples_seen": 0}
         path = str(save_checkpoint(folder / kind, 1, weights, {}, state, keep=2))
         return {"ours": ["--checkpoint", path], "theirs": ["--model_type", "rwkv_clip", "--model", "-"], "file": path}
     path = folder / f"{kind.split()[0]}.pt"

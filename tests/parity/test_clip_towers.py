@@ -16,7 +16,8 @@ from torch import nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError
-from rwkv_clip.factory import QUICK, _name_for_tag, build_model, pixel_statistics, preprocess_of, spec_to_json
+from rwkv_clip.factory import preprocess_of, resolve_spec
+from rwkv_clip.models.openclip import QUICK, name_for_tag
 from rwkv_clip.serialization import CheckpointError
 
 HALF = (0.5, 0.5, 0.5)
@@ -122,7 +123,7 @@ SMALL_SHAPES = {
 @pytest.mark.parametrize("name", RELEASED)
 def test_keys_and_shapes_are_those_of_released_checkpoints(name):
     with torch.device("meta"):
-        model = build_model({"open_clip": open_clip.get_model_config(name)})
+        model = resolve_spec({"open_clip": open_clip.get_model_config(name)})[1].build()
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == RELEASED[name]
     activations = [module for module in model.modules() if "GELU" in type(module).__name__]
     depth = sum(key.endswith("mlp.c_fc.bias") for key in RELEASED[name])
@@ -272,7 +273,7 @@ def test_weights_of_a_tag_get_the_function_that_they_were_trained_as(
     assert not [w for w in warned if "GELU" in str(w.message)]
     assert ("taking this model" in caplog.text) == (name != taken)
     kinds = {type(module).__name__ for module in model.modules() if "GELU" in type(module).__name__}
-    assert kinds == {"QuickGELU" if taken.endswith(QUICK) else "GELU"} and model.spec == {"open_clip": taken}
+    assert kinds == {"QuickGELU" if taken.endswith(QUICK) else "GELU"} and model.spec.to_json() == {"open_clip": taken}
     again = rwkv_clip.create_model(model.spec)  # what a checkpoint of a run from these weights does
     again.load_state_dict(state)
     assert torch.equal(again.encode_text(text), model.encode_text(text))
@@ -288,17 +289,17 @@ def test_pixels_of_a_tag_are_those_of_its_checkpoints(small, tmp_path, monkeypat
     tag = open_clip.pretrained._PRETRAINED["ViT-B-32"]["laion2b_e16"]
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-32"], "laion2b_e16", {**tag, "mean": HALF, "std": HALF})
     model = rwkv_clip.create_model("ViT-B-32", "laion2b_e16")
-    again = rwkv_clip.create_model(json.loads(json.dumps(spec_to_json(model.spec))))
+    again = rwkv_clip.create_model(json.loads(json.dumps(model.spec.to_json())))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8))
     seen = preprocess_of(again)(picture)
-    assert pixel_statistics(model) == pixel_statistics(again) == (HALF, HALF)
+    assert model.spec.pixels == again.spec.pixels == (again.visual.image_mean, again.visual.image_std) == (HALF, HALF)
     assert torch.equal(preprocess_of(model)(picture), seen) and seen.min() < -0.9
-    assert rwkv_clip.create_model("ViT-B-32").spec == {"open_clip": "ViT-B-32"}, "nothing for CLIP's own"
+    assert rwkv_clip.create_model("ViT-B-32").spec.to_json() == {"open_clip": "ViT-B-32"}, "nothing for CLIP's own"
 
 
 def test_every_tag_finds_its_function():
     for name, tag in open_clip.list_pretrained():
-        taken, quick = _name_for_tag(name, tag), open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+        taken, quick = name_for_tag(name, tag), open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
         config, own = open_clip.get_model_config(taken), open_clip.get_model_config(name)
         if tag != "laion2b_s12b_b32k":  # of roberta-ViT-B-32, whose tag does not say; its description does
             assert config.pop("quick_gelu", False) == quick, (name, tag)
@@ -350,7 +351,7 @@ STD = {
 @pytest.mark.parametrize("name", STD)
 def test_initial_values(name):
     torch.manual_seed(0)
-    parameters, seen = dict(build_model({"open_clip": name}).named_parameters()), set()
+    parameters, seen = dict(resolve_spec(name)[1].build().named_parameters()), set()
     assert parameters.pop("logit_scale").item() == pytest.approx(math.log(1 / 0.07))
     for key, value in parameters.items():
         rules = [(rule, std) for rule, std in (TEXT_STD | STD[name]).items() if re.fullmatch(rule, key)]

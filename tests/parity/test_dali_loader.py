@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import loading
 from helpers.pictures import encode, photo, write_records
 from rwkv_clip.training.data.augment import crop_windows
-from rwkv_clip.training.data.torch_loader import DataError, make_loader
+from rwkv_clip.training.data.samples import DataError
 
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed (pip install -e '.[dali]')")
 
@@ -35,7 +36,7 @@ def images() -> list[bytes]:
 
 def make(records, kind: str, **settings):
     defaults = {"image_size": 96, "global_batch": 10, "steps": 6, "seed": 2, "workers": 2, "loader": kind}
-    return make_loader(records, **{**defaults, **settings})
+    return loading.make(records, **{**defaults, **settings})
 
 
 def compare(left, right) -> torch.Tensor:
@@ -49,7 +50,7 @@ def compare(left, right) -> torch.Tensor:
         assert torch.equal(one.text, other.text)
         assert one.image.dtype == other.image.dtype and one.image.shape == other.image.shape
         assert other.image.is_contiguous()
-        differences.append((one.image.float() - other.image.float()).abs().mean(dim=(1, 2, 3)))
+        differences.append((one.image.float() - other.image.float()).abs().mean(dim=(-3, -2, -1)).flatten())
     return torch.cat(differences)
 
 
@@ -58,6 +59,16 @@ def test_same_batches(images, tmp_path, size):
     records = write_records(tmp_path / "train", images)
     difference = compare(make(records, "torch", image_size=size), make(records, "dali", image_size=size))
     assert difference.max() <= 2 and difference.mean() <= 0.5
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_same_views(images, tmp_path, bad):
+    records = write_records(tmp_path / "train", damage(images) if bad else images)
+    difference = compare(make(records, "torch", views=3), make(records, "dali", views=3))
+    assert len(difference) == 3 * 60 and difference.max() <= 2
+    single, several = make(records, "dali"), list(make(records, "dali", views=3))
+    for one, many in zip(single, several, strict=True):
+        assert torch.equal(one.image, many.image[:, 0]) and not torch.equal(many.image[:, 0], many.image[:, 1])
 
 
 def test_same_batches_on_flickr8k(shared, tmp_path):

@@ -13,11 +13,13 @@ import torch
 
 import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, read_description, read_tensors
-from rwkv_clip.config import Settings, parse
+from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import make_objective
 from rwkv_clip.training.checkpointing import restore_snapshot
 from rwkv_clip.training.loop import Trainer
+from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.state import TrainState
 
 GOLDEN = Path(__file__).parent / "golden_ckpt"
 DIGESTS = {
@@ -57,13 +59,13 @@ def test_training_goes_on_from_it(golden):
     state = read_description(path)
     settings = parse(Settings, state["settings"])
     model = rwkv_clip.create_model(state["spec"])
-    objective = make_objective(settings.objective, settings.gates)
-    trainer = Trainer(model, objective, settings, join_world("cpu"), RECORDS)
-    restore_snapshot(trainer, path, state)
-    assert (trainer.progress.step, trainer.progress.samples_seen, trainer.total_steps) == (2, 8, 4)
+    objective = make_objective(settings.loss)
+    trainer = Trainer(TrainState(model, objective, settings, join_world("cpu"), RECORDS))
+    restore_snapshot(trainer.state, path, state)
+    assert (trainer.state.progress.step, trainer.state.progress.samples_seen, trainer.state.total_steps) == (2, 8, 4)
     slots = read_tensors(path / "optim.safetensors")
     for name, parameter in model.named_parameters():
-        for slot, value in trainer.optimizer.state[parameter].items():
+        for slot, value in trainer.state.optimizer.state[parameter].items():
             assert torch.equal(value, slots[f"{name}/{slot}"])
     for name, value in objective.state_dict().items():
         assert torch.equal(value, slots[f"objective/{name}"])

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError
-from rwkv_clip.factory import image_size_of
 from rwkv_clip.ops import shift_tokens
 
 DATA = Path(__file__).parent / "data"
@@ -243,7 +242,7 @@ def test_released_configuration_variants():
         "image_num_heads": 4,
         "head_size": 16,
     }
-    config = rwkv_clip.create_model({**base, "image_with_cls_token": "True", "input_size": 64}).config
+    config = rwkv_clip.create_model({**base, "image_with_cls_token": "True", "input_size": 64}).spec
     assert config.image.class_token and config.image.image_size == (64, 64)
     assert config.text.ffn_width == 224 and config.text.norm_eps == pytest.approx(64e-5)
     for key, value in (("tiny_att_dim", 4), ("dim_att", 32), ("img_size", 3), ("head_size", 24)):
@@ -278,7 +277,7 @@ def test_open_clip_surface():
 @pytest.mark.parametrize("name", rwkv_clip.list_models())
 def test_every_preset_runs(name):
     model = rwkv_clip.create_model(name)
-    size, context = image_size_of(model), rwkv_clip.get_tokenizer(name).context
+    size, context = model.spec.image_size, rwkv_clip.get_tokenizer(name).context
     with torch.no_grad():
         image, text, scale = model(torch.randn(1, 3, *size), torch.zeros(1, context, dtype=torch.int64))[:3]
     assert image.shape == text.shape and image.isfinite().all() and text.isfinite().all() and scale > 1

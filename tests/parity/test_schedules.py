@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import rwkv_clip
-from rwkv_clip.config import Settings
 from rwkv_clip.training.optim import Schedule, build_optimizer, pack_state, set_step, unpack_state
+from rwkv_clip.training.parallel import Shards
+from rwkv_clip.training.settings import OptimizerSettings
 
 SEQUENCES = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
 
@@ -49,9 +51,11 @@ def model():
 def test_weight_decay_groups():
     net = model()
     names = {parameter: name for name, parameter in net.named_parameters()}
-    everything = build_optimizer(net, Settings(decay="all", wd=0.2)).param_groups
+    everything = build_optimizer(Shards(net, nn.Module()), OptimizerSettings(decay="all", wd=0.2)).param_groups
     assert [len(g["params"]) for g in everything] == [len(names)] and everything[0]["weight_decay"] == 0.2
-    matrices, spared = build_optimizer(net, Settings(decay="matrices", wd=0.2)).param_groups
+    matrices, spared = build_optimizer(
+        Shards(net, nn.Module()), OptimizerSettings(decay="matrices", wd=0.2)
+    ).param_groups
     assert spared["weight_decay"] == 0
     kept = {names[p].rsplit(".", 1)[-1] for p in matrices["params"]}
     assert kept == {
@@ -70,7 +74,7 @@ def test_optimizer_state_round_trip_is_exact():
     torch.manual_seed(0)
     nets = [model(), model()]
     nets[1].load_state_dict(nets[0].state_dict())
-    optimizers = [build_optimizer(net, Settings()) for net in nets]
+    optimizers = [build_optimizer(Shards(net, nn.Module()), OptimizerSettings()) for net in nets]
 
     def step(net, optimizer, at):
         torch.manual_seed(at)
@@ -84,13 +88,14 @@ def test_optimizer_state_round_trip_is_exact():
     for at in range(3):
         step(nets[0], optimizers[0], at)
     nets[1].load_state_dict(nets[0].state_dict())
-    unpack_state(optimizers[1], nets[1], {k: v.clone() for k, v in pack_state(optimizers[0], nets[0]).items()})
+    own = [dict(net.named_parameters()) for net in nets]
+    unpack_state(optimizers[1], own[1], {k: v.clone() for k, v in pack_state(optimizers[0], own[0]).items()})
     for net, optimizer in zip(nets, optimizers):
         step(net, optimizer, 3)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values()))
-    packed = pack_state(optimizers[0], nets[0])
+    packed = pack_state(optimizers[0], own[0])
     packed.pop("logit_scale/step")
     packed.pop("logit_scale/exp_avg")
     packed.pop("logit_scale/exp_avg_sq")
     with pytest.raises(ValueError, match="3 tensors are missing, the first is logit_scale/step"):
-        unpack_state(build_optimizer(nets[1], Settings()), nets[1], packed)
+        unpack_state(build_optimizer(Shards(nets[1], nn.Module()), OptimizerSettings()), own[1], packed)

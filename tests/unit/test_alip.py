@@ -12,16 +12,19 @@ import rwkv_clip
 from helpers.ranks import digest
 from helpers.tiny import BATCH, make_smaller, make_tiny
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors
-from rwkv_clip.config import ConfigError, GateConfig, Settings, load_settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import World
-from rwkv_clip.losses.objective import make_objective
-from rwkv_clip.training import checkpointing, loop
-from rwkv_clip.training.data.torch_loader import Batch
+from rwkv_clip.losses import ALIP, GateSettings, InfoNCE, make_objective
+from rwkv_clip.training import checkpointing
+from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.main import read_command_line, run
+from rwkv_clip.training.settings import Settings, load_settings
+from rwkv_clip.training.state import TrainState
+from rwkv_clip.training.trainer import Trainer
 
 STEPS = 8
-ALIP = {"objective": "alip", "views": "all", "texts": 2, "gates": {"init": 0.5, "momentum": 0.75}}
+METHOD = {"objective": "alip", "text_choice": "all", "texts": 2, "gates": {"init": 0.5, "momentum": 0.75}}
 MEANS = "objective/mean_similarity"
 NAMES = ("text", "raw", "caption")
 VIT = {
@@ -51,10 +54,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data):
-    """An uninterrupted run of ALIP with a checkpoint after every step."""
+    """An uninterrupted run of METHOD with a checkpoint after every step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rwkv_clip.training.main.plot_training", lambda folder: None)
-        return run(parse(Settings, data | ALIP | {"name": "whole"}))
+        return run(parse(Settings, data | METHOD | {"name": "whole"}))
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -82,12 +85,12 @@ def branch_off(data: dict, whole: Path, name: str, step: int, **changes) -> Path
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(data: dict, model=None, **changes) -> loop.Trainer:
+def make_trainer(data: dict, model=None, **changes) -> Trainer:
     settings = parse(Settings, data | changes)
     torch.manual_seed(0)
-    model = rwkv_clip.create_model(model or settings.model, drop_path=None if model else 0.0)
-    objective = make_objective(settings.objective, settings.gates)
-    return loop.Trainer(model, objective, settings, World(0, 1, torch.device("cpu")), 60)
+    model = rwkv_clip.create_model(model or settings.model.model, drop_path=None if model else 0.0)
+    objective = make_objective(settings.loss)
+    return Trainer(TrainState(model, objective, settings, World(0, 1, torch.device("cpu")), 60))
 
 
 def make_batch(step: int = 0) -> Batch:
@@ -104,7 +107,7 @@ def make_batch(step: int = 0) -> Batch:
 def test_texts_that_the_tower_sees(data, views, texts):
     """And that it sees all of them at once."""
     trainer, seen = make_trainer(data, views=views, texts=texts), []
-    trainer.model.text_model.register_forward_pre_hook(lambda tower, arguments: seen.append(arguments[0]))
+    trainer.state.model.text_model.register_forward_pre_hook(lambda tower, arguments: seen.append(arguments[0]))
     batch, used = make_batch(), texts or 3
     trainer.step(batch)
     (text,) = seen
@@ -119,9 +122,9 @@ def test_texts_that_the_tower_sees(data, views, texts):
 
 @pytest.mark.parametrize("model", [None, VIT], ids=["RWKV", "ViT"])
 def test_one_call_of_the_text_tower_a_piece(data, model):
-    seen, changes = [], {**ALIP, "batch_size": BATCH // 2, "accum_freq": 2}
+    seen, changes = [], {**METHOD, "batch_size": BATCH // 2, "accum_freq": 2}
     trainer = make_trainer(data, model, **changes)
-    tower = trainer.model.token_embedding if model else trainer.model.text_model
+    tower = trainer.state.model.token_embedding if model else trainer.state.model.text_model
     tower.register_forward_pre_hook(lambda tower, arguments: seen.append(arguments[0]))
     batch = make_batch()
     trainer.step(batch)
@@ -134,7 +137,7 @@ def test_infonce_of_all_views_is_the_mean():
     leaves = [F.normalize(torch.randn(*shape, 4).double(), dim=-1) for shape in ((6,), (6, 3))]
     leaves = [x.requires_grad_() for x in (*leaves, torch.tensor(7.0).double())]
     image, text, scale = leaves
-    infonce = make_objective("infonce")
+    infonce = InfoNCE()
     found = infonce(*leaves)[0]["contrastive"]
     single = torch.stack([infonce(image, text[:, view], scale)[0]["contrastive"] for view in range(3)])
     assert single.std() > 0.01
@@ -146,11 +149,17 @@ def test_infonce_of_all_views_is_the_mean():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"views": "one"}, ["objective: alip compares 2 texts", "--views one", "give it 1", "--views all --texts 2"]),
-        ({"views": "first"}, ["objective: alip compares 2 texts", "--views first", "--views all --texts 2"]),
-        ({"texts": 1}, ["objective: alip compares 2 texts", "texts raw give it 1", "--views all --texts 2"]),
-        ({"texts": None}, ["objective: alip", "raw, synthetic, generated give it 3", "--views all --texts 2"]),
-        ({"texts": 3}, ["objective: alip", "raw, synthetic, generated give it 3", "--views all --texts 2"]),
+        (
+            {"text_choice": "one"},
+            ["objective: alip compares 2 texts", "--text-choice one", "give it 1", "--text-choice all --texts 2"],
+        ),
+        (
+            {"text_choice": "first"},
+            ["objective: alip compares 2 texts", "--text-choice first", "--text-choice all --texts 2"],
+        ),
+        ({"texts": 1}, ["objective: alip compares 2 texts", "texts raw give it 1", "--text-choice all --texts 2"]),
+        ({"texts": None}, ["objective: alip", "raw, synthetic, generated give it 3", "--text-choice all --texts 2"]),
+        ({"texts": 3}, ["objective: alip", "raw, synthetic, generated give it 3", "--text-choice all --texts 2"]),
         ({"train_data": "texts1", "texts": None}, ["objective: alip compares 2", "texts raw give it 1", "records"]),
         ({"train_data": "texts1"}, ["texts1: texts an image: 1 (raw), --texts asks for 2; build records with more"]),
         (
@@ -166,22 +175,22 @@ def test_texts_that_do_not_suffice_are_refused_before_training(data, changes, wo
     if "train_data" in changes:
         changes["train_data"] = str(Path(data["train_data"]).parent / changes["train_data"])
     with pytest.raises(ConfigError) as error:
-        run(parse(Settings, data | ALIP | changes | {"name": "refused"}))
+        run(parse(Settings, data | METHOD | changes | {"name": "refused"}))
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
     assert not (Path(data["logs"]) / "refused").exists()
 
 
 def test_records_of_two_texts_serve_without_a_number(data):
     two = {"train_data": str(Path(data["train_data"]).parent / "texts2"), "texts": None, "max_steps": 1}
-    assert "caption_loss" in logged(run(parse(Settings, data | ALIP | two | {"name": "two texts"})))[0]
+    assert "caption_loss" in logged(run(parse(Settings, data | METHOD | two | {"name": "two texts"})))[0]
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 1, 3), (4, 3, 3), (5, 2, 3), (4, 2, 5), (2, 4, 3)], ids=str)
 def test_features_that_do_not_fit_are_refused(shape):
     with pytest.raises(ValueError, match=r"features: .*texts \("):
-        make_objective("alip")(torch.ones(4, 3), torch.ones(shape), torch.tensor(1.0))
+        ALIP()(torch.ones(4, 3), torch.ones(shape), torch.tensor(1.0))
     with pytest.raises(ValueError, match="features: texts are not a floating-point tensor"):
-        make_objective("alip")(torch.ones(4, 3), torch.ones(shape).tolist(), torch.tensor(1.0))
+        ALIP()(torch.ones(4, 3), torch.ones(shape).tolist(), torch.tensor(1.0))
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -190,8 +199,8 @@ def test_features_that_do_not_fit_are_refused(shape):
 def test_settings_of_the_gates():
     arguments = ["--train-data", "x", "--objective", "alip", "--gates.init", "0.5", "--gates.pair-gamma", "3"]
     gates = read_command_line(arguments).gates
-    assert gates == GateConfig(init=0.5, pair_gamma=3.0) and gates.momentum == 0.99 and gates.sample_gamma == 2.0
-    assert load_settings("alip-b32-yfcc15m").gates == GateConfig()
+    assert gates == GateSettings(init=0.5, pair_gamma=3.0) and gates.momentum == 0.99 and gates.sample_gamma == 2.0
+    assert load_settings("alip-b32-yfcc15m").gates == GateSettings()
     for flag, value, problem in (
         ("--gates.momentum", "1.5", "gates.momentum: 1.5 must be at most 1"),
         ("--gates.init", "40", "gates.init: 40.0 must be at most 1"),
@@ -205,7 +214,7 @@ def test_settings_of_the_gates():
 
 
 def test_evaluation_leaves_the_means():
-    alip = make_objective("alip").eval()
+    alip = ALIP().eval()
     alip(torch.eye(3), torch.eye(3).flip(0).unsqueeze(1).expand(3, 2, 3), torch.tensor(2.0))
     assert alip.mean_similarity.tolist() == [1, 1, 1]
 
@@ -216,7 +225,7 @@ def test_half_precision_features_are_compared_in_float32():
     text = F.normalize(text + image[:, None], dim=-1)
     image, text, found = image.bfloat16(), text.bfloat16(), []
     for cast in (torch.Tensor.bfloat16, torch.Tensor.float):
-        alip = make_objective("alip", GateConfig(init=0.5, momentum=0.5))
+        alip = ALIP(GateSettings(init=0.5, momentum=0.5))
         with torch.autocast("cpu", torch.bfloat16, enabled=cast is torch.Tensor.bfloat16):
             losses, report = alip(cast(image), cast(text), torch.tensor(scale))
         found.append(losses | report)
@@ -228,16 +237,16 @@ def test_half_precision_features_are_compared_in_float32():
 
 @pytest.mark.parametrize("stop", [1, 3, 7])
 def test_a_resumed_run_has_the_same_bits(data, whole, stop):
-    folder = branch_off(data | ALIP, whole, f"from {stop}", stop)
+    folder = branch_off(data | METHOD, whole, f"from {stop}", stop)
     assert digest(find_checkpoint(folder)) == digest(find_checkpoint(whole))
     assert logged(folder) == logged(whole)
     assert torch.equal(means_of(folder), means_of(whole)) and not torch.equal(means_of(whole), means_of(whole, stop))
 
 
-@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"batch_size": BATCH // 2, "accum_freq": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{"precision": "amp"}, {"batch_size": BATCH // 2, "accum_freq": 2}], ids=str)
 def test_a_resumed_run_has_the_same_bits_in_other_modes(data, changes):
-    other = run(parse(Settings, data | ALIP | changes | {"name": "other mode", "resume": "latest"}))
-    folder = branch_off(data | ALIP | changes, other, "from 3, too", 3)
+    other = run(parse(Settings, data | METHOD | changes | {"name": "other mode", "resume": "latest"}))
+    folder = branch_off(data | METHOD | changes, other, "from 3, too", 3)
     assert digest(find_checkpoint(folder)) == digest(find_checkpoint(other))
     shutil.rmtree(other)
 
@@ -261,29 +270,29 @@ def test_means_that_do_not_fit_are_refused(data, whole, damage, monkeypatch):
 
     monkeypatch.setattr(checkpointing, "read_tensors", read)
     with pytest.raises(CheckpointError, match=r"step-00000003: its optimizer, objective .*\n?.*mean_similarity"):
-        branch_off(data | ALIP, whole, "damaged", 3)
+        branch_off(data | METHOD, whole, "damaged", 3)
 
 
 def test_another_objective_begins_with_its_own_means(data, whole):
-    """Refused with everything that differs; allowed, ALIP takes up the weights of a CLIP run, and the other way."""
-    plain = run(parse(Settings, data | {"name": "plain", "views": "first"}))
+    """Refused with everything that differs; allowed, METHOD takes up the weights of a CLIP run, and the other way."""
+    plain = run(parse(Settings, data | {"name": "plain", "text_choice": "first"}))
     with pytest.raises(ConfigError) as error:
-        branch_off(data | ALIP, plain, "refused", 5)
+        branch_off(data | METHOD, plain, "refused", 5)
     differ = ["objective: 'infonce' -> 'alip'", "views: 'first' -> 'all'", "texts: None -> 2"]
     assert all(line in error.value.problems for line in differ) and "--allow-change objective" in str(error.value)
 
     allowed = {"allow_change": ["objective", "views", "texts", "gates"]}
-    line = logged(branch_off(data | ALIP, plain, "to alip", 5, **allowed))[5]
+    line = logged(branch_off(data | METHOD, plain, "to alip", 5, **allowed))[5]
     for name in NAMES:
         assert line[f"momentum_{name}_sim"] == pytest.approx(0.75 * 0.5 + 0.25 * line[f"current_{name}_sim"], rel=1e-6)
-    back = find_checkpoint(branch_off(data | {"views": "first"}, whole, "to infonce", 5, **allowed))
+    back = find_checkpoint(branch_off(data | {"text_choice": "first"}, whole, "to infonce", 5, **allowed))
     assert MEANS not in read_tensors(back / "optim.safetensors")
     noted = [change["setting"] for change in json.loads((back / "state.json").read_text())["changes"]]
     assert sorted(noted) == ["gates", "objective", "texts", "views"]
 
 
 def test_other_gates_go_on_with_the_means(data, whole):
-    other = data | ALIP | {"gates": {"init": -0.5, "momentum": 1.0}}
+    other = data | METHOD | {"gates": {"init": -0.5, "momentum": 1.0}}
     with pytest.raises(ConfigError, match="gates: "):
         branch_off(other, whole, "refused", 5)
     folder = branch_off(other, whole, "other gates", 5, allow_change=["gates"])
@@ -292,27 +301,27 @@ def test_other_gates_go_on_with_the_means(data, whole):
 
 def test_a_skipped_step_leaves_the_means(data, monkeypatch):
     """Features that are not finite, and gradients that overflow float16: as if the step had not been."""
-    trainer = make_trainer(data, **ALIP, on_nonfinite="skip")
+    trainer = make_trainer(data, **METHOD, on_nonfinite="skip")
     trainer.step(make_batch(0))
-    before = trainer.objective.mean_similarity.clone()
-    forward = type(trainer.model).forward
+    before = trainer.state.objective.mean_similarity.clone()
+    forward = type(trainer.state.model).forward
     with monkeypatch.context() as patch:
-        patch.setattr(type(trainer.model), "forward", lambda *x: [part * float("nan") for part in forward(*x)])
+        patch.setattr(type(trainer.state.model), "forward", lambda *x: [part * float("nan") for part in forward(*x)])
         trainer.step(make_batch(1))
-    assert torch.equal(trainer.objective.mean_similarity, before)
+    assert torch.equal(trainer.state.objective.mean_similarity, before)
     trainer.step(make_batch(2))
-    assert not torch.equal(trainer.objective.mean_similarity, before)
+    assert not torch.equal(trainer.state.objective.mean_similarity, before)
 
 
 def test_an_overflow_leaves_the_means(data):
-    trainer = make_trainer(data, **ALIP, precision="fp16")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    trainer = make_trainer(data, **METHOD, precision="amp")
+    trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     values = trainer.step(make_batch(0))
     assert values["loss"].isfinite() and not values["grad_norm"].isfinite()
-    assert trainer.objective.mean_similarity.tolist() == [0.5] * 3
-    trainer.scaler.update(2.0**10)
+    assert trainer.state.objective.mean_similarity.tolist() == [0.5] * 3
+    trainer.state.scaler.update(2.0**10)
     trainer.step(make_batch(1))
-    assert 0.5 not in trainer.objective.mean_similarity.tolist()
+    assert 0.5 not in trainer.state.objective.mean_similarity.tolist()
 
 
 # ---- log -----------------------------------------------------------------------------------------------------------
@@ -321,7 +330,7 @@ def test_an_overflow_leaves_the_means(data):
 def test_log_and_tensorboard(data):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = run(parse(Settings, data | ALIP | {"name": "log", "max_steps": 2, "report_to": ["tensorboard"]}))
+    folder = run(parse(Settings, data | METHOD | {"name": "log", "max_steps": 2, "report_to": ["tensorboard"]}))
     keys = {f"{kind}_{name}" for name in NAMES for kind in ("current", "momentum")}
     keys = {f"{key}_sim" for key in keys} | {f"weight_{name}_mean" for name in NAMES}
     keys |= {"loss", "raw_loss", "caption_loss"}

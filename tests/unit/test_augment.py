@@ -4,10 +4,11 @@ sample)."""
 import numpy as np
 import pytest
 
-from rwkv_clip.training.data.augment import crop_windows, draw_flips, draw_views, uniforms
+from rwkv_clip.training.data.augment import crop_windows, draw_flips, draw_texts, uniforms
 
 FROZEN_UNIFORMS = [0.8944232321903162, 0.9591454830962347, 0.9371498393298487]
 FROZEN_WINDOWS = [[9, 25, 415, 349], [0, 484, 40, 50]]
+FROZEN_VIEW = [[39, 0, 439, 374], [88, 7, 368, 366]]
 MANY = 20_000
 IDS, ZEROS = np.arange(MANY), np.zeros(MANY, np.int64)
 
@@ -40,12 +41,25 @@ def test_numbers_are_frozen():
     assert windows.tolist() == FROZEN_WINDOWS
 
 
+def test_views_have_draws_of_their_own():
+    sizes = np.full(MANY, 500), np.full(MANY, 375)
+    windows = [crop_windows(*sizes, 7, ZEROS, IDS, view=view) for view in range(3)]
+    assert np.array_equal(windows[0], crop_windows(*sizes, 7, ZEROS, IDS))
+    flips = [draw_flips(7, ZEROS, IDS, view=view) for view in range(3)]
+    assert np.array_equal(flips[0], draw_flips(7, ZEROS, IDS))
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        for column in range(4):
+            assert abs(np.corrcoef(windows[left][:, column], windows[right][:, column])[0, 1]) < 0.03
+        assert abs(np.corrcoef(flips[left], flips[right])[0, 1]) < 0.03
+    assert windows[1][:2].tolist() == FROZEN_VIEW
+
+
 def test_a_sample_does_not_see_its_batch():
     epochs, widths, heights = IDS % 3, 100 + IDS % 500, 100 + IDS % 311
     whole = crop_windows(widths, heights, 1, epochs, IDS)
     some = np.random.default_rng(0).permutation(MANY)[:50]
     assert np.array_equal(crop_windows(widths[some], heights[some], 1, epochs[some], IDS[some]), whole[some])
-    assert np.array_equal(draw_views(1, epochs[some], IDS[some], 3), draw_views(1, epochs, IDS, 3)[some])
+    assert np.array_equal(draw_texts(1, epochs[some], IDS[some], 3), draw_texts(1, epochs, IDS, 3)[some])
     assert np.array_equal(draw_flips(1, epochs[some], IDS[some]), draw_flips(1, epochs, IDS)[some])
     one = crop_windows(widths[7:8], heights[7:8], 1, epochs[7:8], IDS[7:8])
     assert np.array_equal(one[0], whole[7])
@@ -82,11 +96,11 @@ def test_too_wide_and_too_tall_pictures_get_the_largest_allowed_shape():
     assert set(width) == {200} and set(height) == {250} and set(x) == {0}
 
 
-def test_flips_and_views_are_fair():
+def test_flips_and_texts_are_fair():
     assert draw_flips(0, ZEROS, IDS).mean() == pytest.approx(0.5, abs=0.015)
     for views in (1, 2, 3, 5):
-        counts = np.bincount(draw_views(0, ZEROS, IDS, views), minlength=views)
+        counts = np.bincount(draw_texts(0, ZEROS, IDS, views), minlength=views)
         assert len(counts) == views
         assert ((counts - MANY / views) ** 2 / (MANY / views)).sum() < 25
-    later = np.stack([draw_views(0, ZEROS + epoch, IDS, 3) for epoch in range(3)])
+    later = np.stack([draw_texts(0, ZEROS + epoch, IDS, 3) for epoch in range(3)])
     assert ((later[0] == later[1]).mean()) == pytest.approx(1 / 3, abs=0.02)  # epochs draw anew

@@ -1,6 +1,5 @@
 """What is checked before work begins, and how ranks find out that they are not to do the same."""
 
-import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.tiny import make_tiny
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, flat_names, parse
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import MainRankFailed, World, _check_kinds, ask_main, judge_all
 from rwkv_clip.errors import explain
@@ -18,6 +17,7 @@ from rwkv_clip.factory import create_model, resolve_spec
 from rwkv_clip.files import InUse
 from rwkv_clip.training import checks
 from rwkv_clip.training.main import run
+from rwkv_clip.training.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -65,9 +65,9 @@ def on_all(size: int, work) -> list:
 def test_batches_without_negatives(batch, accum, ranks, count, words):
     settings = parse(Settings, {"batch_size": batch, "accum_freq": accum})
     if words is None:
-        return checks.check_batch(settings, World(0, ranks, CPU), count)
+        return checks.check_batch(settings.parallel, World(0, ranks, CPU), count)
     with pytest.raises(ConfigError) as caught:
-        checks.check_batch(settings, World(0, ranks, CPU), count)
+        checks.check_batch(settings.parallel, World(0, ranks, CPU), count)
     assert words in str(caught.value) and len(caught.value.problems) == 1
 
 
@@ -83,12 +83,12 @@ def test_a_run_of_too_few_records_leaves_no_folder(data):
 def plan(data, **changes) -> dict:
     settings = parse(Settings, data | changes)
     return checks.describe_plan(
-        settings, resolve_spec(settings.model)[1], RecordSet(settings.train_data), World(0, 2, CPU)
+        settings, resolve_spec(settings.model.model)[1], RecordSet(settings.data.train_data), World(0, 2, CPU)
     )
 
 
 def test_every_setting_is_compared_or_known_not_to_matter():
-    names = {field.name for field in dataclasses.fields(Settings)}
+    names = set(flat_names(Settings))
     assert names >= checks.OWN | checks.PLACES and not checks.OWN & checks.PLACES
 
 
@@ -99,14 +99,14 @@ SAME = [
 DIFFERENT = {
     "seed": 1,
     "lr": 0.5,
-    "views": "first",
+    "text_choice": "first",
     "max_steps": 99,
     "batch_size": 4,
     "val_data": None,
     "resume": "latest",
     "pretrained": "weights.pt",
     "name": "x",
-    "precision": "bf16",
+    "precision": "amp_bf16",
     "deterministic": True,
     "objective": "alip",
     "timeout": 5.0,

@@ -301,7 +301,7 @@ def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp
         {"data": replace(data, templates=("{}", "white and {}"))},
         {"data": replace(data, class_names=data.class_names[::-1])},
         {"run": SimpleNamespace(**vars(run) | {"digest": "1" * 64})},
-        {"run": SimpleNamespace(**vars(run) | {"precision": "bf16"})},
+        {"run": SimpleNamespace(**vars(run) | {"precision": "amp_bf16"})},
         {"run": SimpleNamespace(**vars(run) | {"model": other_model()})},
     ]
     assert all(weights(**other)[1] for other in others)

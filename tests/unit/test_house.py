@@ -99,8 +99,6 @@ WIDE_FUNCTIONS = {
     "eval/classification.py evaluate_classification": 11,
     "rwkv_clip/features.py encode_images": 9,
     "rwkv_clip/retrieval.py evaluate_retrieval": 11,
-    "training/data/torch_loader.py make_loader": 14,
-    "training/loop.py train": 9,
 }
 
 

@@ -31,7 +31,7 @@ from rwkv_clip.data.image import (
 )
 from rwkv_clip.factory import preprocess_of
 from rwkv_clip.training.data import samples
-from rwkv_clip.training.data.samples import Sample, decode_crop
+from rwkv_clip.training.data.samples import Crop, Sample, decode_windows, fit_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -233,8 +233,8 @@ def test_pictures_are_upright_everywhere(kind, orientation):
     assert not opened.getexif() and not opened.info  # nothing that could turn it again
     transform = val_transform((32, 48))
     assert torch.equal(transform(Image.open(io.BytesIO(data))), transform(opened))
-    sample = Sample(0, 0, 0, data, info, np.zeros((1, 1)), kind, window=(0, 0, 30, 40))
-    pixels = decode_crop(sample, (40, 30)).permute(1, 2, 0).numpy()
+    sample = Sample(0, 0, 0, data, info, np.zeros((1, 1)), kind, (Crop(0, 0, 30, 40),))
+    pixels = fit_pixels(decode_windows(sample, (40, 30))[0], (40, 30), False).permute(1, 2, 0).numpy()
     assert np.abs(pixels.astype(int) - np.asarray(upright)[:, :30]).mean() < 2
 
 
@@ -242,10 +242,10 @@ def test_pictures_are_upright_everywhere(kind, orientation):
 def test_large_turned_jpegs_are_decoded_at_a_fraction(orientation, monkeypatch):
     upright, turn = paint(1200, 900), TURNS[orientation]
     data = encode(upright if turn is None else upright.transpose(turn), "JPEG", quality=97, exif=tag(orientation))
-    sample = Sample(0, 0, 0, data, inspect_image(data), np.zeros((1, 1)), "x", window=(300, 100, 600, 675))
+    sample = Sample(0, 0, 0, data, inspect_image(data), np.zeros((1, 1)), "x", (Crop(300, 100, 600, 675),))
     decoded = []
     monkeypatch.setattr(samples, "to_rgb", lambda image, name: decoded.append(max(image.size)) or to_rgb(image, name))
-    pixels = decode_crop(sample, (50, 100)).permute(1, 2, 0).numpy()
+    pixels = fit_pixels(decode_windows(sample, (50, 100))[0], (50, 100), False).permute(1, 2, 0).numpy()
     expected = upright.resize((100, 50), Image.Resampling.BILINEAR, box=(300, 100, 900, 775))
     assert decoded == [300] and np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 1
 
@@ -272,9 +272,7 @@ def test_damaged_tags_mean_what_pil_makes_of_them():
 
 def siglip(size: int | tuple[int, int]):
     """The transform of a model whose pixels are not normalised as CLIP's: open_clip's."""
-    return preprocess_of(
-        SimpleNamespace(visual=SimpleNamespace(image_size=size, image_mean=(0.5,) * 3, image_std=(0.5,) * 3))
-    )
+    return preprocess_of(SimpleNamespace(spec=SimpleNamespace(image_size=size, pixels=((0.5,) * 3, (0.5,) * 3))))
 
 
 TRANSFORMS = {"val": val_transform, "train": train_transform, "open_clip": siglip}
@@ -312,10 +310,10 @@ from types import SimpleNamespace
 from PIL import Image
 from rwkv_clip.data.image import open_image, val_transform
 from rwkv_clip.factory import preprocess_of
-visual = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+spec = SimpleNamespace(pixels=((0.5,) * 3, (0.5,) * 3))
 transforms = [val_transform(224), val_transform((224, 112))]
-for visual.image_size in (224, (224, 112)):
-    transforms.append(preprocess_of(SimpleNamespace(visual=visual)))
+for spec.image_size in ((224, 224), (224, 112)):
+    transforms.append(preprocess_of(SimpleNamespace(spec=spec)))
 for transform in transforms:
     transform(Image.new("RGB", (300, 200)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

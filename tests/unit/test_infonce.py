@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv_clip.losses import objective
-from rwkv_clip.losses.objective import InfoNCE, contrastive_losses, pair_losses
+from rwkv_clip.losses import InfoNCE, pairs
+from rwkv_clip.losses.pairs import contrastive_losses, pair_losses
 
 BATCH, WIDTH = 8, 5
 
@@ -36,7 +36,7 @@ def value_and_gradients(loss, leaves):
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 9])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
 def test_every_chunk_height_is_the_plain_formula(rows, scale, monkeypatch):
-    monkeypatch.setattr(objective, "CPU_ROWS", rows)
+    monkeypatch.setattr(pairs, "CPU_ROWS", rows)
     leaves = features(scale=scale)
     for found, expected in zip(value_and_gradients(ours, leaves), value_and_gradients(plain, leaves)):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
@@ -44,12 +44,12 @@ def test_every_chunk_height_is_the_plain_formula(rows, scale, monkeypatch):
 
 def test_columns_bound_the_height(monkeypatch):
     seen = []
-    chunks = objective._score_chunks
-    monkeypatch.setattr(objective, "_score_chunks", lambda *x: (seen.append(y[0]) or y for y in chunks(*x)))
-    monkeypatch.setattr(objective, "CHUNK", 3 * BATCH + 1)
+    chunks = pairs._score_chunks
+    monkeypatch.setattr(pairs, "_score_chunks", lambda *x: (seen.append(y[0]) or y for y in chunks(*x)))
+    monkeypatch.setattr(pairs, "CHUNK", 3 * BATCH + 1)
     ours(*features())
     assert seen == [slice(0, 3), slice(3, 6), slice(6, 8)]
-    monkeypatch.setattr(objective, "CHUNK", BATCH - 1)
+    monkeypatch.setattr(pairs, "CHUNK", BATCH - 1)
     seen.clear()
     ours(*features())
     assert len(seen) == BATCH
@@ -78,7 +78,7 @@ def test_more_texts_than_images(first):
 
 
 def test_gradcheck_and_registration(monkeypatch):
-    monkeypatch.setattr(objective, "CPU_ROWS", 3)
+    monkeypatch.setattr(pairs, "CPU_ROWS", 3)
     assert torch.autograd.gradcheck(contrastive_losses, features(5, 3, scale=2.0))
     torch.library.opcheck(pair_losses, (*features(5, 3, torch.float32), 0))
 
@@ -114,7 +114,7 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.numbers = 0
         named = ("pair_losses", "pair_losses_backward")
-        self.inside = {getattr(torch.ops.rwkv_clip, name).default: getattr(objective, name)._init_fn for name in named}
+        self.inside = {getattr(torch.ops.rwkv_clip, name).default: getattr(pairs, name)._init_fn for name in named}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         body = self.inside.get(func)
@@ -126,7 +126,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_matrix_of_all_scores(monkeypatch):
-    monkeypatch.setattr(objective, "CPU_ROWS", 16)
+    monkeypatch.setattr(pairs, "CPU_ROWS", 16)
     leaves = features(256)
     with Largest() as largest:
         value_and_gradients(ours, leaves)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,20 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.loading import make
 from helpers.pictures import encode, photo, tokens_of, write_records
 from rwkv_clip.data.records import RecordSet
-from rwkv_clip.training.data import torch_loader
+from rwkv_clip.training.data import batch as data_batch
+from rwkv_clip.training.data import samples, torch_loader
 from rwkv_clip.training.data.augment import crop_windows, draw_flips
-from rwkv_clip.training.data.samples import SampleReader
-from rwkv_clip.training.data.torch_loader import DataError, Order, make_loader
+from rwkv_clip.training.data.order import Order
+from rwkv_clip.training.data.samples import DataError, SampleReader
 from rwkv_clip.training.data.workers import WorkerLost
-from rwkv_clip.training.faults.watchdog import start_time
+from rwkv_clip.training.faults.process import start_time
+from rwkv_clip.training.settings import DataSettings
 
 COUNT = 50
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # of scripts that import what tests import
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,7 @@ def records(images, tmp_path_factory) -> RecordSet:
 
 
 def load(records, **settings) -> list:
-    defaults = {"image_size": 32, "global_batch": 12, "steps": 6, "seed": 3, "workers": 0, "loader": "torch"}
-    return list(make_loader(records, **{**defaults, **settings}))
+    return list(make(records, **settings))
 
 
 def join(batches, field: str) -> torch.Tensor:
@@ -141,9 +145,7 @@ def test_bad_pictures_give_their_place_to_the_next(images, tmp_path, caplog):
     for workers in (0, 2, 2):
         with caplog.at_level(logging.WARNING):
             caplog.clear()
-            loader = make_loader(
-                records, image_size=32, global_batch=10, steps=5, seed=3, workers=workers, loader="torch"
-            )
+            loader = make(records, image_size=32, global_batch=10, steps=5, seed=3, workers=workers)
             runs.append(list(loader))
         assert loader.skipped == {"image unreadable": 4, "image too large": 1}
         assert len(loader.bad) == 5
@@ -160,25 +162,25 @@ def test_damaged_record_counts_by_its_own_reason(images, tmp_path):
     records = write_records(
         tmp_path / "bad", images, lambda i: tokens_of(i) - (1e6 if i == 17 else 0)
     )  # negative token ids
-    loader = make_loader(records, image_size=16, global_batch=50, steps=2, workers=0, loader="torch")
+    loader = make(records, image_size=16, global_batch=50, steps=2)
     assert 17 not in join(list(loader), "ids")
     assert loader.skipped == {"record damaged": 2}
 
 
 def test_too_many_bad_pictures_stop_the_run(images, tmp_path):
     records = write_records(tmp_path / "bad", damage(images)[0])
-    settings = {"image_size": 16, "global_batch": 10, "steps": 5, "seed": 3, "loader": "torch"}
-    with pytest.raises(DataError, match=r"max_bad=3 and max_bad_share=0\.001") as error:
-        list(make_loader(records, **settings, workers=2, max_bad=3))
+    settings = {"image_size": 16, "global_batch": 10, "steps": 5, "seed": 3}
+    with pytest.raises(DataError, match=r"max_bad=3 and max_bad_fraction=0\.001") as error:
+        list(make(records, **settings, workers=2, max_bad=3))
     bad = np.isin(Order(COUNT, 3).at(np.arange(COUNT)), [4, 11, 12, 30, 41]).reshape(5, 10).sum(1).cumsum()
     count, step = bad[bad > 3][0], (bad <= 3).sum()  # the first step that takes it above 3
     assert f"{count} of {10 * step + 10} records" in str(error.value)
     assert str(error.value).count("bad.rec key") == count
-    assert len(list(make_loader(records, **settings, workers=0, max_bad=5))) == 5
-    assert len(list(make_loader(records, **settings, workers=0, max_bad=0, max_bad_share=0.5))) == 5
+    assert len(list(make(records, **settings, workers=0, max_bad=5))) == 5
+    assert len(list(make(records, **settings, workers=0, max_bad=0, max_bad_fraction=0.5))) == 5
     with pytest.raises(DataError):  # each of two ranks answers for half of the allowance
         for rank in (0, 1):
-            list(make_loader(records, **settings, workers=0, max_bad=3, world=2, rank=rank))
+            list(make(records, **settings, workers=0, max_bad=3, world=2, rank=rank))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -222,7 +224,7 @@ def test_random_state_of_the_training_is_not_touched(records):
 
 
 def test_iterating_again_starts_again(records):
-    loader = make_loader(records, image_size=16, global_batch=10, steps=3, workers=1, loader="torch")
+    loader = make(records, image_size=16, global_batch=10, steps=3, workers=1)
     assert len(loader) == 3
     next(iter(loader))
     assert_same(list(loader), list(loader))
@@ -236,8 +238,9 @@ def test_iterating_again_starts_again(records):
         ({"loader": "tensorflow"}, "loader: 'tensorflow'"),
         ({"workers": -1}, "workers: -1"),
         ({"image_size": (0, 4)}, "image_size"),
+        ({"views": 0}, "views: 0"),
         ({"start": -3}, "start: -3"),
-        ({"max_bad_share": 2}, "max_bad_share: 2"),
+        ({"max_bad_fraction": 2}, "max_bad_fraction: 2"),
     ],
 )
 def test_wrong_settings(records, settings, message):
@@ -249,7 +252,7 @@ def test_a_thread_that_cannot_be_started_leaves_nothing_to_end(records, monkeypa
     def refuse(self):
         raise RuntimeError("can't start new thread")
 
-    loader = make_loader(records, image_size=32, global_batch=12, steps=2, workers=0, loader="torch")
+    loader = make(records, image_size=32, global_batch=12, steps=2)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
         patch.setattr(threading.Thread, "start", refuse)
         iter(loader)
@@ -265,11 +268,10 @@ def test_missing_dali_names_the_extra(records, monkeypatch):
 
 SCRIPT = """
     import multiprocessing, os, signal, sys
+    from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
-    from rwkv_clip.training.data.torch_loader import make_loader
 
-    settings = dict(image_size=32, global_batch=8, steps=40, workers=2, loader="torch")
-    loader = make_loader(RecordSet(sys.argv[1]), **settings)
+    loader = make(RecordSet(sys.argv[1]), image_size=32, global_batch=8, steps=40, workers=2)
     if __name__ == "__main__":
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
@@ -296,7 +298,7 @@ def run_script(records, tmp_path, event: str, **output) -> subprocess.CompletedP
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), str(records.files[0].prefix), event]
     output = output or {"capture_output": True}
-    return subprocess.run(command, **output, text=True, timeout=600, start_new_session=True)
+    return subprocess.run(command, **output, text=True, timeout=600, start_new_session=True, env=ENVIRONMENT)
 
 
 def test_workers_outlive_signals_and_end_with_the_run(records, tmp_path):
@@ -334,13 +336,86 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+# ---- several views of an image ---------------------------------------------------------------------------------------
+
+
+def test_view_0_is_what_a_single_view_shows(records):
+    single, several = load(records), load(records, views=3)
+    image = join(several, "image")
+    assert image.shape == (72, 3, 3, 32, 32) and image.dtype == torch.uint8 and image.is_contiguous()
+    assert torch.equal(image[:, 0], join(single, "image"))
+    for field in ("text", "ids", "epochs"):
+        assert torch.equal(join(single, field), join(several, field)), field
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        assert sum(torch.equal(one, other) for one, other in zip(image[:, left], image[:, right])) < 3
+
+
+def test_every_view_is_its_documented_crop(records, images):
+    batch = load(records, global_batch=COUNT, steps=1, image_size=(40, 48), views=2)[0]
+    ids, epochs = batch.ids.numpy(), batch.epochs.numpy()
+    for view in range(2):
+        windows = crop_windows(60 + ids, 110 - ids, 3, epochs, ids, view=view).tolist()
+        flips = draw_flips(3, epochs, ids, view=view)
+        for row, ((x, y, width, height), flip) in enumerate(zip(windows, flips)):
+            cut = Image.open(io.BytesIO(images[ids[row]])).crop((x, y, x + width, y + height))
+            expected = np.asarray(cut.resize((48, 40), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            expected = expected[..., ::-1] if flip else expected
+            assert np.abs(batch.image[row, view].numpy().astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_matter_for_views(images, tmp_path, workers):
+    """Nor do bad images."""
+    records = write_records(tmp_path / "bad", damage(images)[0])
+    settings = {"global_batch": 70, "steps": 3, "views": 2}
+    assert_same(load(records, **settings), load(records, **settings, workers=workers))
+
+
+def test_an_image_is_decoded_once_for_all_views(tmp_path, monkeypatch):
+    """A large JPEG once at each fraction of its size that a view needs; and no view depends on the others."""
+    large = photo(0, 900, 700)
+    images = [encode(large, quality=95), encode(photo(1, 90, 70), quality=95), encode(photo(2, 90, 70), "PNG")]
+    settings = DataSettings(crop_area=(0.05, 1.0))
+    reader = SampleReader(write_records(tmp_path / "mixed", images), 3, (64, 64), settings, views=4)
+    decoded: list[tuple] = []
+    for name in ("to_rgb", "decode_jpeg"):
+        original = getattr(samples, name)
+
+        def counted(source, *arguments, original=original):
+            decoded.append((id(original), getattr(source, "size", None)))
+            return original(source, *arguments)
+
+        monkeypatch.setattr(samples, name, counted)
+    for sample in reader.read(np.arange(3)):
+        decoded.clear()
+        image, alone = (
+            torch.empty(reader.shape, dtype=torch.uint8),
+            torch.empty(1, *reader.shape[1:], dtype=torch.uint8),
+        )
+        samples.decode_views(sample, image)
+        sizes = len(set(decoded))
+        assert len(decoded) == sizes and (sizes > 1) == (sample.id == 0)
+        for view, crop in enumerate(sample.crops):
+            samples.decode_views(replace(sample, crops=(crop,)), alone)
+            assert torch.equal(alone[0], image[view])
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_blank_batch_has_the_shape_of_the_others(records, views):
+    loader = make(records, views=views, steps=1)
+    (batch,), blank = loader, loader.blank()
+    for field in ("image", "text", "ids", "epochs"):
+        one, other = getattr(batch, field), getattr(blank, field)
+        assert one.shape == other.shape and one.dtype == other.dtype and not other.any()
+
+
 # ---- what workers need and how they end ------------------------------------------------------------------------------
 
 
 def test_nothing_lies_in_shared_memory(records):
     """Neither a file of ours nor a mapping of one, in this process or a worker, while batches wait to be taken."""
     before = set(os.listdir("/dev/shm"))
-    loader = make_loader(records, image_size=64, global_batch=40, steps=5, workers=2, loader="torch")
+    loader = make(records, image_size=64, global_batch=40, steps=5, workers=2)
     for _ in loader:
         time.sleep(0.05)  # everything that can be ahead is
         for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
@@ -351,11 +426,10 @@ def test_nothing_lies_in_shared_memory(records):
 
 SMALL = """
     import sys, time
+    from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
-    from rwkv_clip.training.data.torch_loader import make_loader
 
-    settings = dict(image_size=224, global_batch=128, steps=22, workers=4, loader="torch")
-    for batch in make_loader(RecordSet(sys.argv[1]), **settings):
+    for batch in make(RecordSet(sys.argv[1]), image_size=224, global_batch=128, steps=22, workers=4):
         time.sleep(0.1)  # a training step: what workers have ready piles up
     print(batch.image.shape, flush=True)
 """
@@ -372,7 +446,7 @@ def test_a_small_shared_memory_is_enough(records, tmp_path, size):
     command = f'{mount} && exec "$0" "$@"'
     arguments = [sys.executable, str(script), str(records.files[0].prefix)]
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", command, *arguments], capture_output=True, text=True, timeout=90
+        ["unshare", "-m", "sh", "-c", command, *arguments], capture_output=True, text=True, timeout=90, env=ENVIRONMENT
     )
     assert done.stdout == "torch.Size([128, 3, 224, 224])\n", done.stderr
 
@@ -414,7 +488,7 @@ def test_a_message_that_cannot_be_sent_is_an_error(records, monkeypatch, capfd, 
     """Or it is sent, however large."""
     fill = torch_loader._Chunks.fill
     monkeypatch.setattr(torch_loader._Chunks, "fill", lambda *arguments: (*fill(*arguments)[:3], [rest]))
-    monkeypatch.setattr(torch_loader.Tally, "add", lambda *_: None)
+    monkeypatch.setattr(data_batch.Tally, "add", lambda *_: None)
     if isinstance(rest, str):
         assert len(load(records, workers=1, steps=2)) == 2
         return
@@ -425,7 +499,7 @@ def test_a_message_that_cannot_be_sent_is_an_error(records, monkeypatch, capfd, 
 
 STORM = """
 import signal, sys
-from rwkv_clip.training.data.torch_loader import Batches, Feed
+from rwkv_clip.training.data.batch import Batches, Feed
 from types import SimpleNamespace
 batches = Batches(SimpleNamespace(interrupt=lambda: None), Feed())
 signal.signal(signal.SIGALRM, lambda *_: sum(range(2000)))
@@ -454,8 +528,8 @@ def wait_until(condition, seconds: float = 30) -> bool:
 
 ORPHANS = """
     import multiprocessing, os, signal, sys, time
+    from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
-    from rwkv_clip.training.data.torch_loader import make_loader
     from rwkv_clip.training.data.samples import SampleReader
 
     if __name__ == "__main__":
@@ -463,8 +537,8 @@ ORPHANS = """
         if sys.argv[4] == "hang":
             read = SampleReader.read
             SampleReader.read = lambda self, positions: time.sleep(600) if positions[0] > 400 else read(self, positions)
-        settings = dict(image_size=300, global_batch=100, steps=40, workers=int(sys.argv[3]), loader="torch")
-        batches = iter(make_loader(RecordSet(sys.argv[1]), **settings))
+        loader = make(RecordSet(sys.argv[1]), image_size=300, global_batch=100, steps=40, workers=int(sys.argv[3]))
+        batches = iter(loader)
         next(batches)
         time.sleep(1)  # the pipes are full
         while sys.argv[4] == "hang" and batches.wait(1):
@@ -482,7 +556,7 @@ def test_workers_end_with_a_killed_run(records, tmp_path, method, count, what):
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(ORPHANS))
     command = [sys.executable, str(script), str(records.files[0].prefix), method, str(count), what]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         workers = [int(pid) for pid in process.stdout.readline().split()]
         assert len(workers) == count and not any(is_gone(pid) for pid in workers)
         process.kill()
@@ -490,7 +564,7 @@ def test_workers_end_with_a_killed_run(records, tmp_path, method, count, what):
 
 
 def test_a_loader_is_closed_while_its_workers_stand_still(records):
-    loader = make_loader(records, image_size=32, global_batch=10, steps=99, workers=2, loader="torch")
+    loader = make(records, image_size=32, global_batch=10, steps=99, workers=2)
     batches = iter(loader)
     next(batches)
     workers = multiprocessing.active_children()
@@ -516,8 +590,8 @@ def test_a_loader_is_closed_while_this_process_stands_still(records, monkeypatch
         return read(self, positions)
 
     monkeypatch.setattr(SampleReader, "read", hang)
-    monkeypatch.setattr(torch_loader, "PATIENCE", 0.2)
-    loader = make_loader(records, image_size=16, global_batch=10, steps=99, workers=0, loader="torch")
+    monkeypatch.setattr(data_batch, "PATIENCE", 0.2)
+    loader = make(records, image_size=16, global_batch=10, steps=99)
     batches = iter(loader)
     next(batches)
     assert stands.wait(30) and batches.wait(0) and "test_loader.py" in loader.place()
@@ -538,7 +612,7 @@ def test_no_more_than_two_batches_are_ahead(records, monkeypatch, workers):
         return read(self, positions)
 
     monkeypatch.setattr(SampleReader, "read", counted)
-    loader = make_loader(records, image_size=300, global_batch=20, steps=50, workers=workers, loader="torch")
+    loader = make(records, image_size=300, global_batch=20, steps=50, workers=workers)
     batches = iter(loader)
     next(batches)
     assert wait_until(lambda: made.value >= 3)
@@ -549,7 +623,7 @@ def test_no_more_than_two_batches_are_ahead(records, monkeypatch, workers):
 
 def test_a_loader_that_is_dropped_leaves_nothing(records):
     for workers in (0, 2):
-        batches = iter(make_loader(records, image_size=32, global_batch=10, steps=99, workers=workers, loader="torch"))
+        batches = iter(make(records, image_size=32, global_batch=10, steps=99, workers=workers))
         next(batches)
         del batches
     gc.collect()

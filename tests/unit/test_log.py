@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-from rwkv_clip.config import Settings
 from rwkv_clip.training.log import RunLog
+from rwkv_clip.training.settings import Settings
 
 
 def steps(path):
@@ -24,7 +24,7 @@ def test_a_line_that_was_cut_off_is_dropped_on_resume(tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from rwkv_clip.config import Settings
+from rwkv_clip.training.settings import Settings
 from rwkv_clip.training.log import RunLog
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -3,11 +3,13 @@
 import math
 import pickle
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rwkv_clip.training.data.torch_loader import Order, Plan
+from rwkv_clip.training.data.batch import Plan
+from rwkv_clip.training.data.order import Order
 
 FROZEN = [10, 830, 707, 343, 102, 47]
 COUNTS = [*range(1, 70), 97, 127, 128, 129, 1000, 4096, 4097, 100_003]
@@ -28,7 +30,7 @@ def test_million_records_in_every_world(world):
     order = Order(count, seed=5)
     steps = math.ceil(2 * count / global_batch)
     stream = order.at(np.arange(steps * global_batch)) if world == 1 else None
-    ranks = [Plan(0, steps, global_batch, rank, world) for rank in range(world)]
+    ranks = [Plan(global_batch=global_batch, steps=steps, rank=rank, world=world) for rank in range(world)]
     positions = np.concatenate([plan.positions(step) for step in range(steps) for plan in ranks])
     assert np.array_equal(positions, np.arange(steps * global_batch))
     if stream is not None:
@@ -44,7 +46,9 @@ def test_resume_continues_in_the_same_order(world):
     for start in (random.integers(0, 3 * count // global_batch, 50) * global_batch).tolist():
         straight = order.at(np.arange(start, start + steps * global_batch))
         resumed = [
-            Order(count, seed=5).at(Plan(start, steps, global_batch, rank, world).positions(step))
+            Order(count, seed=5).at(
+                Plan(global_batch=global_batch, steps=steps, start=start, rank=rank, world=world).positions(step)
+            )
             for step in range(steps)
             for rank in range(world)
         ]
@@ -113,7 +117,8 @@ def test_any_sequence_of_resumes_worlds_and_batches_gives_each_sample_once():
         while position < count:
             world = int(random.choice([1, 2, 3, 4, 8]))
             global_batch, steps = 24 * int(random.integers(1, 40)), int(random.integers(1, 60))
-            plans = [Plan(position, steps, global_batch, rank, world) for rank in range(world)]
+            plan = Plan(global_batch=global_batch, steps=steps, start=position, world=world)
+            plans = [replace(plan, rank=rank) for rank in range(world)]
             pieces += [plan.positions(step) for step in range(steps) for plan in plans]
             position += steps * global_batch
         stream = Order(count, 9).at(np.concatenate(pieces)[:count])

@@ -1,6 +1,5 @@
 """Every script in shell/, run as a user runs it, with a few steps on tiny data."""
 
-import dataclasses
 import json
 import os
 import re
@@ -15,11 +14,12 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.recipes import ROOT, needs_installation, script
 from helpers.tiny import make_tiny
-from rwkv_clip.config import load_settings
+from rwkv_clip.config import parse, to_dict
 from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import leave_world
 from rwkv_clip.eval.main import main as evaluate
 from rwkv_clip.training.main import read_command_line, run
+from rwkv_clip.training.settings import Settings, load_settings
 
 QUICK = ["--max-steps", "2", "--workers", "0", "--device", "cpu", "--precision", "fp32", "--batch-size", "4"]
 
@@ -157,7 +157,8 @@ def test_defaults_of_a_recipe(clone, recipe):
     for flag, value in {"nnodes": "2", "node_rank": "1", "master_addr": "a", "master_port": "29500"}.items():
         assert launch[launch.index(f"--{flag}") + 1] == value
     assert launch[launch.index("--max-restarts") + 1] == "3" and call[call.index("--preset") + 1] == preset
-    published = dataclasses.replace(load_settings(preset), train_data="x", name=folder, resume="latest", seed=3)
+    changes = {"train_data": "x", "name": folder, "resume": "latest", "seed": 3}
+    published = parse(Settings, to_dict(load_settings(preset)) | changes)
     assert settings == published
 
     (clone / "shell" / "train_demo.sh").write_text('set -u\npython "$OUTPUT" "$@"\n')

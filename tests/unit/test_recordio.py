@@ -453,7 +453,7 @@ def test_record_set_joins_shards_in_order(tmp_path):
         {"schema": None},
         {"views": []},
         {"views": ["raw", "raw"]},
-        {"views": "raw"},
+        {"text_choice": "raw"},
         {"views": [1]},
         {"context": 0},
         {"context": "77"},

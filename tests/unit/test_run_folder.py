@@ -20,7 +20,7 @@ from PIL import Image
 import rwkv_clip
 from helpers.tiny import make_smaller, make_tiny, to_arguments
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, hash_file
-from rwkv_clip.config import ConfigError, Settings, load_json, parse
+from rwkv_clip.config import ConfigError, load_json, parse
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import MainRankFailed, World
@@ -30,6 +30,7 @@ from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
 from rwkv_clip.training.data.workers import WorkerLost
 from rwkv_clip.training.main import run
+from rwkv_clip.training.settings import RunSettings, Settings
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -55,7 +56,7 @@ def own(done, tmp_path) -> Path:
 
 
 def open_run(logs: Path, world: World = ONE, **changes):
-    return folders.open_run(parse(Settings, {"logs": str(logs), **changes}), world, "tiny")
+    return folders.open_run(parse(RunSettings, {"logs": str(logs), **changes}), world, "tiny")
 
 
 def command(settings: dict, capsys) -> tuple[int, list[str]]:

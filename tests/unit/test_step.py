@@ -10,13 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 import rwkv_clip
 from helpers.ranks import run_ranks
 from helpers.tiny import MODEL
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import World, join_world, leave_world
-from rwkv_clip.losses import objective
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import InfoNCE, pairs
 from rwkv_clip.training.data.augment import draw_drops
+from rwkv_clip.training.deterministic import DeterministicStep
 from rwkv_clip.training.gradients import GradientStep, Inputs
+from rwkv_clip.training.settings import ParallelSettings
 
 BATCH = 16
 MEAN = torch.full((3,), 0.4)
@@ -49,18 +50,19 @@ def gradients(
     **changes,
 ) -> dict[str, torch.Tensor]:
     world = world or World(0, 1, torch.device("cpu"))
-    settings = parse(Settings, {"precision": "fp32", "batch_size": BATCH, **changes})
+    settings = parse(ParallelSettings, {"precision": "fp32", "batch_size": BATCH, **changes})
     model = build(dtype)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.torchcompile:
         model.compile(backend="aot_eager")  # the graphs of inductor, without its minutes
     parallel = DistributedDataParallel(model) if world.size > 1 and not settings.deterministic else model
-    objective_ = make_objective("infonce")
-    step = GradientStep(model, parallel, objective_, settings, world, lambda x: normalize(x, MEAN, MEAN).to(dtype))
+    objective_ = InfoNCE()
+    kind = DeterministicStep if settings.deterministic else GradientStep
+    step = kind(model, parallel, objective_, settings, world, lambda x: normalize(x, MEAN, MEAN).to(dtype), 0)
     share = BATCH // world.size
     own = inputs(model, slice(world.rank * share, (world.rank + 1) * share))
     computed = step.run(3, own, lambda loss: loss * loss_scale)
-    assert computed.image_features.shape == (share, 32) and computed.losses["contrastive"] > 0
+    assert computed.features["image"].shape == (share, 32) and computed.losses["contrastive"] > 0
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -72,7 +74,7 @@ def one_batch():
     data = inputs(model)
     model.set_drop_numbers(data.drop_numbers)
     image, text, scale = model(normalize(data.image, MEAN, MEAN).double(), data.text)
-    make_objective("infonce")(image, text, scale)[0]["contrastive"].backward()
+    InfoNCE()(image, text, scale)[0]["contrastive"].backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-15, msg=name)
         assert parameter.grad.abs().max() > 0, name
@@ -110,7 +112,7 @@ def test_accumulation_in_float32(changes):
 
 def work(folder: str, changes: dict) -> None:
     world = join_world("cpu")
-    objective.CPU_ROWS = 3  # chunks of the loss that end within a rank's share
+    pairs.CPU_ROWS = 3  # chunks of the loss that end within a rank's share
     torch.save(gradients(world=world, **changes), f"{folder}/rank{world.rank}")
     leave_world()
 
@@ -139,7 +141,7 @@ def test_negatives_matter(one_batch):
         data = inputs(model, slice(4 * part, 4 * part + 4))
         model.set_drop_numbers(data.drop_numbers)
         image, text, scale = model(normalize(data.image, MEAN, MEAN).double(), data.text)
-        (make_objective("infonce")(image, text, scale)[0]["contrastive"] / 4).backward()
+        (InfoNCE()(image, text, scale)[0]["contrastive"] / 4).backward()
     total = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert largest_gap(total, one_batch) > 0.1
 
@@ -152,18 +154,17 @@ def test_a_scaled_loss_scales_gradients(one_batch):
 @pytest.mark.parametrize("changes", [{}, {"grad_checkpointing": True}, {"deterministic": True}], ids=str)
 def test_the_second_pass_repeats_dropout_and_drop_path(changes):
     """Features of the pass that is differentiated have the bits of those that the objective saw."""
-    settings = parse(Settings, {"precision": "fp32", "batch_size": 4, "accum_freq": 4, **changes})
+    settings = parse(ParallelSettings, {"precision": "fp32", "batch_size": 4, "accum_freq": 4, **changes})
     model = build(torch.float64, dropout=0.5)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     world = World(0, 1, torch.device("cpu"))
-    step = GradientStep(
-        model, model, make_objective("infonce"), settings, world, lambda x: normalize(x, MEAN, MEAN).double()
-    )
+    kind = DeterministicStep if settings.deterministic else GradientStep
+    step = kind(model, model, InfoNCE(), settings, world, lambda x: normalize(x, MEAN, MEAN).double(), 0)
     seen, encode = [], step._encode
 
     def recorded(*arguments):
         output = encode(*arguments)
-        seen.append([part.detach().clone() for part in output[:2]])
+        seen.append([output[name].detach().clone() for name in ("image", "text")])
         return output
 
     step._encode = recorded
@@ -206,6 +207,6 @@ def test_memory_is_that_of_a_piece(monkeypatch):
 def test_batch_norms_are_refused_where_they_would_depend_on_ranks():
     model = nn.Module()
     model.logit_scale, model.norm = nn.Parameter(torch.zeros(())), nn.BatchNorm1d(3)
-    settings = parse(Settings, {"deterministic": True})
+    settings = parse(ParallelSettings, {"deterministic": True})
     with pytest.raises(ConfigError, match="batch norms"):
-        GradientStep(model, model, make_objective("infonce"), settings, World(0, 1, torch.device("cpu")), lambda x: x)
+        DeterministicStep(model, model, InfoNCE(), settings, World(0, 1, torch.device("cpu")), lambda x: x, 0)

@@ -10,15 +10,16 @@ import torch
 
 from helpers.tiny import MODEL, make_tiny
 from rwkv_clip.checkpoint import read_weights
-from rwkv_clip.config import ConfigError, Settings, load_settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordFile, RecordSet
 from rwkv_clip.factory import resolve_spec
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import make_objective
 from rwkv_clip.tokenizer import make_tokenizer
 from rwkv_clip.training.gradients import GradientStep
 from rwkv_clip.training.loop import Trainer
 from rwkv_clip.training.main import check_records, check_texts, run
+from rwkv_clip.training.settings import Settings, load_settings
 
 NAMES = ("raw", "synthetic", "generated")
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -57,7 +58,7 @@ def settings(data, records, model="vit", **changes) -> Settings:
     return parse(Settings, own | paths | {"max_steps": 1} | changes)
 
 
-ALIP = {"objective": "alip", "views": "all", "texts": 2}
+ALIP = {"objective": "alip", "text_choice": "all", "texts": 2}
 NEEDED = {"rwkv-clip-b32-yfcc15m": 3, "alip-b32-yfcc15m": 2, "clip-b32-yfcc15m": 1}
 
 
@@ -70,8 +71,8 @@ def test_who_takes_which_records(data, preset, held, kind):
     assert records.text_names == NAMES[:held] and records.layout.width == 77 * held
 
     def begin():
-        check_records(records, resolve_spec(recipe.model)[1], path, recipe.texts)
-        check_texts(records, recipe, make_objective(recipe.objective, recipe.gates))
+        check_records(records, resolve_spec(recipe.model.model)[1], path, recipe.data.texts)
+        check_texts(records, recipe, make_objective(recipe.loss))
 
     if held >= NEEDED[preset]:
         return begin()
@@ -91,9 +92,12 @@ def test_who_takes_which_records(data, preset, held, kind):
         ({"records": "bare1", **ALIP, "texts": None}, r"alip compares 2 texts of an image, but .* raw give it 1; use"),
         (
             {"records": "side3", **ALIP, "texts": None},
-            r"raw, synthetic, generated give it 3; use --views all --texts 2",
+            r"raw, synthetic, generated give it 3; use --text-choice all --texts 2",
         ),
-        ({"records": "side2", **ALIP, "views": "first"}, r"--views first and texts raw, synthetic give it 1"),
+        (
+            {"records": "side2", **ALIP, "text_choice": "first"},
+            r"choice first and texts raw, synthetic give it 1",
+        ),
         ({"records": "side2", "texts": 3}, r"side2: texts an image: 2 \(raw, synthetic\), --texts asks for 3"),
     ],
 )
@@ -108,12 +112,12 @@ def test_a_missing_text_ends_the_run_before_it_begins(data, changes, message):
     [
         ("bare2", ALIP, (0, 1)),
         ("side3", ALIP, (0, 1)),
-        ("side3", {"views": "all"}, (0, 1, 2)),
-        ("side3", {"views": "first"}, 0),
-        ("bare1", {"views": "first"}, 0),
+        ("side3", {"text_choice": "all"}, (0, 1, 2)),
+        ("side3", {"text_choice": "first"}, 0),
+        ("bare1", {"text_choice": "first"}, 0),
         ("bare1", {}, 0),
-        ("side3", {"views": "one", "texts": 2, "batch_size": 16}, {0, 1}),
-        ("bare3", {"views": "one", "batch_size": 16}, {0, 1, 2}),
+        ("side3", {"text_choice": "one", "texts": 2, "batch_size": 16}, {0, 1}),
+        ("bare3", {"text_choice": "one", "batch_size": 16}, {0, 1, 2}),
     ],
 )
 def test_tokens_that_reach_the_towers(data, monkeypatch, records, changes, expected):
@@ -132,9 +136,9 @@ def test_tokens_that_reach_the_towers(data, monkeypatch, records, changes, expec
     monkeypatch.setattr(GradientStep, "run", note_texts)
     chosen = settings(data, records, **changes)
     run(chosen)
-    stored, (ids, texts) = RecordSet(chosen.train_data), seen
+    stored, (ids, texts) = RecordSet(chosen.data.train_data), seen
     tokens = torch.stack([torch.from_numpy(stored.sample(i)[1]) for i in ids])
-    assert len(ids) == chosen.batch_size and len(set(ids)) == len(ids)
+    assert len(ids) == chosen.parallel.batch_size and len(set(ids)) == len(ids)
     if isinstance(expected, set):
         which = (tokens == texts[:, None]).all(2).int().argmax(1)
         assert torch.equal(texts, tokens[torch.arange(len(ids)), which]) and set(which.tolist()) == expected

@@ -1,6 +1,5 @@
 """Training end to end on tiny data: it learns, logs, resumes with the same bits, and refuses what does not fit."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,15 +14,19 @@ from torch.utils._pytree import tree_leaves
 import rwkv_clip
 from helpers.tiny import BATCH, COUNT, STEPS, make_tiny, to_arguments
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_tensors, read_weights
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, flat_names, parse
 from rwkv_clip.dist import join_world
-from rwkv_clip.losses.objective import make_objective
+from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training import loop
-from rwkv_clip.training.data.torch_loader import Batch
-from rwkv_clip.training.faults.nonfinite import Watch
+from rwkv_clip.training.data.batch import Batch
+from rwkv_clip.training.faults.nonfinite import FiniteGuard, NumericsError
 from rwkv_clip.training.main import read_command_line, run
-from rwkv_clip.training.optim import build_optimizer, pack_state, update_weights
+from rwkv_clip.training.optim import Schedule, build_optimizer, pack_state, update_weights
+from rwkv_clip.training.parallel import Shards
 from rwkv_clip.training.run import claim_folder
+from rwkv_clip.training.settings import OptimizerSettings, Settings, load_settings
+from rwkv_clip.training.state import TrainState
+from rwkv_clip.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_run_folder(whole):
     assert keys <= steps[0].keys() and steps[-1]["epoch"] == pytest.approx(STEPS * BATCH / COUNT)
     assert [r["step"] for r in records if "val_text_to_image_R@1" in r] == [5, 10]
     assert (whole / "training.png").stat().st_size > 10_000
-    assert parse(Settings, json.loads((whole / "settings.json").read_text())).max_steps == STEPS
+    assert parse(Settings, json.loads((whole / "settings.json").read_text())).optimizer.max_steps == STEPS
     names = [path.name for path in sorted((whole / "checkpoints").iterdir())]
     assert names == ["step-00000009", "step-00000010"]
 
@@ -86,17 +89,15 @@ def test_text_choice_depends_on_seed_epoch_and_sample_only(data):
 
     def chosen(seed=0, epoch=0, ids=range(64), **changes):
         model = rwkv_clip.create_model(data["model"])
-        trainer = loop.Trainer(
-            model, make_objective("infonce"), settings(data, seed=seed, **changes), join_world("cpu"), 60
-        )
+        trainer = Trainer(TrainState(model, InfoNCE(), settings(data, seed=seed, **changes), join_world("cpu"), 60))
         batch = Batch(torch.empty(0), text, torch.tensor(list(ids)), torch.full((64,), epoch), 0)
-        return trainer.choose_view(batch).flatten().tolist()
+        return trainer.choose_texts(batch).flatten().tolist()
 
     first = chosen()
     assert sorted(set(first)) == [0, 1, 2] and chosen() == first
     assert chosen(ids=reversed(range(64)))[::-1] == first, "the place in the batch does not matter"
     assert chosen(seed=1) != first and chosen(epoch=1) != first and chosen(ids=range(64, 128)) != first
-    assert set(chosen(views="first")) == {0}
+    assert set(chosen(text_choice="first")) == {0}
 
 
 class Crash(Exception):
@@ -110,7 +111,7 @@ def test_interrupted_equals_uninterrupted(data, whole, stop, monkeypatch):
     step = loop.Trainer.step
 
     def crash(self, batch):
-        if self.progress.step == stop:
+        if self.state.progress.step == stop:
             raise Crash
         return step(self, batch)
 
@@ -165,10 +166,10 @@ def test_logs_that_cannot_be_a_folder_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "bf16"},
-        {"precision": "fp16"},
+        {"precision": "amp_bf16"},
+        {"precision": "amp"},
         {"grad_checkpointing": True},
-        {"schedule": "cosine", "cycle_beta1": False, "decay": "all", "views": "first", "drop_path": 0.0},
+        {"schedule": "cosine", "cycle_beta1": False, "decay": "all", "text_choice": "first", "drop_path": 0.0},
         {"workers": 2, "val_data": None},
         {"report_to": ["tensorboard"]},
         {"loader": "dali", "workers": 1},
@@ -211,7 +212,7 @@ def test_recomputation_changes_nothing(data, whole):
 
 def bits_of(trainer):
     """Copies of weights and optimizer state."""
-    tensors = {**trainer.model.state_dict(), **pack_state(trainer.optimizer, trainer.model)}
+    tensors = {**trainer.state.model.state_dict(), **pack_state(trainer.state.optimizer, trainer.state.shards.own)}
     return {key: value.clone() for key, value in tensors.items()}
 
 
@@ -251,7 +252,7 @@ def test_non_finite_numbers_stop_before_the_weights(data, history, monkeypatch, 
     monkeypatch.setattr(rwkv_clip.RWKVCLIP, "forward", poisoned)
     monkeypatch.setattr("rwkv_clip.training.main.Trainer", Trainer)
     name = f"nan {at} {every}"
-    with pytest.raises(loop.NumericsError, match=rf"^step {at}: loss nan, gradient norm .*records \[\d+, .* on rank 0"):
+    with pytest.raises(NumericsError, match=rf"^step {at}: loss nan, gradient norm .*records \[\d+, .* on rank 0"):
         run(settings(data, name=name, log_every_n_steps=every))
     assert len(trainers) == at + (1 if every == 1 or at in (5, STEPS - 1) else 2), "one step later at most"
     bits = bits_of(trainers[0])
@@ -264,7 +265,7 @@ def test_non_finite_numbers_stop_before_the_weights(data, history, monkeypatch, 
 
 
 def test_a_bad_rank_stops_all(monkeypatch):
-    watch = Watch(join_world("cpu"))
+    watch = FiniteGuard(join_world("cpu"))
     good, ids = torch.tensor(1.0), torch.arange(3)
     assert watch.judge(good, good, False).item() == 0
     watch.report(0, ids, good, good)
@@ -273,7 +274,7 @@ def test_a_bad_rank_stops_all(monkeypatch):
     assert watch.judge(good, good, False).item() == 1
     monkeypatch.undo()
     watch.report(1, ids, good, good)
-    with pytest.raises(loop.NumericsError, match=r"^step 1: loss 1, gradient norm 1; records \[0, 1, 2\]"):
+    with pytest.raises(NumericsError, match=r"^step 1: loss 1, gradient norm 1; records \[0, 1, 2\]"):
         watch.check()
     assert watch.judge(good, good, False).item() == 1, "no step after a bad one"
 
@@ -283,7 +284,7 @@ def test_a_skipped_step_changes_nothing(data, fused, monkeypatch):
     if not fused:
         monkeypatch.setattr("rwkv_clip.training.optim.FUSED", ())
     layer = torch.nn.Linear(3, 3)
-    optimizer = build_optimizer(layer, settings(data))
+    optimizer = build_optimizer(Shards(layer, torch.nn.Module()), settings(data).optimizer)
     before, nothing = [p.clone() for p in layer.parameters()], torch.tensor(1.0)
     for skip, moved in ((nothing, False), (torch.tensor(0.0), True)):
         for parameter in layer.parameters():
@@ -300,14 +301,14 @@ def test_fp16_overflow_is_skipped_and_the_scale_falls(data, monkeypatch):
 
     def start(self, *arguments):
         init(self, *arguments)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110)
+        self.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110)
         trainers.append(self)
 
     monkeypatch.setattr(loop.Trainer, "__init__", start)
-    run(settings(data, name="overflow", precision="fp16", max_steps=4))
-    steps = {slots["step"].item() for slots in trainers[0].optimizer.state.values()}
-    assert steps == {3.0} and trainers[0].scaler.get_scale() == 2.0**10
-    assert all(p.isfinite().all() for p in trainers[0].model.parameters())
+    run(settings(data, name="overflow", precision="amp", max_steps=4))
+    steps = {slots["step"].item() for slots in trainers[0].state.optimizer.state.values()}
+    assert steps == {3.0} and trainers[0].state.scaler.get_scale() == 2.0**10
+    assert all(p.isfinite().all() for p in trainers[0].state.model.parameters())
 
 
 class HostReads(TorchDispatchMode):
@@ -327,7 +328,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp"])
 def test_no_step_waits_for_the_device(data, monkeypatch, precision):
     """Between logs a step reads no number back. (On a CPU this is how it can be told; a GPU would wait there.)
 
@@ -384,9 +385,10 @@ def test_records_of_a_longer_context_are_refused(data, tmp_path):
 
 def test_command_line(data):
     parsed = read_command_line(["--preset", "rwkv-clip-b32-yfcc15m", "--train-data", "x", "--lr", "0.5", "--flip", "0"])
-    assert (parsed.model, parsed.lr, parsed.flip, parsed.decay) == ("RWKV-CLIP-B-32", 0.5, 0.0, "all")
+    assert (parsed.model.model, parsed.data.flip) == ("RWKV-CLIP-B-32", 0.0)
+    assert (parsed.optimizer.lr, parsed.optimizer.decay) == (0.5, "all")
     assert read_command_line(to_arguments(data)) == settings(data)
-    assert read_command_line(["--train-data", "x", "--preset=demo"]).model == "RWKV-CLIP-Ti-8"
+    assert read_command_line(["--train-data", "x", "--preset=demo"]).model.model == "RWKV-CLIP-Ti-8"
     with pytest.raises(ConfigError, match=r"preset: needs a value; shipped: .*demo"):
         read_command_line(["--preset"])
     with pytest.raises(ConfigError) as error:
@@ -396,16 +398,46 @@ def test_command_line(data):
 
 FLAGS = """
 accum-freq allow-change batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay deterministic device
-drop-path epochs eps flip gates grad-checkpointing grad-clip-norm keep-checkpoints loader log-every-n-steps logs lr
-max-bad max-bad-share max-nonfinite max-ranks max-steps model name objective on-nonfinite parallel precision
-pretrained report-to resume save-every-n-steps schedule seed texts timeout torchcompile train-data val-data
-val-every-n-steps val-prefix val-split views warmup wd workers
+drop-path epochs eps flip freeze gates grad-checkpointing grad-clip-norm keep-checkpoints loader lock-image
+lock-image-freeze-bn-stats lock-image-unlocked-groups lock-text lock-text-freeze-layer-norm lock-text-unlocked-layers
+log-every-n-steps logs lr max-bad max-bad-fraction max-nonfinite max-ranks max-steps model name objective on-nonfinite
+parallel precision pretrained report-to resume save-every-n-steps schedule seed text-choice texts timeout torchcompile
+train-data val-data val-every-n-steps val-prefix val-split warmup warmup-fraction wd workers
 """
 
 
 def test_public_flags_are_frozen():
     """Users have these in their scripts. A new one is added here on purpose; none disappears."""
-    assert sorted(f.name.replace("_", "-") for f in dataclasses.fields(Settings)) == FLAGS.split()
+    assert sorted(name.replace("_", "-") for name in flat_names(Settings)) == FLAGS.split()
+
+
+def test_flags_of_before(caplog):
+    """Two names still work; two meanings that have become open_clip's are refused with what to say instead."""
+    old = read_command_line(["--train-data", "x", "--views", "first", "--max-bad-share=0.5"])
+    assert (old.data.text_choice, old.data.max_bad_fraction) == ("first", 0.5)
+    assert "--views is called --text-choice" in caplog.text
+    with pytest.raises(ConfigError) as error:
+        read_command_line(["--train-data", "x", "--warmup", "0.1", "--precision=fp16"])
+    assert [p.split(";")[1] for p in error.value.problems] == [
+        " use --warmup-fraction 0.1",
+        " autocast in that type is --precision amp",
+    ]
+
+
+def test_files_of_before(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"views": "all", "warmup": 0.25, "precision": "fp16", "max_bad_share": 0.5}')
+    found = load_settings(str(path))
+    assert (found.data.text_choice, found.data.max_bad_fraction, found.parallel.precision) == ("all", 0.5, "amp")
+    assert (found.optimizer.warmup, found.optimizer.warmup_fraction) == (None, 0.25)
+
+
+def test_warmup_counts_steps():
+    """As in open_clip; the fraction means as many steps as it comes to."""
+    counted, fraction = (parse(OptimizerSettings, x) for x in ({"warmup": 30}, {"warmup_fraction": 0.3}))
+    schedules = [Schedule.from_settings(settings, 100) for settings in (counted, fraction)]
+    assert len({tuple(map(schedule.lr, range(100))) for schedule in schedules}) == 1
+    assert schedules[0].lr(29) == 1e-3 > schedules[0].lr(28)
 
 
 @pytest.mark.parametrize(

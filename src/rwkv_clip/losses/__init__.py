@@ -1,1 +1,39 @@
-"""Objectives."""
+"""Objectives: one file each, with its settings; one row each in the table below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from .alip import ALIP, GateSettings
+from .infonce import InfoNCE
+from .objective import Objective
+
+__all__ = ["ALIP", "OBJECTIVES", "GateSettings", "InfoNCE", "LossSettings", "Objective", "make_objective"]
+
+# Name -> class, and the name of the table in LossSettings that it is made with, if it has settings.
+OBJECTIVES: dict[str, tuple[type[Objective], str | None]] = {"infonce": (InfoNCE, None), "alip": (ALIP, "gates")}
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which objective, and its settings."""
+
+    objective: Literal[tuple(OBJECTIVES)] = "infonce"  # type: ignore[valid-type]
+    """What the towers are trained for."""
+    gates: GateSettings = field(default=GateSettings())
+    """--objective alip: weights of samples and pairs."""
+
+    def problems(self) -> list[str]:
+        defaults = {f.name: f.default for f in fields(self)}
+        return [
+            f"{table}: need objective {name}, not {self.objective}"
+            for name, (_, table) in OBJECTIVES.items()
+            if table and name != self.objective and getattr(self, table) != defaults[table]
+        ]
+
+
+def make_objective(settings: LossSettings) -> Objective:
+    """The objective that the settings name."""
+    kind, table = OBJECTIVES[settings.objective]
+    return kind(getattr(settings, table)) if table else kind()

@@ -1,5 +1,2 @@
-"""Towers: RWKV here; ViT, ResNet and text transformers come from open_clip."""
-
-from .rwkv import ImageTower, TextTower
-
-__all__ = ["ImageTower", "TextTower"]
+"""Models: towers and the classes that describe them, one file per family; ViT, ResNet and text transformers come from
+open_clip."""

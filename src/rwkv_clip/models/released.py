@@ -6,13 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ConfigError, ModelConfig, parse
+from ..config import ConfigError
+from .two_tower import ModelConfig
 
 # Keys of the released JSON that belong to the run or never change the function.
 _WITHOUT_EFFECT = frozenset({"workers", "precision", "data_type", "text_num_head", "with_cp", "tiny_att_layer"})
 # Options of the released text tower that no released model uses: value that switches each off.
 _UNUSED = {"dropout": 0, "pos_emb": 0, "head_qk": 0, "tiny_att_dim": 0}
 _REQUIRED = ("image_embed_dims", "n_embd", "image_depth", "n_layer")
+_OPTIONAL = {
+    *("input_size", "image_patch_size", "image_hidden_rate", "image_num_heads", "image_output_cls_token"),
+    *("image_with_cls_token", "drop_path_rate", "ctx_len", "vocab_size", "text_initialization", "head_size"),
+    *("head_size_divisor", "dim_att", "dim_ffn"),
+}
+_KEYS = {*_WITHOUT_EFFECT, *_UNUSED, *_REQUIRED, *_OPTIONAL}
 _PREFIXES = ("module.", "_orig_mod.")
 # What the state dicts of OpenAI's CLIP hold besides weights.
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
@@ -31,16 +38,7 @@ def convert_config(data: dict[str, Any]) -> ModelConfig:
         for key, off in _UNUSED.items()
         if data.get(key, off) not in (off, False)
     ]
-    known = {*_WITHOUT_EFFECT, *_UNUSED, *_REQUIRED, "input_size", "image_patch_size", "image_hidden_rate"}
-    known |= {
-        "image_num_heads",
-        "image_output_cls_token",
-        "image_with_cls_token",
-        "drop_path_rate",
-        "ctx_len",
-    }
-    known |= {"vocab_size", "text_initialization", "head_size", "head_size_divisor", "dim_att", "dim_ffn"}
-    problems += [f"{key}: unknown key in a released RWKV-CLIP configuration" for key in data if key not in known]
+    problems += [f"{key}: unknown key in a released RWKV-CLIP configuration" for key in data if key not in _KEYS]
     if problems:
         raise ConfigError(problems)
     width, text_width = data["image_embed_dims"], data["n_embd"]
@@ -70,7 +68,7 @@ def convert_config(data: dict[str, Any]) -> ModelConfig:
     }
     if text_width % head_size:
         raise ConfigError([f"head_size: {head_size} does not divide n_embd {text_width}"])
-    return parse(ModelConfig, {"image": image, "text": text})
+    return ModelConfig.parse({"image": image, "text": text})
 
 
 def _boolean(data: dict[str, Any], key: str, default: bool = False) -> bool:

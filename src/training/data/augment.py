@@ -1,33 +1,25 @@
-"""Augmentation as a function: crop, mirror and text choice of a sample depend on (seed, epoch, sample) only.
+"""Augmentation as a function: crop, flip and text choice of a sample depend on (seed, epoch, sample) only.
 
-Nothing here draws from a generator with a state. A number is a hash of (seed, epoch, sample, draw), so it is
-the same for any number of workers or ranks, in any batch, after any resume, and for every decoder.
+Nothing here draws from a generator with a state. A number is a hash of (seed, epoch, sample, draw), so it is the same
+for any number of workers or ranks, in any batch, after any resume, and for every decoder. An image may be seen in
+several views: view 0 is what a run with one view sees, each further view has draws of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+
+from ..settings import DataSettings
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the counter step of splitmix64
 MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 ATTEMPTS = 10
 
-# Which draw of a sample serves which purpose. A new purpose takes a new number, so that old runs stay as they
-# were.
-FLIP, VIEW, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
+# Which draw of a sample serves which purpose. A new purpose takes a new number, so that resumed runs see no change.
+FLIP, TEXT, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
 DROP_PATH = 1 << 20  # and the following: one for every residual branch that may be dropped
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How pictures vary; the defaults are the released recipe's."""
-
-    area: tuple[float, float] = (0.7, 1.0)  # share of the picture that a crop keeps
-    aspect: tuple[float, float] = (0.8, 1.25)  # width / height of a crop
-    flip: float = 0.5  # probability of a mirrored picture
+NEXT_VIEW = 1 << 32  # from a draw for one view of an image to the same draw for the next
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -55,14 +47,14 @@ def uniforms(seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, draw:
     return bits.astype(np.float64) * 2.0**-53
 
 
-def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray, share: float = 0.5) -> np.ndarray:
-    """Mirror left to right? bool (B,), true with probability `share`."""
-    return uniforms(seed, epochs, ids, FLIP) < share
+def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray, probability: float = 0.5, view: int = 0) -> np.ndarray:
+    """Whether each sample's view is flipped left to right: bool (B,)."""
+    return uniforms(seed, epochs, ids, FLIP + view * NEXT_VIEW) < probability
 
 
-def draw_views(seed: int, epochs: np.ndarray, ids: np.ndarray, views: int) -> np.ndarray:
-    """Which of `views` texts a sample shows, uniform: int64 (B,)."""
-    return np.minimum((uniforms(seed, epochs, ids, VIEW) * views).astype(np.int64), views - 1)
+def draw_texts(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
+    """Which of its `count` texts a sample shows, uniform: int64 (B,)."""
+    return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)
 
 
 def draw_drops(seed: int, epochs: np.ndarray, ids: np.ndarray, branches: int) -> np.ndarray:
@@ -76,18 +68,19 @@ def crop_windows(
     seed: int,
     epochs: np.ndarray,
     ids: np.ndarray,
-    area: tuple[float, float] = Augmentation.area,
-    aspect: tuple[float, float] = Augmentation.aspect,
+    settings: DataSettings = DataSettings(),
+    view: int = 0,
 ) -> np.ndarray:
-    """Random crops as DALI's random_area / random_aspect_ratio draw them: int64 (B, 4), rows (x, y, width,
-    height).
+    """Random crops, drawn as DALI does from random_area and random_aspect_ratio: int64 (B, 4), rows (x, y, width,
+    height), each inside its image of `widths` x `heights` pixels.
 
-    The share of the picture's area is uniform in `area`, width / height log-uniform in `aspect`; the first of
-    ten tries that fits is taken. A picture too wide or too tall for any of them gets the largest window of an
-    allowed shape. The place is uniform. Every window lies inside its picture of `widths` x `heights` pixels.
+    The fraction of the image's area is uniform in `crop_area` of the settings, width / height is log-uniform in
+    `crop_aspect`; the first of ten attempts that fits is taken. An image too wide or too tall for any of them gets the
+    largest window of an allowed shape. The position is uniform.
     """
+    area, aspect, draw = settings.crop_area, settings.crop_aspect, view * NEXT_VIEW
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
-    draws = CROP_SHAPE + np.arange(2 * ATTEMPTS)[:, None]
+    draws = draw + CROP_SHAPE + np.arange(2 * ATTEMPTS)[:, None]
     first, second = np.split(uniforms(seed, np.asarray(epochs)[None], np.asarray(ids)[None], draws), 2)
     target = (area[0] + (area[1] - area[0]) * first) * (widths * heights)
     ratio = np.exp(np.log(aspect[0]) + np.log(aspect[1] / aspect[0]) * second)
@@ -98,14 +91,13 @@ def crop_windows(
     last_wide, last_tall = _largest(widths, heights, area[1], aspect)
     width = np.where(fits.any(0), wide[pick], last_wide)
     height = np.where(fits.any(0), tall[pick], last_tall)
-    x = (uniforms(seed, epochs, ids, CROP_X) * (widths - width + 1)).astype(np.int64)
-    y = (uniforms(seed, epochs, ids, CROP_Y) * (heights - height + 1)).astype(np.int64)
+    x = (uniforms(seed, epochs, ids, draw + CROP_X) * (widths - width + 1)).astype(np.int64)
+    y = (uniforms(seed, epochs, ids, draw + CROP_Y) * (heights - height + 1)).astype(np.int64)
     return np.stack([np.minimum(x, widths - width), np.minimum(y, heights - height), width, height], 1)
 
 
 def _largest(widths, heights, most: float, aspect: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Largest window inside each picture with a shape in `aspect` and at most the share `most` of its
-    area."""
+    """Largest window inside each image with a shape in `aspect` and at most the fraction `most` of its area."""
     wide = np.minimum(widths, np.maximum(1, (heights * aspect[1]).astype(np.int64)))
     tall = np.minimum(heights, np.maximum(1, (widths / aspect[0]).astype(np.int64)))
     shrink = np.sqrt(np.minimum(1.0, most * widths * heights / (wide * tall)))

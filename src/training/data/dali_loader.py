@@ -1,12 +1,11 @@
-"""The DALI loader: the same batches as the PyTorch loader, decoded by nvidia-dali on a GPU (or by its CPU
-threads).
+"""The DALI loader: the same batches as the PyTorch loader, decoded by nvidia-dali on a GPU (or by its CPU threads).
 
-DALI only decodes, crops and, on a GPU, resizes and mirrors; on a CPU its resize takes 8 times as long as torch's,
-which does it then. It is fed bytes, window and mirror through `external_source`; which record comes next and how it
-is cropped are decided by `SampleReader`, as for the other loader. DALI
-ends its pipeline at the first picture that it cannot decode. So it gets plain JPEGs only (see `ImageInfo`),
-everything else is decoded by PIL; and when a plain one fails after all, its batch is decoded again on the CPU
-by the rule for bad records and the pipeline is built anew.
+DALI only decodes, crops and, on a GPU, resizes and flips; on a CPU its resize takes 8 times as long as torch's, which
+does it then. It is fed bytes, window and flip through `external_source`, once per view, since it decodes no more than
+the window; which record comes next and how it is cropped are decided by `SampleReader`, as for the other loader. DALI
+ends its pipeline at the first image that it cannot decode. So it gets plain JPEGs only (see `ImageInfo`), everything
+else is decoded by PIL; and when a plain one fails after all, its batch is decoded again on the CPU by the rule for bad
+records and the pipeline is built anew.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from .torch_loader import Batch, Loader, Plan, Tally, decode_samples, faults_of, stack_text
+from .batch import Batch, Loader, Plan, Tally, stack_samples
 from .samples import Fault, Sample, SampleReader, fit_pixels
 
 log = logging.getLogger(__name__)
 
-FAILURES = 3  # pipelines in a row that fail on pictures which the CPU decodes: the fault is not in the pictures
+FAILURES = 3  # pipelines in a row that fail on images which the CPU decodes: the fault is not in the images
 
 
 def _import_dali():
@@ -41,7 +41,7 @@ def _import_dali():
 
 
 def _placeholder() -> np.ndarray:
-    """Tiny JPEG that keeps the place of a picture which PIL decodes."""
+    """Tiny JPEG in the place of an image that PIL decodes."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
     return np.frombuffer(file.getvalue(), np.uint8)
@@ -49,7 +49,7 @@ def _placeholder() -> np.ndarray:
 
 def build_pipeline(batch: int, threads: int, size: tuple[int, int], device: torch.device):
     """DALI pipeline: jpeg, start (x, y), shape (width, height) -> the windows, uint8 (H, W, 3) each, on a CPU; on a
-    GPU with mirror -> uint8 (batch, 3, h, w)."""
+    GPU with flip -> uint8 (batch, 3, h, w)."""
     dali = _import_dali()
     from nvidia.dali import fn, types
 
@@ -65,14 +65,14 @@ def build_pipeline(batch: int, threads: int, size: tuple[int, int], device: torc
             axis_names="WH",
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,  # turned pictures are not plain: PIL decodes them upright
+            adjust_orientation=False,  # rotated images are not plain: PIL decodes them upright
             jpeg_fancy_upsampling=True,  # on a GPU the same chroma as on a CPU
         )
         if gpu:
-            mirror = fn.external_source(name="mirror", device="cpu")
+            flip = fn.external_source(name="flip", device="cpu")
             image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
             image = fn.crop_mirror_normalize(
-                image, mirror=mirror, dtype=types.UINT8, output_layout="CHW", mean=0.0, std=1.0
+                image, mirror=flip, dtype=types.UINT8, output_layout="CHW", mean=0.0, std=1.0
             )
         pipeline.set_outputs(image)
     pipeline.build()
@@ -81,11 +81,11 @@ def build_pipeline(batch: int, threads: int, size: tuple[int, int], device: torc
 
 @dataclass
 class _Step:
-    """One prepared batch: its samples, and the pixels of those that DALI does not decode, by row."""
+    """One prepared batch: its samples, and the pixels (V, 3, h, w) of those that DALI does not decode, by row."""
 
     number: int
     samples: list[Sample]
-    aside: dict[int, torch.Tensor]
+    aside: dict[int, Tensor]
 
 
 class DaliLoader(Loader):
@@ -126,51 +126,53 @@ class DaliLoader(Loader):
                 failure = str(error)
             if image is None:
                 log.warning("DALI could not decode step %d, it is decoded again on the CPU", step.number)
-                image = torch.empty(len(step.samples), 3, *self.reader.image_size, dtype=torch.uint8)
-                step.samples = decode_samples(self.reader, step.samples, image)
+                image = torch.empty(len(step.samples), *self.reader.shape, dtype=torch.uint8)
+                step.samples = self.reader.decode_all(step.samples, image)
                 failures = 0 if any(sample.fault for sample in step.samples) else failures + 1
                 if failures == FAILURES:
-                    raise RuntimeError(f"DALI fails on pictures that PIL decodes; use --loader torch: {failure}")
+                    raise RuntimeError(f"DALI fails on images that PIL decodes; use --loader torch: {failure}")
                 self._pipeline = None
                 image, self._pipeline = image.to(self.device), self._build()
-            text, ids, epochs = stack_text(step.samples)
-            yield Batch(image, text, ids, epochs, self.plan.first(step.number)), faults_of(step.samples)
+            yield self.assemble(step.number, image, [stack_samples(step.samples)])
             step = following
 
     def _build(self):
-        return build_pipeline(self.plan.local_batch, self.threads, self.reader.image_size, self.device)
+        count = self.plan.local_batch * self.reader.views
+        return build_pipeline(count, self.threads, self.reader.image_size, self.device)
 
     def _prepare(self, number: int) -> _Step:
         samples = self.reader.read(self.plan.positions(number))
         aside = {}
         for row, sample in enumerate(samples):
             if not sample.info.plain:
-                samples[row], aside[row] = self.reader.decode(sample)
+                aside[row] = torch.empty(self.reader.shape, dtype=torch.uint8)
+                samples[row] = self.reader.decode(sample, aside[row])
         return _Step(number, samples, aside)
 
     def _feed(self, step: _Step) -> None:
-        jpegs, windows = [], np.zeros((len(step.samples), 4), np.int32)
+        jpegs, windows = [], []
         for row, sample in enumerate(step.samples):
             own = row not in step.aside
-            jpegs.append(np.frombuffer(sample.data, np.uint8) if own else self._placeholder)
-            windows[row] = sample.window if own else (0, 0, 16, 16)
+            jpegs += [np.frombuffer(sample.data, np.uint8) if own else self._placeholder] * len(sample.crops)
+            windows += [crop[:4] if own else (0, 0, 16, 16) for crop in sample.crops]
+        windows = np.array(windows, np.int32)
         self._pipeline.feed_input("jpeg", jpegs)
         self._pipeline.feed_input("start", windows[:, :2].copy())
         self._pipeline.feed_input("shape", windows[:, 2:].copy())
         if self.device.type == "cuda":
-            self._pipeline.feed_input("mirror", np.array([sample.flip for sample in step.samples], np.int32))
+            flips = [crop.flip for sample in step.samples for crop in sample.crops]
+            self._pipeline.feed_input("flip", np.array(flips, np.int32))
         self._pipeline.schedule_run()
 
-    def _take(self, step: _Step) -> torch.Tensor:
-        """Decoded pixels of the step, on the device. RuntimeError if DALI could not decode one of the
-        pictures."""
+    def _take(self, step: _Step) -> Tensor:
+        """Decoded pixels of the step, (B, V, 3, h, w) on the device. RuntimeError if DALI could not decode one of the
+        images."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         (output,) = self._pipeline.share_outputs()
-        shape = (len(step.samples), 3, *self.reader.image_size)
-        image = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        image = torch.empty(len(step.samples), *self.reader.shape, dtype=torch.uint8, device=self.device)
         if image.is_cuda:
-            feed_ndarray(output.as_tensor(), image, cuda_stream=torch.cuda.current_stream())
+            feed_ndarray(output.as_tensor(), image.flatten(0, 1), cuda_stream=torch.cuda.current_stream())
         else:
             _fit_all(output, image, step, self.threads)
         for row, pixels in step.aside.items():
@@ -181,12 +183,14 @@ class DaliLoader(Loader):
         return image
 
 
-def _fit_all(output, image: torch.Tensor, step: _Step, threads: int) -> None:
-    """Resize and mirror the windows that DALI decoded into the rows of `image`, with as many threads as DALI has."""
+def _fit_all(output, image: Tensor, step: _Step, threads: int) -> None:
+    """Resize and flip the windows that DALI decoded into the rows of `image`, with as many threads as DALI has."""
 
     def fit(row: int) -> None:
-        pixels = torch.from_numpy(output.at(row)).permute(2, 0, 1)
-        image[row] = fit_pixels(pixels, tuple(image.shape[2:]), step.samples[row].flip)
+        for view, crop in enumerate(step.samples[row].crops):
+            window = output.at(row * image.shape[1] + view)
+            pixels = torch.from_numpy(window).permute(2, 0, 1)
+            image[row, view] = fit_pixels(pixels, tuple(image.shape[3:]), crop.flip)
 
     rows = [row for row in range(len(step.samples)) if row not in step.aside]
     with ThreadPoolExecutor(threads) as pool:

@@ -1,9 +1,7 @@
-"""From a position to pixels: read the record, look at its picture's header, draw its crop, decode, crop,
-resize.
+"""From a position to pixels: read the record, inspect its image's header, draw its crops, decode, crop, resize.
 
-Both loaders take their samples from the one `SampleReader` here, so they agree on order, crops, mirrors,
-texts and on which records are bad. A bad record at position p gives its place to the next good one in order
-(p + 1, p + 2, ...).
+Both loaders take their samples from the one `SampleReader` here, so they agree on order, crops, flips, texts and on
+which records are bad. A bad record at position p is replaced by the next good one in order (p + 1, p + 2, ..).
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from rwkv_clip.errors import DATA
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.data.records import RecordError, RecordSet
 
-from .augment import Augmentation, crop_windows, draw_flips
+from ..settings import DataSettings
+from .augment import crop_windows, draw_flips
 from .order import Order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
@@ -28,10 +28,10 @@ try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 
 except ImportError:
     decode_jpeg = None
 
-SEARCH = 1000  # that many bad records in a row: the data set is broken, not a record
+SEARCH = 1000  # bad records in a row after which the data set is broken, not a record
 
-# A picture decoded at a fraction of its size must still be this much larger than the result: with 1.0 pixels
-# differ by up to 2.5/255 on average from full decoding, with 1.5 by 0.6 (pictures with hard edges and grain).
+# An image decoded at a fraction of its size must still be this much larger than the result: with 1.0 pixels differ by
+# up to 2.5/255 on average from full decoding, with 1.5 by 0.6 (images with hard edges and grain).
 SPARE = 1.5
 
 
@@ -50,10 +50,19 @@ class Fault:
     message: str
 
 
+class Crop(NamedTuple):
+    """What a view shows: a window in pixels of the upright image, flipped left to right or not."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    flip: bool = False
+
+
 @dataclass
 class Sample:
-    """A readable record, its crop (x, y, width, height) in pixels of the upright picture, mirror, and texts
-    (V, T)."""
+    """A readable record: encoded image, one crop per view, and token ids of its texts (N, T)."""
 
     position: int
     id: int
@@ -62,25 +71,34 @@ class Sample:
     info: ImageInfo
     tokens: np.ndarray
     name: str
-    window: tuple[int, int, int, int] = (0, 0, 0, 0)
-    flip: bool = False
-    fault: Fault | None = None  # of the record whose place this one takes
+    crops: tuple[Crop, ...] = ()
+    fault: Fault | None = None  # of the record that this one replaces
 
 
 class SampleReader:
-    """Reads and decodes samples by their position in `Order(len(records), seed)`; image_size is (height,
-    width)."""
+    """Reads and decodes samples by their position in `Order(len(records), seed)`.
+
+    image_size: (height, width) of a view. views: random crops taken of each image.
+    """
 
     def __init__(
         self,
         records: RecordSet,
         seed: int,
         image_size: tuple[int, int],
-        augmentation: Augmentation = Augmentation(),
+        settings: DataSettings = DataSettings(),
+        views: int = 1,
     ):
+        if views < 1:
+            raise ValueError(f"views: {views}; an image needs at least one")
         self.records, self.seed, self.image_size = records, seed, image_size
-        self.augmentation = augmentation
+        self.settings, self.views = settings, views
         self.order = Order(len(records), seed)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a sample's pixels: (V, 3, h, w)."""
+        return self.views, 3, *self.image_size
 
     def read(self, positions: np.ndarray) -> list[Sample]:
         """One sample per position, headers checked and crops drawn, pixels not decoded yet."""
@@ -93,11 +111,13 @@ class SampleReader:
         self._draw(samples)
         return samples
 
-    def decode(self, sample: Sample) -> tuple[Sample, torch.Tensor]:
-        """Pixels uint8 (3, h, w) of `sample`, or of the next good sample in order if it does not decode."""
+    def decode(self, sample: Sample, image: torch.Tensor) -> Sample:
+        """Decode all views into `image`, uint8 (V, 3, h, w); returns the sample, or if it does not decode the next good
+        one in order, which is decoded instead."""
         for _ in range(SEARCH):
             try:
-                return sample, decode_crop(sample, self.image_size)
+                decode_views(sample, image)
+                return sample
             except ImageError as error:
                 fault = _fault(sample.position, error)
             first = sample.fault or fault
@@ -105,6 +125,10 @@ class SampleReader:
             sample.fault = first
             self._draw([sample])
         raise _hopeless(fault)
+
+    def decode_all(self, samples: list[Sample], image: torch.Tensor) -> list[Sample]:
+        """`decode` of each sample into its row of `image`, uint8 (B, V, 3, h, w)."""
+        return [self.decode(sample, row) for sample, row in zip(samples, image)]
 
     def _load(self, position: int, index: int) -> Sample:
         data, tokens = self.records.sample(index)
@@ -118,21 +142,21 @@ class SampleReader:
             try:
                 sample = self._load(position, self.order.at(position))
             except (RecordError, ImageError):
-                continue  # counted in its own place
+                continue  # counted at its own position
             sample.fault = fault
             return sample
         raise _hopeless(fault)
 
     def _draw(self, samples: list[Sample]) -> None:
-        ids = np.array([sample.id for sample in samples], np.int64)
-        epochs = np.array([sample.epoch for sample in samples], np.int64)
-        widths = np.array([sample.info.width for sample in samples], np.int64)
-        heights = np.array([sample.info.height for sample in samples], np.int64)
-        how = self.augmentation
-        windows = crop_windows(widths, heights, self.seed, epochs, ids, how.area, how.aspect).tolist()
-        flips = draw_flips(self.seed, epochs, ids, how.flip).tolist()
-        for sample, window, flip in zip(samples, windows, flips):
-            sample.window, sample.flip = tuple(window), flip
+        facts = [(sample.id, sample.epoch, sample.info.width, sample.info.height) for sample in samples]
+        ids, epochs, widths, heights = np.array(facts, np.int64).T
+        views = []
+        for view in range(self.views):
+            windows = crop_windows(widths, heights, self.seed, epochs, ids, self.settings, view)
+            flips = draw_flips(self.seed, epochs, ids, self.settings.flip, view)
+            views.append([Crop(*window, flip) for window, flip in zip(windows.tolist(), flips.tolist())])
+        for sample, crops in zip(samples, zip(*views)):
+            sample.crops = crops
 
 
 def _fault(position: int, error: RecordError | ImageError) -> Fault:
@@ -146,24 +170,34 @@ def _hopeless(fault: Fault) -> DataError:
     )
 
 
-def decode_crop(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    """Crop, resize (linear, antialiased) and mirror one sample: contiguous uint8 (3, h, w). ImageError if
-    damaged."""
-    return fit_pixels(decode_window(sample, size), size, sample.flip)
+def decode_views(sample: Sample, image: torch.Tensor) -> None:
+    """Decode, crop, resize (linear, antialiased) and flip all views of a sample into `image`, uint8 (V, 3, h, w).
+    ImageError if it is damaged."""
+    size = tuple(image.shape[2:])
+    for view, window, crop in zip(image, decode_windows(sample, size), sample.crops):
+        view.copy_(fit_pixels(window, size, crop.flip))
 
 
-def decode_window(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    """The pixels in the sample's window, uint8 (3, H, W), any strides; of `size` already where the picture is so large
-    that it was decoded at a fraction of its size. ImageError if damaged."""
-    x, y, width, height = sample.window
-    whole = _decode_plain(sample, size)
-    if whole is None:
-        return _decode_with_pil(sample, size)
-    return whole[:, y : y + height, x : x + width]
+def decode_windows(sample: Sample, size: tuple[int, int]) -> list[torch.Tensor]:
+    """The pixels in each crop's window, uint8 (3, H, W), any strides; of `size` already where the image is so large
+    that it was decoded at a fraction of its size. ImageError if it is damaged.
+
+    What several crops need is decoded once.
+    """
+    plain, by_size, windows = None, {}, []
+    for crop in sample.crops:
+        enough = _enough(sample.info, crop, size)
+        if plain is None and decode_jpeg and sample.info.plain and not _halves(sample.info, enough):
+            plain = _decode_jpeg(sample.data)
+        if plain is None or _halves(sample.info, enough):
+            windows.append(_decode_with_pil(sample, crop, size, enough, by_size))
+        else:
+            windows.append(plain[:, crop.y : crop.y + crop.height, crop.x : crop.x + crop.width])
+    return windows
 
 
 def fit_pixels(pixels: torch.Tensor, size: tuple[int, int], flip: bool) -> torch.Tensor:
-    """Resize (linear, antialiased) and mirror: uint8 (3, H, W), any strides -> contiguous uint8 (3, h, w).
+    """Resize (linear, antialiased) and flip: uint8 (3, H, W), any strides -> contiguous uint8 (3, h, w).
 
     torch resizes as PIL does, measured 1.3 to 2 times as fast (to 224 and 500 px), and 8 times as fast as DALI's CPU.
     """
@@ -172,36 +206,41 @@ def fit_pixels(pixels: torch.Tensor, size: tuple[int, int], flip: bool) -> torch
     return (pixels.flip(2) if flip else pixels).contiguous()
 
 
-def _enough(sample: Sample, size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the whole picture that leaves the crop SPARE times as large as the result."""
-    wide, tall = (full * to / own for full, to, own in zip(_full(sample), size[::-1], sample.window[2:]))
+def _enough(info: ImageInfo, crop: Crop, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the whole image that leaves the crop SPARE times as large as the result."""
+    wide, tall = info.width * size[1] / crop.width, info.height * size[0] / crop.height
     return math.ceil(SPARE * wide), math.ceil(SPARE * tall)
 
 
-def _full(sample: Sample) -> tuple[int, int]:
-    return sample.info.width, sample.info.height
+def _halves(info: ImageInfo, enough: tuple[int, int]) -> bool:
+    """Whether half the image's width and height are enough, or less: PIL decodes only as much."""
+    return info.width >= 2 * enough[0] and info.height >= 2 * enough[1]
 
 
-def _decode_plain(sample: Sample, size: tuple[int, int]) -> torch.Tensor | None:
+def _decode_jpeg(data: bytes) -> torch.Tensor | None:
     """All pixels of a plain JPEG, uint8 (3, H, W), by torchvision: the same numbers as PIL's in 0.8 of the time.
-    None where PIL decodes less (at half the size or below), and where PIL should say what is wrong."""
-    half = all(full >= 2 * enough for full, enough in zip(_full(sample), _enough(sample, size)))
-    if half or decode_jpeg is None or not sample.info.plain:
-        return None
+    None where PIL has to say what is wrong."""
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(sample.data), dtype=torch.uint8), ImageReadMode.RGB)
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:
         return None
 
 
-def _decode_with_pil(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    x, y, width, height = sample.window
-    image = open_header(io.BytesIO(sample.data), sample.name)
-    turn = sample.info.turn
+def _decode_with_pil(
+    sample: Sample,
+    crop: Crop,
+    size: tuple[int, int],
+    enough: tuple[int, int],
+    decoded: dict[tuple[int, int], Image.Image],
+) -> torch.Tensor:
+    """decoded: whole images by the size at which they were decoded; one that is missing is added."""
+    image, turn = open_header(io.BytesIO(sample.data), sample.name), sample.info.turn
     if sample.info.plain or turn is not None:  # libjpeg decodes at 1/2, 1/4 or 1/8 of the size where that leaves enough
-        enough = _enough(sample, size)
         image.draft(None, enough[::-1] if turn in SIDEWAYS else enough)
-    image = to_rgb(image, sample.name)
+    scale = image.size
+    if scale not in decoded:
+        decoded[scale] = to_rgb(image, sample.name)
+    image, (x, y, width, height, _) = decoded[scale], crop
     across, down = image.width / sample.info.width, image.height / sample.info.height
     if across < 1:
         box = (x * across, y * down, (x + width) * across, (y + height) * down)

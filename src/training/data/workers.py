@@ -1,8 +1,8 @@
-"""Processes that decode: of a sequence of items each makes every n-th, and sends it through a pipe of its own.
+"""Worker processes that decode: of a sequence of items each makes every n-th, and sends it through a pipe of its own.
 
-Pixels are plain bytes in the pipe, read right into the batch. So nothing lies in /dev/shm, which containers keep at
-64 MB; nothing is shared that a dying worker could hold; and a worker whose message does not arrive is the end of its
-pipe, which is an error here and not a chunk that is waited for without end.
+Pixels are plain bytes in the pipe, read directly into the batch. So nothing lies in /dev/shm, which containers limit to
+64 MB; nothing is shared that a dying worker could hold; and the death of a worker breaks its pipe, which is an error
+here and not an endless wait for a chunk.
 """
 
 from __future__ import annotations
@@ -30,36 +30,37 @@ from .samples import DataError
 
 PIPE = 1 << 20  # bytes that a pipe holds where the system allows it: fewer turns of reader and writer
 PATIENCE = 5.0  # seconds that a killed worker is waited for; one that hangs in the kernel may never end
-TOLD = (DataError, OSError, MemoryError)  # what is raised here as it was there; all else is an error of ours
-LACK = {
+PASSED_ON = (DataError, OSError, MemoryError)  # raised here as they were there; anything else is an error of ours
+CAUSES = {
     -signal.SIGKILL: "mostly a lack of memory: use fewer --workers",
     -signal.SIGBUS: "was a record file cut, or its disk lost?",
 }
 
 
 class WorkerLost(RuntimeError):
-    """A data worker ended before its work did; names it. Killed (-9) it is mostly a lack of memory, else its data."""
+    """A data worker ended before its work did; names it. If it was killed (-9), memory mostly ran out; otherwise its
+    data are to blame."""
 
     def __init__(self, pid: int | None, code: int | None):
-        super().__init__(f"data worker {pid} died with exit code {code}; {LACK.get(code, '--workers 0 shows why')}")
+        super().__init__(f"data worker {pid} died with exit code {code}; {CAUSES.get(code, '--workers 0 shows why')}")
         self.exit_code = SETTING if code == -signal.SIGKILL else DATA
 
 
 class Maker(Protocol):
-    """What workers do. Can be pickled, for workers that are not forked."""
+    """What workers do. It can be pickled, for workers that are not forked."""
 
     def __len__(self) -> int:
         """How many items there are."""
 
     def shape(self, item: int) -> tuple[int, ...]:
-        """Of the item's pixels; no item has more of them than the first."""
+        """Shape of the item's pixels; no item has more of them than the first."""
 
     def fill(self, item: int, image: Tensor) -> Any:
-        """Make the item: its pixels into `image`, uint8; what is returned goes with them."""
+        """Make the item: its pixels into `image`, uint8; what is returned is sent along."""
 
 
 class Workers:
-    """`count` processes at work on the items of `maker`; started here, in the thread that makes this."""
+    """`count` processes that make the items of `maker`; started by the thread that creates this object."""
 
     def __init__(self, maker: Maker, count: int):
         self._processes: list[process.BaseProcess] = []
@@ -67,7 +68,7 @@ class Workers:
         try:
             for first in range(count):
                 self._start(maker, range(first, len(maker), count))
-        except BaseException:  # no more processes, no more files
+        except BaseException:  # no further process or file is to be had
             self.kill()
             self.close()
             raise
@@ -112,7 +113,7 @@ class Workers:
         return WorkerLost(worker.pid, worker.exitcode)
 
     def place(self, item: int) -> str:
-        """Whom `receive` waits for, in words."""
+        """The worker that `receive` waits for, for people."""
         processes = self._processes
         if not processes:  # closed by another thread
             return "data workers that are gone"
@@ -120,16 +121,16 @@ class Workers:
         return f"data worker {worker.pid} ({_state(worker.pid)})"
 
     def kill(self) -> None:
-        """End them all; who is in `receive` gets WorkerLost. They have nothing to save."""
+        """End them all; a thread in `receive` gets WorkerLost. They have nothing to save."""
         for worker in self._processes:
             worker.kill()
 
     def close(self) -> None:
-        """After `kill`: forget them. Nobody may be in `receive`."""
+        """After `kill`: forget them. No thread may be in `receive`."""
         for worker in self._processes:
             worker.join(PATIENCE)
             if worker.exitcode is None:
-                # Hanging in the kernel, on storage that is gone. Python would wait for it without end when it exits.
+                # Hanging in the kernel, on storage that is gone. Python would wait for it forever when it exits.
                 process._children.discard(worker)
         for pipe in self._pipes:
             pipe.close()
@@ -137,7 +138,7 @@ class Workers:
 
 
 def _state(pid: int) -> str:
-    """What a process does, as the kernel says it."""
+    """What a process is doing, as the kernel says."""
     names = {"D": "waiting for storage", "S": "asleep", "R": "running", "T": "stopped", "t": "traced", "Z": "gone"}
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -160,12 +161,12 @@ def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connecti
     for end in inherited:  # readers that would keep a pipe from breaking
         end.close()
     torch.set_num_threads(1)
-    room = torch.empty(maker.shape(0), dtype=torch.uint8)
+    buffer = torch.empty(maker.shape(0), dtype=torch.uint8)
     for item in items:
-        image = room[: maker.shape(item)[0]]
+        image = buffer[: maker.shape(item)[0]]
         try:
             found = maker.fill(item, image)
-        except TOLD as error:
+        except PASSED_ON as error:
             pipe.send(error.with_traceback(None))
             return
         except Exception:
@@ -176,7 +177,7 @@ def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connecti
             view = memoryview(image.numpy().reshape(-1))
             while view:
                 view = view[os.write(pipe.fileno(), view) :]
-        except BrokenPipeError:  # nobody reads any more
+        except BrokenPipeError:  # nothing reads any more
             return
 
 

@@ -1,10 +1,10 @@
 """Non-finite numbers: kept from the weights on the device, reported one step later, so that no step waits for a GPU.
 
-A step whose loss or gradient is not finite is skipped by the optimizer, on all ranks. When more of them follow each
-other than are tolerated (none with --on-nonfinite stop), the optimizer goes on skipping until the host has read the
+A step whose loss or gradient is not finite is skipped by the optimizer, on all ranks. When more of them than are
+tolerated (none with --on-nonfinite stop) come in a row, the optimizer goes on skipping until the host has read the
 verdict and stops the run: the weights stay those before the first of the bad steps.
 
-The verdict travels in one small all-reduce per step, and with it the signals that the ranks have got (`preempt.py`), so
+The verdict travels in one small all-reduce per step, and with it the signals that ranks received (`signals.py`), so
 that all ranks know both at the same step.
 
 A step is void when a rank had a signal but no data for it. It is skipped on all ranks, and so are all after it, until
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from rwkv_clip.dist import World, gather, max_over_ranks
 from rwkv_clip.errors import NUMERICS
 
-from ..parallel import norms_of
 from .signals import Preemption
 
 NAMED = 8  # records that an error names
@@ -40,31 +39,22 @@ class NumericsError(RuntimeError):
     exit_code = NUMERICS
 
 
-def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """Gradient norm of each tower: parameters by the first word of their names."""
-    towers: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            towers.setdefault(name.partition(".")[0], []).append(parameter.grad)
-    return norms_of(towers)
-
-
 class Statistics:
-    """What a forward pass itself changes, such as running means, as it was before a step."""
+    """Buffers that a forward pass changes, such as running means, as they were before a step."""
 
     def __init__(self, *modules: nn.Module):
         self._kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
     def restore(self, skip: Tensor) -> None:
-        """Put it back where `skip` is 1: a skipped step leaves nothing behind."""
+        """Put them back where `skip` is 1: a skipped step leaves no trace."""
         for buffer, before in self._kept:
             buffer.copy_(torch.where(skip > 0, before, buffer))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What there is to say about a step, should it be bad. Its numbers (bad steps in a row, signal, whether it is
-    void, loss, gradient norm, norms of `towers`) are on their way to the host."""
+    """What is to be reported about a step if it is bad. Its numbers (bad steps in a row, signal, whether it is void,
+    loss, gradient norm, norms of `towers`) are on their way to the host."""
 
     step: int
     epoch: int
@@ -81,12 +71,12 @@ class Verdict:
         return self.numbers.tolist()
 
 
-class Watch:
-    """Judges every step on the device; `report` and `check` tell the host.
+class FiniteGuard:
+    """Judges every step on the device; by `report` and `check` the host learns of it.
 
-    tolerated: bad steps in a row that the run survives; 0 stops at the first. `signal` is what `check` last knew of
-    the signals that ranks have got, `in_a_row` of the bad steps up to now, `first_void` of the first void step: all
-    equal on all ranks. `void`, on the device: 1 from a void step on.
+    tolerated: bad steps in a row that the run survives; 0 stops at the first. `signal`, `in_a_row` and `first_void` are
+    what `check` last learned of the signals that ranks have received, of the bad steps up to now and of the first void
+    step: all equal on all ranks. `void`, on the device: 1 from a void step on.
     """
 
     def __init__(self, world: World, tolerated: int = 0):
@@ -99,7 +89,7 @@ class Watch:
         self._pending: Verdict | None = None
 
     def open(self, folder: Path, first_step: int, preemption: Preemption) -> None:
-        """Pass on signals, and report bad steps in a file of `folder`; there the steps that come again are removed."""
+        """Pass on signals, and report bad steps in a file of `folder`, from which steps that come again are removed."""
         self._preemption, self._path = preemption, folder / REPORT
         if self._world.is_main and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
@@ -108,16 +98,18 @@ class Watch:
     def judge(self, loss: Tensor, grad_norm: Tensor, may_overflow: bool, void: bool = False) -> Tensor:
         """1. where the optimizer must skip this step, else 0.: float scalar on the device, equal on all ranks.
 
-        may_overflow: a gradient scaler is at work; it answers to gradients that are not finite, and only a loss that is
-        not is an error. void: this rank has no data for the step.
+        may_overflow: a gradient scaler is at work and handles gradients that are not finite; only a loss that is not
+        finite is an error. void: this rank has no data for the step.
         """
         overflow = ~grad_norm.isfinite()
         failed = ~loss.isfinite() if may_overflow else ~loss.isfinite() | overflow
-        told = [torch.full((), float(x), device=self._world.device) for x in (self._preemption.signal, void)]  # no copy
-        found = max_over_ranks(torch.stack((failed.float(), overflow.float(), *told)))
+        known = [
+            torch.full((), float(x), device=self._world.device) for x in (self._preemption.signal, void)
+        ]  # copies nothing
+        found = max_over_ranks(torch.stack((failed.float(), overflow.float(), *known)))
         failed, overflow, self._signal, void = found
         self.void = torch.maximum(self.void, void)
-        failed = torch.maximum(failed, (self._row > self._tolerated).float())  # once too many, nothing is learnt
+        failed = torch.maximum(failed, (self._row > self._tolerated).float())  # one too many: nothing is learned
         self._row = torch.where(self.void > 0, self._row, failed * (self._row + 1))
         failed = torch.maximum(failed, self.void)
         return torch.maximum(failed, overflow)
@@ -134,7 +126,7 @@ class Watch:
     ) -> None:
         """Send this step's verdict to the host and check the one of the step before.
 
-        towers: what `gradient_norms` says. features: this rank's, (B, ..) each in the order of `ids`.
+        towers: gradient norms by tower. features: this rank's, (B, ..) each in the order of `ids`.
         """
         towers = towers or {}
         numbers = (self._row, self._signal, self.void, loss, grad_norm, *towers.values())
@@ -145,15 +137,15 @@ class Watch:
             arrival = torch.cuda.Event()
             arrival.record()
         finite = torch.ones(len(ids), dtype=torch.bool, device=self._world.device)
-        for part in features:
-            finite &= part.isfinite().flatten(1).all(1)
+        for tensor in features:
+            finite &= tensor.isfinite().flatten(1).all(1)
         verdict = Verdict(step, epoch, ids, finite, list(towers), numbers.cpu(), arrival)
         before, self._pending = self._pending, verdict
         if before is not None:
             self._examine(before)
 
     def check(self) -> None:
-        """Wait for the last step. Before anything that leaves the device for good: a log line, a checkpoint."""
+        """Wait for the verdict of the last step. Before a log line or a checkpoint is written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._examine(pending)
@@ -174,7 +166,7 @@ class Watch:
             raise NumericsError(f"{found[0]}{others}: not finite; nothing is saved")
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumption has to know. After `check`."""
+        """What a resumed run needs. After `check`."""
         return {"nonfinite_in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -183,8 +175,8 @@ class Watch:
         self._row.fill_(self.in_a_row)
 
     def _examine(self, verdict: Verdict) -> None:
-        """Learn a step's verdict. All ranks come here at the same step, and those of a bad one put together what they
-        know of it. NumericsError when it is one too many."""
+        """Read a step's verdict. All ranks come here at the same step and describe a bad one together. NumericsError
+        when it is one too many."""
         row, signal, void, *_ = verdict.read()
         self.in_a_row, self.signal = int(row), max(self.signal, int(signal))
         if void:
@@ -247,5 +239,5 @@ def _is_before(line: str, step: int) -> bool:
 
 
 def _plain(number: float) -> float | str:
-    """JSON has no word for what is not finite: "nan", "inf", "-inf"."""
+    """JSON has no numbers that are not finite: "nan", "inf", "-inf"."""
     return number if math.isfinite(number) else str(number)

@@ -1,9 +1,9 @@
-"""Being told to stop: a signal ends a run after a step, with everything saved, so that the same command goes on.
+"""Signals: each ends a run after a step, with everything saved, so that the same command goes on.
 
-A handler only notes the signal. The note travels with the verdict of every step (`numerics.py`), or by `agree` where no
-step is under way, so all ranks stop at the same step, whichever of them got it. Python runs no handler while the main
-thread waits in a collective; there a thread hears of the signal (`listen`), and the signs of life (`heartbeat.py`) tell
-the rank that the others wait for.
+A handler only notes the signal. It travels with the verdict of every step (`nonfinite.py`), or by `agree` where no step
+is under way, so all ranks stop at the same step, whichever of them received it. Python runs no handler while the main
+thread waits in a collective; there a thread hears of the signal (`listen`), and the watchdog (`watchdog.py`) passes it
+on to the rank that the others wait for.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ ECHO = 1.0  # seconds
 
 
 class Preempted(Exception):
-    """The run was told to stop by a signal; all steps done are saved."""
+    """A signal stopped the run; all finished steps are saved."""
 
     exit_code = STOPPED
 
 
 class Interrupted(Exception):
-    """Work that a signal cut short and that is done again by the resumed run."""
+    """A signal cut work short that the resumed run does again."""
 
 
 class Preemption:
     """As a context: notes `SIGNALS`; a second one ends the process at once.
 
     Outside of the main thread, where Python allows no handlers, nothing is noted. A SIGHUP that is ignored (nohup)
-    stays so.
+    stays ignored.
     """
 
     def __init__(self):
-        self._noted = self._told = 0  # by the handler; by another thread
-        self._noted_at = self._told_at = 0.0
+        self._noted = self._received = 0  # by the handler; from another thread
+        self._noted_at = self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
-        self._wakeup: tuple[int, int, int] | None = None  # both ends of a pipe, and whom Python woke before
+        self._wakeup: tuple[int, int, int] | None = None  # both ends of a pipe, and the one set before
 
     @property
     def signal(self) -> int:
-        """What this rank knows of signals: the number of one, 0 for none."""
-        return self._noted or self._told
+        """The number of a signal that this rank knows of, 0 for none."""
+        return self._noted or self._received
 
     @property
     def since(self) -> float:
-        """When it learnt of it, on the monotonic clock."""
-        return min(at for at in (self._noted_at, self._told_at) if at) if self.signal else 0.0
+        """When it learned of the signal, on the monotonic clock."""
+        return min(at for at in (self._noted_at, self._received_at) if at) if self.signal else 0.0
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
@@ -89,21 +89,21 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def tell(self, number: int) -> None:
-        """Another rank, or another thread of this one, has heard of a signal. From any thread."""
-        if not self._told:
-            self._told_at, self._told = time.monotonic(), number
+    def receive(self, number: int) -> None:
+        """Learn of a signal from another rank or thread. From any thread."""
+        if not self._received:
+            self._received_at, self._received = time.monotonic(), number
 
     def listen(self) -> None:
-        """Hear of a signal whose handler has not run yet. From any one thread, now and then."""
+        """Learn of a signal whose handler has not run yet. From any one thread, now and then."""
         if self._wakeup:
             with contextlib.suppress(OSError):  # nothing there
                 for number in os.read(self._wakeup[0], 512):
                     if number in SIGNALS:
-                        self.tell(number)
+                        self.receive(number)
 
     def agree(self, world: World) -> int:
-        """A signal that some rank has got, else 0. All ranks wait for each other here."""
+        """A signal that some rank has received, else 0. All ranks wait for each other here."""
         return int(max_over_ranks(torch.tensor(float(self.signal), device=world.device)).item())
 
     def interrupts(self, function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""bench_data: every stage gets a number, and the sentence names the stage that the numbers say."""
+"""profile_data: every stage gets a number, and the sentence names the stage that the numbers say."""
 
 import sys
 
@@ -8,7 +8,7 @@ import pytest
 from helpers.tiny import make_tiny
 from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.training import profile_data
-from rwkv_clip.training.profile_data import BenchSettings, Rates, find_limit, run
+from rwkv_clip.training.profile_data import ProfileSettings, Rates, find_limit, run
 
 
 def rates(**changes) -> Rates:
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 def test_every_stage_is_measured(tiny, workers):
     settings = {"batch_size": 8, "workers": workers, "seconds": 0.02, "loader": "torch", "device": "cpu"}
     lines = []
-    found = run(BenchSettings(tiny["train_data"], tiny["model"], precision="fp32", **settings), lines.append)
+    found = run(ProfileSettings(tiny["train_data"], tiny["model"], precision="fp32", **settings), lines.append)
     assert min(found.read, found.decode, found.resize, found.collate, found.loader, found.step) > 0
     assert lines[0].startswith("60 records, 32 x 32 px") and len(lines) == 8
     assert lines[-1] == find_limit(found)
@@ -61,7 +61,7 @@ def test_wrong_settings_and_bad_data_end_with_their_codes(tiny, tmp_path, monkey
     assert end_of_main(monkeypatch, ["--train-data", str(tmp_path / "none")]) == 2
     assert "names no .rec file" in capsys.readouterr().err
     assert end_of_main(monkeypatch, ["--train-data", tiny["train_data"], "--workers", "-1"]) == 2
-    assert "workers: -1 is below 0" in capsys.readouterr().err
+    assert "workers: -1 must be at least 0" in capsys.readouterr().err
     with RecordWriter(tmp_path / "bad") as writer:
         for i in range(3):
             writer.write(i, pack(Header(0, np.zeros(77, np.float32), i, 0), b"not a picture"))
@@ -70,7 +70,7 @@ def test_wrong_settings_and_bad_data_end_with_their_codes(tiny, tmp_path, monkey
 
 
 def end_of_main(monkeypatch, arguments: list[str]) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench_data", *arguments])
+    monkeypatch.setattr(sys, "argv", ["profile_data", *arguments])
     with pytest.raises(SystemExit) as ended:
         profile_data.main()
     return ended.value.code

@@ -1,0 +1,163 @@
+"""Losses of pairs: every image told from all texts of the global batch, every text from all images.
+
+The scores of a batch are never held: `pair_losses` is an operator that walks over them in chunks of rows, forward
+and backward, so that memory grows with the batch and not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
+
+# Rows of scores at a time. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
+# exponentials read it. Elsewhere: a product with the texts yields only rows x D numbers, too few for a large GPU if the
+# rows are few.
+CPU_ROWS, ROWS = 512, 2048
+CHUNK = 2**26  # scores at a time for any number of columns; the two buffers hold 256 MiB each in float32
+
+
+def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each own image among all ranks' texts, and of each own text among all ranks' images.
+
+    image: (B, D); text: (B, D), or (B, V, D) where an image has V texts, each compared with its like; row i of one
+    belongs to row i of the other; scale: scalar. -> (B,) and (B,), or (B, V) and (B, V), computed in float32, or
+    float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a gradient is
+    that of the sum over ranks of what each makes of its losses.
+    """
+    for name, value in (("images", image), ("texts", text), ("scale", scale)):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != image.device:
+            raise ValueError(f"features: {name} are not a floating-point tensor on the images' device")
+    if scale.numel() != 1:
+        raise ValueError(f"features: the scale has {scale.numel()} elements, should be one number")
+    views = text.unsqueeze(1) if text.dim() == 2 else text
+    if image.dim() != 2 or views.dim() != 3 or views.shape[::2] != image.shape or not views.numel():
+        raise ValueError(
+            f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
+            f"image, or texts (B, V, D), with B and V at least 1"
+        )
+    with torch.autocast(image.device.type, enabled=False):
+        dtype, first = comparison_dtype(image), rank_and_size()[0] * len(image)
+        image, scale, everybody = image.to(dtype), scale.to(dtype), gather(text.to(dtype))
+        if text.dim() == 2:
+            return pair_losses(image, everybody, scale, first)[:2]
+        parts = [pair_losses(image, view.contiguous(), scale, first)[:2] for view in everybody.unbind(1)]
+        return tuple(torch.stack(part, 1) for part in zip(*parts))
+
+
+def comparison_dtype(features: Tensor) -> torch.dtype:
+    """What features are compared in."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("rwkv_clip::pair_losses", mutates_args=())
+def pair_losses(image: Tensor, texts: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`contrastive_losses` with the texts of all ranks: image (B, D), texts (N, D), the text of image i is first + i.
+
+    One dtype, float32 or float64. -> losses of the images (B,) and of their texts (B,); for the backward pass, (2, B)
+    and (2, N): the largest score of every row and column, and the sum of the exponentials of what the others are below
+    it. The two are kept apart, because their log-sum-exp would be rounded at the size of the scores. Safe at any scale.
+    """
+    fits = image.dim() == texts.dim() == 2 and image.shape[1] == texts.shape[1] and image.dtype == texts.dtype
+    if not fits or scale.numel() != 1 or not image.is_floating_point() or not len(image):
+        raise ValueError(
+            f"pair_losses: images {image.dtype} {tuple(image.shape)}, texts {texts.dtype} {tuple(texts.shape)}, scale "
+            f"{tuple(scale.shape)}; should be (B, D) and (N, D) of one dtype and one number, B at least 1"
+        )
+    if not 0 <= first <= len(texts) - len(image):
+        raise ValueError(f"pair_losses: first {first} with {len(image)} images leaves the {len(texts)} texts")
+    rows, matched = image.new_empty(2, len(image)), image.new_empty(len(image))
+    columns = torch.stack((image.new_full((len(texts),), float("-inf")), image.new_zeros(len(texts))))
+    for chunk, _, scores, work in _score_chunks(image, texts, scale):
+        matched[chunk] = scores.diagonal(first + chunk.start)
+        rows[:, chunk] = _sum_exp(scores, 1, work)
+        part = _sum_exp(scores, 0, work)
+        columns = _add_sums(columns, part, torch.maximum(columns[0], part[0]))
+    columns = _add_sums_of_ranks(columns)
+    own = columns[:, first : first + len(image)]
+    return rows[0] - matched + rows[1].log(), own[0] - matched + own[1].log(), rows, columns
+
+
+@torch.library.custom_op("rwkv_clip::pair_losses_backward", mutates_args=())
+def pair_losses_backward(
+    g_images: Tensor,
+    g_texts: Tensor,
+    image: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, of texts (this rank's part of them; `gather` sums the parts) and of scale.
+
+    d/d score = g_images * softmax over the row + g_texts * softmax over the column; less both weights on the pairs.
+    """
+    own = torch.zeros_like(columns[1])
+    own[first : first + len(image)] = g_texts
+    of_rows, of_columns, of_pairs = g_images / rows[1], sum_over_ranks(own) / columns[1], g_images + g_texts
+    d_image, d_texts = torch.empty_like(image), torch.zeros_like(texts)
+    for chunk, scaled, scores, work in _score_chunks(image, texts, scale):
+        torch.sub(scores, rows[0, chunk, None], out=work).exp_().mul_(of_rows[chunk, None])
+        d_scores = scores.sub_(columns[0]).exp_().mul_(of_columns).add_(work)
+        d_scores.diagonal(first + chunk.start).sub_(of_pairs[chunk])
+        torch.mm(d_scores, texts, out=d_image[chunk])
+        d_texts.addmm_(d_scores.T, scaled)
+    d_scale = (d_image * image).sum()  # scores are linear in the scale; no division, so 0 is a scale like any other
+    return d_image.mul_(scale), d_texts, d_scale
+
+
+def _score_chunks(image: Tensor, texts: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield (rows as a slice, their scaled images, their scores, room of the same size); the buffers are used again."""
+    wanted = CPU_ROWS if image.device.type == "cpu" else ROWS
+    height = max(1, min(wanted, CHUNK // len(texts), len(image)))
+    buffers = image.new_empty(2, height, len(texts))
+    for start in range(0, len(image), height):
+        chunk = slice(start, min(start + height, len(image)))
+        scores, work = buffers[:, : chunk.stop - start]
+        scaled = image[chunk] * scale
+        torch.mm(scaled, texts.T, out=scores)
+        yield chunk, scaled, scores, work
+
+
+def _sum_exp(scores: Tensor, dim: int, work: Tensor) -> Tensor:
+    """(2, ..): maxima over `dim`, sums of the exponentials below them."""
+    top = scores.amax(dim, keepdim=True)
+    return torch.stack((top.squeeze(dim), torch.sub(scores, top, out=work).exp_().sum(dim)))
+
+
+def _add_sums(a: Tensor, b: Tensor, top: Tensor) -> Tensor:
+    """The (2, ..) of `_sum_exp` for two parts together; top: the larger of their maxima."""
+    return torch.stack((top, a[1] * (a[0] - top).exp() + b[1] * (b[0] - top).exp()))
+
+
+def _add_sums_of_ranks(part: Tensor) -> Tensor:
+    """The same for the parts of all ranks."""
+    top = max_over_ranks(part[0])
+    return torch.stack((top, sum_over_ranks(part[1] * (part[0] - top).exp())))
+
+
+@pair_losses.register_fake
+def _(image, texts, scale, first):
+    batch = image.shape[0]
+    return *(image.new_empty(batch) for _ in range(2)), image.new_empty(2, batch), image.new_empty(2, texts.shape[0])
+
+
+@pair_losses_backward.register_fake
+def _(g_images, g_texts, image, texts, scale, rows, columns, first):
+    return torch.empty_like(image), torch.empty_like(texts), torch.empty_like(scale)
+
+
+def _save(ctx, inputs, output):
+    image, texts, scale, ctx.first = inputs
+    ctx.save_for_backward(image, texts, scale, *output[2:])
+
+
+def _differentiate(ctx, g_images, g_texts, _rows, _columns):
+    return *pair_losses_backward(g_images, g_texts, *ctx.saved_tensors, ctx.first), None
+
+
+pair_losses.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,57 @@
+"""A model's features by name, which objectives ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .specification import Encoded
+
+SIDES = ("image", "text")
+EXTRAS = ("pooled", "tokens")  # fields of Encoded
+NAMES = (*SIDES, *(f"{side}_{extra}" for extra in EXTRAS for side in SIDES))
+
+
+class TwoSided(Protocol):
+    """What `name_features` calls: open_clip's surface, and `encode_parts`."""
+
+    logit_scale: nn.Parameter
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor: ...
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
+
+    def encode_parts(self, side: str, inputs: Tensor) -> Encoded: ...
+
+
+def name_features(
+    model: TwoSided, image: Tensor | None, text: Tensor | None, needs: Iterable[str]
+) -> dict[str, Tensor]:
+    """Features of the inputs that are given, by name.
+
+    `image` and `text`: (B, D), normalised, always; `image_pooled`, `text_pooled`: (B, W), before the projection, not
+    normalised; `image_tokens`, `text_tokens`: (B, L, W), after the last norm, before pooling; `logit_scale`:
+    exponentiated; `logit_bias` where the model has one. A tower runs once. ValueError for a name that is not one of
+    these, or that a tower cannot give.
+    """
+    needs = set(needs)
+    if unknown := sorted(needs.difference(NAMES)):
+        raise ValueError(f"needs: {', '.join(map(repr, unknown))} not known; valid names: {', '.join(NAMES)}")
+    found = {}
+    for side, inputs in zip(SIDES, (image, text)):
+        extras = [extra for extra in EXTRAS if f"{side}_{extra}" in needs]
+        if inputs is None:
+            continue
+        if not extras:  # as it is called everywhere else
+            found[side] = getattr(model, f"encode_{side}")(inputs, normalize=True)
+            continue
+        encoded = model.encode_parts(side, inputs)
+        found[side] = F.normalize(encoded.features, dim=-1)
+        found |= {f"{side}_{extra}": getattr(encoded, extra) for extra in extras}
+    found["logit_scale"] = model.logit_scale.exp()
+    if getattr(model, "logit_bias", None) is not None:
+        found["logit_bias"] = model.logit_bias
+    return found

@@ -1,0 +1,127 @@
+"""What describes a model: one class per family of models or towers, all with the members below.
+
+A family of towers is a file of this folder; its `TOWERS` names the class for each side that it has a tower for. A new
+one is that file and a row in FAMILIES. A file may import heavy packages: it is imported when a model asks for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..data.image import CLIP_MEAN, CLIP_STD
+from ..tokenizer import Tokenizer
+
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
+CLIP_PIXELS: Pixels = (CLIP_MEAN, CLIP_STD)
+
+FAMILIES = {"rwkv": "rwkv", "open_clip": "openclip"}  # `kind` of a tower -> file
+DEFAULT_KIND = "rwkv"
+MOST_NAMES = 40  # that an error lists
+
+
+class Encoded(NamedTuple):
+    """What a tower makes of its input."""
+
+    features: Tensor  # (B, D), projected, not normalised
+    pooled: Tensor  # (B, W), before the projection
+    tokens: Tensor  # (B, L, W), after the last norm, before pooling
+
+
+class TowerSpec(Protocol):
+    """A tower: the table `image` or `text` of a model JSON."""
+
+    own_width: int | None
+    """Width of its features without an `embed_dim`; None for a tower that always has a projection."""
+
+    @classmethod
+    def parse(cls, table: dict[str, Any]) -> TowerSpec:
+        """From its table, less `kind`. ConfigError lists every problem."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The table that `parse_tower` takes back."""
+
+    def build(self, embed_dim: int | None) -> nn.Module:
+        """A float32 module, inputs -> features (B, embed_dim), initial values from torch's global generator. It has
+        `set_grad_checkpointing(enable)` and `lock(unlocked_groups)`, as open_clip's towers do."""
+
+    def encode(self, tower: nn.Module, inputs: Tensor) -> Encoded:
+        """The features that `tower(inputs)` gives, to the bit, and what they were made of. ValueError if it cannot."""
+
+
+class ImageSpec(TowerSpec, Protocol):
+    """An image tower: pixels (B, 3, h, w) -> features."""
+
+    image_size: tuple[int, int]  # height, width
+    pixels: Pixels
+    drop_branches: int  # residual branches that stochastic depth drops: rows of the tower's `drop_numbers`
+
+    def with_drop_path(self, rate: float) -> ImageSpec:
+        """The same with this rate of stochastic depth. ConfigError for a tower without."""
+
+
+class TextSpec(TowerSpec, Protocol):
+    """A text tower: token ids (B, T) -> features."""
+
+    default_tokenizer: ClassVar[str]
+    context: int
+    vocabulary: int | None  # number of token ids; None where only the library that builds the tower can tell
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """The tokenizer of this name, for this context."""
+
+
+class ModelSpec(Protocol):
+    """A whole model."""
+
+    name: str
+    image_size: tuple[int, int]
+    pixels: Pixels
+    vocabulary: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data that `create_model` takes back; the same for a model in every version."""
+
+    def build(self, tag: str | None = None) -> nn.Module:
+        """A model in float32: initial values from torch's global generator, or the weights of a tag."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Texts -> int64 (n, context)."""
+
+    def with_drop_path(self, rate: float) -> ModelSpec:
+        """The same with this rate of stochastic depth in its image tower. ConfigError for a tower without."""
+
+    def find_tag(self, pretrained: str) -> tuple[ModelSpec, str | None]:
+        """(the model that these weights were trained as, the tag that `build` takes), or (self, None) for a file."""
+
+
+def load_family(kind: str) -> ModuleType:
+    """The file of a family."""
+    return importlib.import_module(f".{FAMILIES[kind]}", __package__)
+
+
+def parse_tower(side: str, table: Any) -> Any:
+    """The table `image` or `text` of a model JSON -> ImageSpec or TextSpec. ConfigError lists every problem."""
+    if not isinstance(table, dict):
+        raise ConfigError([f"{side}: expected a table of settings, got {table!r}"])
+    kind = table.get("kind", DEFAULT_KIND)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError([f"{side}.kind: {kind!r} is no family of towers; {suggest(kind, FAMILIES)}"])
+    towers = load_family(kind).TOWERS
+    if side not in towers:
+        raise ConfigError([f"{side}.kind: {kind!r} has no {side} tower, only {', '.join(towers)}"])
+    return towers[side].parse({key: value for key, value in table.items() if key != "kind"})
+
+
+def suggest(name: Any, names: Iterable[str]) -> str:
+    """What to write instead of a wrong name."""
+    names = list(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    listed = ", ".join(names[:MOST_NAMES]) + (" .." if len(names) > MOST_NAMES else "")
+    return f"did you mean {near[0]!r}?" if near else f"valid names: {listed}"

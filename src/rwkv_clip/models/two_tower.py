@@ -1,0 +1,178 @@
+"""A model of an image tower and a text tower that are chosen apart, and a temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ConfigError, parse, ranged
+from ..tokenizer import CLIP_BPE, Tokenizer
+from .outputs import SIDES, name_features
+from .rwkv import ImageTowerConfig, TextTowerConfig
+from .specification import Encoded, ImageSpec, Pixels, TextSpec, parse_tower
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a model JSON may hold. Each tower's table is checked by its family."""
+
+    image: object = None
+    text: object = None
+    tokenizer: str | None = None
+    embed_dim: int | None = ranged(None, minimum=1)
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True, repr=False)
+class ModelConfig:
+    """Two towers, of any widths where both are projected to `embed_dim`, else of one."""
+
+    name: ClassVar[str] = "RWKV-CLIP"
+
+    image: ImageSpec = field(default_factory=ImageTowerConfig)
+    text: TextSpec = field(default_factory=TextTowerConfig)
+    tokenizer_name: str = CLIP_BPE
+    embed_dim: int | None = None
+
+    def __repr__(self) -> str:
+        """Unchanged since version 0.2: it is part of the key of cached features."""
+        projection = "" if self.embed_dim is None else f", embed_dim={self.embed_dim}"
+        return f"ModelConfig(image={self.image!r}, text={self.text!r}, tokenizer={self.tokenizer_name!r}{projection})"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the towers together."""
+        if self.embed_dim is not None:
+            return []
+        towers = (("image", self.image), ("text", self.text))
+        if projected := [side for side, tower in towers if tower.own_width is None]:
+            return [f"embed_dim: missing; the {side} tower needs the width to project to" for side in projected]
+        if self.image.own_width != self.text.own_width:
+            return [
+                f"text.width: {self.text.own_width} differs from image.width {self.image.own_width}; "
+                "features must match: set embed_dim to project both to one width"
+            ]
+        return []
+
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> ModelConfig:
+        """From JSON data. ConfigError lists every problem."""
+        problems: list[str] = []
+
+        def attempt(make, *arguments):
+            try:
+                return make(*arguments)
+            except ConfigError as error:
+                problems.extend(error.problems)
+
+        top = attempt(parse, _Description, data)
+        image, text = (attempt(parse_tower, side, data.get(side, {})) for side in SIDES)
+        if not problems:
+            spec = cls(image, text, top.tokenizer or text.default_tokenizer, top.embed_dim)
+            problems = spec.problems()
+        if problems:
+            raise ConfigError(problems)
+        return spec
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data; `embed_dim` only where it is set, as before there was one."""
+        towers = {"image": self.image.to_json(), "text": self.text.to_json()}
+        projection = {} if self.embed_dim is None else {"embed_dim": self.embed_dim}
+        return {**towers, "tokenizer": self.tokenizer_name, **projection}
+
+    def build(self, tag: str | None = None) -> RWKVCLIP:
+        assert tag is None, "find_tag knows none"
+        return RWKVCLIP(self)
+
+    def tokenizer(self) -> Tokenizer:
+        return self.text.tokenizer(self.tokenizer_name)
+
+    def with_drop_path(self, rate: float) -> ModelConfig:
+        return replace(self, image=self.image.with_drop_path(rate))
+
+    def find_tag(self, pretrained: str) -> tuple[ModelConfig, None]:
+        return self, None
+
+    @property
+    def vocabulary(self) -> int | None:
+        return self.text.vocabulary
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.image.image_size
+
+    @property
+    def pixels(self) -> Pixels:
+        return self.image.pixels
+
+
+class RWKVCLIP(nn.Module):
+    """Two towers whose features are compared by cosine times exp(logit_scale). The surface is open_clip's."""
+
+    def __init__(self, spec: ModelConfig):
+        super().__init__()
+        self.spec = spec
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.text_model = spec.text.build(spec.embed_dim)
+        self.image_model = spec.image.build(spec.embed_dim)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, h, w) normalised pixels -> (B, D)."""
+        features = self.image_model(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """(B, T) int64 token ids -> (B, D)."""
+        features = self.text_model(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_parts(self, side: str, inputs: Tensor) -> Encoded:
+        """Features of one side, not normalised, and what they were made of."""
+        return getattr(self.spec, side).encode(getattr(self, f"{side}_model"), inputs)
+
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None, needs: Iterable[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Tensor]:
+        """Normalised image features, normalised text features, exp(logit_scale); with `needs` see `name_features`."""
+        if needs is not None:
+            return name_features(self, image, text, needs)
+        features = None if image is None else self.encode_image(image, normalize=True)
+        return features, None if text is None else self.encode_text(text, normalize=True), self.logit_scale.exp()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass while training."""
+        self.image_model.set_grad_checkpointing(enable)
+        self.text_model.set_grad_checkpointing(enable)
+
+    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
+        """Freeze the image tower but for its last groups: embedding, blocks, last block with norm, projection."""
+        self.image_model.lock(unlocked_groups)
+
+    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
+        """The same for the text tower."""
+        self.text_model.lock(unlocked_layers)
+
+    @property
+    def drop_branches(self) -> int:
+        """Residual branches that training drops at random: numbers a sample needs in `set_drop_numbers`."""
+        return self.spec.image.drop_branches
+
+    def set_drop_numbers(self, numbers: Tensor | None) -> None:
+        """Decide what the coming forward passes drop: uniform numbers in [0, 1), (drop_branches, B) on the CPU, or None
+        to draw anew each time. With numbers that belong to samples, a sample's drops are the same in every batch."""
+        self.image_model.drop_numbers = numbers
+
+    @property
+    def context_length(self) -> int:
+        return self.spec.text.context
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.spec.image_size

@@ -1,0 +1,277 @@
+"""Settings of a training run: tables of typed fields, checked before any work.
+
+Flags (`--batch-size`), keys of JSON files and names in messages are flat: a table is only what a function is given. The
+names are open_clip's, with open_clip's meaning, wherever open_clip has the setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rwkv_clip.config import ConfigError, flat, flat_names, load_preset, parse, ranged
+from rwkv_clip.losses import LossSettings
+from rwkv_clip.models.freezing import FreezeSettings
+
+log = logging.getLogger(__name__)
+Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which run this is, and where it is kept."""
+
+    logs: str = "logs"
+    """Folder of run folders."""
+    name: str | None = None
+    """Run folder name; default: model and time."""
+    resume: str | None = None
+    """`latest` (continue in the run folder, start if there is nothing yet) or a checkpoint folder."""
+    allow_change: tuple[str, ...] = ()
+    """Names of settings that may differ from those of the run to resume; checkpoints record the change."""
+    seed: int = ranged(0, minimum=0)
+
+    def problems(self) -> list[str]:
+        found = []
+        names = [*flat_names(Settings), "global_batch", "total_steps"]
+        for name in self.allow_change:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                found.append(f"allow_change: {name!r} is no setting" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
+            found.append(f"name: {self.name!r} is not the name of a folder; --logs says where it lies")
+        return found + [problem for key in ("logs", "name", "resume") for problem in not_utf8(key, getattr(self, key))]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained, and from which weights."""
+
+    model: str = "RWKV-CLIP-B-32"
+    """Preset name, path of a model JSON, or an open_clip model name."""
+    pretrained: str | None = None
+    """Weights to start from: checkpoint folder, .safetensors or released .pt; an open_clip tag for its models."""
+    drop_path: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
+    """Stochastic depth of the image tower; default: the model preset's."""
+
+    def problems(self) -> list[str]:
+        return not_utf8("pretrained", self.pretrained)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read, and how samples are made of it."""
+
+    train_data: str | None = None
+    """Records: prefix, .rec file, folder, glob or comma-separated list."""
+    val_data: str | None = None
+    """Retrieval set for validation during the run: JSONL, JSON or records."""
+    val_split: str | None = None
+    """Use only the entries of --val-data that belong to this split."""
+    val_prefix: str = ""
+    """Prepended to every caption in validation."""
+    text_choice: Literal["one", "first", "all"] = "one"
+    """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
+    texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Use the first so many texts of each record, which must hold as many; default: all."""
+    workers: int = ranged(4, minimum=0)
+    """Decoding processes (torch) or threads (DALI) per rank; 0 decodes in the training process."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """auto: DALI where it is installed and a GPU is present, else torch."""
+    crop_area: tuple[float, float] = (0.7, 1.0)
+    """Fraction of the image that a random crop keeps."""
+    crop_aspect: tuple[float, float] = (0.8, 1.25)
+    """Width / height of a random crop, relative to the image's pixels."""
+    flip: float = ranged(0.5, minimum=0, maximum=1)
+    """Probability of mirroring an image."""
+    max_bad: int = ranged(100, minimum=0)
+    """This many damaged records are always replaced by the next good one."""
+    max_bad_fraction: float = ranged(0.001, minimum=0, maximum=1)
+    """The run ends when more than --max-bad records and more than this fraction of those seen are damaged."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_area" and high > 1):
+                found.append(f"{name}: ({low}, {high}) is not an increasing range of positive numbers up to 1 (area)")
+        return found
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How a step is computed: how large, how precisely, by how many."""
+
+    batch_size: int = ranged(512, minimum=1)
+    """Pairs per rank that the towers hold at a time; the pairs of all ranks and accumulations are each other's
+    negatives."""
+    accum_freq: int = ranged(1, minimum=1)
+    """Micro-batches per rank and step: batch_size x accum_freq x ranks pairs a step, in the memory of batch_size."""
+    precision: Precision = "amp_bf16"
+    """amp_bf16 (bfloat16) and amp (float16, with a gradient scaler) autocast the towers; weights, optimizer and loss
+    stay float32. auto: amp_bf16 where the device computes in it, else fp32."""
+    device: str | None = None
+    """cpu, cuda or mps; default: the best present."""
+    torchcompile: bool = False
+    """Compile the towers with torch.compile."""
+    grad_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """What a rank holds of the model: all (ddp), a shard (fsdp), a shard within its node (hsdp)."""
+    deterministic: bool = False
+    """The same bits on 1, 2, 4, .. --max-ranks ranks: micro-batches of a fixed size, summed in a fixed order."""
+    max_ranks: int = ranged(8, minimum=1)
+    """With --deterministic: the largest number of ranks, a power of two."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.max_ranks & (self.max_ranks - 1):
+            found.append(f"max_ranks: {self.max_ranks} is not a power of two (1, 2, 4, 8, ..)")
+        if self.deterministic and self.parallel != "ddp":
+            found.append(f"deterministic: needs parallel ddp, not {self.parallel}")
+        if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            found.append(f"device: {self.device!r} is not cpu, cuda or mps")
+        return found
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    epochs: int = ranged(32, minimum=1)
+    """Passes over the records."""
+    max_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """End (and end the schedule) after this many steps instead of --epochs."""
+    lr: float = ranged(1e-3, above=0)
+    wd: float = ranged(0.2, minimum=0)
+    decay: Literal["all", "matrices"] = "matrices"
+    """Weight decay on every parameter (as released) or only on tensors of two or more dimensions."""
+    beta1: float = ranged(0.9, minimum=0, below=1)
+    beta2: float = ranged(0.98, minimum=0, below=1)
+    eps: float = ranged(1e-8, above=0)
+    schedule: Literal["onecycle", "cosine", "constant"] = "cosine"
+    """One-cycle: lr/25 up to lr, down to lr/25/1e4, both cosine. Cosine: linear warm-up, then down to 0."""
+    cycle_beta1: bool = False
+    """One-cycle only: move beta1 0.95 -> 0.85 -> 0.95 against the learning rate, as the released recipe does."""
+    warmup: int | None = field(default=None, metadata={"limits": {"minimum": 0}})
+    """Steps of warm-up; default: --warmup-fraction of all steps."""
+    warmup_fraction: float = ranged(0.1, minimum=0, below=1)
+    """Fraction of all steps spent warming up, unless --warmup counts them."""
+    grad_clip_norm: float | None = field(default=1.0, metadata={"limits": {"above": 0}})
+
+    def problems(self) -> list[str]:
+        if self.cycle_beta1 and self.schedule != "onecycle":
+            return [f"cycle_beta1: needs schedule onecycle, not {self.schedule}"]
+        return []
+
+
+@dataclass(frozen=True)
+class FaultSettings:
+    """What a run survives."""
+
+    timeout: float = ranged(120.0, above=0)
+    """Seconds without a sign of life of a rank after which all ranks end."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step."""
+    max_nonfinite: int = ranged(3, minimum=1)
+    """--on-nonfinite skip: stop when more than this many steps in a row are not finite."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What a run leaves behind, and how often."""
+
+    log_every_n_steps: int = ranged(10, minimum=1)
+    val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Steps between validations; default: only at the end."""
+    save_every_n_steps: int = ranged(1000, minimum=1)
+    keep_checkpoints: int = ranged(2, minimum=2)
+    """Newest checkpoints kept; at least 2, so that a good one exists while the next is written."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run."""
+
+    run: RunSettings = flat(RunSettings)
+    model: ModelSettings = flat(ModelSettings)
+    freezing: FreezeSettings = flat(FreezeSettings)
+    data: DataSettings = flat(DataSettings)
+    loss: LossSettings = flat(LossSettings)
+    parallel: ParallelSettings = flat(ParallelSettings)
+    optimizer: OptimizerSettings = flat(OptimizerSettings)
+    faults: FaultSettings = flat(FaultSettings)
+    log: LogSettings = flat(LogSettings)
+
+    def problems(self) -> list[str]:
+        return []
+
+
+def not_utf8(key: str, value: str | None) -> list[str]:
+    """Problems of a path that safetensors could not open."""
+    value = value or ""
+    if value.encode(errors="replace") == value.encode(errors="surrogatepass"):
+        return []
+    return [f"{key}: {value!r} is not UTF-8, and safetensors reads no weights from there; rename it"]
+
+
+def parse_settings(data: dict[str, Any]) -> Settings:
+    """Settings from flat JSON data of this or any earlier version. ConfigError lists every problem."""
+    return parse(Settings, update_names(data))
+
+
+# Names before 0.6 -> names of today. As flags they still work, with a warning.
+RENAMED = {"views": "text_choice", "max_bad_share": "max_bad_fraction"}
+AUTOCAST_BEFORE = {"bf16": "amp_bf16", "fp16": "amp"}  # values of `precision`
+
+
+def update_names(data: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings with the names and meanings of today. Before 0.6 `warmup` was a fraction and `precision` named the
+    autocast dtype."""
+    if not isinstance(data, dict):
+        return data
+    data = {RENAMED.get(key, key): value for key, value in data.items()}
+    if isinstance(data.get("warmup"), float) and "warmup_fraction" not in data:
+        data["warmup_fraction"] = data.pop("warmup")
+    if "precision" in data:
+        data["precision"] = AUTOCAST_BEFORE.get(data["precision"], data["precision"])
+    return data
+
+
+def update_flags(arguments: list[str]) -> list[str]:
+    """Arguments with the names of today. ConfigError for a value whose meaning has changed."""
+    updated, problems = [], []
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        value = value if equals else "".join(arguments[i + 1 : i + 2])
+        if name in RENAMED:
+            new = f"--{RENAMED[name].replace('_', '-')}"
+            log.warning("%s is called %s since 0.6", flag, new)
+            argument = f"{new}{equals}{value}" if equals else new
+        elif name == "warmup" and value.startswith(("0.", ".")):
+            problems.append(f"warmup: {value} is not a number of steps; use --warmup-fraction {value}")
+        elif name == "precision" and value in AUTOCAST_BEFORE:
+            problems.append(
+                f"precision: {value!r} would be the type of the weights, which stay float32 in training; autocast in "
+                f"that type is --precision {AUTOCAST_BEFORE[value]}"
+            )
+        updated.append(argument)
+    if problems:
+        raise ConfigError(problems)
+    return updated
+
+
+def load_settings(preset: str | None) -> Settings:
+    """Settings of a training preset: a shipped name or the path of a JSON file; None gives the defaults."""
+    return Settings() if preset is None else parse_settings(load_preset("training", preset))

@@ -1,0 +1,151 @@
+"""One step of training. It knows no method by name: model, objective, choice of texts and schedule are what the
+settings say.
+
+A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and what is random
+in it from the samples or from (seed, step, micro-batch), so no random state has to be saved for an exact resume.
+
+A step only queues work: nothing in it waits for a GPU, which computes one step while the host prepares the next.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rwkv_clip.data.image import normalize
+
+from .data.augment import draw_drops, draw_texts
+from .data.batch import Batch
+from .deterministic import DeterministicStep
+from .faults.nonfinite import Statistics
+from .gradients import Computed, GradientStep, Inputs
+from .optim import Schedule, set_step, update_weights
+from .state import TrainState
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class Trainer:
+    """Takes the steps of one run on this rank."""
+
+    def __init__(self, state: TrainState):
+        self.state, self.data, self.seed = state, state.settings.data, state.settings.run.seed
+        self.schedule = Schedule.from_settings(state.settings.optimizer, state.total_steps)
+        settings, world, model = state.settings.parallel, state.world, state.model
+        step = DeterministicStep if settings.deterministic else GradientStep
+        self.gradients = step(model, state.parallel, state.objective, settings, world, self.normalize, self.seed)
+        # On the device from the start: a constant made in a step is a copy that the host waits for.
+        self.pixel_statistics = [torch.tensor(values, device=world.device) for values in model.spec.pixels]
+        self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Stored pixels, uint8, as the model takes them."""
+        return normalize(image, *self.pixel_statistics)
+
+    def choose_texts(self, batch: Batch) -> Tensor:
+        """(B, V, T) -> one text per image, drawn by (seed, epoch, sample), or the first: (B, T); or all of them. Only
+        the first --texts count."""
+        text = batch.text[:, : self.data.texts]
+        if self.data.text_choice == "all":
+            return text
+        if self.data.text_choice == "first":
+            return text[:, 0]
+        drawn = draw_texts(self.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
+        return text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
+
+    def draw_drops(self, batch: Batch) -> Tensor | None:
+        """Stochastic depth's numbers for every branch, sample and image view: float32 (branches, B) or (branches, B,
+        V); None for a model without."""
+        branches = getattr(self.state.model, "drop_branches", 0)
+        if not branches:
+            return None
+        views = batch.image.shape[1:-3]  # () or (V,)
+        drawn = draw_drops(self.seed, batch.epochs.numpy(), batch.ids.numpy(), branches * math.prod(views))
+        drawn = torch.from_numpy(drawn.astype(np.float32))
+        return drawn.unflatten(0, (*views, branches)).permute(1, 2, 0) if views else drawn
+
+    def step(self, batch: Batch) -> dict[str, Tensor | float]:
+        """One optimizer step. Returns what the log shows; tensors stay on the device.
+
+        NumericsError when the step before was not finite; `check` says it of this one.
+        """
+        return self._step(batch, void=False)
+
+    def sit_out(self, blank: Batch) -> dict[str, Tensor | float]:
+        """Take part in a step for which this rank, which has got a signal, has no data: it is void on all ranks."""
+        return self._step(blank, void=True)
+
+    def check(self) -> int:
+        """Wait for the last step, and take back the steps that were void. Returns a signal that some rank has got, else
+        0. NumericsError as by the watch."""
+        watch = self.state.watch
+        watch.check()
+        if watch.first_void is not None:
+            self.state.take_back(watch.first_void)
+        return watch.signal
+
+    def _step(self, batch: Batch, void: bool) -> dict[str, Tensor | float]:
+        state, progress = self.state, self.state.progress
+        set_step(state.optimizer, self.schedule, progress.step)
+        inputs = Inputs(*self._to_device(batch.image, self.choose_texts(batch)), self.draw_drops(batch))
+        state.shards.zero_gradients()
+        statistics = Statistics(state.model, state.objective)
+        computed = self.gradients.run(progress.step, inputs, state.scaler.scale)
+        losses = {name: value.detach() for name, value in computed.losses.items()}
+        loss = torch.stack(list(losses.values())).sum()
+        values = {
+            "loss": loss,
+            "grad_norm": self._update(loss, batch, computed, statistics, void),
+            "logit_scale": state.model.logit_scale.detach().exp(),
+            "lr": self.schedule.lr(progress.step),
+        }
+        if len(losses) > 1:
+            values |= losses
+        progress.step += 1
+        progress.samples_seen += state.global_batch
+        return values | computed.report
+
+    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies on a stream of their own: a GPU makes them while it still computes the step before."""
+        device = self.state.world.device
+        if self.copies is None:
+            return [tensor.to(device) for tensor in tensors]
+        now = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self.copies):
+            pinned = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+            sent = [tensor.to(device, non_blocking=True) for tensor in pinned]
+        now.wait_stream(self.copies)
+        for tensor in sent:
+            tensor.record_stream(now)  # allocated on one stream, used on the other
+        return sent
+
+    def _update(self, loss: Tensor, batch: Batch, computed: Computed, statistics: Statistics, void: bool) -> Tensor:
+        state = self.state
+        state.shards.take_gradients()
+        state.scaler.unscale_(state.optimizer)
+        limit = state.settings.optimizer.grad_clip_norm or float("inf")
+        norms = state.shards.gradient_norms()
+        grad_norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        nn.utils.clip_grads_with_norm_(state.shards.own.values(), limit, grad_norm)
+        skip = state.watch.judge(loss, grad_norm, may_overflow=state.scaler.is_enabled(), void=void)
+        update_weights(state.optimizer, skip)
+        statistics.restore(skip)
+        self._update_scale()
+        with torch.no_grad():
+            state.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        features = [value for value in computed.features.values() if value.dim()]
+        epoch = state.progress.samples_seen // state.epoch_samples
+        state.watch.report(state.progress.step, batch.ids, loss, grad_norm, norms, features, epoch)
+        return grad_norm
+
+    def _update_scale(self) -> None:
+        """After a bad step the scale falls, a void one leaves it. (Private, but `state_dict` waits for the device.)"""
+        scaler, void = self.state.scaler, self.state.watch.void
+        if scaler.is_enabled():
+            kept = [(tensor, tensor.clone()) for tensor in (scaler._scale, scaler._growth_tracker)]
+            scaler.update()
+            for tensor, before in kept:
+                tensor.copy_(torch.where(void > 0, before, tensor))
