@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import ranks
+from helpers.tiers import is_slow
 
 torch.set_num_threads(1)
 
@@ -17,6 +18,18 @@ TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
 # .pytest.ini's `pythonpath` is for this process; the processes that tests start import `helpers` by the environment's
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what helpers/tiers.py lists")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        seen: set[str] = set()
+        slow = {item for item in items if is_slow(f"{item.path.relative_to(TESTS)}::{item.name}", seen)}
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
 
 
 def pytest_collection_finish() -> None:

@@ -86,7 +86,8 @@ def _to_dict(value: Any) -> dict[str, Any]:
 
 def flat_names(cls: type) -> dict[str, str]:
     """Name of every setting -> name of the flat table that holds it, or "" where cls itself does."""
-    hints, names = get_type_hints(cls), {}
+    hints = get_type_hints(cls)
+    names: dict[str, str] = {}
     for f in dataclasses.fields(cls):
         names |= dict.fromkeys(flat_names(hints[f.name]), f.name) if f.metadata.get("flat") else {f.name: ""}
     return names

@@ -1,17 +1,13 @@
 """Models answer by name when ranks hold copies (ddp) or shards (fsdp) of them, with the bits of one process."""
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
-from ranks import run_ranks
-
 import rwkv_clip
-from rwkv_clip.config import Settings, parse
+from helpers.ranks import run_ranks
+from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.training.parallel import distribute_model
+from rwkv_clip.training.settings import Settings
 
 IMAGE = {"image_size": [32, 32], "patch": 16, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64}
 VIT = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}

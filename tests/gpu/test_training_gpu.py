@@ -9,9 +9,10 @@ from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses import InfoNCE
 from rwkv_clip.training.data.batch import Batch
-from rwkv_clip.training.loop import NumericsError, Trainer
+from rwkv_clip.training.faults.nonfinite import NumericsError
 from rwkv_clip.training.settings import Settings
 from rwkv_clip.training.state import TrainState
+from rwkv_clip.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MODEL = {

@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import importlib.util
 import io
 import json
 import subprocess
@@ -16,6 +15,7 @@ from PIL import Image
 
 from helpers.pictures import picture
 from helpers.sources import TEXTS, add_member, contents, make_rows, save_images, save_jsonl
+from rwkv_clip.data import __main__ as command_line
 from rwkv_clip.data import build, recordio
 from rwkv_clip.data.build import build_records, verify_records
 from rwkv_clip.data.fields import Condition, Texts
@@ -476,8 +476,5 @@ def test_command_line(manifest, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--texts", "--views"])
 def test_the_texts_have_their_earlier_flag_as_well(flag):
-    spec = importlib.util.spec_from_file_location("data2rec", ROOT / "data2rec.py")
-    data2rec = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(data2rec)
-    command = data2rec.parse(["c.jsonl", "out/t", flag, "raw=alt", "synthetic", "--workers", "2"])
+    command = command_line.parse(["c.jsonl", "out/t", flag, "raw=alt", "synthetic", "--workers", "2"])
     assert (command.texts, command.workers, command.prefix) == (("raw=alt", "synthetic"), 2, "out/t")

@@ -1,11 +1,15 @@
-"""The house keeps its shape: who may import whom, no unpickling, no environment reads outside dist.py."""
+"""The house keeps its shape: who may import whom, no circles, sizes, no unpickling, the environment in one file."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from helpers.tiers import SLOW
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 LIBRARY, TRAINING, EVAL = SRC / "rwkv_clip", SRC / "training", SRC / "eval"
@@ -26,13 +30,17 @@ ROOMS = [
 ]
 
 
-def imports_of(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in it."""
-    package = ["rwkv_clip", *path.relative_to(SRC).parent.parts]
-    if package[1] == "rwkv_clip":
-        package.pop(1)
+def module_name(path: Path) -> str:
+    """src/training/loop.py -> rwkv_clip.training.loop; of an __init__.py the package."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(("rwkv_clip", *parts[parts[0] == "rwkv_clip" :])).removesuffix(".__init__")
+
+
+def imports_of(path: Path, nodes: Iterable[ast.AST] | None = None) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in it (or in `nodes`)."""
+    package = module_name(path.with_name("__init__.py")).split(".")
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -61,6 +69,66 @@ def test_library_imports_downwards_only(path):
 def test_training_and_eval_do_not_know_each_other(folder, other):
     for path in folder.rglob("*.py"):
         assert not [name for name in imports_of(path) if name.startswith(other)], path
+
+
+def nodes_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a file is imported: all but the bodies of functions and what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not typing_only and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from nodes_at_import(child)
+
+
+def test_no_circles():
+    """No file imports another that imports it, on whatever way, while they are loaded."""
+    modules, graph = {module_name(path) for path in FILES}, {}
+    for path in FILES:
+        names = imports_of(path, nodes_at_import(ast.parse(path.read_text()))) & modules
+        # `from .package import module` names both; only the module's file is needed
+        graph[module_name(path)] = {n for n in names if not any(other.startswith(f"{n}.") for other in names)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+MOST_LINES, MOST_ARGUMENTS = 450, 8
+# What is above that today. Numbers may only become smaller, and a line goes when it is no longer needed.
+LONG_FILES: dict[str, int] = {}
+WIDE_FUNCTIONS = {
+    "eval/classification.py evaluate_classification": 11,
+    "rwkv_clip/features.py encode_images": 9,
+    "rwkv_clip/retrieval.py evaluate_retrieval": 11,
+}
+
+
+def count_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Named ones, without self."""
+    named = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+    return len(named) - (bool(named) and named[0].arg in ("self", "cls"))
+
+
+def assert_no_more(found: dict[str, int], allowed: dict[str, int], most: int) -> None:
+    above = {name: count for name, count in found.items() if count > most}
+    assert above.keys() <= allowed.keys(), f"above {most}: {above.keys() - allowed.keys()}"
+    assert allowed.keys() <= above.keys(), f"take off the list, {most} at most now: {allowed.keys() - above.keys()}"
+    assert not {name: count for name, count in above.items() if count > allowed[name]}
+
+
+def test_no_file_grows():
+    lines = {str(path.relative_to(SRC)): len(path.read_text().splitlines()) for path in FILES}
+    assert_no_more(lines, LONG_FILES, MOST_LINES)
+
+
+def test_no_function_takes_more_than_it_needs():
+    found = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                name = f"{path.relative_to(SRC)} {node.name}"
+                found[name] = max(found.get(name, 0), count_arguments(node))
+    assert_no_more(found, WIDE_FUNCTIONS, MOST_ARGUMENTS)
 
 
 OPTIONAL = {
@@ -101,3 +169,10 @@ def test_import_needs_no_heavy_package():
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_fast_tier_leaves_out_what_exists():
+    for entry in SLOW:
+        file, _, name = entry.removesuffix("[1:]").partition("::")
+        path = SRC.parent / "tests" / file
+        assert path.is_file() and (not name or f"def {name}(" in path.read_text()), f"helpers/tiers.py: {entry}"

@@ -11,11 +11,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import make_tiny
 
 import rwkv_clip
+from helpers.tiny import make_tiny
 from rwkv_clip.checkpoint import read_description, save_checkpoint
-from rwkv_clip.config import ConfigError, Settings, parse
+from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.recordio import Header, RecordWriter, pack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.factory import parse_spec
@@ -24,6 +24,7 @@ from rwkv_clip.models.specification import FAMILIES, Encoded
 from rwkv_clip.tokenizer import make_tokenizer
 from rwkv_clip.training.checks import check_records
 from rwkv_clip.training.main import run
+from rwkv_clip.training.settings import Settings
 
 RWKV_IMAGE = {"image_size": [32, 48], "patch": 16, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64}
 RWKV_TEXT = {"context": 8, "width": 48, "depth": 2, "heads": 2, "ffn_width": 64}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from PIL import Image
 
 import rwkv_clip
+from helpers.color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from helpers.ranks import run_ranks
 from helpers.sources import save_jsonl
 from rwkv_clip.data.retrieval_set import load_retrieval

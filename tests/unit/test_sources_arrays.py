@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from source_files import JPEG, measure, read, save
 
+from helpers.source_files import JPEG, measure, read, save
 from rwkv_clip.data.rows import SourceError
 from rwkv_clip.data.sources import Source
 

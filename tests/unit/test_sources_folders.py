@@ -6,8 +6,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from source_files import BOM, JPEG, PNG, outcome, pack, read, save
 
+from helpers.source_files import BOM, JPEG, PNG, outcome, pack, read, save
 from rwkv_clip.data.sources import Source
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

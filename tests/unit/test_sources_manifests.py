@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from source_files import BOM, DEEP, JPEG, PNG, outcome, read, save
 
+from helpers.source_files import BOM, DEEP, JPEG, PNG, outcome, read, save
 from rwkv_clip.data.rows import MAX_LINE, SourceError
 from rwkv_clip.data.sources import Source
 

@@ -6,8 +6,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from source_files import DEEP, JPEG, PNG, measure, outcome, pack, read, save
 
+from helpers.source_files import DEEP, JPEG, PNG, measure, outcome, pack, read, save
 from rwkv_clip.data import samples, tar
 from rwkv_clip.data.rows import Problem, SourceError
 from rwkv_clip.data.sources import Source
