@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.10",
     package_dir=HOMES,
     packages=[package for name, folder in HOMES.items() for package in found(name, folder)],
-    package_data={"rwkv_clip": ["configs/*/*.json"], "rwkv_clip.eval": ["*.json"], "rwkv_clip.ops": ["csrc/*"]},
+    package_data={"rwkv_clip": ["configs/*/*.json"], "rwkv_clip.eval": ["*.json"], "rwkv_clip.ops": ["csrc/*/*"]},
     install_requires=requirements(),
     extras_require={
         "dali": ["nvidia-dali-cuda130>=1.51"],

@@ -7,8 +7,8 @@ import torch
 
 from rwkv_clip.losses.objective import contrastive_losses, pair_losses
 from rwkv_clip.ops import wkv6
-from rwkv_clip.ops.pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
-from rwkv_clip.ops.shift import shift_tokens
+from rwkv_clip.ops.block.pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
+from rwkv_clip.ops.block.shift import shift_tokens
 
 X, C, S = torch.ones(2, 4, 8), torch.ones(3, 8), torch.ones(3, 2, 4, 8)
 W, F, ONE = torch.ones(8), torch.ones(4, 6), torch.tensor(2.0)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rwkv_clip
 from rwkv_clip.factory import cast_weights
 from rwkv_clip.models.rwkv import DropPath
-from rwkv_clip.ops import block_cpu, pointwise
+from rwkv_clip.ops.block import native as kernels
+from rwkv_clip.ops.block import pointwise
 from rwkv_clip.ops.build import BuildError
 
 OPS = torch.ops.rwkv_clip
@@ -29,7 +30,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def native():
-    if not block_cpu.supports(torch.zeros(1)):
+    if not kernels.supports(torch.zeros(1)):
         pytest.skip("no C++ compiler: the native kernels of a block cannot be built here")
 
 
@@ -112,8 +113,8 @@ def test_without_a_compiler_the_formula_takes_over_and_says_so(monkeypatch):
 
     x = torch.randn(2, 5, 8)
     native = pointwise.relu_square(x)
-    monkeypatch.setattr(block_cpu, "build_library", fail)
-    block_cpu._library.cache_clear()
+    monkeypatch.setattr(kernels, "build_library", fail)
+    kernels._library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="install one"):
             assert torch.equal(pointwise.relu_square(x), native)
@@ -121,7 +122,7 @@ def test_without_a_compiler_the_formula_takes_over_and_says_so(monkeypatch):
             warnings.simplefilter("error")  # once is enough
             mixed = pointwise.mix_tokens(x, torch.rand(2, 8), None, 1, (5,))
     finally:
-        block_cpu._library.cache_clear()
+        kernels._library.cache_clear()
     assert len(mixed) == 2
 
 

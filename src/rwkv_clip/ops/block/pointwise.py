@@ -2,7 +2,7 @@
 
 Each is written once as a formula in torch, in float32 inside whatever the dtype outside. The formula is the
 specification, and on a GPU it is what torch.compile fuses. On a CPU, where every eager operation is a pass over memory,
-float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`ops/block_cpu.py`),
+float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`native.py`),
 but for calls that PyTorch watches (`ops/watched.py`).
 """
 
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import block_cpu
+from ..watched import is_watched, refuse_forward_mode
+from . import native
 from .shift import check_grid, describe, shift_tokens
-from .watched import is_watched, refuse_forward_mode
 
 
 def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
@@ -33,9 +33,9 @@ def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: in
         raise ValueError(f"coefficients: {describe(coefficients)}, expected (J, {x.shape[2]}) with J at least 1")
     if shares is not None:
         _check("shares", shares, x, coefficients.shape[:1] + x.shape)
-    if not _native(x):
+    if not _takes_native(x):
         return _mix_formula(x, coefficients, shares, heads, grid)
-    return (block_cpu.mix if _plain(x) else _mix)(x, coefficients, shares, heads, grid)
+    return (native.mix if _plain(x) else _mix)(x, coefficients, shares, heads, grid)
 
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
@@ -46,26 +46,26 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int,
     _check("gate", gate, y, y.shape)
     _check("weight", weight, y, y.shape[2:])
     _check("bias", bias, y, y.shape[2:])
-    if not _native(y):
+    if not _takes_native(y):
         return _norm_gate_formula(y, gate, weight, bias, heads, eps)
-    return (block_cpu.norm_gate if _plain(y) else _norm_gate)(y, gate, weight, bias, heads, eps)
+    return (native.norm_gate if _plain(y) else _norm_gate)(y, gate, weight, bias, heads, eps)
 
 
 def relu_square(x: Tensor) -> Tensor:
     """relu(x) ** 2."""
     _check("x", x, x)
-    if not _native(x):
+    if not _takes_native(x):
         return _relu_square_formula(x)
-    return (block_cpu.relu_square if _plain(x) else _relu_square)(x)
+    return (native.relu_square if _plain(x) else _relu_square)(x)
 
 
 def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
     """sigmoid(gate) * x, both of one shape and dtype."""
     _check("x", x, x)
     _check("gate", gate, x, x.shape)
-    if not _native(x):
+    if not _takes_native(x):
         return _sigmoid_gate_formula(gate, x)
-    return (block_cpu.sigmoid_gate if _plain(x) else _sigmoid_gate)(gate, x)
+    return (native.sigmoid_gate if _plain(x) else _sigmoid_gate)(gate, x)
 
 
 def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = None) -> None:
@@ -76,9 +76,9 @@ def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = No
         raise ValueError(f"{name}: {describe(value)}, expected the shape {tuple(shape)}")
 
 
-def _native(x: Tensor) -> bool:
+def _takes_native(x: Tensor) -> bool:
     """Whether the native kernels can do what is asked of this call."""
-    return block_cpu.supports(x) and not is_watched()
+    return native.supports(x) and not is_watched()
 
 
 def _plain(x: Tensor) -> bool:
@@ -125,7 +125,7 @@ def _sigmoid_gate_formula(gate: Tensor, x: Tensor) -> Tensor:
 @torch.library.custom_op("rwkv_clip::mix_tokens", mutates_args=(), device_types="cpu")
 def _mix(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
     refuse_forward_mode()
-    return block_cpu.mix(x, coefficients, shares, heads, grid)
+    return native.mix(x, coefficients, shares, heads, grid)
 
 
 @_mix.register_fake
@@ -138,7 +138,7 @@ def _(x, coefficients, shares, heads, grid):
 def _mix_backward(
     grads: Sequence[Tensor], x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]
 ) -> list[Tensor]:
-    return block_cpu.mix_backward(grads, x, coefficients, shares, heads, grid)
+    return native.mix_backward(grads, x, coefficients, shares, heads, grid)
 
 
 @_mix_backward.register_fake
@@ -163,7 +163,7 @@ _mix.register_autograd(_differentiate_mix, setup_context=_save_mix)
 @torch.library.custom_op("rwkv_clip::norm_gate", mutates_args=(), device_types="cpu")
 def _norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
     refuse_forward_mode()
-    return block_cpu.norm_gate(y, gate, weight, bias, heads, eps)
+    return native.norm_gate(y, gate, weight, bias, heads, eps)
 
 
 @_norm_gate.register_fake
@@ -176,7 +176,7 @@ def _(y, gate, weight, bias, heads, eps):
 def _norm_gate_backward(
     grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> list[Tensor]:
-    return block_cpu.norm_gate_backward(grad, y, gate, weight, bias, heads, eps)
+    return native.norm_gate_backward(grad, y, gate, weight, bias, heads, eps)
 
 
 @_norm_gate_backward.register_fake
@@ -203,7 +203,7 @@ def _save(ctx, inputs, output):
 @torch.library.custom_op("rwkv_clip::relu_square", mutates_args=(), device_types="cpu")
 def _relu_square(x: Tensor) -> Tensor:
     refuse_forward_mode()
-    return block_cpu.relu_square(x)
+    return native.relu_square(x)
 
 
 @_relu_square.register_fake
@@ -214,7 +214,7 @@ def _(x):
 
 @torch.library.custom_op("rwkv_clip::relu_square_backward", mutates_args=(), device_types="cpu")
 def _relu_square_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return block_cpu.relu_square_backward(grad, x)
+    return native.relu_square_backward(grad, x)
 
 
 @_relu_square_backward.register_fake
@@ -228,7 +228,7 @@ _relu_square.register_autograd(lambda ctx, grad: _relu_square_backward(grad, *ct
 @torch.library.custom_op("rwkv_clip::sigmoid_gate", mutates_args=(), device_types="cpu")
 def _sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
     refuse_forward_mode()
-    return block_cpu.sigmoid_gate(gate, x)
+    return native.sigmoid_gate(gate, x)
 
 
 @_sigmoid_gate.register_fake
@@ -239,7 +239,7 @@ def _(gate, x):
 
 @torch.library.custom_op("rwkv_clip::sigmoid_gate_backward", mutates_args=(), device_types="cpu")
 def _sigmoid_gate_backward(grad: Tensor, gate: Tensor, x: Tensor) -> list[Tensor]:
-    return block_cpu.sigmoid_gate_backward(grad, gate, x)
+    return native.sigmoid_gate_backward(grad, gate, x)
 
 
 @_sigmoid_gate_backward.register_fake

@@ -1,4 +1,4 @@
-"""The native CPU kernels of `ops/pointwise.py`: built at the first call, bound with ctypes.
+"""The native CPU kernels of `pointwise.py`: built at the first call, bound with ctypes.
 
 `supports` says whether they take a tensor. Without a compiler they take none; the first question then warns, once.
 """
@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .build import CSRC, BuildError, build_library, host_flags, load_library
+from ..build import CSRC, BuildError, build_library, host_flags, load_library
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _WORTH_A_THREAD = 1 << 14  # elements; below, starting threads costs more than they save
@@ -34,7 +34,7 @@ _SIGNATURES = {
 @lru_cache
 def _library() -> ctypes.CDLL | None:
     try:
-        path = build_library("block_cpu", [CSRC / "block_cpu.cpp"], flags=host_flags(), compiler="c++")
+        path = build_library("block_cpu", [CSRC / "cpu" / "block.cpp"], flags=host_flags(), compiler="c++")
         library = load_library(path)
     except BuildError as error:
         warnings.warn(f"RWKV blocks run on plain torch, several times slower here: {error}", stacklevel=2)
