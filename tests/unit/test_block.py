@@ -71,8 +71,8 @@ def test_native_mixing_is_the_formula(dtype, shape, shared):
     torch.manual_seed(0)
     grid, behind, heads, c = SHAPES[shape]
     x = torch.randn(3, torch.Size(grid).numel() + behind, c)
-    shares = torch.randn(5, *x.shape) if shared else None
-    inputs = (x, torch.rand(5, c), shares)
+    offsets = torch.randn(5, *x.shape) if shared else None
+    inputs = (x, torch.rand(5, c), offsets)
     compare(pointwise._mix, pointwise._mix_formula, inputs, (heads, list(grid)), dtype)
 
 
@@ -98,11 +98,11 @@ def test_extreme_values(dtype):
 
 
 def test_operators_are_registered_soundly():
-    x, shares = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
+    x, offsets = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
     weights = torch.rand(2, 8, requires_grad=True)
-    cases = [(OPS.mix_tokens, (x, weights, shares, 1, [2, 3])), (OPS.mix_tokens, (x, weights, None, 2, [6])),
+    cases = [(OPS.mix_tokens, (x, weights, offsets, 1, [2, 3])), (OPS.mix_tokens, (x, weights, None, 2, [6])),
              (OPS.norm_gate, (x, x.detach(), weights[0], weights[1], 2, 1e-5)),
-             (OPS.relu_square, (x,)), (OPS.sigmoid_gate, (x, shares[0]))]  # fmt: skip
+             (OPS.relu_square, (x,)), (OPS.sigmoid_gate, (x, offsets[0]))]  # fmt: skip
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)
 

@@ -8,7 +8,8 @@ but for calls that PyTorch watches (`ops/watched.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,12 @@ from . import native
 from .shift import check_grid, describe, shift_tokens
 
 
-def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
-    """J mixtures of every token with its shifted self: x + (shift(x) - x) * (coefficients[j] + shares[j]).
+def mix_tokens(
+    x: Tensor, coefficients: Tensor, offsets: Tensor | None, heads: int, grid: Sequence[int]
+) -> list[Tensor]:
+    """J mixtures of every token with its shifted self: x + (shift(x) - x) * (coefficients[j] + offsets[j]).
 
-    x: (B, T, C). coefficients: (J, C). shares: (J, B, T, C) in x's dtype, or None for none. heads, grid: as for
+    x: (B, T, C). coefficients: (J, C). offsets: (J, B, T, C) in x's dtype, or None for none. heads, grid: as for
     `shift_tokens`. Returns J tensors like x. ValueError for what does not fit, here and in the other operators: the
     native kernels take pointers and would read and write beyond the tensors.
     """
@@ -31,11 +34,9 @@ def mix_tokens(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: in
     _check("coefficients", coefficients, x)
     if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != x.shape[2]:
         raise ValueError(f"coefficients: {describe(coefficients)}, expected (J, {x.shape[2]}) with J at least 1")
-    if shares is not None:
-        _check("shares", shares, x, coefficients.shape[:1] + x.shape)
-    if not _takes_native(x):
-        return _mix_formula(x, coefficients, shares, heads, grid)
-    return (native.mix if _plain(x) else _mix)(x, coefficients, shares, heads, grid)
+    if offsets is not None:
+        _check("offsets", offsets, x, coefficients.shape[:1] + x.shape)
+    return _run(x, _mix_formula, native.mix, _mix, x, coefficients, offsets, heads, grid)
 
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
@@ -46,26 +47,20 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int,
     _check("gate", gate, y, y.shape)
     _check("weight", weight, y, y.shape[2:])
     _check("bias", bias, y, y.shape[2:])
-    if not _takes_native(y):
-        return _norm_gate_formula(y, gate, weight, bias, heads, eps)
-    return (native.norm_gate if _plain(y) else _norm_gate)(y, gate, weight, bias, heads, eps)
+    return _run(y, _norm_gate_formula, native.norm_gate, _norm_gate, y, gate, weight, bias, heads, eps)
 
 
 def relu_square(x: Tensor) -> Tensor:
     """relu(x) ** 2."""
     _check("x", x, x)
-    if not _takes_native(x):
-        return _relu_square_formula(x)
-    return (native.relu_square if _plain(x) else _relu_square)(x)
+    return _run(x, _relu_square_formula, native.relu_square, _relu_square, x)
 
 
 def sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
     """sigmoid(gate) * x, both of one shape and dtype."""
     _check("x", x, x)
     _check("gate", gate, x, x.shape)
-    if not _takes_native(x):
-        return _sigmoid_gate_formula(gate, x)
-    return (native.sigmoid_gate if _plain(x) else _sigmoid_gate)(gate, x)
+    return _run(x, _sigmoid_gate_formula, native.sigmoid_gate, _sigmoid_gate, gate, x)
 
 
 def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = None) -> None:
@@ -76,15 +71,14 @@ def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = No
         raise ValueError(f"{name}: {describe(value)}, expected the shape {tuple(shape)}")
 
 
-def _takes_native(x: Tensor) -> bool:
-    """Whether the native kernels can do what is asked of this call."""
-    return native.supports(x) and not is_watched()
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether nothing but the value is wanted: then the kernel is called as it is, for a registered operator's way
-    through the dispatcher costs as much as the kernel at batch 1."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+def _run(x: Tensor, formula: Callable, kernel: Callable, operator: Callable, *arguments: Any) -> Any:
+    """The operator where the native kernels take x and nobody watches; else the formula. Where nothing but the value is
+    wanted the kernel is called as it is: a registered operator's way through the dispatcher costs as much as the kernel
+    at batch 1."""
+    if not native.supports(x) or is_watched():
+        return formula(*arguments)
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+    return (kernel if plain else operator)(*arguments)
 
 
 # ---- formulas ---------------------------------------------------------------------------------------------------
@@ -95,13 +89,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _mix_formula(
-    x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]
+    x: Tensor, coefficients: Tensor, offsets: Tensor | None, heads: int, grid: Sequence[int]
 ) -> list[Tensor]:
     own = _wide(x)
     step = _wide(shift_tokens(x, heads, tuple(grid))) - own
     parts = _wide(coefficients).unbind(0)
-    if shares is not None:
-        parts = [part + _wide(share) for part, share in zip(parts, shares.unbind(0))]
+    if offsets is not None:
+        parts = [part + _wide(offset) for part, offset in zip(parts, offsets.unbind(0))]
     return [(own + step * part).to(x.dtype) for part in parts]
 
 
@@ -122,131 +116,72 @@ def _sigmoid_gate_formula(gate: Tensor, x: Tensor) -> Tensor:
 # ---- operators on a CPU -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("rwkv_clip::mix_tokens", mutates_args=(), device_types="cpu")
-def _mix(x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]) -> list[Tensor]:
-    refuse_forward_mode()
-    return native.mix(x, coefficients, shares, heads, grid)
+def _register(name: str, inputs: str, outputs: str, kernel: Callable, backward: Callable, fake: Callable) -> Callable:
+    """Make kernels known to torch as `rwkv_clip::name` and, for its derivative, `rwkv_clip::name_backward`.
+
+    inputs, outputs: the operator's schema, tensors before other inputs. backward(grad, *inputs) returns the gradients
+    of all tensors that are not None. fake(*inputs) returns empty outputs.
+    """
+
+    def run(*arguments):
+        refuse_forward_mode()
+        return kernel(*arguments)
+
+    def describe_outputs(*arguments):
+        refuse_forward_mode()
+        return fake(*arguments)
+
+    def save(ctx, inputs, output):
+        tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.rest = inputs[len(tensors) :]
+
+    def differentiate(ctx, grad):
+        tensors = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+        grads = iter(derivative(grad, *tensors, *ctx.rest))
+        return *(None if x is None else next(grads) for x in tensors), *(None for _ in ctx.rest)
+
+    def define(name: str, schema: str, function: Callable) -> Callable:
+        return torch.library.custom_op(
+            f"rwkv_clip::{name}", function, mutates_args=(), device_types="cpu", schema=schema
+        )
+
+    operator = define(name, f"({inputs}) -> {outputs}", run)
+    operator.register_fake(describe_outputs)
+    derivative = define(f"{name}_backward", f"({outputs} grad, {inputs}) -> Tensor[]", backward)
+    derivative.register_fake(lambda _, *rest: [x.new_empty(x.shape) for x in rest if isinstance(x, Tensor)])
+    operator.register_autograd(differentiate, setup_context=save)
+    return operator
 
 
-@_mix.register_fake
-def _(x, coefficients, shares, heads, grid):
-    refuse_forward_mode()
-    return [x.new_empty(x.shape) for _ in range(coefficients.shape[0])]
-
-
-@torch.library.custom_op("rwkv_clip::mix_tokens_backward", mutates_args=(), device_types="cpu")
-def _mix_backward(
-    grads: Sequence[Tensor], x: Tensor, coefficients: Tensor, shares: Tensor | None, heads: int, grid: Sequence[int]
-) -> list[Tensor]:
-    return native.mix_backward(grads, x, coefficients, shares, heads, grid)
-
-
-@_mix_backward.register_fake
-def _(grads, x, coefficients, shares, heads, grid):
-    return [z.new_empty(z.shape) for z in (x, coefficients, shares) if z is not None]
-
-
-def _save_mix(ctx, inputs, output):
-    x, coefficients, shares, ctx.heads, ctx.grid = inputs
-    ctx.save_for_backward(x, coefficients, shares)
-
-
-def _differentiate_mix(ctx, grads):
-    x, coefficients, shares = ctx.saved_tensors
-    grads = _mix_backward(grads, x, coefficients, shares, ctx.heads, ctx.grid)
-    return grads[0], grads[1], grads[2] if shares is not None else None, None, None
-
-
-_mix.register_autograd(_differentiate_mix, setup_context=_save_mix)
-
-
-@torch.library.custom_op("rwkv_clip::norm_gate", mutates_args=(), device_types="cpu")
-def _norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
-    refuse_forward_mode()
-    return native.norm_gate(y, gate, weight, bias, heads, eps)
-
-
-@_norm_gate.register_fake
-def _(y, gate, weight, bias, heads, eps):
-    refuse_forward_mode()
-    return y.new_empty(y.shape)
-
-
-@torch.library.custom_op("rwkv_clip::norm_gate_backward", mutates_args=(), device_types="cpu")
-def _norm_gate_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
-) -> list[Tensor]:
-    return native.norm_gate_backward(grad, y, gate, weight, bias, heads, eps)
-
-
-@_norm_gate_backward.register_fake
-def _(grad, y, gate, weight, bias, heads, eps):
-    return [z.new_empty(z.shape) for z in (y, gate, weight, bias)]
-
-
-def _save_norm_gate(ctx, inputs, output):
-    *tensors, ctx.heads, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_norm_gate(ctx, grad):
-    return *_norm_gate_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.eps), None, None
-
-
-_norm_gate.register_autograd(_differentiate_norm_gate, setup_context=_save_norm_gate)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-@torch.library.custom_op("rwkv_clip::relu_square", mutates_args=(), device_types="cpu")
-def _relu_square(x: Tensor) -> Tensor:
-    refuse_forward_mode()
-    return native.relu_square(x)
-
-
-@_relu_square.register_fake
-def _(x):
-    refuse_forward_mode()
+def _like_first(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("rwkv_clip::relu_square_backward", mutates_args=(), device_types="cpu")
-def _relu_square_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return native.relu_square_backward(grad, x)
-
-
-@_relu_square_backward.register_fake
-def _(grad, x):
-    return x.new_empty(x.shape)
-
-
-_relu_square.register_autograd(lambda ctx, grad: _relu_square_backward(grad, *ctx.saved_tensors), setup_context=_save)
-
-
-@torch.library.custom_op("rwkv_clip::sigmoid_gate", mutates_args=(), device_types="cpu")
-def _sigmoid_gate(gate: Tensor, x: Tensor) -> Tensor:
-    refuse_forward_mode()
-    return native.sigmoid_gate(gate, x)
-
-
-@_sigmoid_gate.register_fake
-def _(gate, x):
-    refuse_forward_mode()
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("rwkv_clip::sigmoid_gate_backward", mutates_args=(), device_types="cpu")
-def _sigmoid_gate_backward(grad: Tensor, gate: Tensor, x: Tensor) -> list[Tensor]:
-    return native.sigmoid_gate_backward(grad, gate, x)
-
-
-@_sigmoid_gate_backward.register_fake
-def _(grad, gate, x):
-    return [gate.new_empty(gate.shape), x.new_empty(x.shape)]
-
-
-_sigmoid_gate.register_autograd(
-    lambda ctx, grad: tuple(_sigmoid_gate_backward(grad, *ctx.saved_tensors)), setup_context=_save
+_mix = _register(
+    "mix_tokens",
+    "Tensor x, Tensor coefficients, Tensor? offsets, int heads, int[] grid",
+    "Tensor[]",
+    native.mix,
+    native.mix_backward,
+    lambda x, coefficients, *_: [x.new_empty(x.shape) for _ in range(coefficients.shape[0])],
+)
+_norm_gate = _register(
+    "norm_gate",
+    "Tensor y, Tensor gate, Tensor weight, Tensor bias, int heads, float eps",
+    "Tensor",
+    native.norm_gate,
+    native.norm_gate_backward,
+    _like_first,
+)
+_relu_square = _register(
+    "relu_square", "Tensor x", "Tensor", native.relu_square, native.relu_square_backward, _like_first
+)
+_sigmoid_gate = _register(
+    "sigmoid_gate",
+    "Tensor gate, Tensor x",
+    "Tensor",
+    native.sigmoid_gate,
+    native.sigmoid_gate_backward,
+    lambda gate, x: _like_first(x),
 )
