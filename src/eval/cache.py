@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, gather, max_over_ranks, rank_and_size
+from rwkv_clip.device import AUTOCAST
+from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
 from rwkv_clip.features import encode_images, raise_together
 from rwkv_clip.files import write_whole
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, max_over_ranks
+from rwkv_clip.device import AUTOCAST
+from rwkv_clip.dist import max_over_ranks
 from rwkv_clip.features import encode_images, encode_texts
 from rwkv_clip.metrics import accuracy, target_ranks
 from rwkv_clip.retrieval import count_cut_texts

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, rank_and_size
+from rwkv_clip.device import AUTOCAST
+from rwkv_clip.dist import rank_and_size
 from rwkv_clip.features import encode_texts
 from rwkv_clip.files import DamagedError, parse_json, write_whole
 from rwkv_clip.retrieval import RetrievalSet, caption_tokens, count_cut

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_clip.dist import AUTOCAST
+from rwkv_clip.device import AUTOCAST
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
 

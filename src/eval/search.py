@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, choose_device
+from rwkv_clip.device import AUTOCAST, choose_device
 from rwkv_clip.features import encode_images, encode_texts, open_picture
 from rwkv_clip.files import write_whole
 from rwkv_clip.metrics import exact_features

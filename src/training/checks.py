@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import rwkv_clip
 from rwkv_clip.config import ConfigError, Settings, to_dict
 from rwkv_clip.data.records import RecordSet
-from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
+from rwkv_clip.device import autocast_dtype
+from rwkv_clip.dist import World, gather, judge_all
 from rwkv_clip.factory import ModelSpec, spec_to_json, tokenizer_of, vocab_of
 
 # What each rank may have of its own: where things lie and how it reads them. Records, model and weights are compared

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_clip.config import ConfigError, Settings
-from rwkv_clip.dist import World, autocast_dtype, gather, single_process
+from rwkv_clip.device import autocast_dtype
+from rwkv_clip.dist import World, gather, single_process
 
 from .data.augment import hash64
 from .deterministic import TreeSum, sum_in_order

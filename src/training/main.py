@@ -22,8 +22,8 @@ import tyro
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, Settings, check, list_presets, load_settings, to_dict
 from rwkv_clip.data.records import RecordSet
-from rwkv_clip.device import keep_freed_memory
-from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
+from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
+from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import ModelSpec, create_model, image_size_of, preprocess_of, resolve_spec, tokenizer_of
 from rwkv_clip.files import write_whole
