@@ -125,29 +125,29 @@ def _write_folder(folder: Path, contents: dict[str, Callable[[], Iterable[bytes]
     _flush(folder)
 
 
-def _write_file(path: Path, pieces: Iterable[bytes]) -> dict[str, Any]:
+def _write_file(path: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        measured = _measure(pieces, functools.partial(_write_all, handle))
+        measured = _measure(chunks, functools.partial(_write_all, handle))
         os.fsync(handle)
     finally:
         os.close(handle)
     return measured
 
 
-def _write_all(handle: int, piece: bytes) -> None:
-    view = memoryview(piece)
+def _write_all(handle: int, chunk: bytes) -> None:
+    view = memoryview(chunk)
     while view:  # a full disk takes a part first
         view = view[os.write(handle, view) :]
 
 
-def _measure(pieces: Iterable[bytes], write: Callable[[bytes], object] = len) -> dict[str, Any]:
-    """A manifest's entry for a file of these pieces, each handed to `write` on the way."""
+def _measure(chunks: Iterable[bytes], write: Callable[[bytes], object] = len) -> dict[str, Any]:
+    """A manifest's entry for a file of these chunks, each handed to `write` on the way."""
     digest, size = hashlib.sha256(), 0
-    for piece in pieces:
-        digest.update(piece)
-        write(piece)
-        size += len(piece)
+    for chunk in chunks:
+        digest.update(chunk)
+        write(chunk)
+        size += len(chunk)
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 

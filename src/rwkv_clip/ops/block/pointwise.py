@@ -2,8 +2,14 @@
 
 Each is written once as a formula in torch, in float32 inside whatever the dtype outside. The formula is the
 specification, and on a GPU it is what torch.compile fuses. On a CPU, where every eager operation is a pass over memory,
-float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`native.py`),
-but for calls that PyTorch watches (`ops/watched.py`).
+float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`native.py`), except
+for calls that PyTorch watches (`ops/watched.py`).
+
+Why kernels of our own: measured for a block of B/32 on one thread of an AMD EPYC with AVX512-BF16, as multiples of the
+time with them. In bfloat16 the eager formulas take 1.11 to 1.16 forward and 1.06 to 1.09 with backward, and the same
+formulas compiled by inductor, one by one, 1.14 and 1.05 to 1.07; in float32 1.01 to 1.06, and 0.99 to 1.02 compiled. A
+whole block compiled by inductor takes 0.92 to 1.06, but its first call costs at least 12 seconds for each shape. Small
+models gain more: Ti-8 encodes a single picture in 1 / 1.45 of the time.
 """
 
 from __future__ import annotations

@@ -63,14 +63,14 @@ struct Shape {
   bool pairwise() const { return t <= 2 * width() + BLOCK; }  // where both forms cost about the same
 };
 
-// Hands out pieces of a thread's scratch memory, or, without memory, counts how much they need.
+// Hands out a thread's scratch memory; without memory, only counts how much is needed.
 struct Arena {
   float* base;
   int64_t used = 0;
   float* take(int64_t floats) {
-    float* piece = base ? base + used : nullptr;
+    float* start = base ? base + used : nullptr;
     used += (floats + BLOCK - 1) / BLOCK * BLOCK;
-    return piece;
+    return start;
   }
 };
 
