@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,6 +19,7 @@ from ..build import CSRC, BuildError, build_library, host_flags, load_library
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _C_TYPES = {int: ctypes.c_long, float: ctypes.c_float}  # everything else is a pointer
+_kernels: dict[tuple[str, torch.dtype], Callable] = {}
 _WORTH_A_THREAD = 1 << 14  # elements; below, starting threads costs more than they save
 
 
@@ -46,19 +47,19 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and _available()
 
 
-@lru_cache
-def _kernel(name: str, dtype: torch.dtype, types: tuple[type, ...]) -> ctypes._CFuncPtr:
-    find = getattr(_library(), f"find_{name}")
-    find.argtypes, find.restype = [ctypes.c_long], ctypes.c_void_p
-    return ctypes.CFUNCTYPE(None, *types)(find(dtype == torch.bfloat16))
-
-
 def _call(name: str, x: Tensor, *arguments: object) -> None:
     """Run a kernel of x's dtype. Tensors (contiguous, held by the caller) become pointers; int is C's long."""
     threads = min(torch.get_num_threads(), max(1, x.numel() // _WORTH_A_THREAD))
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in (*arguments, threads)]
-    types = tuple(_C_TYPES.get(type(a), ctypes.c_void_p) for a in (*arguments, threads))
-    _kernel(name, x.dtype, types)(*values)
+    kernel = _kernels.get((name, x.dtype)) or _find_kernel(name, x.dtype, (*arguments, threads))
+    kernel(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), threads)
+
+
+def _find_kernel(name: str, dtype: torch.dtype, arguments: Sequence[object]) -> Callable:
+    find = getattr(_library(), f"find_{name}")
+    find.argtypes, find.restype = [ctypes.c_long], ctypes.c_void_p
+    types = (_C_TYPES.get(type(a), ctypes.c_void_p) for a in arguments)
+    kernel = _kernels[name, dtype] = ctypes.CFUNCTYPE(None, *types)(find(dtype == torch.bfloat16))
+    return kernel
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
@@ -71,7 +72,11 @@ def _weights(*tensors: Tensor) -> list[Tensor]:
 
 def _values(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """Tensors as kernels read them beside x: contiguous, in its dtype."""
-    return [other if other is None else other.to(x.dtype).contiguous() for other in (x, *others)]
+    dtype = x.dtype
+    return [
+        other if other is None or (other.dtype == dtype and other.is_contiguous()) else other.to(dtype).contiguous()
+        for other in (x, *others)
+    ]
 
 
 def _as_inputs(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -151,7 +156,7 @@ def sigmoid_gate_backward(grad: Tensor, gate: Tensor, x: Tensor) -> list[Tensor]
 
 
 def _run_elementwise(name: str, x: Tensor, *inputs: Tensor, outputs: int = 1) -> list[Tensor]:
-    inputs = _values(x, *inputs)[1:]
+    _, *inputs = _values(x, *inputs)
     outs = [torch.empty_like(inputs[0]) for _ in range(outputs)]
     _call(name, x, *inputs, *outs, x.numel())
     return outs
