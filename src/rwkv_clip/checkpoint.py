@@ -6,17 +6,14 @@ A checkpoint is a folder `step-00000100/` with
     state.json          step, position, settings, model description
     MANIFEST.json       sha256 and size of each of these
 
-A save takes nothing away before something better is proven to be there: it writes a folder under a temporary name,
-hashing on the way, flushes it to the disk, renames it, reads it back and compares; only then older ones go, and each
-loses its name before its files. Whenever a process dies, the newest checkpoint is whole or the one before is there;
-from the second save on two are. Beside checkpoints there may be
+A save removes nothing until something better is proven to be there: it writes a folder under a temporary name, hashing
+as it goes, flushes it to the disk, renames it, reads it back and compares. Only then are older checkpoints removed,
+each renamed before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one
+is there; from the second save on there are always two. All other names that can be seen beside checkpoints are
+explained below, at `REPLACED`.
 
-    step-00000100.old    a checkpoint too: what another save of the same step replaced; goes at that save's end
-    step-00000100.tmp    half written or half deleted; goes at the next start or save
-    step-00000100.aside  a step that the run had not reached again when it saved an earlier one: damaged, or given up
-
-The scan for the newest one verifies every hash and falls back to the one before. A file of tensors that is read by
-itself is compared, too, where a manifest beside it lists it.
+The search for the newest checkpoint verifies every hash and falls back to the one before. A file of tensors that is
+read by itself is compared as well where a manifest beside it lists it.
 """
 
 from __future__ import annotations
@@ -37,19 +34,25 @@ from typing import Any
 
 from torch import Tensor
 
+from .files import parse_json, read_bytes
 from .serialization import CHUNK, CheckpointError, encode_tensors, read_tensors, read_torch
 
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 MAX_JSON = 2**20  # bytes of state.json or a manifest that are read; real ones have a few thousand
+# What is added to the name of a checkpoint, `step-00000100`, that
+REPLACED = ".old"  # another save of the same step replaced: still a checkpoint, removed at the end of that save
+SET_ASIDE = ".aside"  # belongs to a later step than the one saved now (damaged, or the run went back): never read
+UNFINISHED = ".tmp"  # is being written; what a dead process leaves is removed at the next start or save
+DELETED = ".gone.tmp"  # is being deleted; likewise
 _STEP = re.compile(r"step-(\d{8})(\.old)?")
-_STALE = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")  # all that a dead process can have left
+_LEFT_OVER = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")
 _FIELDS = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
     **dict.fromkeys(("spec", "settings", "scaler", "records"), dict),
     "model": str,
 }
-_proven: dict[Path, list] = {}  # what this process wrote and verified, so that it is not hashed at each save again
+_proven: dict[Path, list] = {}  # what this process wrote and verified: need not be hashed again at each save
 log = logging.getLogger(__name__)
 
 
@@ -81,7 +84,7 @@ def save_checkpoint(
     clean_folder(folder)
     final = folder / f"step-{step:08d}"
     if not (final.exists() and _holds(final, contents)):
-        temporary = folder / f"{final.name}.tmp"
+        temporary = _add_suffix(final, UNFINISHED)
         try:
             _write_folder(temporary, contents)
             _publish(temporary, final)
@@ -96,10 +99,14 @@ def save_checkpoint(
 
 
 def clean_folder(folder: Path) -> None:
-    """Remove what a process left that died while it saved. Only for the one process that writes here."""
+    """Remove what a process that died during a save left. Only the one process that writes here may call this."""
     for stale in folder.glob("step-*.tmp"):
-        if _STALE.fullmatch(stale.name):
+        if _LEFT_OVER.fullmatch(stale.name):
             _remove(stale)
+
+
+def _add_suffix(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _make_folder(folder: Path) -> None:
@@ -118,29 +125,29 @@ def _write_folder(folder: Path, contents: dict[str, Callable[[], Iterable[bytes]
     _flush(folder)
 
 
-def _write_file(path: Path, pieces: Iterable[bytes]) -> dict[str, Any]:
+def _write_file(path: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        measured = _measure(pieces, functools.partial(_write_all, handle))
+        measured = _measure(chunks, functools.partial(_write_all, handle))
         os.fsync(handle)
     finally:
         os.close(handle)
     return measured
 
 
-def _write_all(handle: int, piece: bytes) -> None:
-    view = memoryview(piece)
+def _write_all(handle: int, chunk: bytes) -> None:
+    view = memoryview(chunk)
     while view:  # a full disk takes a part first
         view = view[os.write(handle, view) :]
 
 
-def _measure(pieces: Iterable[bytes], write: Callable[[bytes], object] = len) -> dict[str, Any]:
-    """A manifest's entry for a file of these pieces, each handed to `write` on the way."""
+def _measure(chunks: Iterable[bytes], write: Callable[[bytes], object] = len) -> dict[str, Any]:
+    """A manifest's entry for a file of these chunks, each handed to `write` on the way."""
     digest, size = hashlib.sha256(), 0
-    for piece in pieces:
-        digest.update(piece)
-        write(piece)
-        size += len(piece)
+    for chunk in chunks:
+        digest.update(chunk)
+        write(chunk)
+        size += len(chunk)
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
@@ -154,8 +161,8 @@ def _holds(path: Path, contents: dict[str, Callable[[], Iterable[bytes]]]) -> bo
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give the written folder its name and prove that it is good; an intact one of this name makes way, but stays."""
-    old = final.with_name(f"{final.name}.old")
+    """Give the written folder its name and verify it. An intact checkpoint of that name becomes a REPLACED one."""
+    old = _add_suffix(final, REPLACED)
     if final.exists():
         if _is_intact(final):
             if old.exists():
@@ -177,17 +184,17 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Keep `newest`, just verified, and the keep - 1 before it; nothing goes unless one of these is good as well."""
+    """Keep `newest`, just verified, and the keep - 1 before it. Nothing goes unless one of these is intact as well."""
     others = [path for path in reversed(list_checkpoints(folder)) if path != newest]
     later = [path for path in others if path.name[:13] > newest.name]
-    for path in later:  # or the next start would take it for the newest
-        aside = path.with_name(f"{path.name}.aside")
-        log.warning("%s: is later than the step saved now and makes way as %s", path, aside.name)
+    for path in later:  # the next start would take them for the newest
+        aside = _add_suffix(path, SET_ASIDE)
+        log.warning("%s: is later than the step saved now; renamed to %s", path, aside.name)
         if aside.exists():
             _discard(aside)
         os.rename(path, aside)
     older = [path for path in others if path not in later]
-    spared = [path for path in older if not path.name.endswith(".old")][: keep - 1]
+    spared = [path for path in older if not path.name.endswith(REPLACED)][: keep - 1]
     gone = [path for path in older if path not in spared]
     if gone and any(_proven.get(path) == _fingerprint(path) or _is_intact(path) for path in spared):
         for path in gone:
@@ -195,8 +202,8 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Take a checkpoint's name first: a half-deleted one must not look like one."""
-    gone = path.with_name(f"{path.name}.gone.tmp")
+    """Delete a checkpoint, renamed first: a half-deleted one must not look like one."""
+    gone = _add_suffix(path, DELETED)
     os.rename(path, gone)
     _proven.pop(path, None)
     _remove(gone)
@@ -246,7 +253,7 @@ def verify_checkpoint(path: Path) -> None:
     manifest = _read_json(path / "MANIFEST.json")
     schema, files = manifest.get("schema"), manifest.get("files")
     if schema != SCHEMA:
-        # A newer version's state.json says the same; a flipped bit in the manifest does not reach it.
+        # A newer version's state.json has the same schema; a flipped bit in the manifest does not change that.
         if isinstance(schema, int) and schema > SCHEMA and _read_json(path / "state.json").get("schema") == schema:
             raise NewerCheckpointError(f"{path}: has schema {schema}, this version reads {SCHEMA}; update rwkv_clip")
         raise CheckpointError(f"{path / 'MANIFEST.json'}: damaged (schema {str(schema)[:40]})")
@@ -257,7 +264,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def _verify_file(path: Path) -> None:
-    """Compare one file with the manifest beside it (and beside what it links to), where that lists it; CheckpointError
+    """Compare one file with the manifest beside it (and beside what it links to) where that lists it; CheckpointError
     as above."""
     real = path.resolve()
     for place in {path.absolute(), real}:
@@ -305,12 +312,11 @@ def _size(path: Path) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if _size(path) > MAX_JSON:
-            raise ValueError(f"larger than {MAX_JSON:,} bytes")
-        content = json.loads(path.read_bytes())
+        _size(path)
+        content = parse_json(read_bytes(path, MAX_JSON), path.name)
         if not isinstance(content, dict):
             raise ValueError(f"a JSON object is expected, not a {type(content).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: missing, damaged or not readable ({error})") from None
     return content
 
@@ -318,8 +324,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def find_checkpoint(path: str | Path) -> Path:
     """A weights file or checkpoint folder itself, compared with its manifest, or a run folder's newest intact one.
 
-    A damaged checkpoint in a run folder is named in a warning and passed over; CheckpointError when none is left. A
-    weights file without a manifest, a copy for example, is taken as it is.
+    A damaged checkpoint in a run folder is named in a warning and skipped; CheckpointError when none is left. A weights
+    file without a manifest, such as a copy, is taken as it is.
     """
     path = Path(path)
     if path.is_file():

@@ -1,13 +1,62 @@
-"""How this process gets memory on a CPU."""
+"""The device of a process: which one, its autocast dtype, deterministic arithmetic, and how it gets memory on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
+import torch
+
+# What the towers compute in, by open_clip's names; bf16 and fp16 are also the type of the weights, else that is float32.
+AUTOCAST = {
+    "fp32": None,
+    "amp_bf16": torch.bfloat16,
+    "amp": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER, _GROW = -1, 2**28  # never given back; bytes that are asked for at a time
+
+
+def choose_device(wanted: str | None = None) -> torch.device:
+    """The device asked for, or the best present (cuda, mps, cpu). ValueError where it cannot be used."""
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+        return torch.device(wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best") from None
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype of a precision by name, None for float32; `auto` is bfloat16 where the device computes in it."""
+    if precision != "auto":
+        return AUTOCAST[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # Without AVX512-BF16 a CPU emulates bfloat16, slower than float32. (Private, but torch has no public question.)
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and native() else None
+
+
+def fix_arithmetic(device: torch.device) -> None:
+    """From now on the same operations give the same bits, in every process and in processes of any world.
+
+    On a CPU sums depend on the number of threads, and torchrun gives every rank one but a single process all: so it is
+    one, unless OMP_NUM_THREADS says how many. CUDA gets its deterministic algorithms.
+    """
+    if device.type == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against reading what nobody wrote; it costs
 
 
 def keep_freed_memory() -> bool:

@@ -1,4 +1,4 @@
-"""The world of processes: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. One process is a world of one.
+"""Ranks and collectives: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. One process is a world of one.
 
 torchrun's store outlives the processes that it starts again, and with it what they wrote there. So the ranks of each
 start agree on a name first (`_agree_on_name`), and everything goes below it. Without this, gloo and NCCL of a restarted
@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .device import choose_device
 from .errors import PEER, explain
 from .processes import follow_parent
 
-TIMEOUT = timedelta(minutes=10)  # of a collective, where nobody says otherwise
-JOINING = timedelta(minutes=5)  # for all ranks to be there: imports from a slow disk differ by minutes
-ANSWERING = timedelta(minutes=30)  # for an answer of the main rank, who may have to read large checkpoints for it
-HEARING = 5.0  # seconds that the main rank stays after bad news
+TIMEOUT = timedelta(minutes=10)  # of a collective, by default
+JOINING = timedelta(minutes=5)  # for all ranks to join: imports from a slow disk differ by minutes
+ANSWERING = timedelta(minutes=30)  # for an answer of the main rank, which may have to read large checkpoints for it
+DELIVERING = 5.0  # seconds that a failing main rank waits for the others to read its error
 
 
 class PeerLost(RuntimeError):
@@ -39,7 +40,7 @@ class PeerLost(RuntimeError):
 
 
 class MainRankFailed(RuntimeError):
-    """What the main rank was to do for all did not succeed; its words and its exit code."""
+    """The main rank failed at what it does for all ranks; carries its message and exit code."""
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
@@ -53,39 +54,13 @@ class World:
     rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = field(default=None, repr=False, compare=False)  # for small facts; None alone
+    store: dist.Store | None = field(default=None, repr=False, compare=False)  # None in a world of one
     restarted: bool = False  # torchrun started this run again after a failure
     local_size: int = 1  # ranks on this rank's node
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def choose_device(wanted: str | None = None) -> torch.device:
-    """The device asked for, or the best present (cuda, mps, cpu). ValueError where it cannot be used."""
-    if wanted is None:
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=wanted)
-        return torch.device(wanted)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"device: {wanted!r} cannot be used here ({reason}); leave it out for the best") from None
-
-
-AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype of a precision by name, None for float32; `auto` is bfloat16 where the device computes in it."""
-    if precision != "auto":
-        return AUTOCAST[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    # Without AVX512-BF16 a CPU emulates bfloat16, slower than float32. (Private, but torch has no public question.)
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and native() else None
 
 
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
@@ -130,25 +105,25 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
 def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:
     """A name that all ranks of this start share and no earlier start on the same store had.
 
-    The main rank answers every word that it finds, those that earlier processes left behind included; only who still
-    waits for the answer counts itself.
+    The main rank answers every token that it finds, including those that earlier processes left; only a rank that still
+    waits for its answer counts itself.
     """
-    word = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     if rank > 0:
-        store.set(f"rwkv_clip/word/{rank}", word)
-        name = store.get(f"rwkv_clip/answer/{word}").decode()
+        store.set(f"rwkv_clip/token/{rank}", token)
+        name = store.get(f"rwkv_clip/answer/{token}").decode()
         store.add(name, 1)
         return name
     answered: set[bytes] = set()
     until = time.monotonic() + JOINING.total_seconds()
-    while store.add(word, 0) < size - 1:
+    while store.add(token, 0) < size - 1:
         if time.monotonic() > until:
             raise dist.DistStoreError("not all of them came")
-        for other in set(store.multi_get([f"rwkv_clip/word/{r}" for r in range(1, size)])) - answered:
-            store.set(f"rwkv_clip/answer/{other.decode()}", word)
+        for other in set(store.multi_get([f"rwkv_clip/token/{r}" for r in range(1, size)])) - answered:
+            store.set(f"rwkv_clip/answer/{other.decode()}", token)
             answered.add(other)
         time.sleep(0.01)
-    return word
+    return token
 
 
 def _check_kinds(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
@@ -163,7 +138,7 @@ def _check_kinds(store: dist.Store, rank: int, size: int, device: torch.device) 
 def ask_main(world: World, what: str, work: Callable[[], Any]) -> Any:
     """What `work()` returns on the main rank, JSON data, on every rank. `what` names the question; each is asked once.
 
-    An error of the main rank's is raised there and, as MainRankFailed with the same words and exit code, on the others.
+    An error of the main rank is raised there and, as MainRankFailed with its message and exit code, on the others.
     """
     if world.store is None:
         return work()
@@ -172,41 +147,41 @@ def ask_main(world: World, what: str, work: Callable[[], Any]) -> Any:
             answer = work()
         except BaseException as error:
             code, text = explain(error) or (PEER, f"rank 0 failed ({type(error).__name__}: {first_line(error)})")
-            world.store.set(f"told/{what}", json.dumps({"error": text, "code": code}))
-            until = time.monotonic() + HEARING
-            while world.store.add(f"heard/{what}", 0) < world.size - 1 and time.monotonic() < until:
+            world.store.set(f"answer/{what}", json.dumps({"error": text, "code": code}))
+            until = time.monotonic() + DELIVERING
+            while world.store.add(f"received/{what}", 0) < world.size - 1 and time.monotonic() < until:
                 time.sleep(0.01)  # the store may go with this process
             raise
-        world.store.set(f"told/{what}", json.dumps({"answer": answer}))
+        world.store.set(f"answer/{what}", json.dumps({"answer": answer}))
         return answer
     try:
-        world.store.wait([f"told/{what}"], ANSWERING)
-        told = json.loads(world.store.get(f"told/{what}"))
-        world.store.add(f"heard/{what}", 1)
+        world.store.wait([f"answer/{what}"], ANSWERING)
+        reply = json.loads(world.store.get(f"answer/{what}"))
+        world.store.add(f"received/{what}", 1)
     except dist.DistError as error:
         raise PeerLost(f"rank {world.rank} got no answer from rank 0 ({first_line(error)})") from None
-    if "error" in told:
-        raise MainRankFailed(told["error"], told["code"])
-    return told["answer"]
+    if "error" in reply:
+        raise MainRankFailed(reply["error"], reply["code"])
+    return reply["answer"]
 
 
 def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[list[dict[str, Any]]], None]) -> None:
-    """`judge` gets, on the main rank, the facts of all ranks, JSON data, in their order; its error is told as by
-    `ask_main`.
+    """Call `judge` on the main rank with the facts (JSON data) of all ranks in rank order; errors as by `ask_main`.
 
-    PeerLost for a rank that says nothing."""
+    PeerLost for a rank that sends none.
+    """
     if world.store is None:
         return judge([facts])
     world.store.set(f"fact/{what}/{world.rank}", json.dumps(facts))
 
     def work() -> None:
-        heard = []
+        received = []
         for rank in range(world.size):
             try:
-                heard.append(json.loads(world.store.get(f"fact/{what}/{rank}")))
+                received.append(json.loads(world.store.get(f"fact/{what}/{rank}")))
             except dist.DistError as error:
                 raise PeerLost(f"rank {rank} said nothing before the run began ({first_line(error)})") from None
-        judge(heard)
+        judge(received)
 
     return ask_main(world, what, work)
 
@@ -254,30 +229,27 @@ def gather(x: Tensor) -> Tensor:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Elementwise sum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
-    if rank_and_size()[1] == 1:
-        return x
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
+    return _reduce(x, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
     """Elementwise maximum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
+    return _reduce(x, dist.ReduceOp.MAX)
+
+
+def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if rank_and_size()[1] == 1:
         return x
-    top = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(top, dist.ReduceOp.MAX)
-    return top
+    result = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, operation)
+    return result
 
 
 def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Numbers averaged over ranks; every rank passes the same keys."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     numbers = torch.tensor([float(value) for value in values.values()], dtype=dtype, device=device)
-    size = rank_and_size()[1]
-    if size > 1:
-        dist.all_reduce(numbers)
-    return dict(zip(values, (numbers / size).tolist()))
+    return dict(zip(values, (sum_over_ranks(numbers) / rank_and_size()[1]).tolist()))
 
 
 _single = False
@@ -287,7 +259,7 @@ _single = False
 def single_process() -> Iterator[None]:
     """Inside, this process is a world of one: `gather` and the sums over ranks return what they get.
 
-    So an objective can be computed by every rank on everybody's features, in one order whatever the number of ranks.
+    Thus every rank can compute an objective on the features of all, in an order that does not depend on their number.
     """
     global _single
     before, _single = _single, True
@@ -295,18 +267,3 @@ def single_process() -> Iterator[None]:
         yield
     finally:
         _single = before
-
-
-def fix_arithmetic(device: torch.device) -> None:
-    """From now on the same operations give the same bits, in every process and in processes of any world.
-
-    On a CPU sums depend on the number of threads, and torchrun gives every rank one but a single process all: so it is
-    one, unless OMP_NUM_THREADS says how many. CUDA gets its deterministic algorithms.
-    """
-    if device.type == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against reading what nobody wrote; it costs

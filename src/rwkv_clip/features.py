@@ -24,7 +24,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from .dist import AUTOCAST, gather, max_over_ranks, rank_and_size
+from .device import AUTOCAST
+from .dist import gather, max_over_ranks, rank_and_size
 
 if TYPE_CHECKING:
     from .factory import Loaded

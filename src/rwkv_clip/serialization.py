@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors written piece by piece, and read, as foreign `.pt` files are, with nothing believed.
+"""Files of tensors: safetensors, written in chunks and read, and foreign `.pt` files, read; none of them is trusted.
 
 A tensor file is data, so no reader here can run code, and sizes that a file claims for itself are checked before memory
 is spent on them.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # bytes that are hashed and written at a time: they stay in the cache, and Python's lock is let go
+CHUNK = 2**20  # bytes that are hashed and written at a time: they stay in the cache, and Python's lock is released
 MAX_HEADER = 4 * 2**20  # bytes of a safetensors header or of a .pt's pickle; real ones have 1 MB at most
 SAFE_TORCH = (2, 10)  # weights_only=True could be made to run code before: CVE-2025-32434 (2.6), CVE-2026-24747 (2.10)
 _DTYPES = {
@@ -31,9 +31,9 @@ class CheckpointError(ValueError):
 
 
 def encode_tensors(tensors: dict[str, Tensor]) -> Iterator[bytes]:
-    """A safetensors file (8 bytes length, JSON header, data without gaps, wide types first) in pieces of about CHUNK.
+    """A safetensors file (8 bytes length, JSON header, data without gaps, wide types first) in chunks of about CHUNK.
 
-    Large tensors are not copied: pieces are views of their memory.
+    Large tensors are not copied: their chunks are views of their memory.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header, end = {}, 0

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import rwkv_clip
 from rwkv_clip.config import ConfigError, to_dict
 from rwkv_clip.data.records import RecordSet
-from rwkv_clip.dist import World, autocast_dtype, gather, judge_all
+from rwkv_clip.device import autocast_dtype
+from rwkv_clip.dist import World, gather, judge_all
 from rwkv_clip.losses import Objective
 from rwkv_clip.models.outputs import NAMES, SIDES
 from rwkv_clip.models.specification import ModelSpec

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rwkv_clip.dist import World, autocast_dtype
+from rwkv_clip.device import autocast_dtype
+from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
 
 from .data.augment import hash64

@@ -24,8 +24,8 @@ from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.data.retrieval_set import load_retrieval
-from rwkv_clip.device import keep_freed_memory
-from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
+from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
+from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
 from rwkv_clip.features import FeatureExtractor

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rwkv_clip.models.rwkv import ImageTowerConfig, TextTowerConfig
 from rwkv_clip.models.rwkv_block import IMAGE_STYLE, TEXT_STYLE, Block
-from rwkv_clip.ops import block_cpu
+from rwkv_clip.ops.block import native
 
 CASES = {  # style, configuration, grid
     "image T 49 N 80": (IMAGE_STYLE, ImageTowerConfig(), (7, 7)),
@@ -34,7 +34,7 @@ BYTES = 46
 @contextlib.contextmanager
 def torch_only() -> Iterator[None]:
     """Without the native pointwise kernels."""
-    with mock.patch.object(block_cpu, "supports", lambda x: False):
+    with mock.patch.object(native, "supports", lambda x: False):
         yield
 
 

@@ -184,7 +184,7 @@ inline std::string run_block(int index, int threads, size_t shared_bytes, std::f
 
 }  // namespace emulator
 
-// ---- the names of wkv6_ptx.cuh ------------------------------------------------------------------------------------
+// ---- the names of ptx.cuh ------------------------------------------------------------------------------------
 
 inline void* dynamic_shared() { return emulator::block->shared.data(); }
 

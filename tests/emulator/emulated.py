@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rwkv_clip.ops import cuda
 from rwkv_clip.ops.build import build_library, load_library
+from rwkv_clip.ops.wkv import cuda
 
 HERE = Path(__file__).parent
 H200_SHARED = 232_448  # bytes of shared memory that a block may have

@@ -10,8 +10,9 @@ import pytest
 import torch
 from emulated import emulated_kernels
 
-from rwkv_clip.ops import build, cuda
-from rwkv_clip.ops.reference import wkv6_reference
+from rwkv_clip.ops import build
+from rwkv_clip.ops.wkv import cuda
+from rwkv_clip.ops.wkv.reference import wkv6_reference
 
 NAMES = ("y", "gr", "gk", "gv", "gw", "gu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -138,10 +139,10 @@ def test_dtypes_of_decay_and_bonus_are_kept():
     [
         ("  sync_block();\n  add_side", "  add_side", "without a barrier between"),
         ("  wait_copies();\n  sync_warp();\n  if constexpr", "  sync_warp();\n  if constexpr", "barrier|wrong result"),
-        ("  sync_warp();\n  if (kept) copy_strip", "  if (kept) copy_strip", "may still read"),
+        ("  sync_warp();\n  if (kept) copy_row_tile", "  if (kept) copy_row_tile", "may still read"),
         ("sync_block();\n      add_enclosing", "add_enclosing", "without a barrier between"),
         ("constexpr int PAD = 8;", "constexpr int PAD = 0;", "meet in one bank"),
-        ("    take(room.whole, strips * N);", "    take(room.whole, 0);", "outside of shared|barrier|may still read"),
+        ("take(shared.whole, row_tiles * N);", "take(shared.whole, 0);", "outside of shared|barrier|may still read"),
         ("sync_warp();  // the copied", "// the copied", "may still read"),
     ],
 )
@@ -165,7 +166,7 @@ def test_a_planted_fault_is_seen(tmp_path, old, new, complaint):
 
 # ---- nvcc ----------------------------------------------------------------------------------------------------------
 
-# Most bytes of registers that a kernel may spill: forward, backward. What spills is the backward of 13 strips,
+# Most bytes of registers that a kernel may spill: forward, backward. What spills is the backward of 13 row tiles,
 # where 128 registers a thread are all there are.
 AMPERE_AND_HOPPER, HOPPER = [(8, 0), (9, 0)], [(9, 0)]
 SPILLS = {

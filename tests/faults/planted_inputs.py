@@ -329,7 +329,7 @@ CORE = [
     Mutant(
         "a user's .tmp folder is cleaned away",
         "rwkv_clip/checkpoint.py",
-        "        if _STALE.fullmatch(stale.name):",
+        "        if _LEFT_OVER.fullmatch(stale.name):",
         "        if True:",
         "unit/test_checkpoint.py::test_only_names_of_ours_are_cleaned_up",
     ),
@@ -517,7 +517,7 @@ RUNS = [
     Mutant(
         "an error of the main rank is not told",
         "rwkv_clip/dist.py",
-        '        raise MainRankFailed(told["error"], told["code"])',
+        '        raise MainRankFailed(reply["error"], reply["code"])',
         "        return None",
         "unit/test_checks.py::test_an_error_of_the_lead_is_told_to_all",
     ),

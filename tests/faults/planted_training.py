@@ -204,8 +204,8 @@ TRAINING = [
     Mutant(
         "restarted ranks use the names of dead ones",
         "rwkv_clip/dist.py",
-        "    word = secrets.token_hex(8)\n",
-        '    return "constant"\n    word = secrets.token_hex(8)\n',
+        "    token = secrets.token_hex(8)\n",
+        '    return "constant"\n    token = secrets.token_hex(8)\n',
         "unit/test_dist.py",
     ),
     Mutant(

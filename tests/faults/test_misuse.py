@@ -7,8 +7,8 @@ import torch
 
 from rwkv_clip.losses.pairs import contrastive_losses, pair_losses
 from rwkv_clip.ops import wkv6
-from rwkv_clip.ops.pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
-from rwkv_clip.ops.shift import shift_tokens
+from rwkv_clip.ops.block.pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
+from rwkv_clip.ops.block.shift import shift_tokens
 
 X, C, S = torch.ones(2, 4, 8), torch.ones(3, 8), torch.ones(3, 2, 4, 8)
 W, F, ONE = torch.ones(8), torch.ones(4, 6), torch.tensor(2.0)
@@ -30,9 +30,9 @@ CASES = {
     "mix no coefficients": lambda: mix_tokens(X, C[:0], None, 2, (4,)),
     "mix coefficients int": lambda: mix_tokens(X, C.long(), None, 2, (4,)),
     "mix coefficients elsewhere": lambda: mix_tokens(X, C.to("meta"), None, 2, (4,)),
-    "mix shares too few": lambda: mix_tokens(X, C, S[:2], 2, (4,)),
-    "mix shares short": lambda: mix_tokens(X, C, S[:, :, :2], 2, (4,)),
-    "mix shares elsewhere": lambda: mix_tokens(X, C, S.to("meta"), 2, (4,)),
+    "mix offsets too few": lambda: mix_tokens(X, C, S[:2], 2, (4,)),
+    "mix offsets short": lambda: mix_tokens(X, C, S[:, :, :2], 2, (4,)),
+    "mix offsets elsewhere": lambda: mix_tokens(X, C, S.to("meta"), 2, (4,)),
     "mix x flat": lambda: mix_tokens(X[0], C, None, 2, (4,)),
     "mix x int": lambda: mix_tokens(X.long(), C, None, 2, (4,)),
     "mix x none": lambda: mix_tokens(None, C, None, 2, (4,)),

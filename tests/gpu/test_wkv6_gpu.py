@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_clip.ops import available_backends, wkv6
-from rwkv_clip.ops.cuda import OLDEST
+from rwkv_clip.ops.wkv.cuda import OLDEST
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available()

@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rwkv_clip.ops import available_backends, build, chunked, cpu, wkv6
+from rwkv_clip.ops import available_backends, build, wkv6
 from rwkv_clip.ops.build import BuildError
-from rwkv_clip.ops.reference import wkv6_reference
+from rwkv_clip.ops.wkv import chunked, cpu
+from rwkv_clip.ops.wkv import dispatch as DISPATCH
+from rwkv_clip.ops.wkv.reference import wkv6_reference
 
-DISPATCH = sys.modules["rwkv_clip.ops.wkv6"]  # the package's attribute of this name is the function
 BACKENDS = available_backends("cpu")
 EXACT = [name for name in BACKENDS if name != "cpp"]  # those that compute in float64
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="no C++ compiler")

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rwkv_clip
 from rwkv_clip.factory import cast_weights
 from rwkv_clip.models.rwkv_block import DropPath
-from rwkv_clip.ops import block_cpu, pointwise
+from rwkv_clip.ops.block import native as kernels
+from rwkv_clip.ops.block import pointwise
 from rwkv_clip.ops.build import BuildError
 
 OPS = torch.ops.rwkv_clip
@@ -29,7 +30,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def native():
-    if not block_cpu.supports(torch.zeros(1)):
+    if not kernels.supports(torch.zeros(1)):
         pytest.skip("no C++ compiler: the native kernels of a block cannot be built here")
 
 
@@ -70,8 +71,8 @@ def test_native_mixing_is_the_formula(dtype, shape, shared):
     torch.manual_seed(0)
     grid, behind, heads, c = SHAPES[shape]
     x = torch.randn(3, torch.Size(grid).numel() + behind, c)
-    shares = torch.randn(5, *x.shape) if shared else None
-    inputs = (x, torch.rand(5, c), shares)
+    offsets = torch.randn(5, *x.shape) if shared else None
+    inputs = (x, torch.rand(5, c), offsets)
     compare(pointwise._mix, pointwise._mix_formula, inputs, (heads, list(grid)), dtype)
 
 
@@ -97,11 +98,11 @@ def test_extreme_values(dtype):
 
 
 def test_operators_are_registered_soundly():
-    x, shares = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
+    x, offsets = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
     weights = torch.rand(2, 8, requires_grad=True)
-    cases = [(OPS.mix_tokens, (x, weights, shares, 1, [2, 3])), (OPS.mix_tokens, (x, weights, None, 2, [6])),
+    cases = [(OPS.mix_tokens, (x, weights, offsets, 1, [2, 3])), (OPS.mix_tokens, (x, weights, None, 2, [6])),
              (OPS.norm_gate, (x, x.detach(), weights[0], weights[1], 2, 1e-5)),
-             (OPS.relu_square, (x,)), (OPS.sigmoid_gate, (x, shares[0]))]  # fmt: skip
+             (OPS.relu_square, (x,)), (OPS.sigmoid_gate, (x, offsets[0]))]  # fmt: skip
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)
 
@@ -112,8 +113,8 @@ def test_without_a_compiler_the_formula_takes_over_and_says_so(monkeypatch):
 
     x = torch.randn(2, 5, 8)
     native = pointwise.relu_square(x)
-    monkeypatch.setattr(block_cpu, "build_library", fail)
-    block_cpu._library.cache_clear()
+    monkeypatch.setattr(kernels, "build_library", fail)
+    kernels._library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="install one"):
             assert torch.equal(pointwise.relu_square(x), native)
@@ -121,7 +122,7 @@ def test_without_a_compiler_the_formula_takes_over_and_says_so(monkeypatch):
             warnings.simplefilter("error")  # once is enough
             mixed = pointwise.mix_tokens(x, torch.rand(2, 8), None, 1, (5,))
     finally:
-        block_cpu._library.cache_clear()
+        kernels._library.cache_clear()
     assert len(mixed) == 2
 
 

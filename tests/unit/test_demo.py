@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rwkv_clip.data.records import RecordFile, unpack
-from rwkv_clip.demo.captions import VIEWS, write_texts
+from rwkv_clip.demo.captions import TEXT_NAMES, write_texts
 from rwkv_clip.demo.dataset import DemoPaths, draw_contact_sheet, list_templates, make_demo
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import (
@@ -126,11 +126,11 @@ def test_training_records(demo):
     assert len(records) == SMALL["train"]
     for index in range(len(records)):
         header, payload = unpack(records.read(index))
-        expected = tokenizer([write_texts(draw_train_scene(0, index))[view] for view in VIEWS])
+        expected = tokenizer([write_texts(draw_train_scene(0, index))[name] for name in TEXT_NAMES])
         assert header.label.astype(int).tolist() == expected.flatten().tolist()
         assert bytes(payload) == encode_picture(draw_picture(draw_train_scene(0, index), 32), "jpeg")
     about = json.loads(Path(f"{demo.train_records}.json").read_text())
-    assert (about["views"], about["context"], about["count"]) == (list(VIEWS), 32, SMALL["train"])
+    assert (about["views"], about["context"], about["count"]) == (list(TEXT_NAMES), 32, SMALL["train"])
 
 
 def test_retrieval_set(demo):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rwkv_clip.dist import _agree_on_name, autocast_dtype, gather, join_world, mean_over_ranks
+from rwkv_clip.dist import _agree_on_name, gather, join_world, mean_over_ranks
 from rwkv_clip.files import hold
 
 
@@ -23,13 +23,6 @@ def test_absent_device_is_named():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: 'cuda' cannot be used here"):
             join_world("cuda")
-
-
-def test_precision_names():
-    device = torch.device("cpu")
-    assert autocast_dtype("fp32", device) is None
-    assert autocast_dtype("bf16", device) == torch.bfloat16
-    assert autocast_dtype("auto", device) in (None, torch.bfloat16)
 
 
 def test_each_start_on_a_store_has_a_name_of_its_own():

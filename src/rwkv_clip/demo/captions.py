@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from random import Random
 
-from .scenes import COLORS, MIDDLE, SHAPES, Scene, Thing
+from .scenes import BACKGROUNDS, COLORS, MIDDLE, SHAPES, Scene, Thing
 
-VIEWS = ("raw", "synthetic", "generated")
-WRONG_SHARE = 0.15  # raw texts with one wrong attribute
-USELESS_SHARE = 0.08  # raw texts that say nothing of the picture
+TEXT_NAMES = ("raw", "synthetic", "generated")
+WRONG_FRACTION = 0.15  # of raw texts have one wrong attribute
+USELESS_FRACTION = 0.08  # of raw texts say nothing about the picture
 
-_ON = {
-    "paper": "on paper",
-    "sky": "in the sky",
-    "night": "in the night",
-    "sand": "on sand",
-    "bricks": "on bricks",
-    "grass": "on grass",
-}
+_ON = {name: f"on {name}" for name in BACKGROUNDS} | {"sky": "in the sky", "night": "in the night"}
 _ROWS, _COLUMNS = ("top", "bottom"), ("left", "right")
 _FILES = ("IMG_{}.jpg", "DSC_{}.JPG", "image{}.png", "photo-{}.jpeg", "untitled {}")
 _BEFORE = ("free download", "buy", "new", "stock photo", "cute", "best", "vintage", "sale!", "DIY")
-_AFTER = (
-    "wallpaper",
-    "clip art",
-    "sticker",
-    "for kids",
-    "vector",
-    "print",
-    "free shipping",
-    "| shop",
-    "thumbnail",
-)
+_AFTER = ("wallpaper", "clip art", "sticker", "for kids", "vector", "print", "free shipping", "| shop", "thumbnail")
 _TAGS = ("#art", "#shapes", "#design", "#love", "#photo", "#fun", "#instagood", "#decor")
 
 
@@ -130,9 +113,9 @@ def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:
 def write_raw(scene: Scene, rng: Random) -> str:
     """A web alt-text: loose words with noise around them, sometimes wrong, sometimes only a file name."""
     file = rng.choice(_FILES).format(rng.randint(10, 9999))
-    if rng.random() < USELESS_SHARE:
+    if rng.random() < USELESS_FRACTION:
         return rng.choice((file, f"{rng.choice(_BEFORE)} {file}", " ".join(rng.sample(_TAGS, 3))))
-    wrong = rng.randrange(len(scene.things)) if rng.random() < WRONG_SHARE else -1
+    wrong = rng.randrange(len(scene.things)) if rng.random() < WRONG_FRACTION else -1
     order = rng.sample(range(len(scene.things)), len(scene.things))
     named = [_name_loosely(scene.things[i], rng, i == wrong) for i in order]
     if rng.random() < 0.3:
@@ -153,9 +136,6 @@ def write_raw(scene: Scene, rng: Random) -> str:
 
 
 def write_texts(scene: Scene) -> dict[str, str]:
-    """The three texts of a scene by view name; the same scene gives the same texts."""
-    return {
-        "raw": write_raw(scene, Random(f"{scene.key}/raw")),
-        "synthetic": write_synthetic(scene, Random(f"{scene.key}/synthetic")),
-        "generated": write_generated(scene, Random(f"{scene.key}/generated")),
-    }
+    """The three texts of a scene by name; the same scene gives the same texts."""
+    writers = dict(zip(TEXT_NAMES, (write_raw, write_synthetic, write_generated)))
+    return {name: write(scene, Random(f"{scene.key}/{name}")) for name, write in writers.items()}

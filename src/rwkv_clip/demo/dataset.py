@@ -17,13 +17,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .captions import VIEWS, write_texts
+from .captions import TEXT_NAMES, write_texts
 from .pictures import draw_picture, encode_picture
 from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw_class_scenes, draw_test_scenes, draw_train_scene
 
@@ -59,21 +59,22 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the parts of a demo set lie. `train_records` is a prefix: add .rec, .idx or .json."""
+    """Where the sets lie in the folder `output`."""
 
     output: Path
-    train_records: Path = field(init=False)
-    retrieval_jsonl: Path = field(init=False)
-    classification: dict[str, Path] = field(init=False)
 
-    def __post_init__(self):
-        parts = {
-            "train_records": self.output / "train",
-            "retrieval_jsonl": self.output / "retrieval.jsonl",
-            "classification": {name: self.output / "classification" / name for name in ATTRIBUTES},
-        }
-        for name, value in parts.items():
-            object.__setattr__(self, name, value)
+    @property
+    def train_records(self) -> Path:
+        """A prefix: add .rec, .idx or .json."""
+        return self.output / "train"
+
+    @property
+    def retrieval_jsonl(self) -> Path:
+        return self.output / "retrieval.jsonl"
+
+    @property
+    def classification(self) -> dict[str, Path]:
+        return {name: self.output / "classification" / name for name in ATTRIBUTES}
 
 
 def list_templates(attribute: str) -> list[str]:
@@ -100,7 +101,7 @@ def _build_train(staging: Path, settings: DemoSettings) -> None:
     build_records(
         str(listing),
         str(staging / "train"),
-        texts=VIEWS,
+        texts=TEXT_NAMES,
         tokenizer=settings.tokenizer,
         context=settings.context,
     )
@@ -117,13 +118,13 @@ def _write_retrieval(staging: Path, settings: DemoSettings) -> None:
 
 
 def _write_classes(folder: Path, attribute: str, settings: DemoSettings) -> None:
-    counts: dict[str, int] = {}
-    for name, scene in draw_class_scenes(settings.seed, attribute, settings.per_class):
-        path = folder / name / f"{counts.setdefault(name, 0):04d}.png"
-        counts[name] += 1
+    names: dict[str, str] = {}
+    for index, (name, scene) in enumerate(draw_class_scenes(settings.seed, attribute, settings.per_class)):
+        path = folder / name / f"{index % settings.per_class:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_picture(draw_picture(scene, settings.size), "png"))
-    about = {"names": {name: name for name in counts}, "templates": list_templates(attribute)}
+        names[name] = name
+    about = {"names": names, "templates": list_templates(attribute)}
     (folder / "names.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -151,11 +152,11 @@ def _is_finished(output: Path, settings: DemoSettings) -> bool:
 
 
 def make_demo(output: str | Path, **settings) -> DemoPaths:
-    """Make the demo set in the folder `output` (new or empty) and say where its parts are.
+    """Make the demo set in the folder `output`, new or empty, and return where its sets are.
 
-    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set of
-    the same settings is left as it is; one of other settings, or any other content, is a ValueError. The set
-    is made beside `output` and moved there when complete.
+    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set of the same
+    settings is left as it is; one of other settings, or any other content, is a ValueError. The set is made beside
+    `output` and moved there when complete.
     """
     output, chosen = Path(output), DemoSettings(**settings)
     if _is_finished(output, chosen):
@@ -167,7 +168,7 @@ def make_demo(output: str | Path, **settings) -> DemoPaths:
         for attribute, folder in DemoPaths(staging).classification.items():
             _write_classes(folder, attribute, chosen)
         _build_train(staging, chosen)
-        stamp = {"schema": SCHEMA, "settings": asdict(chosen), "views": VIEWS}
+        stamp = {"schema": SCHEMA, "settings": asdict(chosen), "views": TEXT_NAMES}
         (staging / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
         if output.exists():
             output.rmdir()  # empty, or _is_finished had complained
@@ -199,8 +200,8 @@ def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64,
         x, y = gap + index % columns * cell, gap + index // columns * (side + gap)
         sheet.paste(draw_picture(scene, size).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         left, at = x + side + gap // 2 + 4, y
-        for view, text in write_texts(scene).items():
-            draw.text((left, at), view, font=bold, fill=(46, 110, 170))
+        for name, text in write_texts(scene).items():
+            draw.text((left, at), name, font=bold, fill=(46, 110, 170))
             at += line - 2
             for part in _wrap(text, lambda words: draw.textlength(words, font=plain) <= wide):
                 draw.text((left, at), part, font=plain, fill=(30, 30, 34))
@@ -248,7 +249,3 @@ def main() -> None:
     except ValueError as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 
-from .scenes import MIDDLE, Scene, Thing
+from .scenes import BACKGROUNDS, MIDDLE, Scene, Thing
 
 RGB = tuple[int, int, int]
 Points = list[tuple[float, float]]
@@ -26,7 +26,7 @@ PAINT: dict[str, RGB] = {
     "black": (30, 30, 34),
 }
 CLOSE_UP = 1.6  # a thing alone in the middle has the picture to itself
-RADIUS = {"small": 0.15, "large": 0.22}  # share of the picture's side
+RADIUS = {"small": 0.15, "large": 0.22}  # fraction of the picture's side
 OVERSAMPLING = 4
 JPEG_QUALITY = 92
 _DARK = {"night"}
@@ -35,8 +35,8 @@ _SHADOW = [value * 2 // 7 for value in range(256)]  # mask -> opacity
 _VARIANTS = 8  # pictures per background and process; each is shifted, mirrored and dimmed anew per scene
 
 
-def _mix(a: RGB, b: RGB, share: float) -> RGB:
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b))
+def _mix(a: RGB, b: RGB, fraction: float) -> RGB:
+    return tuple(round(x + (y - x) * fraction) for x, y in zip(a, b))
 
 
 def _regular(count: int, radii: tuple[float, ...], turn: float = 0.0) -> Points:
@@ -85,8 +85,8 @@ def _gradient(width: int, top: RGB, bottom: RGB) -> Image.Image:
     return Image.composite(Image.new("RGB", (width, width), bottom), Image.new("RGB", (width, width), top), mask)
 
 
-def _roughen(image: Image.Image, grain: Image.Image, share: float) -> Image.Image:
-    return Image.blend(image, ImageChops.overlay(image, Image.merge("RGB", (grain,) * 3)), share)
+def _roughen(image: Image.Image, grain: Image.Image, fraction: float) -> Image.Image:
+    return Image.blend(image, ImageChops.overlay(image, Image.merge("RGB", (grain,) * 3)), fraction)
 
 
 def _draw_paper(rng: Random, width: int) -> Image.Image:
@@ -144,14 +144,9 @@ def _draw_grass(rng: Random, width: int) -> Image.Image:
     return image
 
 
-DRAW_BACKGROUND: dict[str, Callable[[Random, int], Image.Image]] = {
-    "paper": _draw_paper,
-    "sky": _draw_sky,
-    "night": _draw_night,
-    "sand": _draw_sand,
-    "bricks": _draw_bricks,
-    "grass": _draw_grass,
-}
+DRAW_BACKGROUND: dict[str, Callable[[Random, int], Image.Image]] = dict(
+    zip(BACKGROUNDS, (_draw_paper, _draw_sky, _draw_night, _draw_sand, _draw_bricks, _draw_grass), strict=True)
+)
 
 
 @lru_cache(maxsize=256)

@@ -23,8 +23,8 @@ BACKGROUNDS = ("paper", "sky", "night", "sand", "bricks", "grass")
 
 MIDDLE = (-1, -1)
 CORNERS = tuple(itertools.product((0, 1), (0, 1)))  # (row, column), row 0 on top
-HELD_OUT_SHARE = 5  # one group in this many
-TWIN_SHARE = 8  # one test scene in this many belongs to a pair of twins
+HELD_OUT_EVERY = 5  # one group in this many
+TWIN_EVERY = 8  # one test scene in this many belongs to a pair of twins
 _MOST_DRAWS = 2_000  # draws per wanted scene before the test set is declared too large
 
 
@@ -77,7 +77,7 @@ def list_groups(scene: Scene) -> list[Group]:
 def is_held_out(group: Group) -> bool:
     """Whether this group of shapes and colors is kept for testing."""
     digest = hashlib.sha256(repr(group).encode()).digest()
-    return digest[0] * 256 + digest[1] < 65536 // HELD_OUT_SHARE
+    return digest[0] * 256 + digest[1] < 65536 // HELD_OUT_EVERY
 
 
 def _draw_thing(rng: Random, place: tuple[int, int]) -> Thing:
@@ -123,7 +123,7 @@ def draw_test_scenes(seed: int, count: int) -> list[Scene]:
     rng = Random(f"{seed}/test/scenes")
     scenes: list[Scene] = []
     seen: set[tuple] = set()
-    twins = 2 * (count // (2 * TWIN_SHARE))
+    twins = 2 * (count // (2 * TWIN_EVERY))
     for _ in range(_MOST_DRAWS * count):
         at = len(scenes)
         if at == count:

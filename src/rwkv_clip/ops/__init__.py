@@ -1,8 +1,7 @@
-"""Operators: the bidirectional WKV6, token shifts, and the pointwise parts of a block."""
+"""Operators: the bidirectional WKV6 (`wkv/`), and token shifts and the pointwise parts of a block (`block/`)."""
 
-from .pointwise import mix_tokens, norm_gate, relu_square, sigmoid_gate
-from .shift import shift_tokens
-from .wkv6 import available_backends, wkv6
+from .block import mix_tokens, norm_gate, relu_square, shift_tokens, sigmoid_gate
+from .wkv import available_backends, wkv6
 
 __all__ = [
     "available_backends",

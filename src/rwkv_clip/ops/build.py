@@ -1,12 +1,13 @@
 """Just-in-time build of the native kernels: plain `extern "C"` functions, compiled by ninja, loaded with ctypes.
 
-No torch headers and no Python headers: a build takes seconds and does not care for torch's ABI; the functions take raw
-pointers. A library's file name carries a hash of everything that went into it, so a change builds anew and nothing
-good is ever overwritten. Any number of processes may ask at once: one builds under a file lock (which dies with its
-process), in a folder of its own, and the finished library appears by an atomic rename. The others wait for a minute.
+No torch headers and no Python headers: a build takes seconds and does not depend on torch's ABI; the functions take raw
+pointers. A library's file name contains a hash of everything that it was built from, so any change leads to a new file
+and a good one is never overwritten. Any number of processes may build at once: one does, in a folder of its own, under
+a file lock that ends with its process, and the finished library appears by an atomic rename. The others wait for up to
+a minute.
 
-A library is code that runs as the user: its folder and itself must be the user's (or root's) and nobody else's to
-write, and the sha256 in the file beside it must be its own, or it is built anew.
+A library is code that runs as the user: it and its folder must belong to the user or root, nobody else may write them,
+and its sha256 must be the one in the file beside it; otherwise it is built again.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from ..files import read_bytes
 
 CSRC = Path(__file__).parent / "csrc"
 
-LONGEST_WAIT = 60.0  # seconds for another process's build, which takes some; then the caller does without
-SILENT_WAIT = 3.0  # seconds until it is said who is waited for
+LONGEST_WAIT = 60.0  # seconds for another process's build, which takes a few; then the caller does without
+SILENT_WAIT = 3.0  # seconds before a message names the process that is waited for
 MAX_LIBRARY = 2**28  # bytes; ours have less than 2**21
 
 _HOST_COMPILERS = ("c++", "g++", "clang++")
@@ -136,7 +137,7 @@ def _wait_for(lock: IO[str], library: Path, name: str) -> None:
     """Own the lock, and write into it who does; or find the library, finished by who owns it.
 
     BuildError when another process holds it for LONGEST_WAIT seconds: a stopped one would be waited for for ever."""
-    begin, told = time.monotonic(), False
+    begin, announced = time.monotonic(), False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,9 +153,9 @@ def _wait_for(lock: IO[str], library: Path, name: str) -> None:
                 f"{owner} has been compiling {name} for more than {LONGEST_WAIT:.0f} s; if it hangs or is stopped, end "
                 f"it, and start this again"
             )
-        if waited > SILENT_WAIT and not told:
+        if waited > SILENT_WAIT and not announced:
             print(f"rwkv_clip: waiting for {owner}, which compiles {name}", file=sys.stderr)
-            told = True
+            announced = True
         time.sleep(0.05)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%F %T')})")

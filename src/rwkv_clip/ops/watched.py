@@ -1,9 +1,9 @@
-"""When an operator gives way to the formula that it stands for: PyTorch looks into the call for more than its value.
+"""When an operator runs as the plain PyTorch formula instead: PyTorch wants more of the call than its value.
 
 A native operator is one opaque call with one derivative, that of backward, and its kernel reads memory by pointers.
-`torch.jit.trace` (and what traces: the older ONNX exporter, counters of operations) would record a pointer's content as
-a constant, forward-mode differentiation would take the result for a constant, and transforms of `torch.func` hand over
-tensors that have no memory. The formula, plain PyTorch, is right in all of these, at its own speed.
+`torch.jit.trace` (and its users: the older ONNX exporter, counters of operations) would record what a pointer leads to
+as a constant, forward-mode differentiation would take the result for a constant, and transforms of `torch.func` pass
+tensors without memory. The formula is right in all of these cases, only slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""WKV6 on CUDA: tensor-core kernels (csrc/wkv6_*.cuh), compiled for the head size and the GPU at their first use.
+"""WKV6 on CUDA: tensor-core kernels (csrc/cuda/), compiled for the head size and the GPU at their first use.
 
 r, k, v in bfloat16 or float16 are multiplied as bfloat16 with float32 sums (relative error about 3e-3, the rounding of
 the result itself); in float32 every product is made of bfloat16 parts to float32's precision. Factors of the decay are
@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..build import CSRC, architecture_flags, build_library, find_nvcc, load_library
 from . import chunked
-from .build import CSRC, architecture_flags, build_library, find_nvcc, load_library
 
 HEAD_SIZES = tuple(range(16, 129, 16))
 OLDEST = (8, 0)  # the first with bfloat16 products and asynchronous copies
-SOURCE = CSRC / "wkv6_cuda.cu"
-HEADERS = sorted(CSRC.glob("wkv6_*.cuh"))
+SOURCE = CSRC / "cuda" / "wkv6.cu"
+HEADERS = sorted((CSRC / "cuda").glob("*.cuh"))
 KINDS = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "Fp32"}
 
 
@@ -80,7 +80,7 @@ def _kernels_for(r: Tensor) -> Kernels:
 
 
 class Kernels:
-    """Calls into a library made from wkv6_cuda.cu: makes the tensors' memory fit and provides results and scratch."""
+    """Calls into a library made from csrc/cuda/wkv6.cu. Makes inputs contiguous, allocates results and scratch."""
 
     def __init__(self, library: ctypes.CDLL, shared_limit: int, stream: int | None):
         for name in ("wkv6_forward", "wkv6_states", "wkv6_backward"):
@@ -93,10 +93,10 @@ class Kernels:
 
     def forward(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         r, k, v, w, u = _ready(r), _ready(k), _ready(v), _ready(w.float()), _ready(u.float())
-        strips, chunks = self._plan(r, gradient=False)
-        states = self._states(r, k, v, w, strips, chunks)
+        row_tiles, chunks = self._plan(r, gradient=False)
+        states = self._states(r, k, v, w, row_tiles, chunks)
         y = torch.empty_like(v)
-        self._call("wkv6_forward", r, strips, chunks, r, k, v, w, u, states, y)
+        self._call("wkv6_forward", r, row_tiles, chunks, r, k, v, w, u, states, y)
         return y
 
     def backward(
@@ -111,24 +111,24 @@ class Kernels:
             _ready(w.float()),
             _ready(u.float()),
         )
-        strips, chunks = self._plan(r, gradient=True)
-        states = self._states(r, k, v, w, strips, chunks)
-        gradient_states = self._states(r, r, gy, w, strips, chunks)
+        row_tiles, chunks = self._plan(r, gradient=True)
+        states = self._states(r, k, v, w, row_tiles, chunks)
+        gradient_states = self._states(r, r, gy, w, row_tiles, chunks)
         gr, gk, gv, gw = (torch.empty_like(x) for x in (r, k, v, w))
         gu = w.new_empty(r.shape[0], r.shape[2], chunks, r.shape[3])
         inputs = (gy, r, k, v, w, u, states, gradient_states)
-        self._call("wkv6_backward", r, strips, chunks, *inputs, gr, gk, gv, gw, gu)
+        self._call("wkv6_backward", r, row_tiles, chunks, *inputs, gr, gk, gv, gw, gu)
         return gr, gk, gv, gw.to(dtypes[0]), gu.sum((0, 2)).to(dtypes[1])
 
     def _plan(self, r: Tensor, gradient: bool) -> tuple[int, int] | None:
-        """(strips of 16 tokens in a block, chunks of the sequence); None where not even one strip fits."""
-        strips, chunks = ctypes.c_int(), ctypes.c_int()
+        """(row tiles of 16 tokens per block, chunks of the sequence); None where not even one row tile fits."""
+        row_tiles, chunks = ctypes.c_int(), ctypes.c_int()
         numbers = (r.shape[1], gradient, self.shared_limit)
-        if self.library.wkv6_plan(*numbers, ctypes.byref(strips), ctypes.byref(chunks)):
-            return strips.value, chunks.value
+        if self.library.wkv6_plan(*numbers, ctypes.byref(row_tiles), ctypes.byref(chunks)):
+            return row_tiles.value, chunks.value
         return None
 
-    def _states(self, like: Tensor, y: Tensor, z: Tensor, w: Tensor, strips: int, chunks: int) -> Tensor | None:
+    def _states(self, like: Tensor, y: Tensor, z: Tensor, w: Tensor, row_tiles: int, chunks: int) -> Tensor | None:
         """States of the pair (y, z) at the chunks' borders; None for an uncut sequence."""
         if chunks == 1:
             return None
@@ -136,13 +136,13 @@ class Kernels:
         summaries = w.new_empty(b * h, chunks, 2, n, n)
         wholes = w.new_empty(b * h, chunks, n)
         states = torch.empty_like(summaries, dtype=torch.float32 if like.dtype == torch.float32 else torch.bfloat16)
-        self._call("wkv6_states", like, strips, chunks, y, z, w, summaries, wholes, states)
+        self._call("wkv6_states", like, row_tiles, chunks, y, z, w, summaries, wholes, states)
         return states
 
-    def _call(self, name: str, like: Tensor, strips: int, chunks: int, *tensors: Tensor | None) -> None:
+    def _call(self, name: str, like: Tensor, row_tiles: int, chunks: int, *tensors: Tensor | None) -> None:
         b, t, h, _ = like.shape
         pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-        numbers = (b, t, h, strips, chunks)
+        numbers = (b, t, h, row_tiles, chunks)
         error = getattr(self.library, name)(*numbers, *pointers, ctypes.c_void_p(self.stream))
         if error:
             raise RuntimeError(f"{name} failed on {tuple(like.shape)} {like.dtype}: {error.decode()}")

@@ -62,7 +62,7 @@ def backward(
     grr, grl = gy @ left.mT, gy @ right.mT
     gkl, gkr = x.v @ g_left.mT, x.v @ g_right.mT
     gv = gv + x.kl @ g_left + x.kr @ g_right
-    # A decay lies inside the pairs that straddle its chunk, that enter the chunk from the left and end behind it, and
+    # A decay lies inside the pairs that straddle its chunk, that enter the chunk from the left and end after it, and
     # that enter from the right and end before it.
     glog = (x.whole * (left * g_left + right * g_right).sum(-1)).unsqueeze(-2)
     glog = glog + _later(x.rr * grr + x.kr * gkr) + _later((x.rl * grl + x.kl * gkl).flip(-2)).flip(-2)

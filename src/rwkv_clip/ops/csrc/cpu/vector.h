@@ -6,8 +6,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
+
+#include "numbers.h"
 
 namespace {
 
@@ -63,18 +63,18 @@ struct Shape {
   bool pairwise() const { return t <= 2 * width() + BLOCK; }  // where both forms cost about the same
 };
 
-// Hands out pieces of a thread's scratch memory, or, without memory, counts how much they need.
+// Hands out a thread's scratch memory; without memory, only counts how much is needed.
 struct Arena {
   float* base;
   int64_t used = 0;
   float* take(int64_t floats) {
-    float* piece = base ? base + used : nullptr;
+    float* start = base ? base + used : nullptr;
     used += (floats + BLOCK - 1) / BLOCK * BLOCK;
-    return piece;
+    return start;
   }
 };
 
-// One head of x as packed rows of whole vectors; what lies behind T and N is set to `fill`.
+// One head of x as packed rows of whole vectors; what lies beyond T and N is set to `fill`.
 void load(const View& x, const Shape& s, int64_t b, int64_t h, float fill, float* out) {
   const int64_t width = s.width();
   for (int64_t t = 0; t < s.blocks() * BLOCK; t++, out += width) {
@@ -83,11 +83,8 @@ void load(const View& x, const Shape& s, int64_t b, int64_t h, float fill, float
       const int64_t start = b * x.b + t * x.t + h * x.h;
       n = s.n;
       if (x.is_bfloat16) {
-        const uint16_t* in = static_cast<const uint16_t*>(x.data) + start;
-        for (int64_t i = 0; i < n; i++) {
-          const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
-          std::memcpy(out + i, &bits, 4);
-        }
+        const bf16* in = static_cast<const bf16*>(x.data) + start;
+        for (int64_t i = 0; i < n; i++) out[i] = load(in[i]);
       } else {
         std::memcpy(out, static_cast<const float*>(x.data) + start, n * sizeof(float));
       }
@@ -103,31 +100,15 @@ void store(const float* in, const Shape& s, int64_t b, int64_t h, const View& x)
       std::memcpy(static_cast<float*>(x.data) + start, in, s.n * sizeof(float));
       continue;
     }
-    uint16_t* out = static_cast<uint16_t*>(x.data) + start;
-    for (int64_t i = 0; i < s.n; i++) {
-      uint32_t bits;
-      std::memcpy(&bits, in + i, 4);
-      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-      out[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // a NaN stays one
-    }
+    bf16* out = static_cast<bf16*>(x.data) + start;
+    for (int64_t i = 0; i < s.n; i++) store(out[i], in[i]);
   }
 }
 
-// exp(x) for x <= 80, zero below -88; about one unit in the last place (polynomial of Cephes). NaN stays NaN.
+// exp(x) for x <= 80, zero below -88.
 inline Part exponential(Part x) {
-  x = x < -88.0f ? Part{} - 88.0f : x;
-  const Part magic = Part{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const Part shifted = x * 1.44269504f + magic;
-  const Part n = shifted - magic;
-  const Part f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Part p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  const IntPart power = (reinterpret_cast<const IntPart&>(shifted) - 0x4b400000 + 127) << 23;
-  return p * reinterpret_cast<const Part&>(power);
+  const auto e = split_exponential<IntPart>(x < -88.0f ? Part{} - 88.0f : x);
+  return (e.series * (e.rest * e.rest) + e.rest + 1.0f) * e.power;
 }
 
 // Raw decays -> w = exp(-exp(.)), in place, and log w if wanted. Capped at 80: 0 long before, and never 0 * inf.
@@ -140,7 +121,7 @@ void decay(float* w, float* log_w, const Shape& s) {
   }
 }
 
-// Behind T and N the factor is 1, so that whole blocks can be multiplied.
+// Beyond T and N the factor is 1, so that whole blocks can be multiplied.
 void load_decay(const View& x, const Shape& s, int64_t b, int64_t h, float* w, float* log_w) {
   load(x, s, b, h, -100.0f, w);  // exp(-exp(-100)) = 1
   decay(w, log_w, s);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "wkv6_cpu_block.h"
+#include "inner.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
-// The first sum, z'_t = sum_s A[t,s] z_s, and what both sums need: published strips. wkv6_kernels.cuh says what for.
+// The first sum, z'_t = sum_s A[t,s] z_s, and what both sums need: row tiles staged in shared memory. See kernels.cuh.
 #pragma once
-#include "wkv6_room.cuh"
+#include "shared_memory.cuh"
 
 template <class Io>
 struct Roles {
@@ -9,16 +9,17 @@ struct Roles {
 };
 
 template <class Io, int N, bool SUM>
-DEVICE void fetch_strip(const Room<Io, N>& room, const Roles<Io>& roles, const Place& at, bool chunked) {
-  copy_strip<Io, N>(room.rows(room.left, at.strip), roles.y, at);
-  if constexpr (SUM) copy_strip<Io, N>(room.rows(room.right, at.strip), roles.x, at);
-  copy_strip<Io, N>(room.rows(room.partner, at.strip), roles.z, at);
+DEVICE void fetch_row_tile(const SharedMemory<Io, N>& shared, const Roles<Io>& roles, const TileCoords& at,
+                           bool chunked) {
+  copy_row_tile<Io, N>(shared.rows(shared.left, at.row_tile), roles.y, at);
+  if constexpr (SUM) copy_row_tile<Io, N>(shared.rows(shared.right, at.row_tile), roles.x, at);
+  copy_row_tile<Io, N>(shared.rows(shared.partner, at.row_tile), roles.z, at);
   if (chunked) {
     using Element = typename Tile<Io>::Element;
     constexpr int PER_COPY = 16 / sizeof(Element), COPIES = N / PER_COPY;
-    for (int c = threadIdx.x; c < 2 * N * COPIES; c += 32 * at.strips) {
+    for (int c = threadIdx.x; c < 2 * N * COPIES; c += 32 * at.row_tiles) {
       int side = c / (N * COPIES), row = c / COPIES % N, column = c % COPIES * PER_COPY;
-      copy_16_async(room.states + (side * N + row) * Room<Io, N>::PITCH + column,
+      copy_16_async(shared.states + (side * N + row) * SharedMemory<Io, N>::PITCH + column,
                     roles.states + at.chunk * 2 * N * N + c * PER_COPY, true);
     }
   }
@@ -27,19 +28,19 @@ DEVICE void fetch_strip(const Room<Io, N>& room, const Roles<Io>& roles, const P
   if constexpr (std::is_same_v<Io, Fp16>) {  // operands of products are bfloat16
 #pragma unroll 1
     for (int column = 0; column < N; column += 16) {
-      Values z = load_copied<Io, N>(room.rows(room.partner, at.strip), column);
+      Values z = load_copied<Io, N>(shared.rows(shared.partner, at.row_tile), column);
       sync_warp();
-      store_tile(packed<Io>(z), room.rows(room.partner, at.strip) + column, Room<Io, N>::PITCH);
+      store_tile(packed<Io>(z), shared.rows(shared.partner, at.row_tile) + column, SharedMemory<Io, N>::PITCH);
     }
     sync_warp();
   }
 }
 
-// Publish y, scaled both ways, and the strip's products of w. With SUM, also start the first sum: leave x scaled both ways
-// in the room, and return the strip's own tile of A.
+// Stage y, scaled both ways, and the row tile's products of w in shared memory. With SUM, also start the first sum: leave
+// x scaled both ways there, too, and return the row tile's own tile of A.
 template <class Io, int N, bool SUM>
-DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const float* u, const Place& at) {
-  constexpr int PITCH = Room<Io, N>::PITCH;
+DEVICE Tile<Io> stage_row_tile(const SharedMemory<Io, N>& shared, const float* w, const float* u, const TileCoords& at) {
+  constexpr int PITCH = SharedMemory<Io, N>::PITCH;
   Lane lane = this_lane();
   Values levels[4];
   float bonus[2] = {0.f, 0.f};
@@ -50,8 +51,8 @@ DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const flo
   for (int column = 0; column < N; column += 16) {
     Factors f = first_factors(next);
     if (column + 16 < N) next = load_decay<N>(w, at, column + 16, NO_DECAY);
-    Values y = load_copied<Io, N>(room.rows(room.left, at.strip), column), x;
-    if constexpr (SUM) x = load_copied<Io, N>(room.rows(room.right, at.strip), column);
+    Values y = load_copied<Io, N>(shared.rows(shared.left, at.row_tile), column), x;
+    if constexpr (SUM) x = load_copied<Io, N>(shared.rows(shared.right, at.row_tile), column);
 #pragma unroll
     for (int l = 0; l < 4; ++l) {
       if constexpr (SUM) {
@@ -61,12 +62,12 @@ DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const flo
       double_halves(f, l);
     }
     sync_warp();  // the copied rows are read by all lanes before they are written over
-    store_tile(packed<Io>(y * f.suffix), room.rows(room.left, at.strip) + column, PITCH);
-    store_tile(packed<Io>(y * f.prefix), room.rows(room.right, at.strip) + column, PITCH);
-    store_channels(room.whole + at.strip * N + column, {f.whole.x[0], f.whole.x[1], f.whole.x[4], f.whole.x[5]});
+    store_tile(packed<Io>(y * f.suffix), shared.rows(shared.left, at.row_tile) + column, PITCH);
+    store_tile(packed<Io>(y * f.prefix), shared.rows(shared.right, at.row_tile) + column, PITCH);
+    store_channels(shared.whole + at.row_tile * N + column, {f.whole.x[0], f.whole.x[1], f.whole.x[4], f.whole.x[5]});
     if constexpr (SUM) {
-      store_shared(room.scaled(at.strip, column / 16), packed<Io>(x * f.prefix));
-      store_shared(room.scaled(at.strip, (N + column) / 16), packed<Io>(x * f.suffix));
+      store_shared(shared.scaled(at.row_tile, column / 16), packed<Io>(x * f.prefix));
+      store_shared(shared.scaled(at.row_tile, (N + column) / 16), packed<Io>(x * f.suffix));
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         bonus[i / 2 & 1] += x.x[i] * y.x[i] * u[at.head * N + column + column_of(lane, i)];
@@ -92,18 +93,18 @@ DEVICE Tile<Io> publish_strip(const Room<Io, N>& room, const float* w, const flo
   return packed<Io>(inside);
 }
 
-// z' of the strip: other strips to the left (SIDE 0, nearest first) or to the right (SIDE 1), then the state beyond them.
+// z' of the row tile: other row tiles on the left (side 0) or on the right (side 1), nearest first, then the state beyond.
 template <class Io, int N, bool CHUNKED>
-DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place& at, int side) {
-  constexpr int PITCH = Room<Io, N>::PITCH;
-  Channels reach[N / 16];  // product of w over the strips between
+DEVICE void add_side(Values (&sum)[N / 16], const SharedMemory<Io, N>& shared, const TileCoords& at, int side) {
+  constexpr int PITCH = SharedMemory<Io, N>::PITCH;
+  Channels reach[N / 16];  // product of w over the row tiles between
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) reach[group] = {1.f, 1.f, 1.f, 1.f};
-  const Tile<Io>* mine = room.scaled(at.strip, side * (N / 16));
+  const Tile<Io>* mine = shared.scaled(at.row_tile, side * (N / 16));
   int step = side ? 1 : -1;
 #pragma unroll 1
-  for (int j = at.strip + step; j >= 0 && j < at.strips; j += step) {
-    const auto* y = room.rows(side ? room.right : room.left, j);
+  for (int j = at.row_tile + step; j >= 0 && j < at.row_tiles; j += step) {
+    const auto* y = shared.rows(side ? shared.right : shared.left, j);
     Values a = filled(0.f);
 #pragma unroll
     for (int group = 0; group < N / 16; ++group) {
@@ -112,7 +113,7 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
       Values own = unpack(load_shared(mine + group * 32));
       scale_columns(own, reach[group]);
       multiply(a, packed<Io>(own), other);
-      Channels whole = load_channels(room.whole + j * N + 16 * group);
+      Channels whole = load_channels(shared.whole + j * N + 16 * group);
 #pragma unroll
       for (int c = 0; c < 4; ++c) reach[group].x[c] *= whole.x[c];
     }
@@ -120,7 +121,7 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
 #pragma unroll
     for (int group = 0; group < N / 16; ++group) {
       Tile<Io> z;
-      load_tile_transposed(z, room.rows(room.partner, j) + 16 * group, PITCH);
+      load_tile_transposed(z, shared.rows(shared.partner, j) + 16 * group, PITCH);
       multiply(sum[group], weights, z);
     }
   }
@@ -133,32 +134,31 @@ DEVICE void add_side(Values (&sum)[N / 16], const Room<Io, N>& room, const Place
 #pragma unroll
       for (int group = 0; group < N / 16; ++group) {
         Tile<Io> state;
-        load_tile_transposed(state, room.states + (side * N + 16 * inner) * PITCH + 16 * group, PITCH);
+        load_tile_transposed(state, shared.states + (side * N + 16 * inner) * PITCH + 16 * group, PITCH);
         multiply(sum[group], scaled, state);
       }
     }
 }
 
-// The first sum, z'. The room is published on return; blocks meet once inside.
+// The first sum, z'. All row tiles are staged on return; the block synchronises once inside.
 template <class Io, int N, bool CHUNKED>
-DEVICE void sum_values(const Room<Io, N>& room, const Roles<Io>& roles, const float* w, const float* u, const Place& at,
-                       Raw<Io>* out) {
-  fetch_strip<Io, N, true>(room, roles, at, CHUNKED);
-  Tile<Io> inside = publish_strip<Io, N, true>(room, w, u, at);
+DEVICE void sum_values(const SharedMemory<Io, N>& shared, const Roles<Io>& roles, const float* w, const float* u,
+                       const TileCoords& at, Raw<Io>* out) {
+  fetch_row_tile<Io, N, true>(shared, roles, at, CHUNKED);
+  Tile<Io> inside = stage_row_tile<Io, N, true>(shared, w, u, at);
   sync_warp();
   Values sum[N / 16];
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) {
     Tile<Io> z;
-    load_tile_transposed(z, room.rows(room.partner, at.strip) + 16 * group, Room<Io, N>::PITCH);
+    load_tile_transposed(z, shared.rows(shared.partner, at.row_tile) + 16 * group, SharedMemory<Io, N>::PITCH);
     sum[group] = filled(0.f);
     multiply(sum[group], inside, z);
   }
   sync_block();
-  add_side<Io, N, CHUNKED>(sum, room, at, 0);
-  add_side<Io, N, CHUNKED>(sum, room, at, 1);
+  add_side<Io, N, CHUNKED>(sum, shared, at, 0);
+  add_side<Io, N, CHUNKED>(sum, shared, at, 1);
 #pragma unroll
   for (int group = 0; group < N / 16; ++group) store_values<Io, N>(out, at, 16 * group, sum[group]);
 }
 
-// zt z^T of the strip against every strip: the others' tiles go to the room, the own one is returned, its diagonal beside it.

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "wkv6_cpu_vector.h"
+#include "vector.h"
 
 namespace {
 

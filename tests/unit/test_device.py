@@ -1,10 +1,13 @@
-"""Freed memory stays with the process: measured as page faults, in a process of its own."""
+"""Choice of device and autocast dtype; freed memory stays with the process (page faults, counted in a new one)."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from rwkv_clip.device import autocast_dtype, choose_device
 
 SCRIPT = """
 import resource, sys, torch
@@ -20,6 +23,19 @@ for _ in range(20):
     faults()  # every part of what the process keeps has been touched once
 print(kept, faults())
 """
+
+
+def test_a_device_by_name_or_the_best_present():
+    assert choose_device("cpu") == torch.device("cpu") and choose_device().type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match=r"device: 'toaster' cannot be used here \(.+\); leave it out for the best"):
+        choose_device("toaster")
+
+
+def test_precision_names():
+    device = torch.device("cpu")
+    assert autocast_dtype("fp32", device) is None
+    assert autocast_dtype("bf16", device) == torch.bfloat16
+    assert autocast_dtype("auto", device) in (None, torch.bfloat16)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")

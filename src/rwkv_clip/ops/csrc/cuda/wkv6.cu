@@ -1,9 +1,9 @@
 // The C interface of the CUDA kernels for one head size, HEAD_SIZE, and one kind of numbers, KIND (Bf16, Fp16, Fp32) of r,
-// k, v, y and their gradients; w, u, gw, gu are float32. ops/cuda.py calls it. No torch, no pybind.
+// k, v, y and their gradients; w, u, gw, gu are float32. ops/wkv/cuda.py calls it. No torch, no pybind.
 //
 // Every call works on the given stream of the current device and returns null, or the text of the launch's error.
 // Tensors are contiguous, (B, T, H, N), and aligned to 16 bytes.
-#include "wkv6_kernels.cuh"
+#include "kernels.cuh"
 
 static_assert(HEAD_SIZE % 16 == 0 && HEAD_SIZE >= 16 && HEAD_SIZE <= 128, "a multiple of 16, at most 128");
 
@@ -11,9 +11,9 @@ using Io = KIND;
 using T = Raw<Io>;
 using Element = Tile<Io>::Element;
 constexpr int N = HEAD_SIZE;
-constexpr int CHUNK_STRIPS = 4;
+constexpr int CHUNK_ROW_TILES = 4;
 
-// Variants of the kernels by the most strips (warps) of a block: fewer warps may have more registers each. Behind the
+// Variants of the kernels by the most row tiles (warps) of a block: fewer warps may have more registers each. Beyond the
 // widest, and where shared memory does not suffice, sequences are cut into chunks.
 constexpr int NARROW = 4, MIDDLE = 8, WIDE = N <= 80 ? 13 : 8;
 
@@ -41,19 +41,19 @@ const char* launch(Kernel kernel, long long blocks, int threads, long long share
 }
 #endif
 
-template <int STRIPS, bool CHUNKED>
-__global__ void __launch_bounds__(32 * STRIPS, STRIPS == NARROW && !CHUNKED ? 3 : 1) forward_kernel(Arguments<Io> a) {
+template <int ROW_TILES, bool CHUNKED>
+__global__ void __launch_bounds__(32 * ROW_TILES, ROW_TILES == NARROW && !CHUNKED ? 3 : 1) forward_kernel(Arguments<Io> a) {
   KERNEL_MEMORY;
   forward_block<Io, N, CHUNKED>(a, memory);
 }
 
-template <int STRIPS, bool CHUNKED>
-__global__ void __launch_bounds__(32 * STRIPS, STRIPS == NARROW && !CHUNKED ? 3 : 1) backward_kernel(Arguments<Io> a) {
+template <int ROW_TILES, bool CHUNKED>
+__global__ void __launch_bounds__(32 * ROW_TILES, ROW_TILES == NARROW && !CHUNKED ? 3 : 1) backward_kernel(Arguments<Io> a) {
   KERNEL_MEMORY;
   backward_block<Io, N, CHUNKED>(a, memory);
 }
 
-__global__ void __launch_bounds__(32 * CHUNK_STRIPS) summary_kernel(SummaryArguments<Io> a) {
+__global__ void __launch_bounds__(32 * CHUNK_ROW_TILES) summary_kernel(SummaryArguments<Io> a) {
   KERNEL_MEMORY;
   summarize_block<Io, N>(a, memory);
 }
@@ -70,59 +70,62 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(ScanArguments a) {
   scan_element<Io, N>(a.summaries, a.wholes, a.states, a.chunks, blockIdx.x / BLOCKS, rest / (N * N), rest % (N * N));
 }
 
-static long long shared_bytes(int strips, bool gradient, bool chunked) {
-  Room<Io, N> room;
-  return Room<Io, N>::lay_out(room, nullptr, strips, gradient, chunked);
+static long long shared_bytes(int row_tiles, bool gradient, bool chunked) {
+  SharedMemory<Io, N> shared;
+  return SharedMemory<Io, N>::lay_out(shared, nullptr, row_tiles, gradient, chunked);
 }
 
 extern "C" {
 
-// The way through a sequence: one block for all of it (chunks = 1), or chunks of `strips` x 16 tokens. Returns whether the
+// How a sequence is cut: one block for all of it (chunks = 1), or chunks of `row_tiles` x 16 tokens. Returns whether the
 // device's shared memory per block suffices.
-int wkv6_plan(int tokens, int gradient, int shared_limit, int* strips, int* chunks) {
-  *strips = (tokens + 15) / 16, *chunks = 1;
-  if (*strips <= WIDE && shared_bytes(*strips, gradient, false) <= shared_limit) return 1;
-  for (*strips = CHUNK_STRIPS; *strips > 0; *strips /= 2) {
-    *chunks = (tokens + *strips * 16 - 1) / (*strips * 16);
-    if (shared_bytes(*strips, gradient, true) <= shared_limit) return 1;
+int wkv6_plan(int tokens, int gradient, int shared_limit, int* row_tiles, int* chunks) {
+  *row_tiles = (tokens + 15) / 16, *chunks = 1;
+  if (*row_tiles <= WIDE && shared_bytes(*row_tiles, gradient, false) <= shared_limit) return 1;
+  for (*row_tiles = CHUNK_ROW_TILES; *row_tiles > 0; *row_tiles /= 2) {
+    *chunks = (tokens + *row_tiles * 16 - 1) / (*row_tiles * 16);
+    if (shared_bytes(*row_tiles, gradient, true) <= shared_limit) return 1;
   }
   return 0;
 }
 
 // states: of (k, v), by wkv6_states; null without chunks.
-const char* wkv6_forward(int samples, int tokens, int heads, int strips, int chunks, const T* r, const T* k, const T* v,
+const char* wkv6_forward(int samples, int tokens, int heads, int row_tiles, int chunks, const T* r, const T* k, const T* v,
                          const float* w, const float* u, const Element* states, T* y, void* stream) {
   Arguments<Io> a = {};
   a.r = r, a.k = k, a.v = v, a.w = w, a.u = u, a.y = y, a.states = states;
-  a.tokens = tokens, a.heads = heads, a.chunks = chunks, a.strips = strips;
-  auto kernel = chunks > 1          ? forward_kernel<CHUNK_STRIPS, true>
-                : strips <= NARROW ? forward_kernel<NARROW, false>
-                : strips <= MIDDLE ? forward_kernel<MIDDLE, false>
-                                   : forward_kernel<WIDE, false>;
-  return launch(kernel, (long long)samples * heads * chunks, 32 * strips, shared_bytes(strips, false, chunks > 1), stream, a);
+  a.tokens = tokens, a.heads = heads, a.chunks = chunks, a.row_tiles = row_tiles;
+  auto kernel = chunks > 1            ? forward_kernel<CHUNK_ROW_TILES, true>
+                : row_tiles <= NARROW ? forward_kernel<NARROW, false>
+                : row_tiles <= MIDDLE ? forward_kernel<MIDDLE, false>
+                                      : forward_kernel<WIDE, false>;
+  long long blocks = (long long)samples * heads * chunks;
+  return launch(kernel, blocks, 32 * row_tiles, shared_bytes(row_tiles, false, chunks > 1), stream, a);
 }
 
 // States of (y, z) at the borders of chunks, (B H, chunks, 2, N, N), bfloat16, or float32 for Fp32. summaries: of the same
 // shape, wholes: (B H, chunks, N), both float32 and scratch.
-const char* wkv6_states(int samples, int tokens, int heads, int strips, int chunks, const T* y, const T* z, const float* w,
+const char* wkv6_states(int samples, int tokens, int heads, int row_tiles, int chunks, const T* y, const T* z, const float* w,
                         float* summaries, float* wholes, Element* states, void* stream) {
-  SummaryArguments<Io> a = {y, z, w, summaries, wholes, tokens, heads, chunks, strips};
+  SummaryArguments<Io> a = {y, z, w, summaries, wholes, tokens, heads, chunks, row_tiles};
   long long rows = (long long)samples * heads;
-  const char* error = launch(summary_kernel, rows * chunks, 32 * strips, shared_bytes(strips, false, false), stream, a);
+  const char* error = launch(summary_kernel, rows * chunks, 32 * row_tiles, shared_bytes(row_tiles, false, false), stream, a);
   if (error) return error;
   ScanArguments scan = {summaries, wholes, states, chunks};
   return launch(scan_kernel, rows * (2 * N * N / SCAN_THREADS), SCAN_THREADS, 0, stream, scan);
 }
 
 // states of (k, v), gradient_states of (r, gy). gu: (B H, chunks, N), to be summed over samples and chunks.
-const char* wkv6_backward(int samples, int tokens, int heads, int strips, int chunks, const T* gy, const T* r, const T* k,
+const char* wkv6_backward(int samples, int tokens, int heads, int row_tiles, int chunks, const T* gy, const T* r, const T* k,
                           const T* v, const float* w, const float* u, const Element* states, const Element* gradient_states,
                           T* gr, T* gk, T* gv, float* gw, float* gu, void* stream) {
-  Arguments<Io> a = {r, k, v, gy, w, u, nullptr, gr, gk, gv, gw, gu, states, gradient_states, tokens, heads, chunks, strips};
-  auto kernel = chunks > 1          ? backward_kernel<CHUNK_STRIPS, true>
-                : strips <= NARROW ? backward_kernel<NARROW, false>
-                : strips <= MIDDLE ? backward_kernel<MIDDLE, false>
-                                   : backward_kernel<WIDE, false>;
-  return launch(kernel, (long long)samples * heads * chunks, 32 * strips, shared_bytes(strips, true, chunks > 1), stream, a);
+  Arguments<Io> a = {r, k, v, gy, w, u, nullptr, gr, gk, gv, gw, gu, states, gradient_states,
+                     tokens, heads, chunks, row_tiles};
+  auto kernel = chunks > 1            ? backward_kernel<CHUNK_ROW_TILES, true>
+                : row_tiles <= NARROW ? backward_kernel<NARROW, false>
+                : row_tiles <= MIDDLE ? backward_kernel<MIDDLE, false>
+                                      : backward_kernel<WIDE, false>;
+  long long blocks = (long long)samples * heads * chunks;
+  return launch(kernel, blocks, 32 * row_tiles, shared_bytes(row_tiles, true, chunks > 1), stream, a);
 }
 }

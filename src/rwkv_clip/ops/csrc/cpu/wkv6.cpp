@@ -1,4 +1,4 @@
-// Bidirectional WKV6 on a CPU, forward and backward, float32 inside. Maths: ../reference.py and ../tree.py.
+// Bidirectional WKV6 on a CPU, forward and backward, float32 inside. Maths: ops/wkv/reference.py and ops/wkv/tree.py.
 //
 // Tokens go in blocks of 16, the width of a vector. Within a block every pair (t, s) gets its decay as a running
 // product, channel by channel. Between two blocks the decay splits at the borders, r_t R_t . (product of the blocks
@@ -9,8 +9,8 @@
 //
 // One sample and head is one task of a thread; results do not depend on the number of threads.
 
-#include "wkv6_cpu_backward.h"
-#include "wkv6_cpu_forward.h"
+#include "backward.h"
+#include "forward.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,38 +1,38 @@
-// What a warp does with its strip of 16 tokens: where the strip lies, decay factors, rows to and from global memory.
+// What a warp does with its row tile of 16 tokens: its coordinates, decay factors, rows to and from global memory.
 #pragma once
-#include "wkv6_tile.cuh"
+#include "tile.cuh"
 
-constexpr float MAX_RAW_DECAY = 80.f;  // as in reference.py: keeps 0 * inf away, changes no result
+constexpr float MAX_RAW_DECAY = 80.f;  // as in ops/wkv/reference.py: keeps 0 * inf away, changes no result
 constexpr float NO_DECAY = -1e30f;     // exp(-exp(.)) = 1, the factor of tokens that do not exist
 
-// A chunk of tokens of one sample and head, one strip per warp. Tensors are (B, T, H, N).
-struct Place {
+// A chunk of tokens of one sample and head, one row tile per warp. Tensors are (B, T, H, N).
+struct TileCoords {
   long long row0;  // index of the chunk's first token's row of N numbers
   long long head;  // index of the head's row in u
   long long chunk; // index of (sample, head, chunk)
   int stride;      // numbers from one token to the next
-  int tokens;      // of the chunk that exist; what is behind reads as r = k = v = 0, factor 1
-  int strip, strips;
+  int tokens;      // of the chunk that exist; what comes after reads as r = k = v = 0, factor 1
+  int row_tile, row_tiles;
 };
 
 template <int N>
-DEVICE Place find_place(int tokens, int heads, int chunks, int strips) {
+DEVICE TileCoords find_coords(int tokens, int heads, int chunks, int row_tiles) {
   long long block = blockIdx.x, chunk = block % chunks, sample = block / chunks / heads, head = block / chunks % heads;
-  int first = int(chunk) * strips * 16, left = tokens - first;
-  Place at;
+  int first = int(chunk) * row_tiles * 16, left = tokens - first;
+  TileCoords at;
   at.row0 = (sample * tokens + first) * heads + head;
   at.head = head;
   at.chunk = block;
   at.stride = heads * N;
-  at.tokens = left < strips * 16 ? left : strips * 16;
-  at.strip = int(threadIdx.x) / 32;
-  at.strips = strips;
+  at.tokens = left < row_tiles * 16 ? left : row_tiles * 16;
+  at.row_tile = int(threadIdx.x) / 32;
+  at.row_tiles = row_tiles;
   return at;
 }
 
 // ---- decay factors -----------------------------------------------------------------------------------------------
-// At level l the strip is cut into halves of 2^l tokens. prefix: product of w over [start of its half, token); suffix: over
-// (token, end of its half]; whole: over the half. Behind level 3 halves are the strip.
+// At level l the row tile is cut into halves of 2^l tokens. prefix: product of w over [start of its half, token); suffix:
+// over (token, end of its half]; whole: over the half. After level 3 halves are the row tile.
 
 struct Factors {
   Values prefix, suffix, whole;
@@ -62,14 +62,14 @@ DEVICE void double_halves(Factors& f, int level) {
   }
 }
 
-// Raw decay of the strip's 16 channels from `column`; rows behind the end read as `outside`.
+// Raw decay of the row tile's 16 channels from `column`; rows after the end read as `outside`.
 template <int N>
-DEVICE Values load_decay(const float* w, const Place& at, int column, float outside) {
+DEVICE Values load_decay(const float* w, const TileCoords& at, int column, float outside) {
   Lane lane = this_lane();
   Values y;
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
-    int row = at.strip * 16 + row_of(lane, i);
+    int row = at.row_tile * 16 + row_of(lane, i);
     bool valid = row < at.tokens;
     float2 pair = {outside, outside};
     if (valid) pair = load_pair(w + at.row0 * N + (long long)row * at.stride + column + column_of(lane, i));
@@ -105,14 +105,14 @@ struct RawOf<Fp32> {
 template <class Io>
 using Raw = typename RawOf<Io>::Type;
 
-// 16 channels of the strip, straight to registers.
+// 16 channels of the row tile, straight to registers.
 template <class Io, int N>
-DEVICE Values load_values(const Raw<Io>* from, const Place& at, int column) {
+DEVICE Values load_values(const Raw<Io>* from, const TileCoords& at, int column) {
   Lane lane = this_lane();
   Values y;
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
-    int row = at.strip * 16 + row_of(lane, i);
+    int row = at.row_tile * 16 + row_of(lane, i);
     float2 pair = {0.f, 0.f};
     if (row < at.tokens) {
       const Raw<Io>* p = from + at.row0 * N + (long long)row * at.stride + column + column_of(lane, i);
@@ -127,14 +127,14 @@ DEVICE Values load_values(const Raw<Io>* from, const Place& at, int column) {
   return y;
 }
 
-// 16 channels of the strip to global memory, in whole sectors of 32 bytes: 16-bit lanes trade one word with their neighbour,
-// so that two of them hold the row's left eight columns and two its right ones.
+// 16 channels of the row tile to global memory, in whole sectors of 32 bytes: 16-bit lanes trade one word with their
+// neighbour, so that two of them hold the row's left eight columns and two its right ones.
 template <class Io, int N>
-DEVICE void store_values(Raw<Io>* to, const Place& at, int column, const Values& v) {
+DEVICE void store_values(Raw<Io>* to, const TileCoords& at, int column, const Values& v) {
   Lane lane = this_lane();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int row = at.strip * 16 + lane.g + 8 * half;
+    int row = at.row_tile * 16 + lane.g + 8 * half;
     Raw<Io>* p = to + at.row0 * N + (long long)row * at.stride + column;
     const float *left = v.x + 2 * half, *right = v.x + 4 + 2 * half;
     if constexpr (sizeof(Raw<Io>) == 2) {
@@ -150,19 +150,19 @@ DEVICE void store_values(Raw<Io>* to, const Place& at, int column, const Values&
   }
 }
 
-// The strip's 16 rows to `rows` in shared memory, in the background, zeros behind the end.
+// The row tile's 16 rows to `rows` in shared memory, in the background, zeros after the end.
 template <class Io, int N>
-DEVICE void copy_strip(void* rows, const Raw<Io>* from, const Place& at) {
+DEVICE void copy_row_tile(void* rows, const Raw<Io>* from, const TileCoords& at) {
   constexpr int PER_COPY = 16 / sizeof(Raw<Io>), PITCH = N + Tile<Io>::PAD, COPIES = N / PER_COPY;
   for (int c = this_lane().index; c < 16 * COPIES; c += 32) {
-    int row = c / COPIES, token = at.strip * 16 + row, column = c % COPIES * PER_COPY;
+    int row = c / COPIES, token = at.row_tile * 16 + row, column = c % COPIES * PER_COPY;
     bool valid = token < at.tokens;
     const Raw<Io>* p = from + at.row0 * N + (valid ? (long long)token * at.stride + column : 0);
     copy_16_async(static_cast<Raw<Io>*>(rows) + row * PITCH + column, p, valid);
   }
 }
 
-// A tile of rows as copy_strip left them.
+// A tile of rows as copy_row_tile left them.
 template <class Io, int N>
 DEVICE Values load_copied(const void* rows, int column) {
   Tile<Io> t;

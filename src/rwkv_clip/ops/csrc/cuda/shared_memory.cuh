@@ -1,64 +1,66 @@
 // The shared memory of a block, per-channel tables in it, and the masks of the product tree's levels.
 #pragma once
-#include "wkv6_strip.cuh"
+#include "row_tile.cuh"
 
 // ---- shared memory of a block ------------------------------------------------------------------------------------
 
 template <class Io, int N>
-struct Room {
+struct SharedMemory {  // of one block
   using Element = typename Tile<Io>::Element;
   static constexpr int PITCH = N + Tile<Io>::PAD;
 
-  Element* left;      // [16 strips][PITCH]: y scaled by suffix, for strips to the right
-  Element* right;     // the same scaled by prefix, for strips to the left
+  Element* left;      // [16 row tiles][PITCH]: y scaled by suffix, for row tiles to the right
+  Element* right;     // the same scaled by prefix, for row tiles to the left
   Element* partner;   // z
   Element* states;    // [2][N][PITCH]: the state from the left, from the right; with chunks only
-  float* whole;       // [strips][N]: product of w over a strip
-  float* bonus;       // [strips][N]: a strip's part of gu
+  float* whole;       // [row tiles][N]: product of w over a row tile
+  float* bonus;       // [row tiles][N]: a row tile's part of gu
   float* through;     // [N]: gradient of log w by the pairs that enclose the chunk
-  float* between;     // [2][strips][strips][16]: what pairs of strip i add to log w of strip m, before the factors between
-  char* own;          // [strips][own_bytes]: what a warp keeps for itself, in turn:
+  float* between;     // [2][row tiles][row tiles][16]: what pairs of row tile i add to log w of row tile m, before the
+                      //   factors between
+  char* own;          // [row tiles][own_bytes]: what a warp keeps for itself, in turn:
                       //   first sum: x scaled by prefix, then by suffix, 2 N / 16 tiles
-                      //   second sum: x and y as they are, 2 [16][PITCH], if there is room; then zt z^T against the other strips
+                      //   second sum: x and y as they are, 2 [16][PITCH], if they fit in; then zt z^T against the other
+                      //   row tiles
   int own_bytes, kept_bytes;
-  static constexpr int TILE_BYTES = 32 * sizeof(Tile<Io>), MOST_KEPT = 8;  // strips: shared memory ends there
+  static constexpr int TILE_BYTES = 32 * sizeof(Tile<Io>), MOST_KEPT = 8;  // row tiles: shared memory ends there
 
-  // Lays the room out from `base`; returns its size. A null base only measures.
-  HOST_DEVICE static long long lay_out(Room& room, char* base, int strips, bool gradient, bool chunked) {
+  // Lays it out from `base`; returns its size. A null base only measures.
+  HOST_DEVICE static long long lay_out(SharedMemory& shared, char* base, int row_tiles, bool gradient, bool chunked) {
     char* at = base;
     auto take = [&](auto*& pointer, long long count) {
       using T = std::remove_reference_t<decltype(*pointer)>;
       pointer = reinterpret_cast<T*>(at);
       at += (count * (long long)sizeof(T) + 15) / 16 * 16;
     };
-    take(room.left, 16 * strips * PITCH);
-    take(room.right, 16 * strips * PITCH);
-    take(room.partner, 16 * strips * PITCH);
-    if (chunked) take(room.states, 2 * N * PITCH);
-    take(room.whole, strips * N);
+    take(shared.left, 16 * row_tiles * PITCH);
+    take(shared.right, 16 * row_tiles * PITCH);
+    take(shared.partner, 16 * row_tiles * PITCH);
+    if (chunked) take(shared.states, 2 * N * PITCH);
+    take(shared.whole, row_tiles * N);
     if (gradient) {
-      take(room.bonus, strips * N);
-      take(room.through, N);
-      take(room.between, 2 * strips * strips * 16);
+      take(shared.bonus, row_tiles * N);
+      take(shared.through, N);
+      take(shared.between, 2 * row_tiles * row_tiles * 16);
     }
-    bool keeps = gradient && strips <= MOST_KEPT && sizeof(Element) == 2;
-    room.kept_bytes = keeps ? 2 * 16 * PITCH * sizeof(Element) : 0;
-    int first = N / 8 * TILE_BYTES, second = gradient ? room.kept_bytes + (strips - 1) * TILE_BYTES : 0;
-    room.own_bytes = first > second ? first : second;
-    take(room.own, (long long)strips * room.own_bytes);
+    bool keeps = gradient && row_tiles <= MOST_KEPT && sizeof(Element) == 2;
+    shared.kept_bytes = keeps ? 2 * 16 * PITCH * sizeof(Element) : 0;
+    int first = N / 8 * TILE_BYTES, second = gradient ? shared.kept_bytes + (row_tiles - 1) * TILE_BYTES : 0;
+    shared.own_bytes = first > second ? first : second;
+    take(shared.own, (long long)row_tiles * shared.own_bytes);
     return at - base;
   }
-  DEVICE char* own_place(int strip) const { return own + strip * own_bytes; }
-  DEVICE Tile<Io>* scaled(int strip, int tile) const {  // this lane's part
-    return reinterpret_cast<Tile<Io>*>(own_place(strip) + tile * TILE_BYTES) + this_lane().index;
+  DEVICE char* own_memory(int row_tile) const { return own + row_tile * own_bytes; }
+  DEVICE Tile<Io>* scaled(int row_tile, int tile) const {  // this lane's part
+    return reinterpret_cast<Tile<Io>*>(own_memory(row_tile) + tile * TILE_BYTES) + this_lane().index;
   }
-  DEVICE Tile<Io>* weights(int strip, int tile) const {
-    return reinterpret_cast<Tile<Io>*>(own_place(strip) + kept_bytes + tile * TILE_BYTES) + this_lane().index;
+  DEVICE Tile<Io>* weights(int row_tile, int tile) const {
+    return reinterpret_cast<Tile<Io>*>(own_memory(row_tile) + kept_bytes + tile * TILE_BYTES) + this_lane().index;
   }
-  DEVICE Element* kept(int strip, int which) const {
-    return reinterpret_cast<Element*>(own_place(strip)) + which * 16 * PITCH;
+  DEVICE Element* kept(int row_tile, int which) const {
+    return reinterpret_cast<Element*>(own_memory(row_tile)) + which * 16 * PITCH;
   }
-  DEVICE Element* rows(Element* buffer, int strip) const { return buffer + strip * 16 * PITCH; }
+  DEVICE Element* rows(Element* buffer, int row_tile) const { return buffer + row_tile * 16 * PITCH; }
 };
 
 // Four numbers of a per-channel table: those of the lane's columns.

@@ -12,7 +12,7 @@ numbers in [0, 1]: nothing overflows, divides or cancels, whatever the decay; th
 where the gradient of log w_j is a plain sum over the pairs that straddle j.
 
 Levels below BLOCK share one masked BLOCK x BLOCK matrix; above it left halves meet right halves only. Tensors inside
-are (M, T', N) with M = B * H and T' the next power of two (r = k = v = 0, w = 1 behind T); a level touches no more than
+are (M, T', N) with M = B * H and T' the next power of two (r = k = v = 0, w = 1 beyond T); a level touches no more than
 the blocks that T needs.
 """
 
@@ -39,7 +39,7 @@ def _round_up(t: int) -> int:
 
 
 def _to_rows(x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-    """(B, T, H, N) -> (B*H, T', N), positions behind T set to `fill`."""
+    """(B, T, H, N) -> (B*H, T', N), positions beyond T set to `fill`."""
     b, t, h, n = x.shape
     padded = max(BLOCK, 1 << (t - 1).bit_length())
     rows = torch.empty(b, h, padded, n, dtype=dtype, device=x.device)
@@ -70,7 +70,7 @@ def _halves(x: Tensor, h: int, t: int) -> tuple[Tensor, Tensor]:
 def _levels(w: Tensor, t: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (h, prefix, suffix) for h = 1, 2, 4, .. < t: products of w in [start of the h-block, i) and (i, its end].
 
-    Both (M, T', N) and updated in place between yields: doubling a block multiplies the half behind the cut by the
+    Both (M, T', N) and updated in place between yields: doubling a block multiplies the half after the cut by the
     whole of the other half.
     """
     prefix, suffix, whole = torch.ones_like(w), torch.ones_like(w), w

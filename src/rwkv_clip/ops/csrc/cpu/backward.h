@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "wkv6_cpu_block.h"
+#include "inner.h"
 
 namespace {
 
@@ -154,7 +154,7 @@ struct Backward {
     inner_weights(s.vectors(), r + at, k + at, w + at, u, rows, weights);
     product(gv + at, width, rows, s.vectors(), weights, 1, BLOCK, gy + at, width, rows, true);
     for (int64_t n = 0; n < width; n += BLOCK) {
-      // A decay lies inside the pairs that enter its block from the left and end behind it, that enter from the right
+      // A decay lies inside the pairs that enter its block from the left and end after it, that enter from the right
       // and end before it, and that straddle the whole block.
       Vec entering = vec(over + i * width + n);
       for (int64_t t = n + (rows - 1) * width; t >= n; t -= width) {

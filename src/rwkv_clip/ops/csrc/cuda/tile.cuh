@@ -7,7 +7,7 @@
 #pragma once
 #include <type_traits>
 
-#include "wkv6_ptx.cuh"
+#include "ptx.cuh"
 
 // Kinds of numbers in global memory. Operands of products are bfloat16, or, for float32, three bfloat16 parts each.
 struct Bf16 {};
@@ -23,7 +23,7 @@ struct TileOf;  // a tile as operand of products
 template <>
 struct alignas(16) TileOf<Bf16> {
   using Element = uint16_t;
-  static constexpr int PAD = 8;  // elements behind a row: rows then start at different banks
+  static constexpr int PAD = 8;  // elements after a row: rows then start at different banks
   uint32_t x[4];
 };
 template <>

@@ -17,10 +17,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..build import BuildError, find_compiler, find_nvcc
+from ..watched import is_watched, refuse_forward_mode
 from . import chunked, cpu, cuda
-from .build import BuildError, find_compiler, find_nvcc
 from .reference import wkv6_reference
-from .watched import is_watched, refuse_forward_mode
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NATIVE = {"cpu": ("cpp", cpu, find_compiler), "cuda": ("cuda", cuda, find_nvcc)}  # by device: name, module, tool
@@ -53,7 +53,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
     Differentiable once in all five, and in every way by "reference". `backend`: a name of `available_backends(device)`,
     for forward and backward; None takes the first that supports the input. Under torch.jit.trace, torch.func and
     forward-mode differentiation it is always "reference" (see `ops/watched.py`). ValueError for wrong shapes, dtypes,
-    devices or backend. Maths: `ops/reference.py`.
+    devices or backend. Maths: `ops/wkv/reference.py`.
     """
     _check(r, k, v, w, u)
     if backend == "reference" or is_watched():

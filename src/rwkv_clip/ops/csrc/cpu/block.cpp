@@ -1,73 +1,26 @@
 // Pointwise parts of an RWKV block on a CPU: token shift with mixing, group norm with gate, squared ReLU, sigmoid gate.
 //
-// Plain C functions on raw pointers, one pass over memory each, sums and products in float32, values in float32 or
-// bfloat16. Loops are written for the compiler's vectoriser; threads split tokens, and every sum over tokens is taken
-// per thread in a fixed order, so results are the same bits for the same number of threads.
+// Plain functions on raw pointers, one pass over memory each, sums and products in float32, values in float32 or bfloat16,
+// weights and their gradients in float32. Loops are written for the compiler's vectoriser; threads split tokens, and every
+// sum over tokens is taken per thread in a fixed order, so results are the same bits for the same number of threads.
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "numbers.h"
 
 namespace {
 
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-
-inline float load(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
+inline float sigmoid(float x) {
+    float y = -x;
+    y = y < -87.0f ? -87.0f : (y > 88.0f ? 88.0f : y);
+    const auto e = split_exponential<int32_t>(y);
+    return 1.0f / (1.0f + (e.series * e.rest * e.rest + e.rest + 1.0f) * e.power);
 }
 
-inline void store(float& out, float x) { out = x; }
-
-// Round to nearest even; a NaN stays one.
-inline void store(bf16& out, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
-}
-
-// exp to 2 ulp, in a form that vectorises: 2^n by the exponent's bits, the rest by Cephes' polynomial.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    float n = (x * 1.44269504f + magic) - magic;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t scale = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &scale, 4);
-    return p * power;
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// Small vectors of weights, float32 or (narrow) bfloat16, as floats.
-std::vector<float> widen(const void* x, long size, int narrow) {
-    std::vector<float> out(size);
-    if (narrow)
-        for (long i = 0; i < size; i++) out[i] = load(static_cast<const bf16*>(x)[i]);
-    else
-        std::memcpy(out.data(), x, size * sizeof(float));
-    return out;
-}
-
-// Where the parts of a token's heads come from: grid of height x width tokens (a text line has height 1), `count` of
-// them, out of `tokens` per sample; the rest is not shifted.
+// Shapes of the mixing kernels, and where the parts of a token's heads come from: a grid of height x width tokens (a text
+// line has height 1), `count` of them, out of `tokens` per sample; the rest is not shifted.
 struct Shift {
-    long tokens, width, count, channels, heads, parts;
+    long mixtures, batch, tokens, width, count, channels, heads, parts;
 
     // The token that part `part` of token `t` looks at (`sign` = 1), or that looks at it (`sign` = -1); -1: none.
     long neighbour(long t, long part, long sign) const {
@@ -97,11 +50,11 @@ struct Shift {
     }
 };
 
-// outs[j] = x + (shifted x - x) * (coefficients[j] + shares[j])
+// outs[j] = x + (shifted x - x) * (coefficients[j] + offsets[j])
 template <class T>
-void mix(const T* x, const float* coefficients, const T* shares, T** outs, long count, long batch, Shift s,
-         int threads) {
-    const long c = s.channels, rows = batch * s.tokens;
+void mix(const T* x, const float* coefficients, const T* offsets, T** outs, const Shift* shift, long threads) {
+    const Shift s = *shift;
+    const long c = s.channels, rows = s.batch * s.tokens, count = s.mixtures;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<T> next(c);
@@ -118,11 +71,11 @@ void mix(const T* x, const float* coefficients, const T* shares, T** outs, long 
             }
             for (long j = 0; j < count; j++) {
                 const float* coefficient = coefficients + j * c;
-                const T* share = shares + (j * rows + row) * c;
+                const T* offset = offsets + (j * rows + row) * c;
                 T* out = outs[j] + row * c;
-                if (shares)
+                if (offsets)
 #pragma omp simd
-                    for (long i = 0; i < c; i++) store(out[i], own[i] + step[i] * (coefficient[i] + load(share[i])));
+                    for (long i = 0; i < c; i++) store(out[i], own[i] + step[i] * (coefficient[i] + load(offset[i])));
                 else
 #pragma omp simd
                     for (long i = 0; i < c; i++) store(out[i], own[i] + step[i] * coefficient[i]);
@@ -131,11 +84,12 @@ void mix(const T* x, const float* coefficients, const T* shares, T** outs, long 
     }
 }
 
-// gx, gcoefficients (count, C) float32 and, with shares, gshares. scratch: 2 * batch * tokens * C floats.
+// gx, gcoefficients (mixtures, C) float32 and, with offsets, goffsets. scratch: 2 * batch * tokens * C floats.
 template <class T>
-void mix_backward(const T** grads, const T* x, const float* coefficients, const T* shares, T* gx,
-                  float* gcoefficients, T* gshares, float* scratch, long count, long batch, Shift s, int threads) {
-    const long c = s.channels, rows = batch * s.tokens;
+void mix_backward(const T** grads, const T* x, const float* coefficients, const T* offsets, T* gx,
+                  float* gcoefficients, T* goffsets, float* scratch, const Shift* shift, long threads) {
+    const Shift s = *shift;
+    const long c = s.channels, rows = s.batch * s.tokens, count = s.mixtures;
     float *towards = scratch, *kept = scratch + rows * c;  // what goes to the neighbour and what stays
     std::vector<float> partial(threads * count * c);
 #pragma omp parallel num_threads(threads)
@@ -158,16 +112,16 @@ void mix_backward(const T** grads, const T* x, const float* coefficients, const 
                     const T* grad = grads[j] + row * c;
                     const float* coefficient = coefficients + j * c;
                     float* sum = sums + j * c;
-                    if (shares) {
-                        const T* share = shares + (j * rows + row) * c;
-                        T* gshare = gshares + (j * rows + row) * c;
+                    if (offsets) {
+                        const T* offset = offsets + (j * rows + row) * c;
+                        T* goffset = goffsets + (j * rows + row) * c;
 #pragma omp simd
                         for (long i = 0; i < c; i++) {
-                            float g = load(grad[i]), part_moved = g * (coefficient[i] + load(share[i]));
+                            float g = load(grad[i]), part_moved = g * (coefficient[i] + load(offset[i]));
                             to[i] += part_moved;
                             stay[i] += g - part_moved;
                             sum[i] += g * step[i];
-                            store(gshare[i], g * step[i]);
+                            store(goffset[i], g * step[i]);
                         }
                     } else {
 #pragma omp simd
@@ -211,7 +165,7 @@ inline void moments(const T* x, long n, float eps, float* values, float& mean, f
 // out = (group norm of y over every head) * silu(gate)
 template <class T>
 void norm_gate(const T* y, const T* gate, const float* weight, const float* bias, T* out, long rows, long heads, long n,
-               float eps, int threads) {
+               float eps, long threads) {
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> values(n);
@@ -235,7 +189,7 @@ void norm_gate(const T* y, const T* gate, const float* weight, const float* bias
 
 template <class T>
 void norm_gate_backward(const T* grad, const T* y, const T* gate, const float* weight, const float* bias, T* gy, T* ggate,
-                        float* gweight, float* gbias, long rows, long heads, long n, float eps, int threads) {
+                        float* gweight, float* gbias, long rows, long heads, long n, float eps, long threads) {
     const long c = heads * n;
     std::vector<float> partial(threads * 2 * c);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -276,7 +230,7 @@ void norm_gate_backward(const T* grad, const T* y, const T* gate, const float* w
 }
 
 template <class T>
-void relu_square(const T* x, T* out, long size, int threads) {
+void relu_square(const T* x, T* out, long size, long threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
     for (long i = 0; i < size; i++) {
         float value = load(x[i]);
@@ -286,7 +240,7 @@ void relu_square(const T* x, T* out, long size, int threads) {
 }
 
 template <class T>
-void relu_square_backward(const T* grad, const T* x, T* gx, long size, int threads) {
+void relu_square_backward(const T* grad, const T* x, T* gx, long size, long threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
     for (long i = 0; i < size; i++) {
         float value = load(x[i]);
@@ -295,13 +249,13 @@ void relu_square_backward(const T* grad, const T* x, T* gx, long size, int threa
 }
 
 template <class T>
-void sigmoid_gate(const T* gate, const T* x, T* out, long size, int threads) {
+void sigmoid_gate(const T* gate, const T* x, T* out, long size, long threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
     for (long i = 0; i < size; i++) store(out[i], sigmoid(load(gate[i])) * load(x[i]));
 }
 
 template <class T>
-void sigmoid_gate_backward(const T* grad, const T* gate, const T* x, T* ggate, T* gx, long size, int threads) {
+void sigmoid_gate_backward(const T* grad, const T* gate, const T* x, T* ggate, T* gx, long size, long threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
     for (long i = 0; i < size; i++) {
         float s = sigmoid(load(gate[i])), g = load(grad[i]);
@@ -312,45 +266,17 @@ void sigmoid_gate_backward(const T* grad, const T* gate, const T* x, T* ggate, T
 
 }  // namespace
 
-#define EXPORT(T, NAME)                                                                                                \
-    extern "C" void mix_##NAME(const T* x, const void* coefficients, const T* shares, T** outs, long count,            \
-                               long batch, long tokens, long width, long grid, long channels, long heads, long parts,  \
-                               int narrow, int threads) {                                                              \
-        mix(x, widen(coefficients, count * channels, narrow).data(), shares, outs, count, batch,                       \
-            Shift{tokens, width, grid, channels, heads, parts}, threads);                                              \
-    }                                                                                                                  \
-    extern "C" void mix_backward_##NAME(const T** grads, const T* x, const void* coefficients, const T* shares,        \
-                                        T* gx, float* gcoefficients, T* gshares, float* scratch, long count,           \
-                                        long batch, long tokens, long width, long grid, long channels, long heads,     \
-                                        long parts, int narrow, int threads) {                                         \
-        mix_backward(grads, x, widen(coefficients, count * channels, narrow).data(), shares, gx, gcoefficients,        \
-                     gshares, scratch, count, batch, Shift{tokens, width, grid, channels, heads, parts}, threads);     \
-    }                                                                                                                  \
-    extern "C" void norm_gate_##NAME(const T* y, const T* gate, const void* weight, const void* bias, T* out,          \
-                                     long rows, long heads, long n, float eps, int narrow, int threads) {              \
-        norm_gate(y, gate, widen(weight, heads * n, narrow).data(), widen(bias, heads * n, narrow).data(), out, rows,  \
-                  heads, n, eps, threads);                                                                             \
-    }                                                                                                                  \
-    extern "C" void norm_gate_backward_##NAME(const T* grad, const T* y, const T* gate, const void* weight,            \
-                                              const void* bias, T* gy, T* ggate, float* gweight, float* gbias,         \
-                                              long rows, long heads, long n, float eps, int narrow, int threads) {     \
-        norm_gate_backward(grad, y, gate, widen(weight, heads * n, narrow).data(),                                     \
-                           widen(bias, heads * n, narrow).data(), gy, ggate, gweight, gbias, rows, heads, n, eps,      \
-                           threads);                                                                                   \
-    }                                                                                                                  \
-    extern "C" void relu_square_##NAME(const T* x, T* out, long size, int threads) {                                   \
-        relu_square(x, out, size, threads);                                                                            \
-    }                                                                                                                  \
-    extern "C" void relu_square_backward_##NAME(const T* grad, const T* x, T* gx, long size, int threads) {            \
-        relu_square_backward(grad, x, gx, size, threads);                                                              \
-    }                                                                                                                  \
-    extern "C" void sigmoid_gate_##NAME(const T* gate, const T* x, T* out, long size, int threads) {                   \
-        sigmoid_gate(gate, x, out, size, threads);                                                                     \
-    }                                                                                                                  \
-    extern "C" void sigmoid_gate_backward_##NAME(const T* grad, const T* gate, const T* x, T* ggate, T* gx, long size, \
-                                                 int threads) {                                                        \
-        sigmoid_gate_backward(grad, gate, x, ggate, gx, size, threads);                                                \
+// The address of a kernel for float32 or bfloat16 values, by the kernel's name.
+#define EXPORT(NAME) \
+    extern "C" void* find_##NAME(long narrow) { \
+        return narrow ? reinterpret_cast<void*>(NAME<bf16>) : reinterpret_cast<void*>(NAME<float>); \
     }
 
-EXPORT(float, f32)
-EXPORT(bf16, bf16)
+EXPORT(mix)
+EXPORT(mix_backward)
+EXPORT(norm_gate)
+EXPORT(norm_gate_backward)
+EXPORT(relu_square)
+EXPORT(relu_square_backward)
+EXPORT(sigmoid_gate)
+EXPORT(sigmoid_gate_backward)

@@ -1,4 +1,4 @@
-"""WKV6 in C++ on a CPU (csrc/wkv6_cpu.cpp): compiled at the first call, in a few seconds and once per machine."""
+"""WKV6 in C++ on a CPU (csrc/cpu/wkv6.cpp): compiled at the first call, in a few seconds and once per machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .build import CSRC, build_library, host_flags, load_library
+from ..build import CSRC, build_library, host_flags, load_library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_SIZE = 128  # of csrc/wkv6_cpu_block.h
+MAX_HEAD_SIZE = 128  # of csrc/cpu/inner.h
 
 
 class _Shape(ctypes.Structure):
@@ -27,10 +27,10 @@ class _View(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     path = build_library(
         "wkv6_cpu",
-        [CSRC / "wkv6_cpu.cpp"],
+        [CSRC / "cpu" / "wkv6.cpp"],
         flags=host_flags(),
         compiler="c++",
-        depends=sorted(CSRC.glob("wkv6_cpu_*.h")),
+        depends=sorted((CSRC / "cpu").glob("*.h")),
     )
     library = load_library(path)
     library.wkv6_forward_scratch.restype = library.wkv6_backward_scratch.restype = ctypes.c_int64

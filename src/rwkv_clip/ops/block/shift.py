@@ -21,7 +21,7 @@ _IMAGE = ((0, 0, 1, -1), (0, 0, -1, 1), (0, 0, 0, 0, 1, -1), (0, 0, 0, 0, -1, 1)
 def shift_tokens(x: Tensor, heads: int, grid: tuple[int, ...]) -> Tensor:
     """x: (B, T, C) with C = heads * N -> the same shape, every part of a head taken from its neighbour.
 
-    grid (T',): text, N even. grid (h, w): image in row-major order, N a multiple of 4. Tokens behind the grid's
+    grid (T',): text, N even. grid (h, w): image in row-major order, N a multiple of 4. Tokens after the grid's
     (a class token) are kept as they are. ValueError where x, heads and grid do not fit together.
     """
     check_grid(x, heads, grid)
