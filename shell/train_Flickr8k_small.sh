@@ -12,7 +12,7 @@ source shell/setup.sh
 MODEL=${MODEL:-RWKV-CLIP-Ti-16}
 OUTPUT=${OUTPUT:-logs/flickr8k-$MODEL}
 python data2rec.py "$FLICKR8K/captions.jsonl" data/flickr8k/train --images "$FLICKR8K/images" --where split=train \
-  --views captions.0 captions.1 captions.2 --context 32
+  --texts captions.0 captions.1 captions.2 --context 32
 time python -m rwkv_clip.training.main --preset flickr8k-small --model "$MODEL" --train-data data/flickr8k/train \
   --val-data "$FLICKR8K/captions.jsonl" --val-split val --logs "$(dirname "$OUTPUT")" --name "$(basename "$OUTPUT")" --resume latest "$@"
 CHECKPOINT=$OUTPUT DATA=$FLICKR8K/captions.jsonl SPLIT=test PREFIX= bash shell/test_zero_shot_retrieval.sh

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, gather, max_over_ranks, rank_and_size
-from rwkv_clip.features import encode_images, raise_together
+from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
+from rwkv_clip.features import FeatureExtractor, raise_together
 from rwkv_clip.files import write_whole
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
@@ -49,12 +49,13 @@ def encode_cached(
     batch_size: int,
     workers: int,
 ) -> Tensor:
-    """`features.encode_images` of a whole set, with what the cache below `root` (None: no cache) already has.
+    """`FeatureExtractor.encode_images` of a whole set, with what the cache below `root` (None: no cache) already has.
 
     loaded: a model of `load_for_inference`; data: the set's `data_key`. All ranks call it and get all features; the
     main rank alone writes.
     """
     folder = _folder_of(Path(root), model_key(loaded) | data, device) if root is not None else None
+    extractor = FeatureExtractor.of(loaded, device, batch_size=batch_size, workers=workers, progress=True)
     parts = []
     for start in range(0, count, CHUNK) or [0]:
         stop = min(start + CHUNK, count)
@@ -62,17 +63,7 @@ def encode_cached(
         found = _read(path) if path else None
         # One rank that lacks a chunk (a disk of its own) needs the others to compute it.
         if max_over_ranks(torch.tensor(float(found is None), device=device)):
-            found = encode_images(
-                loaded.model,
-                lambda i, start=start: open_one(start + i),
-                stop - start,
-                loaded.preprocess,
-                device=device,
-                batch_size=batch_size,
-                autocast=AUTOCAST[loaded.precision],
-                workers=workers,
-                progress=True,
-            )
+            found = extractor.encode_images(lambda i, start=start: open_one(start + i), stop - start)
             if path:
                 keep(path, encode_tensors({"features": found, "checksum": _checksum(path, found)}))
         parts.append(found)

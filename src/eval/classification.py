@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, max_over_ranks
-from rwkv_clip.features import encode_images, encode_texts
+from rwkv_clip.dist import max_over_ranks
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.metrics import accuracy, target_ranks
-from rwkv_clip.retrieval import count_cut_texts
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
+from rwkv_clip.tokenizer import count_cut
 
 from .cache import keep, model_key, on_all_ranks
 from .confusion import worst_classes
@@ -28,18 +28,9 @@ from .report import Report, start_report
 from .settings import ClassificationSettings
 
 
-def class_weights(
-    model: torch.nn.Module,
-    tokenizer: Callable,
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    **encoding,
-) -> Tensor:
-    """(classes, C) float32 of length 1: the mean over templates of the normalised text features, normalised.
-
-    `encoding` goes to `features.encode_texts`: device, batch_size, autocast, progress.
-    """
-    features = encode_texts(model, tokenizer(prompts_of(class_names, templates)), **encoding)
+def class_weights(extractor: FeatureExtractor, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(classes, C) float32 of length 1: the mean over templates of the normalised text features, normalised."""
+    features = extractor.encode_texts(prompts_of(class_names, templates))
     means = features.view(len(class_names), len(templates), -1).mean(1)
     return torch.nn.functional.normalize(means, dim=-1)
 
@@ -50,16 +41,8 @@ def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str
 
 
 def evaluate_classification(
-    model: torch.nn.Module,
+    extractor: FeatureExtractor,
     data: ClassificationSet,
-    preprocess: Callable,
-    tokenizer: Callable,
-    *,
-    device: str | torch.device = "cpu",
-    batch_size: int = 64,
-    autocast: torch.dtype | None = None,
-    workers: int = 4,
-    progress: bool = False,
     weights: Tensor | None = None,
     inspect: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, object]:
@@ -68,31 +51,29 @@ def evaluate_classification(
     weights: what `class_weights` gave before; default: encoded now.
     inspect(features, class weights, labels) sees what the metrics are made from.
     """
-    encoding = {"device": device, "batch_size": batch_size, "autocast": autocast, "progress": progress}
     if weights is None:
-        weights = class_weights(model, tokenizer, data.class_names, data.templates, **encoding)
-    labels = on_all_ranks(data.labels, torch.device(device))
-    open_one = data.open_one(labels)
-    features = encode_images(model, open_one, data.count, preprocess, workers=workers, **encoding)
+        weights = class_weights(extractor, data.class_names, data.templates)
+    labels = on_all_ranks(data.labels, extractor.device)
+    features = extractor.encode_images(data.open_one(labels), data.count)
     if inspect is not None:
         inspect(features, weights, labels)
     return accuracy(target_ranks(features, weights, labels), labels, data.class_names)
 
 
-def cached_class_weights(folder: Path, loaded, data: ClassificationSet, **encoding) -> Tensor:
+def cached_class_weights(folder: Path, loaded, extractor: FeatureExtractor, data: ClassificationSet) -> Tensor:
     """`class_weights` of a set, kept in `folder` for the same weights, tokens, precision and device.
 
     All ranks call it. One that finds nothing (a disk of its own) needs the others to compute.
     """
     tokens = loaded.tokenizer(prompts_of(data.class_names, data.templates))
-    device = torch.device(encoding["device"])
+    device = extractor.device
     known = f"{len(data.class_names)} {tuple(tokens.shape)} {device.type} {sorted(model_key(loaded).items())}".encode()
     key = hashlib.sha256(known + tokens.numpy().tobytes()).hexdigest()
     path = folder / "classes" / f"{key[:32]}.safetensors"
     found = _read_weights(path, len(data.class_names))
     if not max_over_ranks(torch.tensor(float(found is None), device=device)):
         return found
-    weights = class_weights(loaded.model, loaded.tokenizer, data.class_names, data.templates, **encoding)
+    weights = class_weights(extractor, data.class_names, data.templates)
     keep(path, encode_tensors({"weights": weights, "sha256": _digest(weights)}))
     return weights
 
@@ -140,7 +121,7 @@ def _notes(data: ClassificationSet, tokenizer: Callable) -> str:
     texts = prompts_of(data.class_names, data.templates)
     tokens = tokenizer(texts)
     notes = [data.note] if data.note else []
-    if cut := count_cut_texts(texts, tokens, tokenizer):
+    if cut := count_cut(texts, tokens, tokenizer):
         notes.append(f"{cut} of {len(texts)} prompts are longer than the context of {tokens.shape[1]}: cut")
     rows = tokens.view(len(data.class_names), -1)
     groups: dict[bytes, list[str]] = {}
@@ -163,19 +144,10 @@ def _evaluate(data: ClassificationSet, settings: ClassificationSettings, loaded,
         if settings.legacy:
             details["legacy"] = legacy_classification(features, weights, labels, data.name, len(data.class_names))
 
-    encoding = {"device": device, "batch_size": settings.batch_size, "autocast": AUTOCAST[loaded.precision]}
-    encoding |= {"progress": True}
-    weights = cached_class_weights(settings.cache_folder, loaded, data, **encoding)
-    metrics = evaluate_classification(
-        loaded.model,
-        data,
-        loaded.preprocess,
-        loaded.tokenizer,
-        workers=settings.workers,
-        weights=weights,
-        inspect=inspect,
-        **encoding,
-    )
+    work = {"batch_size": settings.batch_size, "workers": settings.workers}
+    extractor = FeatureExtractor.of(loaded, device, progress=True, **work)
+    weights = cached_class_weights(settings.cache_folder, loaded, extractor, data)
+    metrics = evaluate_classification(extractor, data, weights, inspect)
     return {
         "dataset": data.name,
         "status": "done",

@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from rwkv_clip.features import open_picture
+from rwkv_clip.data.image import open_picture
 from rwkv_clip.files import parse_json
 
 from . import prompts

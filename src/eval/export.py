@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, rank_and_size
-from rwkv_clip.features import encode_texts
+from rwkv_clip.data.retrieval_set import RetrievalSet
+from rwkv_clip.dist import rank_and_size
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import DamagedError, parse_json, write_whole
-from rwkv_clip.retrieval import RetrievalSet, caption_tokens, count_cut
 from rwkv_clip.serialization import encode_tensors, read_tensors
 
 from . import retrieval
@@ -163,20 +163,18 @@ def _captioned(
     settings: FeaturesSettings, data: RetrievalSet, loaded, device: torch.device
 ) -> tuple[dict, list[Features]]:
     """A retrieval set: pictures, and texts with the pictures that they belong to."""
-    tokens = caption_tokens(data, loaded.tokenizer, settings.prefix)
+    tokens, cut = data.tokenize(loaded.tokenizer, settings.prefix)
     names = list(map(str, data.image_names))
     items = [*names, *data.files]
     key = on_all_ranks(lambda: data_key(data.name, data.split, len(names), data.open, items), device)
     work = {"device": device, "batch_size": settings.batch_size, "workers": settings.workers}
     images = encode_cached(settings.cache_folder, loaded, key, data.open, len(names), **work)
-    common = {"device": device, "batch_size": settings.batch_size, "autocast": AUTOCAST[loaded.precision]}
-    texts = encode_texts(loaded.model, tokens, progress=True, **common)
+    texts = FeatureExtractor.of(loaded, device, progress=True).encode_tokens(tokens)
     owners = data.image_of_caption.tolist()
     image_rows = [{"image_id": name} for name in names]
     text_rows = [
         {"text_id": i, "text": data.caption_text(i), "image_ids": [names[owner]]} for i, owner in enumerate(owners)
     ]
-    cut = count_cut(data, tokens, loaded.tokenizer, settings.prefix)
     note = "; ".join(filter(None, [data.note, retrieval.cut_note(data, cut, loaded.tokenizer)]))
     about = {"dataset": data.name, "path": data.path, "split": data.split, "prefix": settings.prefix}
     about |= {"captions_cut": cut, "note": note}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rwkv_clip.metrics import ranks_of
+from rwkv_clip.metrics import tied_ranks
 
 MAX_ITERATIONS = 1000  # of L-BFGS, as in the CLIP paper (arXiv 2103.00020, appendix A.3)
 TOLERANCE = 1e-7  # largest entry of the mean loss's gradient in its scale; scikit-learn stops at 1e-4
@@ -39,7 +39,7 @@ class Classifier:
     def ranks(self, features: Tensor, labels: Tensor) -> Tensor:
         """Rank (from 0) of each sample's right class, int64 on the CPU; equal scores of other classes come first."""
         parts = _chunks(features, labels, self.weights)
-        ranks = [ranks_of(torch.addmm(self.bias, x, self.weights.T), label).cpu() for x, label in parts]
+        ranks = [tied_ranks(torch.addmm(self.bias, x, self.weights.T), label).cpu() for x, label in parts]
         return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 
 

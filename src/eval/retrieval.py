@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from rwkv_clip.dist import AUTOCAST
+from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.metrics import nearest_items, target_ranks
-from rwkv_clip.retrieval import RetrievalResult, RetrievalSet, evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 
 from .cache import on_all_ranks
 from .legacy import legacy_retrieval
@@ -23,25 +24,17 @@ SHOWN = 5  # pictures for each query of the gallery
 
 def load(settings: RetrievalSettings | FeaturesSettings, device: torch.device) -> RetrievalSet:
     """The set that `settings` name; all ranks call it."""
-    names = ("split", "image_root", "views", "allow_outside")
-    return on_all_ranks(lambda: load_retrieval(settings.data, **{n: getattr(settings, n) for n in names}), device)
+    names = ("split", "image_root", "allow_outside")
+    options = {"texts": settings.views, **{name: getattr(settings, name) for name in names}}
+    return on_all_ranks(lambda: load_retrieval(settings.data, **options), device)
 
 
 def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.device) -> Report:
     """Evaluate retrieval on `data` as `settings` say with a model of `load_for_inference`."""
     report = start_report("retrieval", settings, loaded, device)
-    result = evaluate_retrieval(
-        loaded.model,
-        data,
-        loaded.preprocess,
-        loaded.tokenizer,
-        device=device,
-        batch_size=settings.batch_size,
-        autocast=AUTOCAST[loaded.precision],
-        prefix=settings.prefix,
-        workers=settings.workers,
-        progress=True,
-    )
+    work = {"batch_size": settings.batch_size, "workers": settings.workers}
+    extractor = FeatureExtractor.of(loaded, device, progress=True, **work)
+    result = evaluate_retrieval(extractor, data, settings.prefix)
     name, legacy = settings.dataset or data.name, {}
     if settings.legacy:
         pairs = (result.image_features, result.text_features, data.image_of_caption)
@@ -68,7 +61,7 @@ def run(settings: RetrievalSettings, data: RetrievalSet, loaded, device: torch.d
 
 
 def cut_note(data: RetrievalSet, count: int, tokenizer) -> str:
-    """`count_cut` in words; nothing where none is cut."""
+    """How many captions are cut, in words; nothing where none is."""
     if not count:
         return ""
     which = f"{count} of {len(data.image_of_caption)} captions"
@@ -88,7 +81,7 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, path: Path, querie
     total = len(data.image_of_caption)
     chosen = torch.linspace(0, total - 1, min(queries, total)).round().long().unique()
     texts, owners = result.text_features[chosen], torch.from_numpy(data.image_of_caption)[chosen]
-    best = nearest_items(texts, result.image_features, SHOWN)
+    best, _ = nearest_items(texts, result.image_features, SHOWN)
     ranks = target_ranks(texts, result.image_features, owners)
     figure = Figure(figsize=(12.5, 1.9 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), SHOWN + 2, squeeze=False, width_ratios=[1.7, *[1] * (SHOWN + 1)])

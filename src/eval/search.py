@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_clip.dist import AUTOCAST, choose_device
-from rwkv_clip.features import encode_images, encode_texts, open_picture
+from rwkv_clip.data.image import open_picture
+from rwkv_clip.dist import choose_device
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
-from rwkv_clip.metrics import exact_features
-from rwkv_clip.retrieval import count_cut_texts
+from rwkv_clip.metrics import nearest_items
+from rwkv_clip.tokenizer import count_cut
 
 from .export import KINDS, Features, read_about, read_features
 from .report import markdown, new_folder
@@ -59,35 +60,8 @@ def run(settings: SearchSettings) -> list[Path]:
     return paths
 
 
-def nearest(
-    queries: Tensor, items: Tensor, count: int, device: str | torch.device = "cpu", chunk: tuple[int, int] = (256, 8192)
-) -> tuple[Tensor, Tensor]:
-    """Places (n, k) of the `count` best items for each query and their similarities, float64; k = min(count, items).
-
-    queries (n, d), items (m, d): vectors of length 1. Best first; of equal ones the earlier item is first. At most
-    `chunk` queries times items are compared at a time.
-    """
-    if queries.shape[-1] != items.shape[-1]:
-        raise ValueError(f"queries have {queries.shape[-1]} dimensions and items {items.shape[-1]}; give equal ones")
-    if not len(queries):
-        return torch.zeros(0, min(count, len(items)), dtype=torch.int64), torch.zeros(0, min(count, len(items)))
-    rows, columns = chunk
-    asked = [exact_features(part.to(device), "queries") for part in queries.split(rows)]
-    best = [(part.new_zeros(len(part), 0), part.new_zeros(len(part), 0, dtype=torch.int64)) for part in asked]
-    for start in range(0, len(items), columns):
-        part = exact_features(items[start : start + columns].to(device), "items")
-        for number, query in enumerate(asked):
-            old_scores, old_places = best[number]
-            scores, places = _best_of(query @ part.T, count, old_scores)
-            # Those found before come first, and a stable sort leaves it so: equal ones stay in order.
-            scores, order = _descending(torch.cat([old_scores, scores], 1), count)
-            best[number] = scores, torch.cat([old_places, places + start], 1).gather(1, order)
-    scores, places = (torch.cat(parts).cpu() for parts in zip(*best))
-    return places, scores
-
-
 def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -> tuple[Tensor, Tensor]:
-    """The same through a faiss index that `factory` describes; float32. A place of -1: it found fewer."""
+    """`nearest_items` through a faiss index that `factory` describes; float32. A place of -1: it found fewer."""
     try:
         import faiss
     except ImportError:
@@ -104,38 +78,12 @@ def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -
     return torch.from_numpy(places), torch.from_numpy(scores)
 
 
-def _best_of(similarity: Tensor, count: int, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and columns of each row's `count` best, best first, equal ones in order of column.
-
-    before: scores of earlier items, best first; where there are `count`, only better ones than the last are given.
-    topk may take any of equal ones, so it only says how good the last one is; then all that are as good are sorted.
-    """
-    if before.shape[1] == count:
-        wanted = similarity > before[:, -1:]
-    else:
-        wanted = similarity >= similarity.topk(min(count, similarity.shape[1]), dim=1).values[:, -1:]
-    row, column = torch.nonzero(wanted, as_tuple=True)
-    found = torch.bincount(row, minlength=len(similarity))
-    place = torch.arange(len(row), device=row.device) - (found.cumsum(0) - found)[row]
-    shape = (len(similarity), int(found.max()))
-    scores = similarity.new_full(shape, -torch.inf)
-    columns = torch.zeros(shape, dtype=torch.int64, device=row.device)
-    scores[row, place], columns[row, place] = similarity[row, column], column
-    scores, order = _descending(scores, count)
-    return scores, columns.gather(1, order)
-
-
-def _descending(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
-    return scores[:, :count], order[:, :count]
-
-
 def _search(
     settings: SearchSettings, way: str, queries: Features, stored: dict, device: torch.device
 ) -> tuple[Features, Tensor, Tensor]:
     items = _need(settings, stored, way, 1)
     if settings.index == EXACT:
-        return items, *nearest(queries.vectors, items.vectors, settings.k, device)
+        return items, *nearest_items(queries.vectors, items.vectors, settings.k, device)
     return items, *nearest_by_faiss(queries.vectors, items.vectors, settings.k, settings.index)
 
 
@@ -177,19 +125,17 @@ def _own_queries(settings: SearchSettings, about: dict, stored: dict, device) ->
     loaded = load_for_inference(checkpoint, model=model, device=str(device), precision=precision)
     if about and loaded.digest != about["checkpoint_sha256"]:
         raise ValueError(f"checkpoint: {checkpoint} is not what made {settings.features}; write the features again")
-    common = {"device": device, "autocast": AUTOCAST[precision]}
+    extractor = FeatureExtractor.of(loaded, device, workers=0)
     if settings.query:
         prefix = about.get("prefix", "") if settings.prefix is None else settings.prefix
         texts = [prefix + text for text in settings.query]
         tokens = loaded.tokenizer(texts)
-        if cut := count_cut_texts(texts, tokens, loaded.tokenizer):
+        if cut := count_cut(texts, tokens, loaded.tokenizer):
             print(f"{cut} queries are longer than the context of {tokens.shape[1]} tokens: cut", file=sys.stderr)
         rows = [{"text_id": text} for text in settings.query]
-        yield "text_to_image", Features("texts", encode_texts(loaded.model, tokens, **common), rows)
+        yield "text_to_image", Features("texts", extractor.encode_tokens(tokens), rows)
     if settings.picture:
-        vectors = encode_images(
-            loaded.model, lambda i: open_picture(paths[i]), len(paths), loaded.preprocess, workers=0, **common
-        )
+        vectors = extractor.encode_images(lambda i: open_picture(paths[i]), len(paths))
         yield "image_to_text", Features("images", vectors, [{"image_id": str(path)} for path in paths])
 
 

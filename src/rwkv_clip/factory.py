@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
-from .data.image import prepare, train_transform, val_transform
 from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
 from .models.specification import CLIP_PIXELS, ModelSpec, load_family
 from .models.two_tower import ModelConfig
 from .tokenizer import Tokenizer
+from .transform import prepare, train_transform, val_transform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Model = str | Path | dict[str, Any] | ModelSpec

@@ -1,11 +1,11 @@
 """Normalised float32 features of many pictures and texts, for validation during training and for evaluation.
 
-Their bits depend on the model, the device and the set, but not on batch size, ranks or threads. A product of 64 rows
-adds up in another order than one of 7 (in bfloat16 the third digit changes), so the model gets blocks of one shape
-only, the last filled up with its last row; ranks share out whole blocks; and where sums depend on the number of
-threads (a CPU), each thread computes blocks of its own instead of helping with one.
+Their bits depend on the model, the device and the set, but not on batch size, ranks or threads. A product of 64 rows is
+summed in another order than one of 7 (in bfloat16 the third digit changes), so the model only ever gets blocks of one
+shape, the last one filled up with its last row. Ranks share out whole blocks. Where sums depend on the number of
+threads (on a CPU), each thread computes blocks of its own instead of helping with one.
 
-Pictures are decoded ahead of the model by a few more threads (decoders release the interpreter lock).
+A few more threads decode pictures ahead of the model (decoders release the interpreter lock).
 """
 
 from __future__ import annotations
@@ -14,29 +14,161 @@ import contextlib
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from .data.image import ImageError, open_image
-from .dist import gather, max_over_ranks, rank_and_size
+from .dist import AUTOCAST, gather, max_over_ranks, rank_and_size
 
+if TYPE_CHECKING:
+    from .factory import Loaded
+
+CPU = torch.device("cpu")
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
-_NOTE = 1000  # bytes of an error that other ranks hear of
+_ERROR_BYTES = 1000  # of an error that the other ranks are sent
 
 
-def open_picture(source: bytes | Path, name: str | None = None) -> Image:
-    """A picture of an evaluation set as PIL RGB. ImageError names it: a figure needs every picture."""
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A model with all that it takes to encode pictures and texts. ValueError for a batch size below 1.
+
+    All ranks call its methods; each encodes its share of the blocks, and all get all features. A ValueError or OSError
+    of any rank is a ValueError on all of them. The model's training mode is restored.
+
+    model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: picture
+    -> float (3, h, w); tokenizer: texts -> int64 (n, context). Pictures are opened and preprocessed in `workers`
+    threads (0: none) up to `batch_size` pictures ahead of the model; no bit depends on either. progress: show a bar.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Image], Tensor]
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    device: torch.device = CPU  # its name does as well
+    batch_size: int = 64
+    autocast: torch.dtype | None = None  # None: off
+    workers: int = DECODE_WORKERS
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size}; use at least 1")
+        object.__setattr__(self, "device", torch.device(self.device))
+
+    @classmethod
+    def of(cls, loaded: Loaded, device: str | torch.device, **options: Any) -> FeatureExtractor:
+        """The extractor of what `load_for_inference` gave, in its precision; options: further fields."""
+        parts = loaded.model, loaded.preprocess, loaded.tokenizer
+        return cls(*parts, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
+
+    def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:
+        """Features (count, C) of the pictures open_one(0 .. count - 1), float32 on the CPU, of length 1.
+
+        A part of a set that starts at a multiple of `block_size(device)` has the bits that it has in the whole set.
+        """
+        size, dtype = block_size(self.device), _weight_dtype(self.model)
+        indices = [i for start in _own_starts(count, size) for i in range(start, min(start + size, count))]
+
+        def stack() -> Iterator[Tensor]:
+            ahead = read_ahead(lambda i: self.preprocess(open_one(i)), indices, self.workers, self.batch_size)
+            with contextlib.closing(ahead) as pictures:
+                while block := list(itertools.islice(pictures, size)):
+                    yield torch.stack(block)
+
+        def encode(block: Tensor) -> Tensor:
+            return self.model.encode_image(block.to(device=self.device, dtype=dtype), normalize=True)
+
+        return self._encode(encode, stack(), count, "images")
+
+    def encode_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
+        """Features (n, C) of token rows (n, T), float32 on the CPU, of length 1.
+
+        Equal rows are encoded once: less work, and equal texts tie exactly wherever they stand.
+        """
+        size = block_size(self.device)
+        distinct, place = np.unique(np.asarray(tokens), axis=0, return_inverse=True)
+        distinct, place = torch.from_numpy(distinct).to(torch.int64), torch.from_numpy(place.reshape(-1))
+
+        def encode(block: Tensor) -> Tensor:
+            return self.model.encode_text(block.to(self.device), normalize=True)
+
+        blocks = (distinct[start : start + size] for start in _own_starts(len(distinct), size))
+        features = self._encode(encode, blocks, len(distinct), "texts")
+        return features[place] if len(distinct) else features
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """`encode_tokens` of what the tokenizer makes of the texts."""
+        return self.encode_tokens(self.tokenizer(texts))
+
+    def _encode(self, encode: Callable[[Tensor], Tensor], blocks: Iterator[Tensor], count: int, unit: str) -> Tensor:
+        """Features of all ranks' blocks in order. `blocks`: those of this rank; the last one may be short."""
+        device, size, threads = self.device, block_size(self.device), torch.get_num_threads()
+        lanes = threads if device.type == "cpu" else 1
+        features, taken, problem = [], 0, None
+        rank, world = rank_and_size()
+
+        def counted() -> Iterator[Tensor]:
+            nonlocal taken
+            for block in blocks:
+                taken += 1
+                yield block
+
+        def run(block: Tensor) -> Tensor:
+            filled = torch.cat([block, block[-1:].expand(size - len(block), *block.shape[1:])])
+            # Normalised again in float32, as the model may have done it in half precision. Stays on the device: a copy
+            # would wait for it.
+            return nn.functional.normalize(encode(filled).float(), dim=-1)
+
+        torch.set_num_threads(1)
+        try:
+            with (
+                inference(self.model, device, self.autocast),
+                _bar(count, unit, self.progress and rank == 0) as bar,
+                contextlib.closing(blocks),
+            ):
+                for block in read_ahead(run, counted(), lanes if lanes > 1 else 0, lanes, self._enter_lane):
+                    features.append(block)
+                    bar.update(min(size * world, count - bar.n))
+        except (ValueError, OSError) as error:
+            problem = error
+        finally:
+            torch.set_num_threads(threads)
+        raise_together(problem, taken, device)
+        return _gather_blocks(features, count, size, device)
+
+    def _enter_lane(self) -> None:
+        """Prepare a thread that runs the model: these settings belong to a thread."""
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        # Not the context manager: leaving it in one thread would drop the weights that it has converted for all.
+        torch.set_autocast_enabled(self.device.type, self.autocast is not None)
+        if self.autocast is not None:
+            torch.set_autocast_dtype(self.device.type, self.autocast)
+
+
+def block_size(device: str | torch.device) -> int:
+    """Rows that the model gets at a time: fewer on a CPU, which few rows keep busy, so that little is filled up."""
+    return 16 if torch.device(device).type == "cpu" else 64
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module, device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode, no gradients, autocast to `autocast` (None: off); restores the model's mode.
+
+    no_grad and not inference_mode: a buffer cached inside the latter would break the next training step.
+    """
+    training = model.training
+    model.eval()
     try:
-        return open_image(source, name)
-    except ImageError as error:
-        words = f"{error}; an evaluation leaves nothing out: repair it or remove its entry"
-        raise ImageError(words, error.reason) from error
+        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            yield
+    finally:
+        model.train(training)
 
 
 def read_ahead(
@@ -44,8 +176,8 @@ def read_ahead(
 ) -> Iterator:
     """Yield read(key) in the order of keys; `workers` threads (0: none) prepare up to `ahead` results.
 
-    Each thread calls `enter` first. `keys` is read by the caller's thread, as results are taken.
-    An error of `read` is raised where its result would have come; what is still waiting is then dropped.
+    Each thread calls `enter` first. The caller's thread reads `keys`, as results are taken. An error of `read` is
+    raised where its result would have come; what is still waiting is then dropped.
     """
     if workers < 1:
         yield from map(read, keys)
@@ -63,148 +195,33 @@ def read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextlib.contextmanager
-def inference(model: nn.Module, device: torch.device, autocast: torch.dtype | None):
-    """Evaluation mode, no gradients, autocast to `autocast` (None: off); restores the model's mode.
+def raise_together(problem: Exception | None, at: int, device: torch.device) -> None:
+    """An error of any rank is one on all: a rank that went on alone would wait for the others for ever.
 
-    no_grad and not inference_mode: a buffer cached inside the latter would break the next training step.
+    at: how many blocks this rank has come to; the error of the first block is raised, as a ValueError if it is another
+    rank's. One that is neither a ValueError nor an OSError is raised by its own rank as it is.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            yield
-    finally:
-        model.train(training)
-
-
-def encode_images(
-    model: nn.Module,
-    open_one: Callable[[int], Image],
-    count: int,
-    preprocess: Callable,
-    *,
-    device: str | torch.device,
-    batch_size: int = 64,
-    autocast: torch.dtype | None = None,
-    workers: int = DECODE_WORKERS,
-    progress: bool = False,
-) -> Tensor:
-    """Features (count, C) of pictures open_one(0 .. count-1), float32 on the CPU, length 1, on every rank.
-
-    All ranks call it; each opens and encodes its share of the pictures. open_one(i) -> PIL picture, preprocess(PIL) ->
-    float tensor (3, h, w), both run in `workers` threads, while the model computes; model.encode_image(batch,
-    normalize=True) -> (B, C). batch_size: pictures that are ready beyond those under way; no bit depends on it.
-    A part of a set that starts at a multiple of `block_size(device)` has the bits that it has in the whole.
-    ValueError or OSError of any rank: a ValueError on all of them.
-    """
-    _check_batch_size(batch_size)
-    device, dtype, size = torch.device(device), _input_dtype(model), block_size(device)
-    keys = [i for block in _own_blocks(count, size) for i in range(block * size, min((block + 1) * size, count))]
-
-    def encode(batch: Tensor) -> Tensor:
-        return model.encode_image(batch.to(device=device, dtype=dtype), normalize=True)
-
-    def rows() -> Iterator[Tensor]:
-        with contextlib.closing(read_ahead(lambda i: preprocess(open_one(i)), keys, workers, batch_size)) as pictures:
-            while block := list(itertools.islice(pictures, size)):
-                yield torch.stack(block)
-
-    return _encode(model, encode, rows, count, "images", device, autocast, progress)
-
-
-def encode_texts(
-    model: nn.Module,
-    tokens: Tensor | np.ndarray,
-    *,
-    device: str | torch.device,
-    batch_size: int = 64,
-    autocast: torch.dtype | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Features (n, C) of token rows (n, T), float32 on the CPU, length 1; ranks share the work as above.
-
-    Equal rows are encoded once: less work, and equal captions tie exactly wherever they stand.
-    """
-    _check_batch_size(batch_size)
-    device, size = torch.device(device), block_size(device)
-    distinct, place = np.unique(np.asarray(tokens), axis=0, return_inverse=True)
-    distinct, place = torch.from_numpy(distinct).to(torch.int64), torch.from_numpy(place.reshape(-1))
-
-    def encode(batch: Tensor) -> Tensor:
-        return model.encode_text(batch.to(device), normalize=True)
-
-    def rows() -> Iterator[Tensor]:
-        return (distinct[block * size : (block + 1) * size] for block in _own_blocks(len(distinct), size))
-
-    features = _encode(model, encode, rows, len(distinct), "texts", device, autocast, progress)
-    return features[place] if len(distinct) else features
-
-
-def block_size(device: str | torch.device) -> int:
-    """Rows that the model gets at a time, always: small where few fill the processor, and the last block is short."""
-    return 16 if torch.device(device).type == "cpu" else 64
-
-
-def _own_blocks(count: int, size: int) -> range:
-    """Numbers of the blocks that this rank encodes, dealt out in turn."""
     rank, world = rank_and_size()
-    return range(rank, -(-count // size), world)
+    if world == 1:
+        if problem:
+            raise problem
+        return
+    note = torch.full((1 + _ERROR_BYTES,), -1, dtype=torch.int64)
+    if problem:
+        text = torch.tensor(list(str(problem).encode("utf-8", "backslashreplace")[:_ERROR_BYTES]), dtype=torch.int64)
+        note[0], note[1 : 1 + len(text)] = at * world + rank, text
+    notes = [note for note in gather(note.to(device)).view(world, -1).cpu() if note[0] >= 0]
+    if notes:
+        where, first = min((int(note[0]), note[1:]) for note in notes)
+        if problem and (where == at * world + rank or not isinstance(problem, (ValueError, OSError))):
+            raise problem
+        raise ValueError(bytes(first[first >= 0].tolist()).decode(errors="replace")) from problem
 
 
-def _encode(
-    model: nn.Module,
-    encode: Callable[[Tensor], Tensor],
-    rows: Callable[[], Iterator[Tensor]],
-    count: int,
-    unit: str,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    progress: bool,
-) -> Tensor:
-    """Features of all ranks' blocks in order. `rows` yields this rank's blocks; the last one may be short."""
-    size, threads = block_size(device), torch.get_num_threads()
-    lanes = threads if device.type == "cpu" else 1
-
-    def enter() -> None:
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-        # Not the context: leaving it in one thread would drop the weights that all have converted.
-        torch.set_autocast_enabled(device.type, autocast is not None)
-        if autocast is not None:
-            torch.set_autocast_dtype(device.type, autocast)
-
-    def run(block: Tensor) -> Tensor:
-        filled = torch.cat([block, block[-1:].expand(size - len(block), *block.shape[1:])])
-        # Length 1 in float32, also where the model normalised in half precision. On the device: a copy would wait.
-        return torch.nn.functional.normalize(encode(filled).float(), dim=-1)
-
-    features, taken, problem = [], 0, None
+def _own_starts(count: int, size: int) -> range:
+    """Where the blocks of this rank start; blocks are dealt out in turn."""
     rank, world = rank_and_size()
-
-    def counted() -> Iterator[Tensor]:
-        nonlocal taken
-        with contextlib.closing(rows()) as blocks:
-            for block in blocks:
-                taken += 1
-                yield block
-
-    torch.set_num_threads(1)
-    try:
-        with (
-            inference(model, device, autocast),
-            _bar(count, unit, progress and rank == 0) as bar,
-            contextlib.closing(counted()) as blocks,
-        ):
-            for block in read_ahead(run, blocks, lanes if lanes > 1 else 0, lanes, enter):
-                features.append(block)
-                bar.update(min(size * world, count - bar.n))
-    except (ValueError, OSError) as error:
-        problem = error
-    finally:
-        torch.set_num_threads(threads)
-    raise_together(problem, taken, device)
-    return _gather_blocks(features, count, size, device)
+    return range(rank * size, count, world * size)
 
 
 def _gather_blocks(features: list[Tensor], count: int, size: int, device: torch.device) -> Tensor:
@@ -222,41 +239,13 @@ def _gather_blocks(features: list[Tensor], count: int, size: int, device: torch.
     return gather(own).view(world, most, size, width).transpose(0, 1).reshape(-1, width)[:count].cpu()
 
 
-def raise_together(problem: Exception | None, at: int, device: torch.device) -> None:
-    """An error of any rank is one on all: who goes on alone would wait forever for the others.
-
-    at: how far this rank came; the error of the first block is raised, as a ValueError where it is another rank's. One
-    that is neither a ValueError nor an OSError is raised by its own rank as it is.
-    """
-    rank, world = rank_and_size()
-    if world == 1:
-        if problem:
-            raise problem
-        return
-    note = torch.full((1 + _NOTE,), -1, dtype=torch.int64)
-    if problem:
-        text = torch.tensor(list(str(problem).encode("utf-8", "backslashreplace")[:_NOTE]), dtype=torch.int64)
-        note[0], note[1 : 1 + len(text)] = at * world + rank, text
-    notes = [note for note in gather(note.to(device)).view(world, -1).cpu() if note[0] >= 0]
-    if notes:
-        where, first = min((int(note[0]), note[1:]) for note in notes)
-        if problem and (where == at * world + rank or not isinstance(problem, (ValueError, OSError))):
-            raise problem
-        raise ValueError(bytes(first[first >= 0].tolist()).decode(errors="replace")) from problem
-
-
-def _input_dtype(model: nn.Module) -> torch.dtype:
-    """The type of most weights: pictures follow a model cast as a whole; under autocast it is float32."""
+def _weight_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most weights: pictures follow a model cast as a whole; under autocast it is float32."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
             sizes[parameter.dtype] += parameter.numel()
     return sizes.most_common(1)[0][0] if sizes else torch.float32
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size}; use at least 1")
 
 
 def _bar(count: int, unit: str, progress: bool):

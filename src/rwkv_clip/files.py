@@ -37,7 +37,7 @@ class InUse(RuntimeError):
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, an error of the system that names no file, as those of writing do, names this one."""
+    """Give the name of this file to an OSError inside the block that has none, as those of writes do."""
     try:
         yield
     except OSError as error:
@@ -65,6 +65,28 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_whole` of JSON for people: indented, in UTF-8."""
     write_whole(path, [json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"])
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names of the files in `folder` onto the disk, so that they survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def new_folder(path: Path) -> Path:
+    """Make the folder `path`, or `path`-2, -3, ... where that exists already, and those above it; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -114,7 +136,7 @@ def find_below(folder: Path, name: str, outside: bool = False) -> Path | None:
     """The regular file `name` in `folder`; None where there is none.
 
     OutsideError where the path leads out of the folder (`..`, absolute, a link), unless `outside` allows that;
-    ValueError where the name cannot be looked for.
+    ValueError where the name cannot be looked up.
     """
     path = folder / name
     try:
@@ -123,12 +145,12 @@ def find_below(folder: Path, name: str, outside: bool = False) -> Path | None:
         if not outside and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
             raise OutsideError(f"{name!r} leads out of {folder}")
     except (OSError, RuntimeError) as error:  # too long, no permission, links in a circle
-        raise ValueError(f"{name[:80]!r} cannot be looked for ({error})") from None
+        raise ValueError(f"{name[:80]!r} cannot be looked up ({error})") from None
     return path
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files to what `count` more need, as far as the system lets it."""
+    """Raise this process's limit of open files, within what the system allows, so that `count` more can be opened."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -144,11 +166,11 @@ def allow_open_files(count: int) -> None:
 
 @contextlib.contextmanager
 def hold(lock: Path, what: str, remedy: str, keep: bool = False, shared: bool = False) -> Iterator[None]:
-    """Own `what` while inside, by the lock file `lock`. InUse, at once, when another process does.
+    """Own `what` inside the block, through the lock file `lock`. InUse, at once, when another process owns it.
 
     The lock is the kernel's (`lockf`): it ends with the process, however that ends, and processes forked from its owner
-    do not hold it. keep: the file stays, to say who owned it last. shared: others who share it may own it, too. A file
-    system without locks is worth a warning.
+    do not hold it. keep: leave the file there, to name the last owner. shared: other owners with `shared` are let in.
+    A file system without locks gets a warning.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     way = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -183,7 +205,7 @@ def hold(lock: Path, what: str, remedy: str, keep: bool = False, shared: bool = 
 
 
 def _is_shared(file: TextIO) -> bool:
-    """Whether another process has a lock on it, too; if not, this one's is exclusive from now on."""
+    """Whether another process has a lock on it as well; if not, this one's becomes exclusive."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

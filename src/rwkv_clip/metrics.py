@@ -1,9 +1,9 @@
-"""Retrieval recall and classification accuracy as pure functions, the same for training and evaluation.
+"""Ranks, nearest items, retrieval recall and classification accuracy as pure functions, for training and evaluation.
 
-Everything rests on one count: the rank of the right item of a query = the wrong items that are as similar or more.
-Ties count against the model, so one that says the same of everything finds nothing. Similarities are formed from
-features rounded to multiples of 2^-26, so a float64 sum of products of unit vectors is exact in any order: hit
-counts do not depend on chunk size, device, BLAS or the order of the items, and equal features tie exactly. The
+Everything rests on one count: the rank of a query's right item is the number of wrong items that are at least as
+similar. Ties count against the model, so one that gives the same answer to everything finds nothing. Similarities are
+formed from features rounded to multiples of 2^-26, so a float64 sum of products of unit vectors is exact in any order:
+hit counts do not depend on chunk size, device, BLAS or the order of the items, and equal features tie exactly. The
 rounding (7.5e-9 per coordinate) is finer than the float32 that features come in.
 """
 
@@ -41,40 +41,53 @@ def exact_features(features: Tensor, name: str = "features") -> Tensor:
     return torch.round(features * _GRID) / _GRID
 
 
-def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
-    """Rank (from 0) of item `targets[i]` among all `items` for query i, equal ones before it; int64 (n,) on the CPU.
+def tied_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """Rank (from 0) of column `targets[i]` in row i of scores (n, m): how many others have its score or more."""
+    return (scores >= scores.gather(1, targets[:, None])).sum(1) - 1
 
-    queries (n, d) and items (m, d) are normalised features, targets (n,) indices into items. Only `chunk`
-    rows of the similarity matrix exist at a time.
+
+def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+    """Rank (from 0) of item `targets[i]` among all `items` for query i, ties before it; int64 (n,) on the CPU.
+
+    queries (n, d) and items (m, d) are normalised features, targets (n,) indices into items. Only `chunk` rows of the
+    similarity matrix exist at a time.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk: {chunk}; use at least 1")
+    _check_chunk(chunk)
     if len(queries) != len(targets):
         raise ValueError(f"targets: {len(targets)} for {len(queries)} queries; give one target per query")
     if not len(queries):
         return torch.zeros(0, dtype=torch.int64)
     _check_indices("targets", targets, len(items))
     queries, items = exact_features(queries, "queries"), exact_features(items, "items")
-    if queries.shape[1] != items.shape[1]:
-        raise ValueError(f"queries have {queries.shape[1]} dimensions and items {items.shape[1]}; give equal ones")
+    _check_widths(queries, items)
     items, targets = items.to(queries.device), targets.to(queries.device)
-    parts = zip(queries.split(chunk), targets.split(chunk))
-    return torch.cat([ranks_of(query @ items.T, target) for query, target in parts]).cpu()
+    chunks = zip(queries.split(chunk), targets.split(chunk))
+    return torch.cat([tied_ranks(query @ items.T, target) for query, target in chunks]).cpu()
 
 
-def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
-    """Rank (from 0) of column `targets[i]` in row i of scores (n, m): columns with its score or more, but itself."""
-    return (scores >= scores.gather(1, targets[:, None])).sum(1) - 1
+def nearest_items(
+    queries: Tensor, items: Tensor, count: int, device: str | torch.device = "cpu", chunk: tuple[int, int] = (256, 8192)
+) -> tuple[Tensor, Tensor]:
+    """Indices (n, k) of the `count` best items of each query and their similarities, float64; k = min(count, items).
 
-
-def nearest_items(queries: Tensor, items: Tensor, count: int) -> Tensor:
-    """Indices of each query's `count` best items, best first, equal ones in index order; int64 (n, count).
-
-    An order for people to look at; what counts as found is a question of ranks.
+    queries (n, d), items (m, d): normalised features. Best first, ties in the order of the items; on the CPU. Computed
+    on `device`, `chunk` queries x items at a time. An order to look at; what counts as found is a question of ranks.
     """
-    queries, items = exact_features(queries, "queries"), exact_features(items, "items")
-    order = torch.sort(queries @ items.to(queries.device).T, dim=1, descending=True, stable=True).indices
-    return order[:, :count].cpu()
+    _check_widths(queries, items)
+    rows, columns = chunk
+    asked = [exact_features(part.to(device), "queries") for part in queries.split(rows)]
+    best = [(part.new_zeros(len(part), 0), part.new_zeros(len(part), 0, dtype=torch.int64)) for part in asked]
+    for start in range(0, len(items), columns):
+        part = exact_features(items[start : start + columns].to(device), "items")
+        for i, (query, (scores, places)) in enumerate(zip(asked, best)):
+            tile = query @ part.T
+            found = _best_columns(tile, count)
+            # Earlier items come first, and a stable sort keeps them before equal ones.
+            scores, order = torch.cat([scores, tile.gather(1, found)], 1).sort(dim=1, descending=True, stable=True)
+            places = torch.cat([places, found + start], 1).gather(1, order)
+            best[i] = scores[:, :count], places[:, :count]
+    scores, places = (torch.cat(parts).cpu() for parts in zip(*best))
+    return places, scores
 
 
 def retrieval_ranks(
@@ -85,25 +98,23 @@ def retrieval_ranks(
     image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs
     to. An image may have any number of captions and ranks as the best of them does among the captions of others. An
     image without a caption is a candidate for text -> image but no query: the first result has one entry per image
-    that has captions, in order. Of the similarity matrix, a tile of `chunk` captions x 16 `chunk` images exists at a
+    that has captions, in order. A tile of `chunk` captions x 16 `chunk` images of the similarity matrix exists at a
     time.
 
-    NOTE(parity): two pictures with one and the same caption tie on it by construction, and neither has it to itself;
-    clip_benchmark leaves the order of equal captions to torch.topk.
+    NOTE(parity): two images with the same caption tie on it, so neither finds it at rank 0; clip_benchmark leaves the
+    order of equal captions to torch.topk.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk: {chunk}; use at least 1")
+    _check_chunk(chunk)
     owner = torch.as_tensor(image_of_caption, dtype=torch.int64).cpu()
     if len(owner) != len(text):
         raise ValueError(f"image_of_caption: {len(owner)} entries for {len(text)} captions; give one per caption")
     _check_indices("image_of_caption", owner, len(image))
     image, text = exact_features(image, "image"), exact_features(text, "text")
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"image has {image.shape[1]} dimensions and text {text.shape[1]}; give equal ones")
+    _check_widths(text, image, "captions", "images")
     owner, text = owner.to(image.device), text.to(image.device)
     own = _own_similarity(image, text, owner)
     best = own.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")
-    # The right items are as similar as themselves: an image's captions that are its best, and a caption's one image.
+    # Below, right items count as well, so they are taken off first: an image's best captions, a caption's one image.
     of_image = -torch.bincount(owner[own == best[owner]], minlength=len(image))
     of_text = torch.full_like(owner, -1)
     # Each tile of the similarity matrix exists once and serves both directions.
@@ -116,7 +127,7 @@ def retrieval_ranks(
 
 
 def recall_hits(ranks: Tensor, ks: Sequence[int] = RECALL_AT) -> dict[int, int]:
-    """How many queries have their right item among the first k, for each k; k beyond the items counts all."""
+    """How many queries have their right item among the first k, for each k; a k beyond the items counts all."""
     for k in ks:
         if k < 1:
             raise ValueError(f"k: {k}; recall at k needs k >= 1")
@@ -184,13 +195,38 @@ def accuracy(ranks: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[
     }
 
 
+def _best_columns(scores: Tensor, count: int) -> Tensor:
+    """Columns (n, k) of each row's `count` best, ascending; of equal ones the first; k = min(count, columns).
+
+    topk may take any of equal ones, so it only says which score is still good enough.
+    """
+    count = min(count, scores.shape[1])
+    last = scores.topk(count, dim=1).values[:, -1:]
+    found = (scores >= last).nonzero()
+    if len(found) > count * len(scores):  # ties at the last score
+        better, equal = scores > last, scores == last
+        found = (better | (equal & (equal.cumsum(1) <= count - better.sum(1, keepdim=True)))).nonzero()
+    return found[:, 1].view(len(scores), count)
+
+
 def _own_similarity(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
-    """Similarity of every caption with its own picture, in slices: all owners at once would double the features."""
+    """Similarity of every caption with its own image, in slices: all owners at once would double the features."""
     return torch.cat([(image[o] * t).sum(1) for o, t in zip(owner.split(4096), text.split(4096))])
 
 
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise ValueError(f"chunk: {chunk}; use at least 1")
+
+
+def _check_widths(queries: Tensor, items: Tensor, asking: str = "queries", asked: str = "items") -> None:
+    if queries.shape[-1] != items.shape[-1]:
+        widths = f"{asking} have {queries.shape[-1]} dimensions and {asked} {items.shape[-1]}"
+        raise ValueError(f"{widths}; give features of one width")
 
 
 def _check_indices(name: str, indices: Tensor, count: int) -> None:

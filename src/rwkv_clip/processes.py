@@ -1,4 +1,4 @@
-"""An ordered map over worker processes with a bounded number of items under way.
+"""An ordered map over worker processes with a bounded number of items in flight.
 
 No worker outlives its parent, however that ends, and none goes on for longer than one item when it stops.
 """
@@ -37,7 +37,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
         return
     items = iter(items)
     waiting: deque = deque()
-    # spawn: a fork of a process that has threads (torch's, tqdm's) may stand still
+    # spawn: a fork of a process that has threads (torch's, tqdm's) may hang
     context = get_context("spawn")
     _start_tracker()
     ended, ending = context.Pipe(duplex=False)
@@ -75,8 +75,8 @@ def follow_parent(number: signal.Signals) -> None:
 
 
 def _start_tracker() -> None:
-    """Start multiprocessing's tracker deaf to SIGHUP, which a terminal that closes sends to all: it has to outlive this
-    process, and then ends by itself. To SIGINT and SIGTERM it is deaf already."""
+    """Start multiprocessing's tracker with SIGHUP blocked, which a closing terminal sends to all: it must outlive this
+    process, and then ends by itself. It ignores SIGINT and SIGTERM already."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         resource_tracker.ensure_running()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -64,3 +64,16 @@ def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
     if name != CLIP_BPE:
         raise ValueError(f"tokenizer: {name!r} is not known; known: {CLIP_BPE!r}")
     return Tokenizer(name, _encode_clip, _clip_bpe().vocab_size, context)
+
+
+def count_cut(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -> int:
+    """How many of the texts have more tokens than fit into the rows (n, context) that the tokenizer made of them.
+
+    0 for a tokenizer that is none of ours and cannot be asked for a longer context.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        return 0
+    longer = tokens.shape[1] + 1
+    padding = tokenizer("", longer)[0, -1]
+    full = torch.nonzero(tokens[:, -1] != padding).flatten().tolist()
+    return int((tokenizer([texts[i] for i in full], longer)[:, -1] != padding).sum())

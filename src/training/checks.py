@@ -35,8 +35,8 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
     That tell the side file and some records; each record read later is held against the same vocabulary."""
     tokenizer, vocab = spec.tokenizer(), spec.vocabulary
     problems = []
-    if texts is not None and len(records.views) < texts:
-        held = f"{len(records.views)} ({', '.join(records.views)})"
+    if texts is not None and len(records.text_names) < texts:
+        held = f"{len(records.text_names)} ({', '.join(records.text_names)})"
         problems.append(
             f"{path}: texts an image: {held}, --texts asks for {texts}; build records with more, or ask for fewer"
         )
@@ -71,14 +71,14 @@ def check_objective(name: str, objective: Objective) -> None:
 
 def check_texts(records: RecordSet, settings: Settings, objective: Objective) -> None:
     """ConfigError when the objective compares another number of texts per image than it would get."""
-    held, choice = min(len(records.views), settings.data.texts or len(records.views)), settings.data.text_choice
-    given = held if choice == "all" else 1
+    names, choice = records.text_names[: settings.data.texts], settings.data.text_choice
+    given = len(names) if choice == "all" else 1
     if objective.texts not in (None, given):
         raise ConfigError(
             [
                 f"objective: {settings.loss.objective} compares {objective.texts} texts of an image, but --text-choice "
-                f"{choice} and texts {', '.join(records.views[:held])} give it {given}; use --text-choice all --texts "
-                f"{objective.texts}, and records of as many"
+                f"{choice} and texts {', '.join(names)} give it {given}; use --text-choice all "
+                f"--texts {objective.texts}, and records of as many"
             ]
         )
 

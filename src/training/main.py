@@ -23,15 +23,17 @@ import tyro
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
 from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, autocast_dtype, fix_arithmetic, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
 from rwkv_clip.losses import Objective, make_objective
 from rwkv_clip.models.freezing import freeze_parameters
 from rwkv_clip.models.specification import ModelSpec
-from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
 from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights
@@ -108,16 +110,9 @@ def make_validator(
             if not world.is_main:
                 return {}
             with single_process():
-                metrics = evaluate_retrieval(
-                    net,
-                    pairs,
-                    preprocess,
-                    tokenizer,
-                    device=world.device,
-                    batch_size=parallel.batch_size,
-                    autocast=autocast_dtype(parallel.precision, world.device),
-                    prefix=data.val_prefix,
-                ).metrics
+                autocast = autocast_dtype(parallel.precision, world.device)
+                extractor = FeatureExtractor(net, preprocess, tokenizer, world.device, parallel.batch_size, autocast)
+                metrics = evaluate_retrieval(extractor, pairs, data.val_prefix).metrics
         return {key: value for key, value in metrics.items() if isinstance(value, float)}
 
     return validate

@@ -22,13 +22,14 @@ import torch
 import tyro
 
 from rwkv_clip.config import ConfigError, check, ranged
-from rwkv_clip.data.image import ImageError, normalize
+from rwkv_clip.data.image import ImageError
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import create_model, resolve_spec
 from rwkv_clip.losses import make_objective
+from rwkv_clip.transform import normalize
 
 from .checks import check_records
 from .data import make_loader

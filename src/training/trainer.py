@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rwkv_clip.data.image import normalize
+from rwkv_clip.transform import normalize
 
 from .data.augment import draw_drops, draw_texts
 from .data.batch import Batch

@@ -25,11 +25,12 @@ from models import make_open_clip
 from PIL import Image
 from torch import Tensor, nn
 
-from rwkv_clip.data.image import val_transform
-from rwkv_clip.features import DECODE_WORKERS
+from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
+from rwkv_clip.features import DECODE_WORKERS, FeatureExtractor
 from rwkv_clip.metrics import RECALL_AT, recall_at_k
-from rwkv_clip.retrieval import RetrievalSet, evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import evaluate_retrieval
 from rwkv_clip.tokenizer import make_tokenizer
+from rwkv_clip.transform import val_transform
 
 PEER = "clip_benchmark"
 WORDS = ("a", "dog", "two", "children", "in", "snow", "red", "ball", "man", "on", "bicycle", "water", "runs")
@@ -94,7 +95,7 @@ def measure_evaluation(report: Report, args, folder: Path) -> None:
     preprocess = val_transform(model.visual.image_size)
 
     def ours() -> dict:
-        return evaluate_retrieval(model, data, preprocess, tokenizer, device=args.device).metrics
+        return evaluate_retrieval(FeatureExtractor(model, preprocess, tokenizer, args.device), data).metrics
 
     contenders = {"ours": ours}
     if has_peer():

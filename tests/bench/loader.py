@@ -27,11 +27,11 @@ import torch
 from harness import Report, argument_parser, synchronize
 from PIL import Image, ImageOps
 
-from rwkv_clip.data.image import CLIP_MEAN, CLIP_STD, normalize
 from rwkv_clip.data.records import Header, RecordSet, RecordWriter, pack
 from rwkv_clip.training.data import make_loader
 from rwkv_clip.training.data.batch import Plan
 from rwkv_clip.training.settings import DataSettings
+from rwkv_clip.transform import CLIP_MEAN, CLIP_STD, normalize
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 88, 224
 CHECKED = 64  # pictures compared with PIL's

@@ -38,11 +38,13 @@ from harness import ROOT, Report, argument_parser
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import parse, to_dict
 from rwkv_clip.data.build import build_records
+from rwkv_clip.data.image import open_picture
 from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.factory import create_model, load_for_inference
-from rwkv_clip.features import encode_images, encode_texts, open_picture
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.losses import make_objective
-from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import evaluate_retrieval
 from rwkv_clip.training.main import run as train
 from rwkv_clip.training.settings import Settings, load_settings
 
@@ -99,7 +101,7 @@ def write_records(data: Path, work: Path, share: float, seed: int) -> Path:
         str(source),
         str(folder / f"train-{seed}"),
         images=str(root if root.is_dir() else data.parent),
-        views=("raw", "synthetic"),
+        texts=("raw", "synthetic"),
         context=32,
         max_side=SIDE,
         overwrite=True,
@@ -133,9 +135,8 @@ def run_method(task: tuple[argparse.Namespace, str, int]) -> dict:
         train(settings)
     seconds = time.monotonic() - started
     loaded = load_for_inference(folder, device=args.device)
-    parts = loaded.preprocess, loaded.tokenizer
     tested = evaluate_retrieval(
-        loaded.model, load_retrieval(args.data, split="test"), *parts, device=args.device
+        FeatureExtractor.of(loaded, args.device), load_retrieval(args.data, split="test")
     ).metrics
     result = {"method": label, "seed": seed, "seconds": round(seconds, 1), "settings": kept_settings(args, settings)}
     result |= tested
@@ -175,15 +176,10 @@ def measure_gates(settings: Settings, loaded, folder: Path, args: argparse.Names
     """Weights that the trained gates give clean and swapped training pairs: means and area."""
     records = RecordSet(settings.data.train_data)
     swapped = np.array(json.loads((args.work / "data" / f"swapped-{settings.run.seed}.json").read_text()))
-    images = encode_images(
-        loaded.model,
-        lambda i: open_picture(records.sample(i)[0]),
-        len(records),
-        loaded.preprocess,
-        device=args.device,
-    )
+    extractor = FeatureExtractor.of(loaded, args.device)
+    images = extractor.encode_images(lambda i: open_picture(records.sample(i)[0]), len(records))
     tokens = np.stack([records.sample(i)[1] for i in range(len(records))])  # (n, 2, T)
-    texts = encode_texts(loaded.model, tokens.reshape(-1, records.context), device=args.device)
+    texts = extractor.encode_tokens(tokens.reshape(-1, records.context))
     objective = make_objective(settings.loss).eval()
     saved = read_tensors(find_checkpoint(folder) / "optim.safetensors")["objective/mean_similarity"]
     objective.load_state_dict({"mean_similarity": saved})
@@ -210,7 +206,8 @@ def measure_untrained(args: argparse.Namespace, seed: int) -> dict[str, dict[str
     tokens = np.stack([records.sample(i)[1] for i in range(len(records))])
     for model in (VIT, RWKV):
         torch.manual_seed(seed)
-        texts = encode_texts(create_model(model).eval(), tokens.reshape(-1, records.context), device=args.device)
+        extractor = FeatureExtractor(create_model(model), None, None, args.device)
+        texts = extractor.encode_tokens(tokens.reshape(-1, records.context))
         raw, synthetic = texts.view(len(records), 2, -1).unbind(1)
         similarity = torch.nn.functional.cosine_similarity(raw, synthetic).numpy()
         found[f"S_tc of an untrained {model}"] = compare(similarity, swapped)

@@ -21,7 +21,7 @@ def data(tmp_path_factory):
     rows = (folder / "all.jsonl").read_text()
     (folder / "other.jsonl").write_text(rows.replace("stripes 3", "dots 3"))
     build_records(
-        str(folder / "other.jsonl"), str(folder / "other"), views=("raw", "synthetic", "generated"), context=8
+        str(folder / "other.jsonl"), str(folder / "other"), texts=("raw", "synthetic", "generated"), context=8
     )
     model = Path(settings["model"]).read_text()
     Path(settings["model"]).with_name("narrow.json").write_text(model.replace("64}}", "60}}"))

@@ -16,7 +16,7 @@ from helpers.ranks import run_ranks
 from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.eval.classification import evaluate_classification
 from rwkv_clip.eval.datasets import ClassificationSet
-from rwkv_clip.features import block_size, encode_images, encode_texts
+from rwkv_clip.features import FeatureExtractor, block_size
 
 SAMPLES, SIZE = 1003, 16  # 1003: prime to nearly everything, so blocks and ranks have rests
 CLASSES = ["cup", "oak", "ant", "bus", "sky", "pea", "fox", "hat", "key", "jam", "owl"]
@@ -65,14 +65,14 @@ def evaluate(folder: str, autocast: torch.dtype | None, batches: tuple[int, ...]
     model = Sensitive()
     torch.set_num_threads(threads)
     for batch_size in batches:
-        work = {"device": "cpu", "batch_size": batch_size, "autocast": autocast}
+        extractor = FeatureExtractor(model, preprocess, tokenize, batch_size=batch_size, autocast=autocast)
         name = f"{world.size}-{batch_size}-{world.rank}-{threads}"
 
         def keep(features, weights, labels, name=name):
             for kind, found in (("features", features), ("weights", weights), ("labels", labels)):
                 np.save(f"{folder}/{kind}-{name}.npy", found.numpy())
 
-        metrics = evaluate_classification(model, make_set(), preprocess, tokenize, inspect=keep, **work)
+        metrics = evaluate_classification(extractor, make_set(), inspect=keep)
         Path(folder, f"counts-{name}").write_text(json.dumps(metrics))
     assert torch.get_num_threads() == threads, "the caller's number of threads is as it was"
     leave_world()
@@ -135,8 +135,9 @@ def share(folder: str, count: int) -> None:
         opened.append(index)
         return index
 
-    found = encode_images(model, open_one, count, numbered, device="cpu", workers=0)
-    texts = encode_texts(model, torch.arange(min(count, 7))[:, None] % 3, device="cpu")
+    extractor = FeatureExtractor(model, numbered, ColorTokenizer(), workers=0)
+    found = extractor.encode_images(open_one, count)
+    texts = extractor.encode_tokens(torch.arange(min(count, 7))[:, None] % 3)
     place = f"{folder}/{count}-{world.size}-{world.rank}"
     Path(f"{place}.json").write_text(json.dumps([opened, model.rows]))
     np.save(f"{place}.npy", found.numpy())
@@ -171,7 +172,7 @@ def fail(folder: str, bad: tuple[int, ...]) -> None:
         return Image.new("RGB", (4, 4), COLORS["red"]), index * 7 % len(CLASSES)
 
     with pytest.raises(ValueError) as error:
-        evaluate_classification(ColorModel(), make_set(read, 100), preprocess, ColorTokenizer())
+        evaluate_classification(FeatureExtractor(ColorModel(), preprocess, ColorTokenizer()), make_set(read, 100))
     Path(folder, f"{world.size}-{world.rank}").write_text(str(error.value))
     leave_world()
 

@@ -22,9 +22,11 @@ from helpers.ranks import digest, run_ranks
 from helpers.tiny import MODEL, make_smaller, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint, read_description
 from rwkv_clip.config import ConfigError, parse
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.dist import World, join_world, leave_world, mean_over_ranks
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.losses import InfoNCE
-from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import evaluate_retrieval
 from rwkv_clip.training import loop, main, parallel
 from rwkv_clip.training.checkpointing import restore_snapshot, save_run, take_snapshot
 from rwkv_clip.training.data.batch import Batch
@@ -352,9 +354,8 @@ def test_a_run_that_is_told_to_stop(tmp_path):
         outcomes.append((digest(find_checkpoint(folder)), metrics))
     assert outcomes[0] == outcomes[1] and sum("val_mean_recall" in m for m in outcomes[0][1]) == 3
     loaded = rwkv_clip.load_for_inference(tmp_path / "logs" / "whole")
-    found = evaluate_retrieval(
-        loaded.model, load_retrieval(data["val_data"]), loaded.preprocess, loaded.tokenizer, batch_size=4
-    ).metrics
+    extractor = FeatureExtractor.of(loaded, torch.device("cpu"), batch_size=4)
+    found = evaluate_retrieval(extractor, load_retrieval(data["val_data"])).metrics
     assert found["mean_recall"] == outcomes[0][1][-1]["val_mean_recall"], "what the main rank saw is what was saved"
 
 

@@ -16,10 +16,9 @@ from PIL import Image
 
 from helpers.pictures import picture
 from helpers.sources import add_member, contents, make_rows, save_images, save_jsonl
-from rwkv_clip.data import build as builder
-from rwkv_clip.data import encode
+from rwkv_clip.data import encode, plan, recordio
 from rwkv_clip.data.build import build_records
-from rwkv_clip.data.recordio import RecordFile, RecordWriter, unpack
+from rwkv_clip.data.recordio import RecordFile, unpack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.errors import explain
 
@@ -278,13 +277,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, when, shard_si
     make_set(tmp_path)
     build(tmp_path, shard_size)
     before, calls = contents(tmp_path / "out" / "t"), []
-    owner, name = (builder, "write_json") if when == "side file" else (RecordWriter, when.split()[0])
+    step, _, number = when.partition(" ")
+    owner, name = {"write": (recordio, "_parts"), "flush": (os, "fsync"), "side": (recordio, "write_json")}[step]
     original = getattr(owner, name)
 
     def fail(*arguments):
         calls.append(arguments)
-        if len(calls) == int(when[-1] if name == "write" else 1):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/t" if owner is builder else None)
+        if len(calls) == int(number if step == "write" else 1):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/t" if step == "side" else None)
         return original(*arguments)
 
     monkeypatch.setattr(owner, name, fail)
@@ -362,4 +362,4 @@ def test_a_tag_that_nobody_can_read_is_no_tag(tmp_path):
     data = TINY[:2] + b"\xff\xe1\x00\x12Exif\0\0II*\0\xff\xff\xff\xff" + b"\0\0" + TINY[2:]
     (tmp_path / "a.jpg").write_bytes(data)
     build_records(save_jsonl(tmp_path / "c.jsonl", [{"image": "a.jpg", "raw": "a"}]), str(tmp_path / "t"))
-    assert RecordSet(tmp_path / "t").sample(0)[0] == data and builder.RULES == 2
+    assert RecordSet(tmp_path / "t").sample(0)[0] == data and plan.RULES == 2

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from helpers.pictures import encode, paint
-from rwkv_clip.data.image import ImageError, inspect_image, open_image, val_transform
+from rwkv_clip.data.image import ImageError, inspect_image, open_image
 from rwkv_clip.training.data.samples import Crop, Sample, decode_windows, fit_pixels
+from rwkv_clip.transform import val_transform
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 

@@ -46,7 +46,7 @@ def make_tiny(folder: Path) -> dict[str, str]:
     build_records(
         str(folder / "all.jsonl"),
         str(folder / "train"),
-        views=("raw", "synthetic", "generated"),
+        texts=("raw", "synthetic", "generated"),
         context=8,
         workers=1,
     )

@@ -14,9 +14,9 @@ from PIL import Image
 
 import rwkv_clip
 from rwkv_clip.checkpoint import save_checkpoint
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.eval import bridge
 from rwkv_clip.eval.main import main
-from rwkv_clip.retrieval import load_retrieval
 
 NEEDED = ("clip_benchmark", "pycocoevalcap", "requests", "sklearn", "transformers")
 absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]

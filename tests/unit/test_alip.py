@@ -46,8 +46,8 @@ def data(tmp_path_factory):
     made = make_smaller(make_tiny(folder))
     lines = (folder / "all.jsonl").read_text().splitlines(keepends=True)
     (folder / "few.jsonl").write_text("".join(lines[:BATCH]))
-    for views in (("raw",), ("raw", "synthetic")):
-        build_records(str(folder / "few.jsonl"), str(folder / f"texts{len(views)}"), views=views, context=8, workers=1)
+    for texts in (("raw",), ("raw", "synthetic")):
+        build_records(str(folder / "few.jsonl"), str(folder / f"texts{len(texts)}"), texts=texts, context=8, workers=1)
     quiet = {"val_data": None, "max_steps": STEPS, "save_every_n_steps": 1, "keep_checkpoints": 99, "lr": 3e-3}
     return made | quiet
 

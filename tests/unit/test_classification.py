@@ -17,6 +17,7 @@ from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import datasets, prompts
 from rwkv_clip.eval.classification import cached_class_weights, class_weights, evaluate_classification
 from rwkv_clip.eval.datasets import KNOWN, MissingData, load_classification
+from rwkv_clip.features import FeatureExtractor
 
 
 @pytest.fixture
@@ -27,13 +28,17 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+def extractor(model=None, **changes) -> FeatureExtractor:
+    return FeatureExtractor(model or ColorModel(), preprocess, ColorTokenizer(), **changes)
+
+
 def evaluate(data, **changes):
-    return evaluate_classification(ColorModel(), data, preprocess, ColorTokenizer(), **changes)
+    return evaluate_classification(extractor(**changes), data)
 
 
 def test_class_weight_is_the_normalised_mean_of_normalised_texts():
     model, names = ColorModel(), ["red", "blue"]
-    weights = class_weights(model, ColorTokenizer(), names, ["{}", "{} white", "green and {}"], device="cpu")
+    weights = class_weights(extractor(model), names, ["{}", "{} white", "green and {}"])
     for weight, name in zip(weights, names):
         texts = ColorTokenizer()([name, f"{name} white", f"green and {name}"])
         mean = torch.nn.functional.normalize(model.encode_text(texts), dim=-1).mean(0)
@@ -72,8 +77,8 @@ def test_close_logits_stay_apart(folder):
             return torch.nn.functional.normalize(features * 1e-3 + torch.ones(3), dim=-1)
 
     data = load_classification("imagefolder", folder)
-    exact = evaluate_classification(Close(), data, preprocess, ColorTokenizer())
-    weights = class_weights(Close(), ColorTokenizer(), data.class_names, data.templates, device="cpu")
+    exact = evaluate_classification(extractor(Close()), data)
+    weights = class_weights(extractor(Close()), data.class_names, data.templates)
     pictures = torch.stack([preprocess(data.read(i)[0]) for i in range(data.count)])
     logits = Close().encode_image(pictures, normalize=True).double() @ weights.double().T
     labels = torch.tensor([data.read(i)[1] for i in range(data.count)])
@@ -289,13 +294,13 @@ def test_class_embeddings_are_kept_by_checkpoint_names_and_templates(folder, tmp
 
     def weights(run=run, data=data, **changes):
         before = len(run.model.calls)
-        found = cached_class_weights(tmp_path / "cache", run, data, **{"device": "cpu"} | changes)
+        found = cached_class_weights(tmp_path / "cache", run, FeatureExtractor.of(run, "cpu", **changes), data)
         return found, len(run.model.calls) > before
 
     first, encoded = weights()
     again, encoded_again = weights(batch_size=3)
     assert torch.equal(first, again) and (encoded, encoded_again) == (True, False)
-    fresh = class_weights(run.model, run.tokenizer, data.class_names, data.templates, device="cpu")
+    fresh = class_weights(FeatureExtractor.of(run, "cpu"), data.class_names, data.templates)
     assert torch.equal(first, fresh)
     others = [
         {"data": replace(data, templates=("{}", "white and {}"))},

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib.util
 import io
 import json
 import subprocess
@@ -15,11 +16,12 @@ from PIL import Image
 
 from helpers.pictures import picture
 from helpers.sources import TEXTS, add_member, contents, make_rows, save_images, save_jsonl
-from rwkv_clip.data import build
+from rwkv_clip.data import build, recordio
 from rwkv_clip.data.build import build_records, verify_records
-from rwkv_clip.data.fields import Condition, Views
+from rwkv_clip.data.fields import Condition, Texts
 from rwkv_clip.data.records import RecordError, RecordFile, RecordSet, find_record_files, unpack
-from rwkv_clip.data.sources import Source, SourceError, list_inputs
+from rwkv_clip.data.rows import SourceError
+from rwkv_clip.data.sources import Source
 from rwkv_clip.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,19 +34,19 @@ def manifest(tmp_path) -> str:
     return save_jsonl(tmp_path / "captions.jsonl", make_rows(6))
 
 
-def check_standard(prefix, count: int = 6, views=TEXTS) -> None:
+def check_standard(prefix, count: int = 6, names=TEXTS) -> None:
     """The records are those of make_rows: pictures byte for byte, tokens of every view in order."""
     records, tokenizer = RecordSet(prefix), make_tokenizer()
-    assert (len(records), records.views, records.tokenizer, records.vocab_size) == (
+    assert (len(records), records.text_names, records.tokenizer, records.vocab_size) == (
         count,
-        views,
+        names,
         "clip-bpe",
         49408,
     )
     for i in range(count):
         image, tokens = records.sample(i)
         assert image == picture(i)
-        assert (tokens == tokenizer([f"{view} text {i}" for view in views]).numpy()).all()
+        assert (tokens == tokenizer([f"{view} text {i}" for view in names]).numpy()).all()
 
 
 # ---- kinds of input
@@ -53,7 +55,7 @@ def check_standard(prefix, count: int = 6, views=TEXTS) -> None:
 def test_jsonl(manifest, tmp_path):
     report = build_records(manifest, str(tmp_path / "out" / "train"))
     check_standard(tmp_path / "out" / "train")
-    assert (report.count, report.skipped, report.fallbacks, report.counts.reencoded) == (6, {}, {}, 0)
+    assert (report.count, report.skipped, report.fallbacks, report.reencoded) == (6, {}, {}, 0)
     side = json.loads((tmp_path / "out" / "train.json").read_text())
     assert side["views"] == list(TEXTS) and side["count"] == 6 and side["context"] == 77
     file = RecordFile(tmp_path / "out" / "train")
@@ -140,7 +142,7 @@ def test_a_damaged_checksum_fails_the_build(tmp_path):
 def test_layouts_of_other_programs(tmp_path, layout):
     rows, path = make_rows(6), tmp_path / "data" / "captions.json"
     captions = [[row[text] for text in TEXTS] for row in rows]
-    options = {"views": ("captions.0", "captions.1", "captions.2")} if layout in ("coco", "karpathy") else {}
+    options = {"texts": ("captions.0", "captions.1", "captions.2")} if layout in ("coco", "karpathy") else {}
     save_images(tmp_path / "data", 6)
     if layout == "coco":
         images = [{"id": 10 - i, "file_name": f"{i}.jpg"} for i in range(6)]
@@ -193,7 +195,7 @@ def test_parquet(tmp_path, layout):
         pq.write_table(table, tmp_path / "data" / f"train-{part}.parquet", row_group_size=2)
     report = build_records(str(tmp_path / "data"), str(tmp_path / "train"))
     check_standard(tmp_path / "train")
-    assert report.counts.rows == 6
+    assert report.rows == 6
     source = Source(tmp_path / "data")
     assert source.count() == 6
     for start in range(7):
@@ -236,7 +238,7 @@ def test_token_ids_are_checked(tmp_path):
 # ---- texts, conditions, pictures
 
 
-def test_missing_views_fall_back_to_raw_and_are_counted(tmp_path):
+def test_missing_texts_fall_back_to_raw_and_are_counted(tmp_path):
     save_images(tmp_path, 6)
     rows = make_rows(6)
     del rows[1]["synthetic"]
@@ -262,26 +264,26 @@ def test_raw_has_many_names(tmp_path, field):
     check_standard(tmp_path / "train", 1, ("raw",))
 
 
-def test_views_from_a_list_of_captions_and_where(tmp_path):
+def test_texts_from_a_list_of_captions_and_where(tmp_path):
     save_images(tmp_path, 6)
     rows = [
         {"image": f"{i}.jpg", "captions": [f"{text} text {i}" for text in TEXTS], "split": "train"} for i in range(6)
     ]
     odd = [{"image": "0.jpg", "captions": ["x"], "split": split} for split in ("val", "test", None)]
     path = save_jsonl(tmp_path / "c.jsonl", [odd[0], *rows[:3], odd[1], *rows[3:], odd[2]])
-    views = ("captions.0", "captions.1", "captions.2")
-    report = build_records(path, str(tmp_path / "train"), views=views, where=("split=train",))
+    names = ("captions.0", "captions.1", "captions.2")
+    report = build_records(path, str(tmp_path / "train"), texts=names, where=("split=train",))
     check_standard(tmp_path / "train")
-    assert report.counts.filtered == 3 and report.counts.rows == 9
-    views = ("raw=captions.0", "generated=captions.2")
-    build_records(path, str(tmp_path / "two"), views=views, where=("split!=val", "split!=null,test"))
-    check_standard(tmp_path / "two", views=("raw", "generated"))
+    assert report.filtered == 3 and report.rows == 9
+    names = ("raw=captions.0", "generated=captions.2")
+    build_records(path, str(tmp_path / "two"), texts=names, where=("split!=val", "split!=null,test"))
+    check_standard(tmp_path / "two", names=("raw", "generated"))
 
 
 @pytest.mark.parametrize("entries", [("synthetic",), ("raw", "raw"), ("raw", "=x"), ("raw", "x="), ("a.0=",)])
-def test_bad_views_are_refused(entries):
-    with pytest.raises(ValueError, match="views: "):
-        Views.parse(entries)
+def test_bad_texts_are_refused(entries):
+    with pytest.raises(ValueError, match="texts: "):
+        Texts.parse(entries)
     with pytest.raises(ValueError, match="where: "):
         Condition.parse("split")
 
@@ -306,7 +308,7 @@ def test_pictures_are_kept_or_encoded_anew(tmp_path):
     source = save_jsonl(tmp_path / "c.jsonl", rows)
     report = build_records(source, str(tmp_path / "train"), max_side=64, verify=True)
     assert report.skipped == {"unreadable image": 3, "missing image": 2} and report.count == report.verified == 7
-    assert report.counts.reencoded == 5
+    assert report.reencoded == 5
     stored = [RecordSet(tmp_path / "train").sample(i)[0] for i in range(7)]
     assert stored[0] == whole and stored[1] == files["grey.jpg"]
     for data, name in zip(stored[2:], list(files)[2:7]):
@@ -363,7 +365,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
         return replace
 
     # Every publication of a file goes through os.replace: .json (twice), .rec, .idx of each shard, then the summary.
-    monkeypatch.setattr(build.os, "replace", crash_at("replace", build.os.replace))
+    monkeypatch.setattr(recordio.os, "replace", crash_at("replace", recordio.os.replace))
     with pytest.raises(KeyboardInterrupt):
         build_records(source, str(prefix), shard_size=2, where=where)
     monkeypatch.undo()
@@ -373,7 +375,7 @@ def test_interrupted_build_goes_on(tmp_path, monkeypatch, stop):
             find_record_files(prefix)
     report = build_records(source, str(prefix), shard_size=2, where=where)
     assert report.kept == finished
-    assert (report.count, report.skipped, report.counts.filtered) == (6, {"empty text": 3}, 1)
+    assert (report.count, report.skipped, report.filtered) == (6, {"empty text": 3}, 1)
     assert contents(prefix) == contents(tmp_path / "whole" / "t")
 
 
@@ -382,18 +384,18 @@ def test_finished_build_is_kept_and_others_are_in_the_way(manifest, tmp_path, mo
     for size in (0, 4):
         first = build_records(manifest, prefix, shard_size=size, overwrite=True)
         before = contents(prefix)
-        monkeypatch.setattr(build.Build, "_write_shards", None)  # nothing may be written again
+        monkeypatch.setattr(build, "_write_shard", None)  # nothing may be written again
         second = build_records(manifest, prefix, shard_size=size, verify=True)
         monkeypatch.undo()
         assert (second.kept, second.count, second.verified) == (len(first.shards), 6, 6)
         assert contents(prefix) == before
-        for change in ({"views": ("raw",)}, {"shard_size": 3}, {"where": ("raw!=x",)}, {"max_side": 8}):
+        for change in ({"texts": ("raw",)}, {"shard_size": 3}, {"where": ("raw!=x",)}, {"max_side": 8}):
             with pytest.raises(ValueError, match="give --overwrite"):
                 build_records(manifest, prefix, **{"shard_size": size, **change})
     assert contents(prefix) == before
-    build_records(manifest, prefix, views=("raw",), overwrite=True)
+    build_records(manifest, prefix, texts=("raw",), overwrite=True)
     assert sorted(contents(prefix)) == ["t.idx", "t.json", "t.rec"]
-    check_standard(prefix, views=("raw",))
+    check_standard(prefix, names=("raw",))
     (tmp_path / "out" / "t.json").unlink()  # now it looks like a file of another program
     with pytest.raises(ValueError, match="give --overwrite"):
         build_records(manifest, prefix)
@@ -441,8 +443,8 @@ def test_damaged_input_is_named(tmp_path, name, text, message):
 def test_inputs_are_of_one_kind(tmp_path):
     for name in ("a.tar", "b.tar", "c.csv", "notes.txt"):
         (tmp_path / name).write_text("")
-    assert [path.name for path in list_inputs(f"{tmp_path}/*.tar")] == ["a.tar", "b.tar"]
-    assert len(list_inputs(f"{tmp_path}/a.tar, {tmp_path}/b.tar")) == 2
+    assert [path.name for path in Source(f"{tmp_path}/*.tar").files] == ["a.tar", "b.tar"]
+    assert len(Source(f"{tmp_path}/a.tar, {tmp_path}/b.tar").files) == 2
     for spec in (
         tmp_path,
         f"{tmp_path}/x*.tar",
@@ -451,7 +453,7 @@ def test_inputs_are_of_one_kind(tmp_path):
         f"{tmp_path}/a.tar,{tmp_path}/c.csv",
     ):
         with pytest.raises(ValueError, match="source: "):
-            list_inputs(spec)
+            Source(spec)
 
 
 @pytest.mark.parametrize("setting", [{"workers": 0}, {"quality": 101}, {"shard_size": -1}, {"context": 1}])
@@ -465,8 +467,17 @@ def test_command_line(manifest, tmp_path):
         command = [sys.executable, str(ROOT / "data2rec.py"), *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
-    done = run(manifest, str(tmp_path / "t"), "--views", "raw", "generated", "--where", "raw!=x", "--verify")
+    done = run(manifest, str(tmp_path / "t"), "--texts", "raw", "generated", "--where", "raw!=x", "--verify")
     assert done.returncode == 0 and "6 records read back" in done.stdout, done.stderr
-    check_standard(tmp_path / "t", views=("raw", "generated"))
+    check_standard(tmp_path / "t", names=("raw", "generated"))
     wrong = run(str(tmp_path / "none.jsonl"), str(tmp_path / "t"))
     assert wrong.returncode == 2 and "names no file" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("flag", ["--texts", "--views"])
+def test_the_texts_have_their_earlier_flag_as_well(flag):
+    spec = importlib.util.spec_from_file_location("data2rec", ROOT / "data2rec.py")
+    data2rec = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(data2rec)
+    command = data2rec.parse(["c.jsonl", "out/t", flag, "raw=alt", "synthetic", "--workers", "2"])
+    assert (command.texts, command.workers, command.prefix) == (("raw=alt", "synthetic"), 2, "out/t")

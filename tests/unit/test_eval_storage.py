@@ -131,7 +131,7 @@ def test_names_are_shown_and_not_obeyed(folder, asked, capsys):
     out = capsys.readouterr().out
     table, page = Path("logs/run/table.md").read_text(), Path("logs/run/page.html").read_text()
     assert not any("<b>" in text for text in (out, table, page)) and "\x1b" not in out + table
-    assert "stand a second time" in out
+    assert "captions repeat one of the same picture" in out
 
 
 def test_captions_that_are_cut_are_in_the_result(folder, monkeypatch, capsys):

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from helpers.color_model import COLORS, loaded, save_color
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.eval.export import Features, read_about, read_features, write_features
 from rwkv_clip.eval.main import main
+from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
-from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.retrieval import evaluate_retrieval
 
 FORMS = ("safetensors", "npy", "jsonl")
 NAMES = ["a.jpg", "ü/日本.jpg", 'quo"te\n.jpg', 7]  # Chinese-CLIP's ids are numbers
@@ -229,7 +231,7 @@ def test_command_writes_a_retrieval_set(folder, model, form, capsys):
     run = folder / "logs" / "run"
     assert capsys.readouterr().out == f"features: {run}\n"
     data = load_retrieval(folder / "set.jsonl")
-    expected = evaluate_retrieval(model.model, data, model.preprocess, model.tokenizer, prefix="a photo of ")
+    expected = evaluate_retrieval(FeatureExtractor.of(model, "cpu"), data, "a photo of ")
     images, texts = read_features(run, "images"), read_features(run, "texts")
     assert torch.equal(images.vectors, expected.image_features) and torch.equal(texts.vectors, expected.text_features)
     assert images.ids == [f"classes/{c}/0.png" for c in COLORS]

@@ -10,12 +10,11 @@ import pytest
 
 from helpers.pictures import picture
 from helpers.sources import make_rows, save_images, save_jsonl
-from rwkv_clip.data import sources
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.encode import Encoder, RowError
-from rwkv_clip.data.fields import Condition, Views, choose_fields
+from rwkv_clip.data.fields import Choice, Condition, Texts, choose_fields
 from rwkv_clip.data.records import RecordSet
-from rwkv_clip.data.sources import Problem, Row
+from rwkv_clip.data.rows import Problem, Row
 from rwkv_clip.tokenizer import make_tokenizer
 
 
@@ -54,12 +53,12 @@ def test_the_field_of_a_view_is_the_same_for_all_rows(tmp_path):
     ]
     side = json.loads((tmp_path / "out.json").read_text())
     assert side["fields"] == ["raw", "caption"] and side["unused"] == {"text": 1}
-    assert "no raw text: 2 (say where it is, --views raw=FIELD)" in str(report)
+    assert "no raw text: 2 (say where it is, --texts raw=FIELD)" in str(report)
     assert "c.jsonl line 3: no raw text" in str(report)
 
 
 @pytest.mark.parametrize(
-    "early, late, unused, views",
+    "early, late, unused, names",
     [
         ({"raw": "a"}, {"raw": "a", "synthetic": "b"}, "synthetic", ("raw", "synthetic")),
         ({"caption": "a"}, {"caption": "a", "generated": "b"}, "generated", ("raw", "generated")),
@@ -70,22 +69,22 @@ def test_the_field_of_a_view_is_the_same_for_all_rows(tmp_path):
         ({"caption": "a"}, {"caption": "a", "texts": ["b"]}, "texts", ("raw", "synthetic")),
     ],
 )
-def test_texts_that_begin_late_are_counted_and_the_remedy_works(tmp_path, early, late, unused, views):
+def test_texts_that_begin_late_are_counted_and_the_remedy_works(tmp_path, early, late, unused, names):
     rows = [early] * 120 + [late] * 3
     report = build(tmp_path, rows)
     number = 6 if unused == "captions[1:]" else 3
-    assert report.counts.unused == {unused: number} and report.count == 123
+    assert report.unused == {unused: number} and report.count == 123
     line = next(line for line in str(report).splitlines() if "not used" in line)
     assert f"texts in {unused} not used: {number} (first: c.jsonl line 121)" in line
-    entries = line.split("--views ")[1].split()
+    entries = line.split("--texts ")[1].split()
     if entries[-1] == "..":
         entries[-1] = "captions.2"
-    again = build(tmp_path, rows, views=tuple(entries))
-    assert again.counts.unused == {} and again.fallbacks == {
-        view: 120 for view in again.views if again.fallbacks.get(view)
+    again = build(tmp_path, rows, texts=tuple(entries))
+    assert again.unused == {} and again.fallbacks == {
+        view: 120 for view in again.texts.names if again.fallbacks.get(view)
     }
-    assert views is None or again.views == views
-    assert set(map(tuple, texts_in(tmp_path, 122))) == {tuple(ids(text)[0]) for text in "abc"[: len(again.views)]}
+    assert names is None or again.texts.names == names
+    assert set(map(tuple, texts_in(tmp_path, 122))) == {tuple(ids(text)[0]) for text in "abc"[: len(again.texts.names)]}
 
 
 @pytest.mark.parametrize(
@@ -98,15 +97,15 @@ def test_texts_that_begin_late_are_counted_and_the_remedy_works(tmp_path, early,
 )
 def test_what_is_no_other_text_is_not_counted(tmp_path, row):
     report = build(tmp_path, [row])
-    assert report.counts.unused == {} and "not used" not in str(report)
+    assert report.unused == {} and "not used" not in str(report)
 
 
 def test_five_captions_of_which_one_is_used(tmp_path):
     report = build(tmp_path, [{"captions": [f"text {i}" for i in range(5)]}] * 3)
-    assert report.counts.unused == {"captions[1:]": 12} and "--views captions.0 captions.1 .." in str(report)
+    assert report.unused == {"captions[1:]": 12} and "--texts captions.0 captions.1 .." in str(report)
     chosen = tuple(f"captions.{i}" for i in range(5))
-    report = build(tmp_path, [{"captions": [f"text {i}" for i in range(5)]}] * 3, views=chosen)
-    assert report.counts.unused == {} and len(report.views) == 5
+    report = build(tmp_path, [{"captions": [f"text {i}" for i in range(5)]}] * 3, texts=chosen)
+    assert report.unused == {} and len(report.texts.names) == 5
 
 
 @pytest.mark.parametrize("context", [2, 3, 8, 77])
@@ -115,10 +114,10 @@ def test_cut_texts_are_counted_to_the_token(tmp_path, context):
     lengths = [1, context - 3, context - 2, context - 1, context, 500]
     rows = [{"raw": " ".join(["dog"] * max(n, 1)), "synthetic": "cat"} for n in lengths]
     rows[0]["synthetic"] = ""
-    report = build(tmp_path, rows, context=context, views=("raw", "synthetic"))
+    report = build(tmp_path, rows, context=context, texts=("raw", "synthetic"))
     cut = [max(n, 1) + 2 > context for n in lengths]
-    assert report.counts.cut == {view: n for view, n in (("raw", sum(cut)), ("synthetic", 5 * (context < 3))) if n}
-    assert json.loads((tmp_path / "out.json").read_text())["cut"] == report.counts.cut
+    assert report.cut == {view: n for view, n in (("raw", sum(cut)), ("synthetic", 5 * (context < 3))) if n}
+    assert json.loads((tmp_path / "out.json").read_text())["cut"] == report.cut
     records, tokenizer = RecordSet(tmp_path / "out"), make_tokenizer(context=context)
     for i, row in enumerate(rows):
         assert (records.sample(i)[1] == tokenizer([row["raw"], row["synthetic"] or row["raw"]]).numpy()).all()
@@ -132,13 +131,13 @@ def test_cut_texts_are_counted_to_the_token(tmp_path, context):
 def test_numbers_that_are_no_token_ids(tmp_path):
     rows = [{"caption": "a", "tokens": [1, 2, 3]}, {"caption": "b", "tokens": [4]}]
     report = build(tmp_path, rows)
-    assert texts_in(tmp_path, 1) == ids("b") and report.counts.unused == {"numbers in tokens": 2}
+    assert texts_in(tmp_path, 1) == ids("b") and report.unused == {"numbers in tokens": 2}
     told = "numbers in tokens not used: 2 (first: c.jsonl line 1); to use them: --token-field tokens, if they are"
     assert told in str(report)
     fitting = [{"caption": "a", "tokens": [5] * 77}, {"caption": "b", "tokens": [5] * 77}]
     build(tmp_path, fitting)
     assert texts_in(tmp_path, 1) == [[5] * 77]
-    build(tmp_path, fitting, views=("raw=caption",))
+    build(tmp_path, fitting, texts=("raw=caption",))
     assert texts_in(tmp_path, 1) == ids("b")
     build(tmp_path, [*fitting, {"caption": "c", "tokens": [5]}])
     assert texts_in(tmp_path, 1) == ids("b")
@@ -153,7 +152,7 @@ def test_numbers_that_are_no_token_ids(tmp_path):
         ([[1] * 3] * 77, {}, "(77, 3)"),
         ([[1] * 231], {}, "(1, 231)"),
         ([[1] * 77] * 4, {}, "(4, 77)"),
-        ([[1] * 77] * 3, {"views": ("raw", "synthetic")}, "(3, 77)"),
+        ([[1] * 77] * 3, {"texts": ("raw", "synthetic")}, "(3, 77)"),
         ([[[1] * 77]], {}, "(1, 1, 77)"),
         ([1] * 8, {"token_field": "tokens", "context": 3}, "(8,)"),
     ],
@@ -161,7 +160,7 @@ def test_numbers_that_are_no_token_ids(tmp_path):
 def test_token_ids_of_another_shape_are_refused(tmp_path, tokens, settings, shape):
     with pytest.raises(ValueError) as error:
         build(tmp_path, [{"tokens": tokens}], **settings)
-    for part in ("c.jsonl line 1: tokens", shape, f"--context {settings.get('context', 77)}", "--views raw=FIELD"):
+    for part in ("c.jsonl line 1: tokens", shape, f"--context {settings.get('context', 77)}", "--texts raw=FIELD"):
         assert part in str(error.value)
 
 
@@ -187,19 +186,19 @@ def test_token_ids_of_one_row_that_do_not_fit(tmp_path):
         (
             {"words": "a"},
             {},
-            r"views: none of the first 3 rows has a text 'raw' \(nor raw_caption, .*they have image, words",
+            r"texts: none of the first 3 rows has a text 'raw' \(nor raw_caption, .*they have image, words",
         ),
         (
             {"raw": "a"},
-            {"views": ("raw=alt",)},
-            "views: no row has a text 'alt'; they have image, raw; .* --views raw=FIELD",
+            {"texts": ("raw=alt",)},
+            "texts: no row has a text 'alt'; they have image, raw; .* --texts raw=FIELD",
         ),
         (
             {"raw": "a"},
-            {"views": ("raw", "x=blip")},
+            {"texts": ("raw", "x=blip")},
             "no row has a text 'blip'; they have image, raw; .*or leave x out",
         ),
-        ({"raw": "a"}, {"views": ("raw=raw.0",)}, "no row has a text 'raw.0'"),
+        ({"raw": "a"}, {"texts": ("raw=raw.0",)}, "no row has a text 'raw.0'"),
         ({"raw": "a"}, {"image_field": "jpeg"}, "image_field: no row has a field 'jpeg'; they have image, raw"),
         ({"raw": "a"}, {"token_field": "ids"}, "token_field: no row has numbers in 'ids'; they have image, raw"),
         ({"raw": "a"}, {"token_field": "raw"}, "token_field: no row has numbers in 'raw'"),
@@ -229,10 +228,10 @@ def test_no_picture_in_any_row(tmp_path):
 def test_names_that_begin_late_are_looked_for_in_all_rows(tmp_path):
     rows = [{"raw": "a"}] * 130 + [{"raw": "a", "blip": "", "long": ""}, {"raw": "a", "blip": "b", "split": "val"}]
     rows += [{"raw": "a", "long": "c", "photo": "0.jpg"}]
-    views = ("raw", "synthetic=blip", "generated=long")
-    report = build(tmp_path, rows, views=views, where=("split!=test",))
+    names = ("raw", "synthetic=blip", "generated=long")
+    report = build(tmp_path, rows, texts=names, where=("split!=test",))
     assert report.fallbacks == {"synthetic": 132, "generated": 132}
-    assert report.counts.where == {"split!=test: no field split, taken": 132}
+    assert report.where == {"split!=test: no field split, taken": 132}
     assert build(tmp_path, rows, image_field="photo").count == 1
 
 
@@ -269,10 +268,10 @@ def test_conditions(tmp_path, condition, taken, remarks):
     report = build(tmp_path, rows, where=(condition,), shard_size=0)
     assert [texts_in(tmp_path, i) for i in range(report.count)] == [ids(f"text {i}") for i in taken]
     for what, n in remarks.items():
-        (found,) = [(key, count) for key, count in report.counts.where.items() if what in key]
+        (found,) = [(key, count) for key, count in report.where.items() if what in key]
         assert found[1] == n and f"--where {found[0]}: {n}" in str(report)
         assert found[0].endswith(", taken" if 6 in taken and "no field" in what else ", left out")
-    assert len(report.counts.where) == len(remarks)
+    assert len(report.where) == len(remarks)
 
 
 SAID = {
@@ -307,13 +306,13 @@ def test_conditions_of_another_form_are_refused(text):
 def test_remarks_are_counted_once_with_shards_and_when_resumed(tmp_path):
     rows = [{"raw": "a", "score": i} if i % 3 else {"raw": "a"} for i in range(20)]
     whole = build(tmp_path, rows, where=("score>4",), shard_size=4)
-    assert whole.counts.where == {"score>4: no field score, left out": 7} and whole.count == 10
+    assert whole.where == {"score>4: no field score, left out": 7} and whole.count == 10
     sides = [json.loads(path.read_text())["where"] for path in sorted(tmp_path.glob("out-*.json"))]
     assert sum(sum(side.values()) for side in sides) == 7
     for ending in (".json", "-00002.idx"):
         (tmp_path / f"out{ending}").unlink()
     again = build(tmp_path, rows, where=("score>4",), shard_size=4)
-    assert again.counts == whole.counts and again.kept == 2
+    assert again.to_json() == whole.to_json() and again.kept == 2
 
 
 # ---- pictures that come with the row
@@ -321,20 +320,20 @@ def test_remarks_are_counted_once_with_shards_and_when_resumed(tmp_path):
 
 def test_the_picture_of_a_row(tmp_path):
     (tmp_path / "0.jpg").write_bytes(picture(0))
-    encoder = Encoder(Views(("raw",), ("raw",)))
+    encoder = Encoder(Choice(Texts(("raw",), ("raw",))))
     fields = {"raw": "a", "image": "0.jpg"}
     inside = Row("r", fields, None, picture(1))
     assert encoder(inside).image == picture(1) and encoder(inside).seen == ""
-    assert encoder(Row("r", fields, None)).problem == "missing image"  # names in a tar are no paths
+    assert encoder(Row("r", fields, None)).reason == "missing image"  # names in a tar are no paths
     assert encoder(Row("r", fields, tmp_path)).image == picture(0)
-    assert encoder(Row("r", fields, tmp_path, Problem("image too large"))).problem == "image too large"
-    named = Encoder(Views(("raw",), ("raw",)), image_field="image")
+    assert encoder(Row("r", fields, tmp_path, Problem("image too large"))).reason == "image too large"
+    named = Encoder(Choice(Texts(("raw",), ("raw",))), image_field="image")
     assert named(Row("r", fields, tmp_path, picture(1))).image == picture(0)
 
 
 def test_choice_and_label_know_no_rows_and_odd_ones():
-    assert choose_fields([], (), None, 77).views.names == ("raw",)
-    encoder = Encoder(Views(("raw",), ("raw",)), token_field="tokens")
+    assert choose_fields([], (), None, 77).texts.names == ("raw",)
+    encoder = Encoder(Choice(Texts(("raw",), ("raw",)), "tokens"))
     with pytest.raises(RowError, match="no token ids"):
         encoder._take_tokens(Row("r", {"tokens": ["a"]}, None))
-    assert sources.Row("r", {}, None).image is None and make_rows(1)
+    assert Row("r", {}, None).image is None and make_rows(1)

@@ -18,6 +18,7 @@ ROOMS = [
     {"processes", "device"},
     {"dist", "tokenizer", "metrics", "serialization", "checkpoint"},
     {"ops", "data", "losses"},
+    {"transform"},
     {"models"},
     {"factory", "features", "demo"},
     {"retrieval"},
@@ -64,7 +65,7 @@ def test_training_and_eval_do_not_know_each_other(folder, other):
 
 OPTIONAL = {
     "nvidia.dali": {"dali_loader.py"},
-    "pyarrow": {"arrays.py"},
+    "pyarrow": {"parquet.py"},
     "wandb": {"log.py"},
     "faiss": {"search.py"},
     "lmdb": set(),

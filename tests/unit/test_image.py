@@ -16,22 +16,12 @@ import torch
 from PIL import Image, ImageOps
 
 from helpers.pictures import encode, paint
-from rwkv_clip.data import image as image_module
-from rwkv_clip.data.image import (
-    CLIP_MEAN,
-    CLIP_STD,
-    FORMATS,
-    ImageError,
-    inspect_image,
-    normalize,
-    open_image,
-    to_rgb,
-    train_transform,
-    val_transform,
-)
+from rwkv_clip import transform as transform_module
+from rwkv_clip.data.image import FORMATS, ImageError, inspect_image, open_image, to_rgb
 from rwkv_clip.factory import preprocess_of
 from rwkv_clip.training.data import samples
 from rwkv_clip.training.data.samples import Crop, Sample, decode_windows, fit_pixels
+from rwkv_clip.transform import CLIP_MEAN, CLIP_STD, normalize, train_transform, val_transform
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
@@ -308,8 +298,9 @@ THIN = """
 import resource, sys
 from types import SimpleNamespace
 from PIL import Image
-from rwkv_clip.data.image import open_image, val_transform
+from rwkv_clip.data.image import open_image
 from rwkv_clip.factory import preprocess_of
+from rwkv_clip.transform import val_transform
 spec = SimpleNamespace(pixels=((0.5,) * 3, (0.5,) * 3))
 transforms = [val_transform(224), val_transform((224, 112))]
 for spec.image_size in ((224, 224), (224, 112)):
@@ -339,7 +330,7 @@ def test_thin_pictures_look_as_if_scaled_whole(long, short, size, monkeypatch):
     for picture in (Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2).copy())):
         for make in (val_transform, siglip):
             cut = make(size)
-            monkeypatch.setattr(image_module, "THIN", 10**6)
+            monkeypatch.setattr(transform_module, "THIN", 10**6)
             whole = make(size)
             monkeypatch.undo()
             scale = torch.tensor(CLIP_STD if make is val_transform else (0.5,) * 3).view(3, 1, 1)

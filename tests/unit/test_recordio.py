@@ -64,7 +64,6 @@ def test_reads_mxnet_record(row):
         item["packed_len"],
         item["packed_sha256"],
     )
-    assert file.read_key(item["index"]) == packed
     header, payload = unpack(packed)
     assert (header.flag, header.id, header.id2) == (item["flag"], item["id"], item["id2"])
     assert sha(payload) == item["payload_sha256"]
@@ -85,7 +84,7 @@ def test_writes_the_bytes_of_mxnet(tmp_path):
 
 def test_record_set_reads_files_of_the_released_code():
     records = RecordSet(REFERENCE / "upstream_data2rec")
-    assert (len(records), records.views, records.context) == (4, ("raw", "synthetic", "generated"), 77)
+    assert (len(records), records.text_names, records.context) == (4, ("raw", "synthetic", "generated"), 77)
     assert records.tokenizer is None and records.vocab_size is None
     for i, item in enumerate(CONTENTS["upstream_data2rec"]):
         image, tokens = records.sample(i)
@@ -151,14 +150,14 @@ def test_bad_headers_are_refused():
 def test_string_keys(tmp_path):
     records = {"a": b"1", "b c": b"2", "007": b"3", "ü": b"4", "-0": b"5"}
     file = write(tmp_path / "x", records)
-    assert file.keys == list(records) and all(file.read_key(key) == value for key, value in records.items())
+    assert file.keys == list(records) and [file.read(i) for i in range(len(file))] == list(records.values())
     assert write(tmp_path / "z", {"007": b"1", "8": b"2"}).keys == ["007", "8"]
     assert write(tmp_path / "y", {"1": b"1", "2": b"2"}).keys == [1, 2]  # the file cannot tell "1" from 1
 
 
 def test_integer_keys_in_any_order(tmp_path):
     file = write(tmp_path / "x", {5: b"5", -3: b"-3", 10**17: b"big", 0: b"0"})
-    assert file.keys == [5, -3, 10**17, 0] and file.read_key(-3) == b"-3"
+    assert file.keys == [5, -3, 10**17, 0] and file.read(1) == b"-3"
     lines = (tmp_path / "x.idx").read_text().splitlines()
     (tmp_path / "x.idx").write_text("\r\n".join(reversed(lines)))
     shuffled = RecordFile(tmp_path / "x")
@@ -189,15 +188,13 @@ def test_index_may_leave_records_out(tmp_path):
 
 
 def test_large_index_is_parsed_in_blocks(tmp_path, monkeypatch):
-    from rwkv_clip.data import recordindex
-
-    monkeypatch.setattr(recordindex, "BLOCK", 50)
+    monkeypatch.setattr(recordio, "INDEX_BLOCK", 50)
     expected = RecordFile(REFERENCE / "a")
     path = tmp_path / "many.idx"
     path.write_text("".join(f"{n}\t{n * n * 4}\n" for n in range(1000)))
-    keys, offsets = recordindex.read_index(path)
+    keys, offsets = recordio.read_index(path)
     assert keys.tolist() == list(range(1000)) and offsets.tolist() == [n * n * 4 for n in range(1000)]
-    assert recordindex.read_index(REFERENCE / "a.idx")[0].tolist() == expected.keys
+    assert recordio.read_index(REFERENCE / "a.idx")[0].tolist() == expected.keys
 
 
 @pytest.mark.parametrize(
@@ -507,7 +504,7 @@ def test_labels_that_are_not_tokens_are_refused(tmp_path):
 def test_width_without_side_file(tmp_path):
     for context, views in ((77, 1), (77, 2), (77, 3)):
         write_samples(tmp_path / "x", 1, views=tuple(range(views)), context=context, side=False)
-        assert RecordSet(tmp_path / "x").views == ("raw", "synthetic", "generated")[:views]
+        assert RecordSet(tmp_path / "x").text_names == ("raw", "synthetic", "generated")[:views]
     for width in (1, 76, 78, 308):
         write_samples(tmp_path / "x", 1, context=width, side=False)
         with pytest.raises(RecordError, match=rf"x\.rec: records have {width} labels"):

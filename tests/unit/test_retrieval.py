@@ -1,4 +1,4 @@
-"""The evaluation of a model whose answers are known, and ranks against their definition."""
+"""The evaluation of a model whose answers are known, on any number of ranks."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from PIL import Image
 
 import rwkv_clip
-from helpers.color_model import COLORS, ColorModel, ColorTokenizer, preprocess, save_color
 from helpers.ranks import run_ranks
 from helpers.sources import save_jsonl
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.dist import join_world, leave_world
-from rwkv_clip.features import encode_images, encode_texts, read_ahead
-from rwkv_clip.metrics import COLUMNS, recall_at_k, retrieval_ranks
-from rwkv_clip.retrieval import evaluate_retrieval, load_retrieval
+from rwkv_clip.features import FeatureExtractor, read_ahead
+from rwkv_clip.retrieval import evaluate_retrieval
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def colors(folder):
     return load_retrieval(save_jsonl(folder / "set.jsonl", [{"image": f"{c}.png", "caption": c} for c in COLORS]))
 
 
-def evaluate(data, **changes):
-    return evaluate_retrieval(ColorModel(), data, preprocess, ColorTokenizer(), **changes)
+def evaluate(data, model=None, **changes):
+    return evaluate_retrieval(FeatureExtractor(model or ColorModel(), preprocess, ColorTokenizer(), **changes), data)
 
 
 def test_a_model_that_is_right_scores_full(colors):
@@ -55,7 +55,7 @@ def test_counts_do_not_depend_on_batch_size_or_workers(folder):
 def test_last_partial_batch_counts_once_and_equal_captions_are_encoded_once(folder):
     rows = [{"image": f"{c}.png", "captions": [c, "red"]} for c in COLORS]
     data, model = load_retrieval(save_jsonl(folder / "set.jsonl", rows)), ColorModel()
-    result = evaluate_retrieval(model, data, preprocess, ColorTokenizer(), batch_size=4)
+    result = evaluate(data, model, batch_size=4)
     assert model.calls == [16, 16]  # seven pictures, seven distinct captions of fourteen, blocks of one shape
     assert len(result.text_features) == 14
 
@@ -68,26 +68,42 @@ def test_prefix_stands_before_every_caption(colors):
             seen.extend(texts)
             return super().__call__(texts)
 
-    evaluate_retrieval(ColorModel(), colors, preprocess, Tokenizer(), prefix="a photo of ")
+    evaluate_retrieval(FeatureExtractor(ColorModel(), preprocess, Tokenizer()), colors, "a photo of ")
     assert seen == [f"a photo of {color}" for color in COLORS]
 
 
 def test_training_mode_and_gradients_are_as_before(colors):
     model = ColorModel().train()
-    result = evaluate_retrieval(model, colors, preprocess, ColorTokenizer())
+    result = evaluate(colors, model)
     assert model.training and not result.image_features.requires_grad
     with pytest.raises(ValueError, match="batch_size"):
-        evaluate_retrieval(model, colors, preprocess, ColorTokenizer(), batch_size=0)
+        evaluate(colors, model, batch_size=0)
     assert model.training
 
 
 def test_bfloat16_features_have_length_one(colors):
     model = ColorModel().to(torch.bfloat16)
-    images = encode_images(model, colors.open, 3, preprocess, device="cpu")
-    texts = encode_texts(model, ColorTokenizer()(["red", "blue"]), device="cpu")
+    extractor = FeatureExtractor(model, preprocess, ColorTokenizer())
+    images, texts = extractor.encode_images(colors.open, 3), extractor.encode_texts(["red", "blue"])
     for features in (images, texts):
         assert features.dtype == torch.float32
         assert torch.allclose(features.norm(dim=1), torch.ones(len(features)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_loaded_model_computes_in_its_precision(colors, precision, dtype):
+    seen = []
+
+    class Product(ColorModel):
+        def encode_image(self, x, normalize=False):
+            features = x.mean((2, 3)) @ torch.eye(3)
+            seen.append(features.dtype)
+            return features
+
+    run = loaded(Product())
+    run.precision = precision
+    features = FeatureExtractor.of(run, "cpu").encode_images(colors.open, 3)
+    assert seen == [dtype] and features.dtype == torch.float32
 
 
 def test_a_broken_picture_stops_the_evaluation_by_name(folder, colors):
@@ -100,7 +116,7 @@ def test_a_model_that_gives_nan_is_refused(colors):
     model = ColorModel()
     model.table.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        evaluate_retrieval(model, colors, preprocess, ColorTokenizer())
+        evaluate(colors, model)
 
 
 def test_read_ahead_keeps_order_and_stops_early():
@@ -121,61 +137,9 @@ def test_open_clip_models_go_through_the_same_functions(folder, colors):
     from rwkv_clip.tokenizer import make_tokenizer
 
     for autocast in (None, torch.bfloat16):
-        result = evaluate_retrieval(model, colors, transform, make_tokenizer(context=16), autocast=autocast)
+        extractor = FeatureExtractor(model, transform, make_tokenizer(context=16), autocast=autocast)
+        result = evaluate_retrieval(extractor, colors)
         assert 0 <= result.metrics["mean_recall"] <= 1 and result.image_features.shape == (7, 16)
-
-
-# ---- ranking ---------------------------------------------------------------------------------------------------------
-
-
-def brute_force(image: torch.Tensor, text: torch.Tensor, owner: np.ndarray) -> tuple[list[int], list[int]]:
-    """The definition: wrong items that are as similar or more; an image ranks as its best caption."""
-    similarity = text.double().numpy() @ image.double().numpy().T  # exact: products and sums of small integers / 64
-    of_images = []
-    for i in np.unique(owner):
-        own = owner == i
-        of_images.append(int((similarity[~own, i] >= similarity[own, i].max()).sum()))
-    return of_images, [int((row >= row[own]).sum()) - 1 for row, own in zip(similarity, owner)]
-
-
-def coarse(rng: np.random.Generator, count: int, width: int) -> torch.Tensor:
-    """Vectors of length below 1 of which many are equal, and of whose products most are."""
-    return torch.from_numpy(rng.integers(-1, 2, (count, width)) / 8).float()
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_ranks_of_any_tile_are_those_of_the_definition(seed):
-    rng = np.random.default_rng(seed)
-    images, captions = int(rng.integers(1, 90)), int(rng.integers(1, 130))
-    owner = rng.integers(0, images, captions)  # any number of captions, none at all included
-    width = int(rng.integers(1, 6))
-    image, text = coarse(rng, images, width), coarse(rng, captions, width)
-    expected = brute_force(image, text, owner)
-    for chunk in (1, 2, 5, 1000):  # tiles of 1 x 16, 2 x 32, 5 x 80, and the whole
-        found = retrieval_ranks(image, text, owner, chunk)
-        assert tuple(ranks.tolist() for ranks in found) == expected, chunk
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Numbers in the largest tensor that any operation makes."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("same", [False, True], ids=["different", "all tied"])
-def test_the_whole_matrix_never_exists(same):
-    image = torch.nn.functional.normalize(torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    image = image[:1].expand(5000, 4) if same else image
-    with Largest() as largest:
-        recall_at_k(image, image.repeat_interleave(2, 0), torch.arange(10_000) // 2, chunk=128)
-    assert largest.numbers <= 128 * 128 * COLUMNS
 
 
 PICTURES = 100
@@ -193,7 +157,8 @@ def evaluate_on_ranks(folder: str, autocast: torch.dtype | None) -> None:
     data, tokenizer = load_retrieval(Path(folder, "set.jsonl")), rwkv_clip.get_tokenizer(MODEL)
     transform = rwkv_clip.factory.preprocess_of(model)
     for batch_size in (1, 7, 64):
-        result = evaluate_retrieval(model, data, transform, tokenizer, batch_size=batch_size, autocast=autocast)
+        extractor = FeatureExtractor(model, transform, tokenizer, batch_size=batch_size, autocast=autocast)
+        result = evaluate_retrieval(extractor, data)
         Path(folder, f"{world.size}-{world.rank}-{batch_size}.json").write_text(json.dumps(result.metrics))
     leave_world()
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours: exact to the last tie, through faiss, and as a command over exported features."""
+"""Nearest neighbours through faiss, and as a command over exported features."""
 
 import json
 import sys
@@ -9,65 +9,20 @@ import pytest
 import torch
 
 from helpers.color_model import COLORS, loaded, save_color
-from rwkv_clip.eval import search
 from rwkv_clip.eval.main import main
-from rwkv_clip.eval.search import nearest, nearest_by_faiss
-from rwkv_clip.metrics import exact_features, nearest_items, target_ranks
+from rwkv_clip.eval.search import nearest_by_faiss
+from rwkv_clip.metrics import nearest_items
 
 
 def unit(count: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)))
 
 
-def in_python(queries: torch.Tensor, items: torch.Tensor, count: int) -> list[list[int]]:
-    """All pairs, sorted by (similarity, place) in Python: the specification."""
-    rows = (exact_features(queries) @ exact_features(items).T).tolist()
-    return [sorted(range(len(items)), key=lambda place, row=row: (-row[place], place))[:count] for row in rows]
-
-
-@pytest.mark.parametrize("chunk", [(1, 1), (3, 7), (5, 64), (256, 8192)])
-@pytest.mark.parametrize("count", [1, 5, 23, 200])
-@pytest.mark.parametrize("distinct", [1, 4, 61])
-def test_the_nearest_are_those_of_a_full_sort(chunk, count, distinct):
-    """61 items, few of them different: most of an answer is a question of ties."""
-    items = unit(distinct, 5)[torch.randint(distinct, (61,), generator=torch.Generator().manual_seed(count))]
-    queries = torch.cat([unit(6, 5, seed=1), items[:3]])
-    places, scores = nearest(queries, items, count, chunk=chunk)
-    assert places.tolist() == in_python(queries, items, count)
-    similarity = exact_features(queries) @ exact_features(items).T
-    assert torch.equal(scores, similarity.gather(1, places))
-
-
-def test_the_whole_matrix_never_exists(monkeypatch):
-    sizes, best_of = [], search._best_of
-    monkeypatch.setattr(search, "_best_of", lambda s, *rest: sizes.append(tuple(s.shape)) or best_of(s, *rest))
-    items, queries = unit(3000, 8), unit(200, 8, seed=1)
-    places, _ = nearest(queries, items, 10, chunk=(64, 500))
-    assert max(rows for rows, _ in sizes) == 64 and max(columns for _, columns in sizes) == 500
-    assert torch.equal(places, nearest_items(queries, items, 10))
-
-
-def test_an_item_stands_where_recall_ranks_it():
-    items, queries = unit(40, 4)[torch.arange(80) % 40], unit(30, 4, seed=1)
-    places, _ = nearest(queries, items, 80, chunk=(7, 11))
-    targets = torch.arange(30) * 2
-    # Every item is there twice; a list has to begin with one of the two, recall counts the other against the model.
-    twins = (places % 40 == targets[:, None] % 40) * torch.arange(80)
-    assert torch.equal(target_ranks(queries, items, targets), twins.amax(1))
-
-
-def test_nothing_to_search():
-    assert nearest(unit(3, 4), unit(3, 4)[:0], 5)[0].shape == (3, 0)
-    assert nearest(unit(3, 4)[:0], unit(3, 4), 5)[0].numel() == 0
-    with pytest.raises(ValueError, match="4 dimensions and items 5"):
-        nearest(unit(3, 4), unit(3, 5), 1)
-
-
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,Flat"])
 def test_faiss_finds_the_same(factory):
     pytest.importorskip("faiss", reason="needs the extra `faiss`")
     items, queries = unit(400, 16), unit(20, 16, seed=1)
-    exact, scores = nearest(queries, items, 5)
+    exact, scores = nearest_items(queries, items, 5)
     places, similarities = nearest_by_faiss(queries, items, 5, factory)
     if factory == "Flat":
         assert torch.equal(places, exact)

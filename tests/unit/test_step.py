@@ -11,13 +11,13 @@ import rwkv_clip
 from helpers.ranks import run_ranks
 from helpers.tiny import MODEL
 from rwkv_clip.config import ConfigError, parse
-from rwkv_clip.data.image import normalize
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.losses import InfoNCE, pairs
 from rwkv_clip.training.data.augment import draw_drops
 from rwkv_clip.training.deterministic import DeterministicStep
 from rwkv_clip.training.gradients import GradientStep, Inputs
 from rwkv_clip.training.settings import ParallelSettings
+from rwkv_clip.transform import normalize
 
 BATCH = 16
 MEAN = torch.full((3,), 0.4)

@@ -45,7 +45,7 @@ def data(tmp_path_factory):
     settings = make_tiny(folder)
     for texts in (1, 2, 3):
         for kind in ("side", "bare"):
-            build_records(str(folder / "all.jsonl"), str(folder / f"{kind}{texts}"), views=NAMES[:texts])
+            build_records(str(folder / "all.jsonl"), str(folder / f"{kind}{texts}"), texts=NAMES[:texts])
         (folder / f"bare{texts}.json").unlink()
     for name, model in MODELS.items():
         (folder / f"{name}.json").write_text(json.dumps(model))
@@ -68,7 +68,7 @@ NEEDED = {"rwkv-clip-b32-yfcc15m": 3, "alip-b32-yfcc15m": 2, "clip-b32-yfcc15m":
 def test_who_takes_which_records(data, preset, held, kind):
     recipe, path = load_settings(preset), str(data["folder"] / f"{kind}{held}")
     records = RecordSet(path)
-    assert records.views == NAMES[:held] and records.layout.width == 77 * held
+    assert records.text_names == NAMES[:held] and records.layout.width == 77 * held
 
     def begin():
         check_records(records, resolve_spec(recipe.model.model)[1], path, recipe.data.texts)
@@ -178,7 +178,7 @@ def test_records_of_the_released_data2rec_are_known_by_their_width(tmp_path, tex
     (tmp_path / "yfcc.rec").write_bytes(rec)
     (tmp_path / "yfcc.idx").write_text(index)
     records = RecordSet(tmp_path / "yfcc")
-    assert (len(records), records.views, records.context) == (3, NAMES[:texts], 77)
+    assert (len(records), records.text_names, records.context) == (3, NAMES[:texts], 77)
     assert (records.tokenizer, records.vocab_size) == (None, None)
     for i in range(3):
         image, tokens = records.sample(i)
@@ -227,10 +227,10 @@ def ids_of(*texts):
 )
 def test_texts_by_their_usual_names(tmp_path, row, expected):
     report = build(tmp_path, [row])
-    assert report.views == NAMES[: len(expected)] and report.fallbacks == {}
+    assert report.texts.names == NAMES[: len(expected)] and report.fallbacks == {}
     assert texts_of(tmp_path / "out") == ids_of(*expected)
     if len(expected) == 2:
-        build(tmp_path, [row], views=("raw", "synthetic"))
+        build(tmp_path, [row], texts=("raw", "synthetic"))
         assert texts_of(tmp_path / "out") == ids_of(*expected)
 
 
@@ -240,11 +240,11 @@ def test_a_text_that_no_row_has_is_refused_before_building(tmp_path):
         r"no row has a text 'synthetic' \(nor ofa, caption\); they have image, raw, blip; .* synthetic=FIELD, or leave"
     )
     with pytest.raises(ValueError, match=message):
-        build(tmp_path, rows, views=("raw", "synthetic"))
+        build(tmp_path, rows, texts=("raw", "synthetic"))
     assert not (tmp_path / "out.rec").exists()
-    build(tmp_path, rows, views=("raw", "synthetic=blip"))
+    build(tmp_path, rows, texts=("raw", "synthetic=blip"))
     assert texts_of(tmp_path / "out", 2) == ids_of("alt", "made")
-    report = build(tmp_path, [{"raw": "only"}, *rows], views=("raw", "synthetic=blip"))
+    report = build(tmp_path, [{"raw": "only"}, *rows], texts=("raw", "synthetic=blip"))
     assert report.fallbacks == {"synthetic": 1} and texts_of(tmp_path / "out") == ids_of("only", "only")
 
 
@@ -265,11 +265,11 @@ def test_two_and_three_texts_from_every_kind_of_input(tmp_path, kind, texts):
     else:
         rows = [{"image": "0.jpg", **dict(zip(names, values))}] * 2
         (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for views in ((), names):
+    for chosen in ((), names):
         report = build_records(
-            str(tmp_path / f"c.{kind}"), str(tmp_path / "out"), views=views, overwrite=True, **options
+            str(tmp_path / f"c.{kind}"), str(tmp_path / "out"), texts=chosen, overwrite=True, **options
         )
-        assert report.views == names and report.count == 2
+        assert report.texts.names == names and report.count == 2
         assert texts_of(tmp_path / "out", 1) == ids_of(*values)
         assert struct.unpack_from("<I", RecordFile(tmp_path / "out").read(0))[0] == 77 * texts
         side = json.loads((tmp_path / "out.json").read_text())

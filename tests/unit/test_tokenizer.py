@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rwkv_clip.data.image import train_transform, val_transform
 from rwkv_clip.factory import get_tokenizer
 from rwkv_clip.tokenizer import Tokenizer, make_tokenizer
+from rwkv_clip.transform import train_transform, val_transform
 
 TEXTS = ["a photo of two dogs", "", "Ünïcödé and 日本", "word " * 200]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "two", "dogs", "word", "and"]

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
-from .fields import IMAGE_FIELDS, Views, find_field, find_tokens, first_text
 from ..files import OutsideError, find_below, read_bytes
+from ..tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer
+from .fields import IMAGE_FIELDS, Choice, find_field, find_tokens, first_text
 from .image import MAX_BYTES, ImageError, inspect_image, open_image
 from .recordio import Header, pack
 from .records import EXACT, checksum
-from .sources import MAX_TEXT_BYTES, Problem, Row
-from ..tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer
+from .rows import MAX_TEXT_BYTES, Problem, Row
 
 OUTSIDE = "image outside the image folder"
 NO_RAW = "no raw text"
@@ -33,16 +34,16 @@ NUMBERS = "numbers in "  # before the name of a field that holds no texts
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file: the next one would fail as well
 
 
-class Encoded(NamedTuple):
-    """Result for one row: `labels` and `image`, or `problem`.
+class Record(NamedTuple):
+    """A row that became a record.
 
-    fallbacks: views that took the raw text; cut: views whose text is longer than the context; unused: fields with
-    texts that are not taken, once for each text; seen: which file the picture was in, see `Picture`.
+    labels: float32 (texts * context,). fallbacks: texts that were missing and are the raw text instead. cut: texts
+    longer than the context. unused: fields with texts that are not taken, once for each text. reencoded: whether `image`
+    is a new JPEG. seen: as `Picture` has it.
     """
 
     name: str
-    problem: str | None = None
-    labels: np.ndarray | None = None
+    labels: np.ndarray
     image: bytes = b""
     fallbacks: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
@@ -56,6 +57,14 @@ class Encoded(NamedTuple):
         return pack(Header(0, self.labels, key, checksum(content)), self.image)
 
 
+class Skipped(NamedTuple):
+    """A row that did not, and the reason under which it is counted."""
+
+    name: str
+    reason: str
+    seen: str = ""
+
+
 class RowError(ValueError):
     """A row cannot become a record; the message is the reason it is counted under."""
 
@@ -63,8 +72,8 @@ class RowError(ValueError):
 class Picture(NamedTuple):
     """The picture of a row: its bytes, the file that has them, or the problem.
 
-    seen: JSON of the name in the row with size and time of change in ns of the file, or with the problem; tells a later
-    run whether it would find the same. "" where the row names no file.
+    seen: JSON of the name in the row with the file's size and time of change in ns, or with the problem: what a later
+    run compares to learn whether the pictures are still the same. "" where the row names no file.
     """
 
     data: bytes = b""
@@ -102,21 +111,18 @@ def find_text(fields: dict[str, Any], field: str) -> str | None:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Row -> Encoded. Picklable; every process makes its own tokenizer.
+    """Row -> Record or Skipped. Picklable; every process makes its own tokenizer.
 
-    `token_field`: ready token ids; None: the texts of `views` are tokenized. `aside`: fields whose texts are counted.
-    `max_side` 0 keeps every size. `allow_outside`: names may lead out of the image folder.
+    `max_side` 0 keeps every size. `allow_outside`: names may lead out of the image folder `images`.
     """
 
-    views: Views
+    choice: Choice
     tokenizer: str = CLIP_BPE
     context: int = 77
     images: Path | None = None
     image_field: str | None = None
-    token_field: str | None = None
     max_side: int = 0
     quality: int = 95
-    aside: tuple[str, ...] = ()
     allow_outside: bool = False
 
     @cached_property
@@ -124,42 +130,41 @@ class Encoder:
         """The tokenizer, made on first use."""
         return make_tokenizer(self.tokenizer, self.context)
 
-    def __call__(self, row: Row) -> Encoded:
+    def __call__(self, row: Row) -> Record | Skipped:
         picture = self.find_picture(row)
         try:
-            encoded = self._label(row) if self.token_field is None else self._take_tokens(row)
+            record = self._take_texts(row) if self.choice.token_field is None else self._take_tokens(row)
             image, reencoded = self._encode_image(picture.read(), row.name)
         except RowError as error:
-            return Encoded(row.name, str(error), seen=picture.seen)
+            return Skipped(row.name, str(error), picture.seen)
         except ImageError as error:
             reason = "unreadable image" if "unreadable" in error.reason else error.reason
-            return Encoded(row.name, reason, seen=picture.seen)
-        return encoded._replace(image=image, reencoded=reencoded, seen=picture.seen)
+            return Skipped(row.name, reason, picture.seen)
+        return record._replace(image=image, reencoded=reencoded, seen=picture.seen)
 
     # ---- texts
 
-    def _label(self, row: Row) -> Encoded:
-        """Labels are the token ids of all views as float32 (V * context,)."""
-        texts = [find_text(row.fields, field) for field in self.views.fields]
+    def _take_texts(self, row: Row) -> Record:
+        names, fields = self.choice.texts.names, self.choice.texts.fields
+        texts = [find_text(row.fields, field) for field in fields]
         if not texts[0]:
             raise RowError(NO_RAW if texts[0] is None else "empty text")
-        missing = [not text for text in texts]
         ids, cut = self._tokenize([text or texts[0] for text in texts])
         if self.context > 2 and not ids[0, 2:].any():  # characters that stand for nothing, NUL for example
             raise RowError("empty text")
-        return Encoded(
+        return Record(
             row.name,
-            labels=ids.numpy().astype(np.float32).reshape(-1),
-            fallbacks=tuple(name for name, lacks in zip(self.views.names, missing) if lacks),
-            cut=tuple(name for name, is_cut, lacks in zip(self.views.names, cut, missing) if is_cut and not lacks),
+            ids.numpy().astype(np.float32).reshape(-1),
+            fallbacks=tuple(name for name, text in zip(names, texts) if not text),
+            cut=tuple(name for name, text, is_cut in zip(names, texts, cut) if is_cut and text),
             unused=tuple(self._find_unused(row.fields, texts)),
         )
 
     def _tokenize(self, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
-        """Ids (V, context), and of each text whether it was cut: with one more place it fills that, too.
+        """Ids (texts, context), and whether each text was cut: given one more place, it fills that as well.
 
-        What is cut keeps EOT as its last token, so the ids follow from those with one more place; not for texts of
-        which a tokenizer reads the more, the more places there are.
+        A text that is cut keeps EOT as its last token, so the ids follow from those of one more place. Texts so long
+        that the tokenizer reads only their beginning, which depends on the context, are tokenized again.
         """
         longer = self.tokenize(texts, self.context + 1)
         cut = longer[:, -1] != 0
@@ -171,11 +176,11 @@ class Encoder:
 
     def _find_unused(self, fields: dict[str, Any], used: list[str | None]) -> list[str]:
         found = []
-        for field in self.views.fields:
+        for field in self.choice.texts.fields:
             value = find_field(fields, field)
             if isinstance(value, (list, tuple)):
                 found += [f"{field}[1:]"] * sum(bool(text) for text in value[1:])
-        for name in self.aside:
+        for name in self.choice.aside:
             text = first_text(value := fields.get(name))
             if isinstance(text, str):
                 if text.strip() and text.strip() not in used and not isinstance(text, Problem):
@@ -184,11 +189,11 @@ class Encoder:
                 found.append(f"{NUMBERS}{name}")
         return found
 
-    def _take_tokens(self, row: Row) -> Encoded:
-        tokens = find_tokens(row.fields, self.token_field)
+    def _take_tokens(self, row: Row) -> Record:
+        tokens = find_tokens(row.fields, self.choice.token_field)
         if tokens is None:
             raise RowError("no token ids")
-        shape = (len(self.views.names), self.context)
+        shape = (len(self.choice.texts.names), self.context)
         if tokens.ndim > 1 and tokens.shape != shape:
             raise RowError(f"token ids of shape {tokens.shape}, should be {shape}")
         if tokens.size != shape[0] * shape[1]:
@@ -196,7 +201,7 @@ class Encoder:
         vocab = min(self.tokenize.vocab_size, EXACT)
         if not (tokens.min() >= 0 and tokens.max() < vocab) or (tokens != np.floor(tokens)).any():
             raise RowError("token ids out of range")
-        return Encoded(row.name, labels=tokens.astype(np.float32).reshape(-1))
+        return Record(row.name, tokens.astype(np.float32).reshape(-1))
 
     # ---- pictures
 
@@ -258,7 +263,7 @@ class Encoder:
         if not fits:
             scale = self.max_side / max(picture.size)
             size = tuple(max(1, round(side * scale)) for side in picture.size)
-            picture = picture.resize(size, resample=3, reducing_gap=3.0)  # 3: bicubic
+            picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=self.quality)
         return buffer.getvalue(), True

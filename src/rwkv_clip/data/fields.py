@@ -1,7 +1,7 @@
-"""Which field of a row is what: the texts, ready token ids, the picture; decided once, from the first rows.
+"""Which fields of a row hold the texts, ready token ids and the picture; decided once, from the first rows.
 
-Names that the user gives are taken as they are. Others are looked for under the usual ones, and what a source has
-under the first name that is found is what all its rows are asked for: a row without it is not given another text.
+Names that the user gives are taken as they are. Otherwise the usual names are tried in order, and the first that the
+source has is used for all its rows: a row without it is not given another text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .records import VIEWS
-from .sources import IMAGE_ENDINGS, Row
+from .records import TEXT_NAMES
+from .rows import IMAGE_ENDINGS, Row
 
 # Other names of the two texts. `caption` is the raw text where it is the first of these, else the synthetic one.
 RAW_FIELDS = ("raw", "raw_caption", "caption", "captions", "text", "txt", "title")
 SYNTHETIC_FIELDS = ("synthetic", "ofa", "caption")
+CAPTION_FIELDS = ("captions", "caption", "title", "text", "raw", "raw_caption", "txt")  # where all captions are wanted
 IMAGE_FIELDS = ("image", "images", "image_path", "filepath", "file_name", "filename", "path", *IMAGE_ENDINGS)
 TOKEN_FIELDS = ("tokens", "texts")  # `texts` is what the published YFCC15M calls them
-GUESS = 100  # rows looked at to find out what there is
+GUESS = 100  # rows that the choice is made from
 SHOWN = 30  # names of fields in a message
 
 Found = TypeVar("Found")
@@ -75,14 +76,14 @@ def list_fields(rows: Iterable[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class Views:
-    """The texts of a record: names, raw first, and the field that each one is found in."""
+class Texts:
+    """The texts of a record: their names, raw first, and the field that each one is found in."""
 
     names: tuple[str, ...]
     fields: tuple[str, ...]
 
     @classmethod
-    def parse(cls, entries: tuple[str, ...]) -> Views:
+    def parse(cls, entries: tuple[str, ...]) -> Texts:
         """'raw', 'raw=captions.0' or 'captions.0' (named by its place: raw, synthetic, generated)."""
         names, fields = [], []
         for place, entry in enumerate(entries):
@@ -90,49 +91,49 @@ class Views:
             if not equals:
                 field = name
                 if "." in name:
-                    name = name_view(place)
+                    name = name_text(place)
             if not name or not field:
-                raise ValueError(f"views: {entry!r} is not NAME, NAME=FIELD or FIELD.NUMBER")
+                raise ValueError(f"texts: {entry!r} is not NAME, NAME=FIELD or FIELD.NUMBER")
             names.append(name)
             fields.append(field)
         if not names or names[0] != "raw" or len(set(names)) != len(names):
             raise ValueError(
-                f"views: {list(entries)} gives the names {names}; they must differ and begin with raw, the "
+                f"texts: {list(entries)} gives the names {names}; they must differ and begin with raw, the "
                 f"text that stands in for a missing one; for example raw=caption synthetic=blip"
             )
         return cls(tuple(names), tuple(fields))
 
 
-def name_view(place: int) -> str:
+def name_text(place: int) -> str:
     """Name of the text at `place`, where it has no other."""
-    return VIEWS[place] if place < len(VIEWS) else f"view{place + 1}"
+    return TEXT_NAMES[place] if place < len(TEXT_NAMES) else f"view{place + 1}"
 
 
 class Choice(NamedTuple):
-    """What is taken from every row: `token_field`, or else the texts of `views`. `aside`: fields that look like more
-    of either, but are not taken."""
+    """What is taken from every row: the ready token ids of `token_field`, or else `texts`. `aside`: fields that look like
+    more of either, but are not taken."""
 
-    views: Views
+    texts: Texts
     token_field: str | None = None
     aside: tuple[str, ...] = ()
 
 
 def choose_fields(rows: list[Row], entries: tuple[str, ...], token_field: str | None, context: int) -> Choice:
-    """From the first rows, and the entries of --views. ValueError, with the fields there are, where one is missing."""
-    named = Views.parse(entries) if entries else None
+    """From the first rows, and the entries of --texts. ValueError, with the fields there are, where one is missing."""
+    named = Texts.parse(entries) if entries else None
     if not rows:
-        return Choice(named or Views.parse(VIEWS[:1]), token_field)
+        return Choice(named or Texts.parse(TEXT_NAMES[:1]), token_field)
     if token_field or named is None or named.names == named.fields:  # fields that are named mean texts
         field, count = _choose_tokens(rows, named, token_field, context)
         if field:
-            return Choice(named or Views.parse(VIEWS[:count]), field)
-    views = _choose_texts(rows, named)
-    usual = dict.fromkeys((*RAW_FIELDS, *SYNTHETIC_FIELDS, *VIEWS, *TOKEN_FIELDS))
-    return Choice(views, None, () if named else tuple(name for name in usual if name not in views.fields))
+            return Choice(named or Texts.parse(TEXT_NAMES[:count]), field)
+    texts = _choose_texts(rows, named)
+    usual = dict.fromkeys((*RAW_FIELDS, *SYNTHETIC_FIELDS, *TEXT_NAMES, *TOKEN_FIELDS))
+    return Choice(texts, None, () if named else tuple(name for name in usual if name not in texts.fields))
 
 
 def _choose_tokens(
-    rows: list[Row], named: Views | None, token_field: str | None, context: int
+    rows: list[Row], named: Texts | None, token_field: str | None, context: int
 ) -> tuple[str | None, int]:
     """(the field of ready token ids, texts in it); (None, 0) where there are none, or what looks like them does not fit
     and there are texts beside it."""
@@ -144,14 +145,14 @@ def _choose_tokens(
         row, shape = found[0]
         count = shape[0] // context if len(shape) == 1 else shape[0]
         fits = shape in ((count * context,), (count, context))
-        fits &= count == len(named.names) if named else 1 <= count <= len(VIEWS)
+        fits &= count == len(named.names) if named else 1 <= count <= len(TEXT_NAMES)
         if fits and not (texts and any(other != shape for _, other in found)):
             return field, count
         if not texts:
-            wanted = f"the {len(named.names)} of --views" if named else "one to three"
+            wanted = f"the {len(named.names)} of --texts" if named else "one to three"
             raise ValueError(
                 f"{row.name}: {field}: numbers of shape {shape} are not {wanted} texts of --context {context}, that is "
-                f"(texts * {context},) or (texts, {context}); give the --context they were made with, or --views "
+                f"(texts * {context},) or (texts, {context}); give the --context they were made with, or --texts "
                 f"raw=FIELD to take texts instead"
             )
     if token_field:
@@ -160,27 +161,27 @@ def _choose_tokens(
     return None, 0
 
 
-def _choose_texts(rows: list[Row], named: Views | None) -> Views:
+def _choose_texts(rows: list[Row], named: Texts | None) -> Texts:
     places: dict[str, str] = {}
-    for name, field in zip(named.names, named.fields) if named else zip(VIEWS, VIEWS):
+    for name, field in zip(named.names, named.fields) if named else zip(TEXT_NAMES, TEXT_NAMES):
         usual = {"raw": RAW_FIELDS, "synthetic": SYNTHETIC_FIELDS}.get(field, (field,))
         usual = [other for other in usual if other == field or other not in places.values()]
         place = _choose(rows, usual)
-        if place is None and name == VIEWS[0]:  # texts that are all empty will be counted as such
+        if place is None and name == TEXT_NAMES[0]:  # texts that are all empty will be counted as such
             present = {other for other in usual for row in rows if find_field(row.fields, other) is not None}
             place = next((other for other in usual if other in present), None)
-        if place is None and (named or name == VIEWS[0]):
+        if place is None and (named or name == TEXT_NAMES[0]):
             others = f" (nor {', '.join(usual[1:])})" if usual[1:] else ""
-            leave = "" if name == VIEWS[0] else f", or leave {name} out"
+            leave = "" if name == TEXT_NAMES[0] else f", or leave {name} out"
             whose = "no row has" if named else f"none of the first {len(rows)} rows has"
             raise FieldError(
-                f"views: {whose} a text {field!r}{others}; they have {list_fields(rows)}; say where it is, "
-                f"--views {name}=FIELD{leave}",
+                f"texts: {whose} a text {field!r}{others}; they have {list_fields(rows)}; say where it is, "
+                f"--texts {name}=FIELD{leave}",
                 usual if named else (),
             )
         if place is not None:
             places[name] = place
-    return Views(tuple(places), tuple(places.values()))
+    return Texts(tuple(places), tuple(places.values()))
 
 
 def _choose(rows: list[Row], names: Iterable[str]) -> str | None:
@@ -254,15 +255,15 @@ class Condition:
             if number is None and value is not None:
                 reason = f"{self.field} is not a number"
         else:
-            taken = any(_is_said(value, text) for text in self.values) == (self.sign == "=")
+            taken = any(_denotes(value, text) for text in self.values) == (self.sign == "=")
         if value is None:
             reason = f"no field {self.field}"
         return taken, reason and f"{self}: {reason}, {'taken' if taken else 'left out'}"
 
 
-def _is_said(value: Any, text: str) -> bool:
-    """Whether `text` says this value: numbers by their size (1 is 1.0), true and false in any case, dates and whatever
-    else tables hold as Python writes them, bytes as the text that they are; texts only as they stand there."""
+def _denotes(value: Any, text: str) -> bool:
+    """Whether `text` denotes this value: numbers are compared by value (1 is 1.0), true and false in any case, bytes as
+    the text that they are, dates and other types of tables as Python prints them, texts exactly."""
     if isinstance(value, str):
         return value == text
     if isinstance(value, bool):
@@ -289,10 +290,10 @@ def _to_number(value: Any) -> float | None:
 
 
 def survey(rows: Iterator[Row], conditions: list[Condition], choose: Callable[[list[Row]], Found]) -> Found:
-    """What `choose` makes of the first rows that fulfil the conditions.
+    """What `choose` makes of the first rows that meet the conditions.
 
     ValueError, with the fields there are, for a condition on a field that no row has, and `choose`'s FieldError. Where
-    a field that the user named is not in the first rows, all are looked through before that is said.
+    a field that the user named is not in the first rows, all are searched before that is reported.
     """
     unseen, there = {condition.field for condition in conditions}, {}
 

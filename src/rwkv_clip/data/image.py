@@ -1,9 +1,9 @@
-"""Pictures: what may be opened, how every mode becomes RGB, and the transforms from a picture to a tensor.
+"""Pictures: which may be opened, what their headers say, and how every mode becomes upright RGB.
 
-Sizes are checked on the header alone, so a small file that unpacks to gigabytes is refused before any pixel
-is decoded. PIL keeps the first frame of an animation. Transparency is dropped, as `convert("RGB")` does, not
-blended with a background. Pictures are upright everywhere, in training as in evaluation: an orientation tag
-(EXIF, or XMP without it) is obeyed and then gone. What PIL cannot read in a tag is no tag.
+Sizes are checked on the header alone, so a small file that unpacks to gigabytes is refused before any pixel is decoded.
+Of an animation the first frame is kept. Transparency is dropped, as `convert("RGB")` does, not blended with a
+background. Pictures are upright in training as in evaluation: an orientation tag (EXIF, or XMP without it) is applied
+and removed. A tag that PIL cannot read is ignored.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError, features
 
 from ..errors import DATA
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_768
@@ -28,7 +24,7 @@ MAX_BYTES = 32_000_000
 
 
 def _reads_avif() -> bool:
-    """Pillow does from 11.3 on, where it was built with libavif; else by a plugin that registers itself."""
+    """Pillow does from 11.3 on if it was built with libavif; before that, a plugin registers itself."""
     if "avif" in features.modules and features.check("avif"):
         return True
     try:
@@ -38,7 +34,7 @@ def _reads_avif() -> bool:
     return True
 
 
-# Formats that every Pillow decodes by itself, and AVIF. Not in the list, for example: EPS, which starts Ghostscript.
+# Formats that every Pillow decodes by itself, and AVIF. Left out, for example: EPS, which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", *(["AVIF"] if _reads_avif() else []))
 
 START, END = b"\xff\xd8", b"\xff\xd9"
@@ -50,7 +46,7 @@ COMPONENT_IDS = (b"\x01\x02\x03", b"\x00\x01\x02")  # the usual names of Y, Cb, 
 
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # how APP1 segments of a JPEG begin
 ORIENTATION = 0x0112
-TURNS = {  # of the orientation tag: what makes the stored pixels upright
+TURNS = {  # orientation tag -> what makes the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -61,9 +57,6 @@ TURNS = {  # of the orientation tag: what makes the stored pixels upright
 }
 SIDEWAYS = tuple(TURNS[number] for number in (5, 6, 7, 8))  # width and height change places
 PNG_TAGS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold an orientation
-
-THIN = 32  # long side / short side from which only the middle of a picture is scaled up
-
 
 class ImageError(ValueError):
     """A picture cannot be used. `reason`: "image too large" or "image unreadable", for counting."""
@@ -77,9 +70,11 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Width and height in pixels of the upright picture. `plain`: an ordinary 8-bit grey or YCbCr JPEG, complete and
-    stored upright, which every decoder reads alike; anything else should go through PIL. `turn`: what makes the stored
-    pixels upright, None where they are."""
+    """Width and height in pixels of the upright picture.
+
+    plain: an ordinary 8-bit grey or YCbCr JPEG, complete and stored upright, which every decoder reads alike; anything
+    else should go through PIL. turn: what makes the stored pixels upright, None if they are.
+    """
 
     width: int
     height: int
@@ -118,8 +113,7 @@ def open_header(source: io.BytesIO | str | Path, name: str) -> Image.Image:
 
 
 def inspect_image(data: bytes, name: str = "image") -> ImageInfo:
-    """Size and kind of an encoded picture, from its header. ImageError beyond the limits or if it has no
-    header."""
+    """Size and kind of an encoded picture, from its header. ImageError beyond the limits or without a header."""
     _check_bytes(len(data), name)
     info = _inspect_jpeg(data) if data[:2] == START else None
     if info is None:
@@ -133,12 +127,12 @@ def _inspect_with_pil(data: bytes, name: str) -> ImageInfo:
     if image.format == "PNG" and _tags_follow_pixels(data):
         to_rgb(image, name)
     turn = _find_turn(image)
-    width, height = getattr(image, "_tile_size", image.size)  # of a TIFF, whose `size` may be the upright one already
+    width, height = getattr(image, "_tile_size", image.size)  # `size` of a TIFF may be the upright one already
     return ImageInfo(*((height, width) if turn in SIDEWAYS else (width, height)), False, turn)
 
 
 def _tags_follow_pixels(data: bytes) -> bool:
-    """Whether a PNG has chunks behind its pixels that may hold an orientation: PIL reads them with the pixels."""
+    """Whether a PNG has chunks after its pixels that may hold an orientation: PIL reads them with the pixels."""
     at, pixels = 8, False
     while at + 8 <= len(data):
         kind = data[at + 4 : at + 8]
@@ -152,7 +146,7 @@ def _tags_follow_pixels(data: bytes) -> bool:
 
 
 def _find_turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes an image upright, from the tags that have been read so far; None where PIL finds no usable one."""
+    """What makes an image upright, from the tags that have been read so far; None if PIL finds no usable one."""
     try:
         return TURNS.get(Image.Image.getexif(image).get(ORIENTATION))  # PngImageFile's own would decode the picture
     except Exception:  # PIL's parsers raise SyntaxError, struct.error, TypeError, ...
@@ -163,15 +157,14 @@ def _find_turn_in(exif: list[bytes], xmp: bytes) -> Image.Transpose | None:
     """The same for a JPEG's APP1 segments, joined as PIL joins them."""
     tags = b"".join(exif)
     if not any(mark in tags for mark in (b"\x01\x12", b"\x12\x01")) and b"tiff:Orientation" not in xmp:
-        return None  # most JPEGs: PIL would need as long for this as the rest of the walk
+        return None  # most JPEGs: asking PIL would take as long as all the rest of the walk
     holder = Image.Image()
     holder.info = {"exif": EXIF + tags, "xmp": xmp} if exif else {"xmp": xmp}
     return _find_turn(holder)
 
 
 def _inspect_jpeg(data: bytes) -> ImageInfo | None:
-    """Walk the markers up to the first scan; None where the walk meets anything that PIL should judge
-    instead."""
+    """Walk the markers up to the first scan; None at anything that PIL should judge instead."""
     at, size, plain, exif, xmp = 2, None, True, [], b""
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -206,7 +199,8 @@ def _inspect_jpeg(data: bytes) -> ImageInfo | None:
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """Decode, turn upright and convert any mode to 8-bit RGB, without tags; `image` keeps its mode and its tags.
 
-    16-bit greys are scaled to 8 bits. ImageError if PIL cannot."""
+    16-bit greys are scaled to 8 bits. ImageError if PIL cannot decode it.
+    """
     try:
         if image.mode == "F":
             raise ImageError(f"{name}: floating-point pixels have no defined range; store 8-bit RGB")
@@ -229,7 +223,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
-    """16-bit greys (modes I;16*, and I where PIL widened them) -> L; PIL's own convert would clip at 255."""
+    """16-bit greys (modes I;16*, and I if PIL widened them) -> L; PIL's own convert would clip at 255."""
     values = np.asarray(image).astype(np.float64)
     scale = 257.0 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
     return Image.fromarray(np.rint(values / scale).clip(0, 255).astype(np.uint8))
@@ -238,8 +232,7 @@ def _scale_grey(image: Image.Image) -> Image.Image:
 def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Image:
     """Encoded bytes or a path -> RGB picture, upright, without tags.
 
-    ImageError: more than 32 MB, 50 MP or 32768 pixels on a side (checked before decoding), unknown format,
-    damaged.
+    ImageError: more than 32 MB, 50 MP or 32,768 pixels on a side (checked before decoding), an unknown format, damage.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = name or "image"
@@ -254,96 +247,10 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
         return to_rgb(image, name)
 
 
-class _Thin:
-    """Cut the long side of a picture that is far longer than wide to what a centre crop of (height, width) can see.
-
-    Scaled up whole, 32,768 x 1 pixels would become 7,340,032 x 224. From either end goes a multiple of the short side,
-    so that the middle of the scaled picture stays where it was, to a fraction of a pixel.
-    """
-
-    def __init__(self, size: tuple[int, int]):
-        self.most = THIN * -(-max(size) // min(size))  # times the short side
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        short, long = min(image.size), max(image.size)
-        if long <= self.most * short:
-            return image
-        cut = (long - self.most * short) // (2 * short) * short
-        across, down = (cut, 0) if image.width == long else (0, cut)
-        return image.crop((across, down, image.width - across, image.height - down))
-
-    def __repr__(self) -> str:
-        return f"Thin(most={self.most})"
-
-
-class _Cover:
-    """Resize, keeping the aspect, to the smallest picture that covers (height, width)."""
-
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        scale = max(self.size[0] / image.height, self.size[1] / image.width)
-        width = max(self.size[1], round(image.width * scale))
-        height = max(self.size[0], round(image.height * scale))
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-
-    def __repr__(self) -> str:
-        return f"Cover(size={self.size})"
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Image size as (height, width); ValueError unless both are positive."""
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    if height < 1 or width < 1:
-        raise ValueError(f"image_size: {size} is not a picture; use a positive number or (height, width)")
-    return height, width
-
-
-def prepare(size: int | tuple[int, int]) -> list:
-    """What has to come before any transform that scales a PIL picture to cover `size` and crops its centre: upright,
-    RGB (a palette or 1-bit picture cannot be interpolated), and not too thin to be scaled in memory."""
-    return [to_rgb, _Thin(_pair(size))]
-
-
-def val_transform(size: int | tuple[int, int]):
-    """Evaluation: PIL picture -> normalised float32 (3, h, w): upright, RGB, short side bicubic, centre crop, CLIP
-    mean/std.
-
-    The same numbers as open_clip's and torchvision's for upright RGB and square sizes; (h, w) covers the frame, then
-    crops.
-    """
-    from torchvision import transforms as T
-
-    height, width = _pair(size)
-    cover = T.Resize(height, T.InterpolationMode.BICUBIC) if height == width else _Cover((height, width))
-    crop = T.CenterCrop((height, width))
-    return T.Compose([*prepare(size), cover, crop, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
-
-
-def train_transform(size: int | tuple[int, int]):
-    """Training with PIL pictures: upright, RGB, random crop (area 0.7-1, aspect 0.8-1.25) resized linearly, mirror
-    p=0.5, CLIP mean/std -> float32 (3, h, w). Random numbers come from torch's global generator."""
-    from torchvision import transforms as T
-
-    crop = T.RandomResizedCrop(_pair(size), (0.7, 1.0), (0.8, 1.25), T.InterpolationMode.BILINEAR)
-    flip = T.RandomHorizontalFlip(0.5)
-    return T.Compose([to_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
-
-
-def normalize(
-    image: torch.Tensor,
-    mean: tuple[float, ...] | torch.Tensor = CLIP_MEAN,
-    std: tuple[float, ...] | torch.Tensor = CLIP_STD,
-) -> torch.Tensor:
-    """(B, 3, h, w) uint8 0..255, or float 0..1, on any device -> float32, normalised per channel.
-
-    mean, std: three numbers each; float32 tensors on the images' device are taken as they are."""
-    if image.dim() != 4 or image.shape[1] != 3:
-        raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, height, width)")
-    full = 255.0 if image.dtype == torch.uint8 else 1.0
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"image: dtype {image.dtype} is neither uint8 nor floating point")
-    centre, scale = (torch.as_tensor(values, device=image.device).view(3, 1, 1) for values in (mean, std))
-    # In place: on a CPU three more fresh copies of the batch take longer than the arithmetic.
-    return image.to(torch.float32, copy=True).div_(full).sub_(centre).div_(scale)
+def open_picture(source: bytes | Path, name: str | None = None) -> Image.Image:
+    """`open_image` of an evaluation set. The ImageError adds a remedy: a figure needs every picture."""
+    try:
+        return open_image(source, name)
+    except ImageError as error:
+        text = f"{error}; an evaluation leaves no picture out: repair it or remove its entry"
+        raise ImageError(text, error.reason) from error

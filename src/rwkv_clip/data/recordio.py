@@ -1,12 +1,12 @@
 """One indexed RecordIO file, the format of MXNet, read and written without the retired mxnet package.
 
-`<prefix>.rec` is a chain of frames, `<prefix>.idx` says at which byte each record starts. A frame is
+`<prefix>.rec` is a chain of frames; `<prefix>.idx` is text, one "<key>TAB<byte offset>" line per record. A frame is
 u32 magic, u32 (cflag << 29 | length), `length` bytes, zero padding to 4. Where the magic word itself stands
 at a 4-byte aligned place of a record, the record is cut there and the word left out: the parts carry cflag 1
 (first), 2 (middle), 3 (last) and the reader puts the word back; cflag 0 is a whole record. A record starts
-with `<IfQQ` (flag, label, id, id2); flag > 0 says that so many float32 labels follow, then the payload.
+with `<IfQQ` (flag, label, id, id2), then `flag` float32 labels, then the payload.
 
-No length read from a file is used before it is checked against the file, and a record has to end, zero padding
+No length read from a file is used before it is checked against the file, and a record must end, zero padding
 included, where the next one starts: a flipped bit in a frame is found without a checksum, unless it makes one or two
 bytes of the padding part of the record.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from array import array
 from contextlib import suppress
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .recordindex import RecordError, read_index
+from ..errors import DATA
+from ..files import naming, sync_folder, write_json
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -32,7 +34,15 @@ WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 _FRAME = struct.Struct("<II")
 _PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")
 HEADER = struct.Struct("<IfQQ")
-_SPOT_CHECKS = 64  # frames looked at when a file is opened
+_SPOT_CHECKS = 64  # frames checked when a file is opened
+INDEX_BLOCK = 1 << 24  # bytes of an index parsed at once: bounds the temporary arrays to a few hundred MB
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})\Z", re.ASCII)  # an int64 holds every number of 18 digits
+
+
+class RecordError(ValueError):
+    """A record file or its index is damaged or not what was expected; names file, key and byte offset."""
+
+    exit_code = DATA
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +80,11 @@ def unpack(packed: bytes | memoryview) -> tuple[Header, memoryview]:
     return Header(flag, label, id, id2), view[start:]
 
 
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly spread, first and last included."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()
+
+
 def split_path(path: str | Path) -> Path:
     """'dir/train' or 'dir/train.rec' -> Path('dir/train'), the prefix shared by .rec, .idx and .json."""
     path = Path(path)
@@ -84,17 +99,18 @@ def beside(prefix: Path, suffix: str) -> Path:
 class RecordWriter:
     """Writes `<prefix>.rec` and `<prefix>.idx`; they appear under their names only when `close` succeeds.
 
-    Use as a context manager: leaving the block by an exception removes what was written so far.
+    Use as a context manager: leaving the block by an exception removes what was written so far. An OSError names the
+    .rec.
     """
 
     def __init__(self, path: str | Path):
         self.prefix = split_path(path)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        names = [beside(self.prefix, ending) for ending in (".rec", ".idx")]
-        self._names = [(name.with_name(name.name + ".tmp"), name) for name in names]
-        self._rec = open(self._names[0][0], "wb")  # noqa: SIM115 - closed by close() and discard()
-        self._idx = open(self._names[1][0], "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._offset = 0
+        self.path, self._index_path = beside(self.prefix, ".rec"), beside(self.prefix, ".idx")
+        self._side_path: Path | None = None
+        self.size = 0  # bytes of the .rec so far
+        self._rec = open(_unfinished(self.path), "wb")  # noqa: SIM115 - closed by close() and discard()
+        self._idx = open(_unfinished(self._index_path), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
         self._increasing = array("q")  # integer keys so far; kept small because 15 million keys are usual
         self._seen: set[str] | None = None  # all keys as text, once one came out of order
 
@@ -106,46 +122,46 @@ class RecordWriter:
         if len(packed) > MAX_LENGTH:
             raise RecordError(f"key {key!r}: {len(packed)} bytes; a record holds at most {MAX_LENGTH}")
         text = self._check_key(key)
-        start = self._offset
-        for cflag, begin, end in _parts(packed):
-            self._rec.write(_FRAME.pack(MAGIC, cflag << 29 | (end - begin)))
-            self._rec.write(packed[begin:end])
-            self._offset += 8 + end - begin
-        padding = -self._offset % 4
-        self._rec.write(b"\0" * padding)
-        self._offset += padding
-        self._idx.write(f"{text}\t{start}\n")
+        start = self.size
+        with naming(self.path):
+            for cflag, begin, end in _parts(packed):
+                self._rec.write(_FRAME.pack(MAGIC, cflag << 29 | (end - begin)))
+                self._rec.write(packed[begin:end])
+                self.size += 8 + end - begin
+            padding = -self.size % 4
+            self._rec.write(b"\0" * padding)
+            self.size += padding
+            self._idx.write(f"{text}\t{start}\n")
 
-    def flush(self) -> int:
-        """Write everything to the disk, under names of its own still -> bytes of the .rec."""
-        for file in (self._rec, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-        return self._offset
+    def flush(self, side: dict | None = None) -> None:
+        """Bring everything onto the disk, and `side` as a .json that is to be published with it; all of it still has
+        temporary names."""
+        with naming(self.path):
+            for file in (self._rec, self._idx):
+                file.flush()
+                os.fsync(file.fileno())
+        if side is not None:
+            self._side_path = beside(self.prefix, ".json")
+            write_json(_unfinished(self._side_path), side)
 
     def close(self) -> None:
-        """Flush to disk and publish: .rec first, .idx last, so that an index never describes another file."""
+        """Flush and publish: .json first and .idx last, so that an index never describes another file."""
         if self._rec.closed:
             return
         self.flush()
-        for file in (self._rec, self._idx):
-            file.close()
-        self._names[1][1].unlink(missing_ok=True)
-        for temporary, final in self._names:
-            os.replace(temporary, final)
-        folder = os.open(self.prefix.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._rec.close()
+        self._idx.close()
+        self._index_path.unlink(missing_ok=True)
+        for path in filter(None, (self._side_path, self.path, self._index_path)):
+            os.replace(_unfinished(path), path)
+        sync_folder(self.prefix.parent)
 
     def discard(self) -> None:
         """Drop everything written so far; files of an earlier run under the same name stay as they are."""
         for file in (self._rec, self._idx):
             with suppress(OSError):  # what is still to be written may find no room
                 file.close()
-        for temporary, _ in self._names:
-            temporary.unlink(missing_ok=True)
+            Path(file.name).unlink(missing_ok=True)
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -171,15 +187,13 @@ class RecordWriter:
         return text
 
 
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
 def _parts(packed: bytes) -> list[tuple[int, int, int]]:
     """(cflag, begin, end) of the frames that hold `packed`: it is cut at every aligned magic word."""
-    cuts, at = [], packed.find(MAGIC_BYTES)
-    while at >= 0:
-        if at % 4 == 0:
-            cuts.append(at)
-            at = packed.find(MAGIC_BYTES, at + 4)
-        else:
-            at = packed.find(MAGIC_BYTES, at + 1)
+    cuts = [found.start() for found in re.finditer(re.escape(MAGIC_BYTES), packed) if found.start() % 4 == 0]
     if not cuts:
         return [(WHOLE, 0, len(packed))]
     begins, ends = [0] + [cut + 4 for cut in cuts], [*cuts, len(packed)]
@@ -193,34 +207,39 @@ class RecordFile:
     Opening parses the index, checks every offset against the file and looks at the first, the last and 64
     frames in between; the rest is checked when it is read. The index may be in any order and may leave out
     records. The files must not be cut or rewritten in place while they are open (the writer never does that).
+
+    Attributes: size (bytes of the .rec) and offsets (int64 (n,): the byte at which each record's frame starts).
     """
 
     def __init__(self, path: str | Path, index: str | Path | None = None):
         self.prefix = split_path(path)
         self.path = beside(self.prefix, ".rec")
         self.index_path = Path(index) if index else beside(self.prefix, ".idx")
-        self._open()
+        self._keys, self.offsets = read_index(self.index_path)
+        try:
+            with open(self.path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        except FileNotFoundError:
+            raise RecordError(f"{self.path}: no such file") from None
+        self._view = memoryview(self._map if self._map is not None else b"")
+        self._ends = self._check_offsets()
+        if not len(self) and self.size:
+            raise RecordError(f"{self.index_path}: empty, but {self.path} holds {self.size} bytes")
+        if len(self):
+            for i in sorted({*spread(len(self), _SPOT_CHECKS + 2), int(np.argmax(self.offsets))}):
+                self._frames(i, *self._extent(i))
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.offsets)
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "index": self.index_path, "size": self._size, "count": len(self)}
+        return {"path": self.path, "index": self.index_path, "size": self.size, "count": len(self)}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["path"], state["index"])
-        if (self._size, len(self)) != (state["size"], state["count"]):
-            raise RecordError(f"{self.path}: changed since it was opened ({state['size']} -> {self._size} bytes)")
-
-    @property
-    def size(self) -> int:
-        """Bytes of the .rec."""
-        return self._size
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Byte at which each record's frame starts, in index order: int64 (n,)."""
-        return self._offsets
+        if (self.size, len(self)) != (state["size"], state["count"]):
+            raise RecordError(f"{self.path}: changed since it was opened ({state['size']} -> {self.size} bytes)")
 
     @property
     def keys(self) -> list[int] | list[str]:
@@ -233,28 +252,20 @@ class RecordFile:
         return key if isinstance(key, str) else int(key)
 
     def view(self, i: int) -> memoryview:
-        """Record `i` as one piece; it shares the file's memory unless the record was stored in parts."""
-        if not 0 <= i < len(self._offsets):
-            raise IndexError(f"{self.path}: record {i} of {len(self._offsets)}")
+        """Record `i` in one view, which shares the file's memory unless the record was stored in parts."""
+        if not 0 <= i < len(self.offsets):
+            raise IndexError(f"{self.path}: record {i} of {len(self.offsets)}")
         start, limit = self._extent(i)
         magic, word = _FRAME.unpack_from(self._view, start)
         end = start + 8 + (word & MAX_LENGTH)
         if magic == MAGIC and word >> 29 == WHOLE and self._ends_well(end, limit):
             return self._view[start + 8 : end]
-        return memoryview(self._join(i, start, limit))
+        parts = self._frames(i, start, limit)  # the slow way: a record in parts, or a damaged one
+        return memoryview(MAGIC_BYTES.join(self._view[begin:end] for begin, end in parts))
 
     def read(self, i: int) -> bytes:
         """Record `i` as bytes, the parts of a split record joined. IndexError, RecordError."""
         return bytes(self.view(i))
-
-    def read_key(self, key: int | str) -> bytes:
-        """The record written under `key`. KeyError if the index has no such key."""
-        if self._places is None:
-            places = {key: i for i, key in enumerate(self.keys)}
-            if len(places) != len(self):
-                raise RecordError(f"{self.index_path}: {len(self) - len(places)} keys occur twice; read by position")
-            self._places = places
-        return self.read(self._places[key])
 
     def close(self) -> None:
         """Release the mapping; reading afterwards is an error."""
@@ -263,49 +274,28 @@ class RecordFile:
             with suppress(BufferError):  # a view handed out earlier is still alive: the mapping goes with it
                 self._map.close()
 
-    def _open(self) -> None:
-        self._keys, self._offsets = read_index(self.index_path)
-        self._places = None
-        try:
-            with open(self.path, "rb") as file:
-                self._size = os.fstat(file.fileno()).st_size
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else None
-        except FileNotFoundError:
-            raise RecordError(f"{self.path}: no such file") from None
-        self._view = memoryview(self._map if self._map is not None else b"")
-        self._ends = self._check_offsets()
-        if not len(self) and self._size:
-            raise RecordError(f"{self.index_path}: empty, but {self.path} holds {self._size} bytes")
-        if len(self):
-            spots = np.linspace(0, len(self) - 1, _SPOT_CHECKS + 2).astype(int)
-            for i in np.unique(np.append(spots, np.argmax(self._offsets))).tolist():
-                self._frames(i, *self._extent(i))
-
     def _check_offsets(self) -> np.ndarray:
-        """End of the room of each record: where the next one in the file starts. Bounds every later read."""
-        offsets = self._offsets
+        """Byte at which the space of each record ends and the next one starts. Bounds every later read."""
+        offsets = self.offsets
         if not len(offsets):
             return offsets
-        wrong = np.flatnonzero((offsets < 0) | (offsets > self._size - 8) | (offsets % 4 != 0))
+        wrong = np.flatnonzero((offsets < 0) | (offsets > self.size - 8) | (offsets % 4 != 0))
         if len(wrong):
-            self._fail(int(wrong[0]), int(offsets[wrong[0]]), f"no record can start here ({self._size} bytes in all)")
-        following = np.append(offsets[1:], self._size)
-        if (following > offsets).all():
-            return following
+            self._fail(int(wrong[0]), int(offsets[wrong[0]]), f"no record can start here ({self.size} bytes in all)")
         order = np.argsort(offsets, kind="stable")
         ends = np.empty_like(offsets)
-        ends[order] = np.append(offsets[order][1:], self._size)
+        ends[order] = np.append(offsets[order][1:], self.size)
         same = np.flatnonzero(ends == offsets)
         if len(same):
             self._fail(int(same[0]), int(offsets[same[0]]), "two index lines point to this offset")
         return ends
 
     def _extent(self, i: int) -> tuple[int, int]:
-        return self._offsets.item(i), self._ends.item(i)
+        return self.offsets.item(i), self._ends.item(i)
 
     def _ends_well(self, end: int, limit: int) -> bool:
-        """Whether a record that ends at byte `end` fills its room up to `limit` with its padding, or is followed there
-        by another one, left out of the index."""
+        """Whether a record that ends at byte `end` fills its space up to `limit` with its padding, or is followed
+        there by another one, left out of the index."""
         if 0 <= limit - end < 4:
             return self._map[end:limit] in _PADDING
         start = end + -end % 4
@@ -314,17 +304,13 @@ class RecordFile:
         magic, word = _FRAME.unpack_from(self._view, start)
         return magic == MAGIC and word >> 29 in (WHOLE, FIRST)
 
-    def _join(self, i: int, start: int, limit: int) -> bytes:
-        """The slow way: a record in parts, or a damaged one."""
-        return MAGIC_BYTES.join(self._view[begin:end] for begin, end in self._frames(i, start, limit))
-
     def _frames(self, i: int, start: int, limit: int) -> list[tuple[int, int]]:
         """(begin, end) in the file of every part of record `i`. RecordError for anything out of order."""
         parts: list[tuple[int, int]] = []
         at = start
         while True:
             if at + 8 > limit:
-                self._fail(i, at, f"a part of the record should start here, but its room ends at byte {limit}")
+                self._fail(i, at, f"a part of the record should start here, but its space ends at byte {limit}")
             magic, word = _FRAME.unpack_from(self._view, at)
             cflag, length = word >> 29, word & MAX_LENGTH
             if magic != MAGIC:
@@ -338,7 +324,7 @@ class RecordFile:
                 self._fail(i, at, f"{length} bytes announced, which go over the start of another part")
             if cflag in (WHOLE, LAST):
                 if not self._ends_well(parts[-1][1], limit):
-                    what = f"the record ends at byte {parts[-1][1]}, its room at {limit}, and no record lies between"
+                    what = f"the record ends at byte {parts[-1][1]}, its space at {limit}, and no record lies between"
                     self._fail(i, at, f"{what}: cut or overwritten")
                 return parts
             if length % 4:
@@ -347,3 +333,63 @@ class RecordFile:
 
     def _fail(self, i: int, offset: int, what: str) -> None:
         raise RecordError(f"{self.path}: record {i} (key {self.key(i)!r}), byte {offset}: {what}")
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+
+
+def read_index(path: Path) -> tuple[np.ndarray | list[str], np.ndarray]:
+    """Parse `path` -> (keys, offsets int64 (n,)), in the order of the lines.
+
+    Keys are an int64 array if all are plain integers, else a list of str. RecordError names the bad line. YFCC15M has
+    15 million lines: the usual form, plain non-negative integers, is parsed by numpy in blocks.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RecordError(f"{path}: no such index; a .rec file is read through the .idx beside it") from None
+    if data and not data.endswith(b"\n"):
+        data += b"\n"
+    blocks, start = [], 0
+    while start < len(data):
+        stop = data.rfind(b"\n", start, start + INDEX_BLOCK) + 1
+        block = _parse_block(data[start:stop]) if stop > start else None
+        if block is None:  # not the plain form: start over, carefully
+            return _parse_lines(path, data)
+        blocks.append(block)
+        start = stop
+    pairs = np.concatenate(blocks) if blocks else np.zeros((0, 2), np.int64)
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+
+
+def _parse_block(block: bytes) -> np.ndarray | None:
+    """Whole lines of plain non-negative integers -> int64 (n, 2); None if any line has another form."""
+    text = np.frombuffer(block, np.uint8)
+    if text.max() > 57:
+        return None
+    breaks = np.flatnonzero(text < 48)
+    if len(breaks) % 2 or (text[breaks[0::2]] != 9).any() or (text[breaks[1::2]] != 10).any():
+        return None
+    starts = np.concatenate(([0], breaks[:-1] + 1))
+    widths = breaks - starts
+    leading_zero = (text[starts] == 48) & (widths > 1)  # "007" is a name, not the number 7
+    if widths.min() < 1 or widths.max() > 18 or leading_zero.any():
+        return None
+    return np.fromstring(block, dtype=np.int64, sep=" ").reshape(-1, 2)
+
+
+def _parse_lines(path: Path, data: bytes) -> tuple[np.ndarray | list[str], np.ndarray]:
+    try:
+        lines = data.decode("utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: the index is not UTF-8 text (byte {error.start})") from None
+    keys, offsets = [], np.zeros(len(lines), np.int64)
+    for number, line in enumerate(lines):
+        key, tab, offset = line.strip().partition("\t")
+        if not tab or not key or not _INTEGER.match(offset):
+            raise RecordError(f"{path}: line {number + 1} is {line[:80]!r}, not '<key>TAB<byte offset>'")
+        keys.append(key)
+        offsets[number] = int(offset)
+    if all(_INTEGER.match(key) for key in keys):
+        return np.array([int(key) for key in keys], np.int64), offsets
+    return keys, offsets

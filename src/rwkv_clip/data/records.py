@@ -2,7 +2,7 @@
 
 A record's float32 labels are the token ids of its texts one after the other, the raw text first, and its
 payload is an encoded image. `<prefix>.json`, written by the builder, says what the labels mean; files of the
-released code have none, there the number of labels tells. `recordfile` has the file format itself.
+released code have none, there the number of labels tells. `recordio` has the file format itself.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import allow_open_files, parse_json, read_bytes
-from .recordio import HEADER, Header, RecordFile, RecordWriter, beside, pack, split_path, unpack
-from .recordindex import RecordError
+from .recordio import HEADER, Header, RecordError, RecordFile, RecordWriter, beside, pack, split_path, spread, unpack
 
 __all__ = [
     "Header",
@@ -39,7 +38,7 @@ __all__ = [
     "unpack",
 ]
 
-VIEWS = ("raw", "synthetic", "generated")
+TEXT_NAMES = ("raw", "synthetic", "generated")
 CONTEXT = 77
 SCHEMA = 1
 EXACT = 1 << 24  # float32 labels hold every id below this exactly
@@ -54,10 +53,10 @@ WAYS = "give a prefix, file, glob, folder or comma list of records, which data2r
 
 @dataclass(frozen=True)
 class Layout:
-    """What the labels of a file mean. `checksum`: header id2 is the CRC-32 of labels and payload. `content`: what the
-    builder says of all records together, the sha256 over their checksums."""
+    """What the labels of a file mean. `checksum`: header id2 is the CRC-32 of labels and payload. `content`: the sha256
+    over the checksums of all records, where the builder wrote it."""
 
-    views: tuple[str, ...]
+    text_names: tuple[str, ...]
     context: int = CONTEXT
     tokenizer: str | None = None
     vocab_size: int | None = None
@@ -66,8 +65,8 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Labels per record: views * context."""
-        return len(self.views) * self.context
+        """Labels per record: texts * context."""
+        return len(self.text_names) * self.context
 
 
 def checksum(content: bytes | memoryview) -> int:
@@ -79,53 +78,54 @@ def find_record_files(spec: str | Path | list[str]) -> list[Path]:
     """The .rec files that `spec` names, sorted: a prefix, a .rec, a glob, a folder, or a comma list of these.
 
     The prefix of a sharded set (`train` for train-00000.rec, ...) means all its shards. A name with a comma in it is
-    a list only where there are no records of that name. ValueError if a part of `spec` names nothing, or if shards
-    that the builder wrote are missing.
+    a list only where there are no records of that name. ValueError if one of the names matches nothing, or if
+    shards that the builder wrote are missing.
     """
-    parts = [str(part) for part in spec] if isinstance(spec, list) else [str(spec)]
-    if len(parts) == 1 and "," in parts[0] and not _is_name(parts[0]):
-        parts = [part.strip() for part in parts[0].split(",") if part.strip()]
-    found: dict[Path, None] = {}
-    for part in parts:
-        files = _expand(part)
+    names = [str(name) for name in spec] if isinstance(spec, list) else [str(spec)]
+    if len(names) == 1 and "," in names[0] and not _names_records(names[0]):
+        names = [name.strip() for name in names[0].split(",") if name.strip()]
+    found: set[Path] = set()
+    for name in names:
+        files = _expand(name)
         if not files:
-            raise ValueError(f"records: {part!r} {_explain_none(Path(part))}")
-        found.update(dict.fromkeys(files))
+            raise ValueError(f"records: {name!r} {_explain_none(Path(name))}")
+        found.update(files)
     if not found:
         raise ValueError(f"records: {str(spec)!r} is empty; {WAYS}")
-    for file in found:
+    files = sorted(found)
+    for file in files:
         if not beside(split_path(file), ".idx").is_file():
             raise ValueError(f"records: {file} has no .idx beside it")
-    return sorted(found)
+    return files
 
 
-def _is_name(part: str) -> bool:
+def _names_records(name: str) -> bool:
     try:
-        return os.path.exists(part) or bool(_expand(part))
+        return os.path.exists(name) or bool(_expand(name))
     except OSError:  # longer than a name can be
         return False
 
 
-def _expand(part: str) -> list[Path]:
-    path = Path(part)
+def _expand(name: str) -> list[Path]:
+    path = Path(name)
     if path.is_dir():
         return list(path.glob("*.rec"))
-    if glob.has_magic(part) and not path.exists():
-        return [Path(name) for name in glob.glob(part) if name.endswith(".rec")]
+    if glob.has_magic(name) and not path.exists():
+        return [Path(found) for found in glob.glob(name) if found.endswith(".rec")]
     whole, prefix = beside(split_path(path), ".rec"), split_path(path)
     shards = list(path.parent.glob(f"{glob.escape(path.name)}-[0-9][0-9][0-9][0-9][0-9].rec"))
     if path.suffix == ".rec" or not shards:
         return [whole] if whole.is_file() else []
     if whole.is_file():
-        raise ValueError(f"records: {part!r} means {whole} and also {shards[0].name}, ...; name the one you want")
+        raise ValueError(f"records: {name!r} means {whole} and also {shards[0].name}, ...; name the one you want")
     summary = _read_json(beside(prefix, ".json"))
     if summary is None:  # shards by others have no .json at all
         if any(beside(split_path(shard), ".json").exists() for shard in shards):
-            raise ValueError(f"records: {part!r}: the build is not finished; run it again, or name files by a glob")
+            raise ValueError(f"records: {name!r}: the build is not finished; run it again, or name files by a glob")
         return shards
-    missing = {f"{name}.rec" for name in summary.get("shards", [])} - {shard.name for shard in shards}
+    missing = {f"{shard}.rec" for shard in summary.get("shards", [])} - {shard.name for shard in shards}
     if missing:
-        raise ValueError(f"records: {part!r}: shards {sorted(missing)[:5]} are missing; run the build again")
+        raise ValueError(f"records: {name!r}: shards {sorted(missing)[:5]} are missing; run the build again")
     return shards
 
 
@@ -156,20 +156,20 @@ def read_layout(file: RecordFile) -> Layout:
     side = _read_json(path)
     if side is None:
         flag = unpack(file.view(0))[0].flag
-        views, rest = divmod(flag, CONTEXT)
-        if rest or not 1 <= views <= len(VIEWS):
+        texts, rest = divmod(flag, CONTEXT)
+        if rest or not 1 <= texts <= len(TEXT_NAMES):
             raise RecordError(
                 f"{file.path}: records have {flag} labels, not {CONTEXT}, {2 * CONTEXT} or {3 * CONTEXT} "
                 f"token ids, and no {path.name} says what they are; write it: "
                 f'{{"schema": 1, "views": ["raw", ...], "context": ..., "tokenizer": ..., "vocab_size": ...}}'
             )
-        return Layout(VIEWS[:views])
+        return Layout(TEXT_NAMES[:texts])
     if side.get("schema") != SCHEMA:
         raise RecordError(f"{path}: schema {side.get('schema')!r} is not known, this version reads {SCHEMA}")
-    views, context, vocab = side.get("views"), side.get("context"), side.get("vocab_size")
-    named = isinstance(views, list) and views and all(isinstance(view, str) and view for view in views)
-    if not named or len(set(views)) != len(views):
-        raise RecordError(f"{path}: views is {views!r}, should be a list of different names")
+    names, context, vocab = side.get("views"), side.get("context"), side.get("vocab_size")
+    named = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+    if not named or len(set(names)) != len(names):
+        raise RecordError(f"{path}: views is {names!r}, should be a list of different names")
     for field, value in (("context", context), ("vocab_size", vocab)):
         whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= EXACT
         if not whole and not (field == "vocab_size" and value is None):
@@ -182,17 +182,16 @@ def read_layout(file: RecordFile) -> Layout:
     content = side.get("content")
     if content is not None and not isinstance(content, str):
         raise RecordError(f"{path}: content is {str(content)[:40]}, should be a hash; build the records again")
-    return Layout(tuple(views), context, tokenizer, vocab, side.get("checksum") == CHECKSUM, content)
+    return Layout(tuple(names), context, tokenizer, vocab, side.get("checksum") == CHECKSUM, content)
 
 
 class RecordSet:
     """All records of the files that a spec names, one after the other; every file must have the same layout.
 
-    Attributes: files (list of RecordFile), views, context, tokenizer, vocab_size (the last two may be None).
-    Picklable; give one to every worker. `check=False` leaves out the checksum of records that carry one.
+    Attributes: files (list of RecordFile), layout. Picklable; give one to every worker.
     """
 
-    def __init__(self, spec: str | Path | list[str], *, check: bool = True):
+    def __init__(self, spec: str | Path | list[str]):
         paths = find_record_files(spec)
         allow_open_files(len(paths))  # a mapped file stays open
         try:
@@ -206,7 +205,6 @@ class RecordSet:
             if layout != layouts[0]:
                 raise RecordError(f"{file.path}: {layout} differs from {layouts[0]} of {self.files[0].path}")
         self.layout = layouts[0]
-        self.check = check
         self._layouts = layouts
         self._ends = list(accumulate(len(file) for file in self.files))
 
@@ -214,9 +212,9 @@ class RecordSet:
         return self._ends[-1]
 
     @property
-    def views(self) -> tuple[str, ...]:
+    def text_names(self) -> tuple[str, ...]:
         """Names of the texts, raw first."""
-        return self.layout.views
+        return self.layout.text_names
 
     @property
     def context(self) -> int:
@@ -235,36 +233,35 @@ class RecordSet:
 
     @cached_property
     def digest(self) -> str:
-        """sha256, hexadecimal, that tells these records from others, wherever they lie and whenever they were written.
+        """Hexadecimal sha256 that identifies these records, whatever their folder and time of writing.
 
-        Over each file's layout, size and offsets, what its side file says of the content, and some records, as the side
-        file may be an old one beside others: their checksums, which a flipped bit leaves alone, else their beginnings.
-        Without what it says, a difference in records that are not looked at, and have the same lengths, is not seen.
+        Over each file's layout, size and offsets, the `content` of its side file, and some records, because the side
+        file may be a stale one: their checksums, which a flipped bit leaves alone, or else their first bytes. Without
+        `content`, a difference in other records that leaves their lengths as they are goes unnoticed.
         """
         least, most = DIGESTED
-        some = min(most, max(least, ALL_DIGESTED // len(self.files)))
+        sampled = min(most, max(least, ALL_DIGESTED // len(self.files)))
         total = hashlib.sha256()
         for file, layout in zip(self.files, self._layouts):
-            about = [layout.views, layout.context, layout.tokenizer, layout.vocab_size, layout.content]
+            about = [layout.text_names, layout.context, layout.tokenizer, layout.vocab_size, layout.content]
             total.update(json.dumps([*about, file.size, len(file)]).encode())
             total.update(file.offsets.astype("<i8", copy=False))
-            for i in np.unique(np.linspace(0, len(file) - 1, some).astype(int)).tolist():
+            for i in spread(len(file), sampled):
                 with suppress(RecordError):  # a damaged one: counted and replaced when its turn comes
                     total.update(file.view(i)[: HEADER.size if layout.checksum else BEGINNING])
         return total.hexdigest()
 
     def limit_vocab(self, vocab: int) -> int:
-        """From now on records with a token id of `vocab` or more are damaged ones. Looks at some records of every file
-        first; returns the largest id that is beyond in them, 0 if there is none."""
+        """Treat records with a token id of `vocab` or more as damaged from now on. Looks at some records of every file
+        first and returns the largest such id in them, 0 if there is none."""
         self.layout = replace(self.layout, vocab_size=vocab)
-        largest, first = 0, 0
-        for end in self._ends:
-            for i in np.unique(np.linspace(first, end - 1, LOOKED_AT).astype(int)).tolist():
+        largest = 0
+        for file in self.files:
+            for i in spread(len(file), LOOKED_AT):
                 with suppress(RecordError):  # damaged in another way: counted and replaced when its turn comes
-                    labels = np.atleast_1d(unpack(self.read(i))[0].label)
+                    labels = np.atleast_1d(unpack(file.view(i))[0].label)
                     if np.isfinite(labels).all():
                         largest = max(largest, int(labels.max(initial=0)))
-            first = end
         return largest if largest >= vocab else 0
 
     def read(self, i: int) -> bytes:
@@ -273,19 +270,19 @@ class RecordSet:
         return file.read(row)
 
     def name(self, i: int) -> str:
-        """'path/train-00003.rec key 17': how messages call record `i`."""
+        """How messages name record `i`: 'path/train-00003.rec key 17'."""
         file, row = self._locate(i)
         return f"{file.path} key {file.key(row)}"
 
     def sample(self, i: int) -> tuple[bytes, np.ndarray]:
-        """(encoded image, token ids int64 (V, T)) of record `i`. RecordError if it holds anything else."""
+        """(encoded image, token ids int64 (texts, context)) of record `i`. RecordError if it holds anything else."""
         file, row = self._locate(i)
         record, layout = file.view(row), self.layout
         flag = HEADER.unpack_from(record)[0] if len(record) >= HEADER.size else 0
         start = HEADER.size + 4 * layout.width
         if flag != layout.width or len(record) < start:
             raise RecordError(f"{self.name(i)}: {flag} labels in {len(record)} bytes, should be {layout.width}")
-        if layout.checksum and self.check and checksum(record[HEADER.size :]) != HEADER.unpack_from(record)[3]:
+        if layout.checksum and checksum(record[HEADER.size :]) != HEADER.unpack_from(record)[3]:
             raise RecordError(f"{self.name(i)}: checksum does not fit, the record was altered; build the file again")
         labels = np.frombuffer(record, "<f4", flag, HEADER.size)
         vocab = layout.vocab_size or EXACT
@@ -295,7 +292,7 @@ class RecordSet:
         tokens = labels.astype(np.int64)
         if (tokens != labels).any():
             raise RecordError(f"{self.name(i)}: token ids must be whole numbers")
-        return bytes(record[start:]), tokens.reshape(len(layout.views), layout.context)
+        return bytes(record[start:]), tokens.reshape(len(layout.text_names), layout.context)
 
     def _locate(self, i: int) -> tuple[RecordFile, int]:
         if not 0 <= i < self._ends[-1]:

@@ -1,8 +1,7 @@
 """Where records are made from: files with images and captions -> one Row after the other, in the same order.
 
-Kinds, told by the ending: .jsonl .json .csv .tsv (a manifest beside an image folder), .tar .tar.gz .tgz
-(webdataset shards), .parquet, .npy (token ids beside an ordered list of images); and folders of pictures with texts of
-the same name beside them. Nothing is decoded here.
+What a file is follows from its ending, see `KINDS`; a folder may also hold pictures with texts of the same name beside
+them. Nothing is decoded here. To add a source, write its reader and add its row to `KINDS`.
 """
 
 from __future__ import annotations
@@ -11,40 +10,37 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from .arrays import count_parquet, list_images, open_ids, read_ids, read_parquet
-from .readers import (
-    IMAGE_ENDINGS,
-    MAX_TEXT_BYTES,
-    Problem,
-    Row,
-    Skip,
-    SourceError,
-    find_texts,
-    read_json,
-    read_jsonl,
-    read_table,
-)
-from .shards import group_files, is_picture, is_text, read_pairs, read_tar, walk
+from .manifests import count_lines, find_texts, read_json, read_jsonl, read_table
+from .parquet import count_parquet, read_parquet
+from .rows import MAX_TEXT_BYTES, Row, Skip
+from .samples import group_files, is_picture, is_text, read_pairs, read_tar, walk
+from .token_arrays import count_ids, read_ids
 
-__all__ = ["IMAGE_ENDINGS", "KINDS", "MAX_TEXT_BYTES", "Problem", "Row", "Source", "SourceError", "list_inputs"]
 
-KINDS = {
-    ".jsonl": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tar": "tar",
-    ".tgz": "tar",
-    ".tar.gz": "tar",
-    ".parquet": "parquet",
-    ".npy": "npy",
-}
+class Kind(NamedTuple):
+    """One kind of input."""
+
+    endings: tuple[str, ...]
+    read: Callable[..., Iterator[Row]]  # of a path and a Skip, and of the attribute of Source that `needs` names
+    count: Callable[[Path], int] | None = None  # number of rows, where it is known without reading everything
+    needs: str | None = None
+
+
 PAIRS = "pictures with texts"  # the kind of a folder
-READERS = {"jsonl": read_jsonl, "json": read_json, "csv": read_table, "tar": read_tar}
+KINDS = {
+    "jsonl": Kind((".jsonl", ".ndjson"), read_jsonl, count_lines),
+    "json": Kind((".json",), read_json),
+    "csv": Kind((".csv", ".tsv"), read_table),
+    "tar": Kind((".tar", ".tgz", ".tar.gz"), read_tar),
+    "parquet": Kind((".parquet",), read_parquet, count_parquet),
+    "npy": Kind((".npy",), read_ids, count_ids, needs="images"),
+    PAIRS: Kind((), read_pairs, needs="outside"),
+}
+ENDINGS = " ".join(ending for kind in KINDS.values() for ending in kind.endings)
 
 MAX_RANGE = 1_000_000  # files that {000..999} may stand for
 WHOLE = 1 << 26  # bytes of a file that is hashed as a whole
@@ -53,45 +49,31 @@ WHOLE = 1 << 26  # bytes of a file that is hashed as a whole
 class Source:
     """The rows of all input files that `spec` names: file, folder, glob, a{00..09}.tar range or comma list.
 
-    `images` is needed for an .npy of token ids: the text file or manifest that lists the images in order. `outside`:
-    links in a folder of pictures with texts may lead out of it.
+    `images`: for an .npy of token ids, the text file or manifest that lists the images in order. `outside`: links in a
+    folder of pictures with texts may lead out of it.
     """
 
-    def __init__(
-        self,
-        spec: str | Path,
-        images: str | Path | None = None,
-        columns: set[str] | None = None,
-        outside: bool = False,
-    ):
+    def __init__(self, spec: str | Path, images: str | Path | None = None, outside: bool = False):
         self.kind, self.files = _find_inputs(spec)
         self.images = Path(images) if images else None
-        self.columns = columns  # parquet columns to read; None reads all
         self.outside = outside
         if self.kind == "npy" and (len(self.files) > 1 or not self.images or not self.images.is_file()):
             raise ValueError(f"{self.files[0]}: token ids need --images FILE, one file that lists the images in order")
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Rows from number `start` on; what lies before is passed over without reading images."""
-        if self.kind == "npy":
-            yield from islice(read_ids(self.files[0], self._list_images(), self.images), start, None)
-            return
-        skip = Skip(start)
+        kind, skip = KINDS[self.kind], Skip(start)
+        more = [getattr(self, kind.needs)] if kind.needs else []
         for file in self.files:
-            if self.kind == "parquet":
-                yield from read_parquet(file, skip, self.columns)
-            elif self.kind == PAIRS:
-                yield from read_pairs(file, skip, self.outside)
-            else:
-                yield from READERS[self.kind](file, skip)
+            yield from kind.read(file, skip, *more)
 
-    def _list_images(self) -> list[Row]:
-        if _kind(self.images.name) in ("jsonl", "json", "csv"):
-            return list(Source(self.images).rows())
-        return list(list_images(self.images))
+    def count(self) -> int | None:
+        """Number of rows where it is known without reading everything, else None."""
+        count = KINDS[self.kind].count
+        return sum(map(count, self.files)) if count else None
 
     def fingerprint(self) -> list[list]:
-        """Tells one input from another, for every input file: [name, bytes, SHA-256], of larger files than WHOLE
+        """Identifies the input, with an entry for every file: [name, bytes, SHA-256], of files larger than WHOLE
         [name, bytes, time of change, SHA-256 of both ends]; for a folder of pictures and texts [name, files, SHA-256
         of their names, sizes and times].
         """
@@ -104,33 +86,14 @@ class Source:
         return files + [texts for file in files if (texts := find_texts(file))]
 
     def holds(self, file: Path) -> bool:
-        """Whether `file`, which is there, is one that rows are read from."""
+        """Whether rows are read from the existing file `file`."""
         if self.kind == PAIRS:
             group = group_files(os.listdir(file.parent)).get(file.stem, [])
             inside = any(file.resolve().is_relative_to(folder.resolve()) for folder in self.files)
             return inside and any(is_picture(ending) for ending, _ in group)
         return any(os.path.samestat(file.stat(), own.stat()) for own in self._list_files())
 
-    def count(self) -> int | None:
-        """Number of rows where it is known without reading everything, else None."""
-        if self.kind == "npy":
-            return len(open_ids(self.files[0]))
-        if self.kind == "parquet":
-            return sum(count_parquet(file) for file in self.files)
-        if self.kind == "jsonl":
-            return sum(_count_lines(file) for file in self.files)
-        return None
-
-
 # ---- what a spec names -----------------------------------------------------------------------------------------------
-
-
-def list_inputs(spec: str | Path) -> list[Path]:
-    """Sorted input files of one kind; a folder itself where it holds pictures with texts.
-
-    ValueError if there is none, or more than one kind.
-    """
-    return _find_inputs(spec)[1]
 
 
 def _find_inputs(spec: str | Path) -> tuple[str, list[Path]]:
@@ -184,12 +147,12 @@ def _find(name: str) -> list[tuple[str, Path]]:
         raise ValueError(f"source: {name!r} names no file; give a manifest, tar, parquet, npy or a folder of them")
     kind = _kind(name)
     if kind is None:
-        raise ValueError(f"{name}: not a known kind of input; known endings: {' '.join(KINDS)}")
+        raise ValueError(f"{name}: not a known kind of input; known endings: {ENDINGS}")
     return [(kind, Path(name))]
 
 
 def _kind(name: str) -> str | None:
-    return next((kind for ending, kind in KINDS.items() if name.lower().endswith(ending)), None)
+    return next((kind for kind, about in KINDS.items() if name.lower().endswith(about.endings)), None)
 
 
 def _look_into(folder: Path) -> list[tuple[str, Path]]:
@@ -215,8 +178,8 @@ def _look_into(folder: Path) -> list[tuple[str, Path]]:
     found += [("json", file) for file in loose]
     if not found:
         raise ValueError(
-            f"source: {str(folder)!r} names no file that is known, but {pictures} pictures, none with a .txt or .json "
-            f"of its name; known endings: {' '.join(KINDS)}"
+            f"source: {str(folder)!r} names no file of a known kind, but {pictures} pictures, none with a .txt or .json "
+            f"of its name; known endings: {ENDINGS}"
         )
     return sorted(found, key=lambda item: item[1])
 
@@ -266,8 +229,3 @@ def _fingerprint_folder(folder: Path) -> list:
             digest.update(line.encode("utf-8", "surrogateescape"))
             count += 1
     return [folder.name, count, digest.hexdigest()]
-
-
-def _count_lines(file: Path) -> int:
-    with open(file, "rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

@@ -100,7 +100,7 @@ def _build_train(staging: Path, settings: DemoSettings) -> None:
     build_records(
         str(listing),
         str(staging / "train"),
-        views=VIEWS,
+        texts=VIEWS,
         tokenizer=settings.tokenizer,
         context=settings.context,
     )

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..data.image import CLIP_MEAN, CLIP_STD
 from ..tokenizer import Tokenizer
+from ..transform import CLIP_MEAN, CLIP_STD
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
 CLIP_PIXELS: Pixels = (CLIP_MEAN, CLIP_STD)

@@ -1,4 +1,4 @@
-"""Parquet files, and .npy arrays of token ids beside an ordered list of their images.
+"""Parquet files.
 
 What a file says about sizes is compared with its bytes before anything is unpacked: pages that say they grow a
 thousandfold, lists of a billion equal numbers and headers of impossible shapes are refused by name.
@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from .image import MAX_BYTES
-from .readers import SHORT, Row, Skip, SourceError, iterate_lines, row_maker, take_pictures
+from .rows import SHORT, Row, Skip, SourceError, first_line, make_row, take_pictures
 
 ROWS = 64  # read at a time
 BATCH = 1 << 25  # bytes that they should not grow beyond; then fewer are read at a time
@@ -38,7 +36,7 @@ def _open_parquet(arrow, file: Path):
     try:
         return arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # pages, not whole row groups
     except (OSError, ValueError, arrow.ArrowException) as error:
-        raise SourceError(f"{file}: not a parquet file ({_line(error)})") from None
+        raise SourceError(f"{file}: not a parquet file ({first_line(error)})") from None
 
 
 def count_parquet(file: Path) -> int:
@@ -46,8 +44,8 @@ def count_parquet(file: Path) -> int:
     return _open_parquet(import_parquet(), file).metadata.num_rows
 
 
-def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Iterator[Row]:
-    """Rows of one file; `columns` None reads all. Row groups that are passed over are not read."""
+def read_parquet(file: Path, skip: Skip) -> Iterator[Row]:
+    """Rows of one file. Row groups that are passed over are not read."""
     arrow = import_parquet()
     with open(file, "rb") as stream:
         groups = _read_footer(file, stream)
@@ -55,8 +53,7 @@ def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Ite
         names = table.schema_arrow.names
         if len(set(names)) != len(names):
             raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
-        names = None if columns is None else [name for name in names if name in columns]
-        number, make = 0, row_maker(file)
+        number = 0
         for place, group in enumerate(groups):
             end = number + group[NUM_ROWS]
             if skip.pass_over(group[NUM_ROWS]):
@@ -64,18 +61,18 @@ def read_parquet(file: Path, skip: Skip, columns: set[str] | None = None) -> Ite
                 continue
             where = f"{file}: row group {place}"
             try:
-                rows = _count_together(where, stream, table.schema, group, names)
-                for batch in table.iter_batches(rows, row_groups=[place], columns=names):
+                rows = _count_together(where, stream, table.schema, group)
+                for batch in table.iter_batches(rows, row_groups=[place]):
                     entries, long = _list_entries(batch)
                     for fields in entries:
                         if not skip():
-                            row = make(f"row {number}", fields)
+                            row = make_row(file, f"row {number}", fields)
                             yield take_pictures(row) if long else row
                         number += 1
             except SourceError:
                 raise
             except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
-                raise SourceError(f"{where} is damaged ({_line(error)})") from None
+                raise SourceError(f"{where} is damaged ({first_line(error)})") from None
             if number != end:
                 raise SourceError(f"{where} ends at row {number}, not {end}; damaged")
 
@@ -89,11 +86,7 @@ def _list_entries(batch) -> tuple[list[dict], bool]:
     return [dict(zip(names, values)) for values in zip(*columns)], long
 
 
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _count_together(where: str, stream: BinaryIO, schema, group: dict, names: list[str] | None) -> int:
+def _count_together(where: str, stream: BinaryIO, schema, group: dict) -> int:
     """How many rows of a row group are unpacked together. SourceError for what would fill the memory."""
     if len(group[COLUMNS]) != len(schema):
         raise SourceError(f"{where} has {len(group[COLUMNS])} columns, not {len(schema)}; damaged")
@@ -101,8 +94,6 @@ def _count_together(where: str, stream: BinaryIO, schema, group: dict, names: li
     for number, column in enumerate(group[COLUMNS]):
         chunk = column[META]
         path = ".".join(name.decode("utf-8", "backslashreplace") for name in chunk[PATH])
-        if names is not None and path.split(".")[0] not in names:
-            continue
         lists = schema.column(number).max_repetition_level > 0
         if lists and chunk[NUM_VALUES] > max(MAX_LIST, GROWTH * chunk[STORED]):
             raise SourceError(
@@ -175,7 +166,7 @@ def _read_footer(file: Path, stream: BinaryIO) -> list[dict]:
             if min(map(_whole, numbers)) < 0:
                 raise ValueError("negative numbers")
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"{file}: not a parquet file (its footer is damaged: {_line(error)})") from None
+        raise SourceError(f"{file}: not a parquet file (its footer is damaged: {first_line(error)})") from None
     return groups
 
 
@@ -234,56 +225,3 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         if shift > 63:
             raise IndexError("a number of more than 64 bits")
     return value | data[at] << shift, at + 1
-
-
-# ---- token ids -------------------------------------------------------------------------------------------------------
-
-
-def open_ids(file: Path) -> np.ndarray:
-    """The array of an .npy file, on disk: numbers (N, views * context) or (N, views, context); else SourceError."""
-    try:
-        with open(file, "rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            width = 2 if version == (1, 0) else 4
-            length = int.from_bytes(stream.read(width), "little")
-            if length > 1 << 16:
-                raise ValueError(f"a header of {length:,} bytes")
-        with np.errstate(over="ignore"):  # of sizes that cannot be
-            ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # the header is read with Python's own parser: TokenError, RecursionError, ...
-        raise SourceError(f"{file}: not an .npy array ({_line(error)})") from None
-    if not isinstance(ids, np.memmap):
-        raise SourceError(f"{file}: not an .npy array")
-    form = "token ids are whole numbers of shape (images, views * context) or (images, views, context)"
-    if ids.ndim not in (2, 3) or ids.dtype.kind not in "iuf" or (ids.dtype.kind == "f" and ids.dtype.itemsize < 4):
-        raise SourceError(f"{file}: {ids.dtype} of shape {ids.shape}; {form}")
-    if ids.ndim == 3 and ids.shape[1] > ids.shape[2]:
-        raise SourceError(f"{file}: shape {ids.shape} has more views than tokens; {form}: transpose it")
-    rest = os.stat(file).st_size - ids.offset - ids.nbytes
-    if rest:
-        raise SourceError(f"{file}: {rest:,} bytes more than shape {ids.shape} has; damaged, or not written to its end")
-    return ids
-
-
-def read_ids(file: Path, listed: list[Row], images: Path) -> Iterator[Row]:
-    """Each row of the list with "tokens": (views * context,), or (views, context) where the array has three axes."""
-    ids = open_ids(file)
-    if len(listed) != len(ids):
-        raise SourceError(
-            f"{file} has {len(ids)} rows, but {images} lists {len(listed)} images; they must agree (its shape is "
-            f"{ids.shape}; should be (images, views * context) or (images, views, context))"
-        )
-    for row, tokens in zip(listed, ids):
-        yield row._replace(fields={**row.fields, "tokens": np.array(tokens)})
-
-
-def list_images(images: Path) -> Iterator[Row]:
-    """One row for each line of a text file; blank lines are none."""
-    with open(images, "rb") as stream:
-        for number, line in iterate_lines(stream, images):
-            try:
-                name = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode("utf-8").strip()
-            except UnicodeDecodeError:
-                raise SourceError(f"{images}: line {number} is not UTF-8; save it as UTF-8") from None
-            if name:
-                yield Row(name, {"image": name}, images.parent)

@@ -1,185 +1,72 @@
-"""Manifests and their rows: JSON lines, JSON (a list, COCO's, Karpathy's), comma- and tab-separated tables.
-
-Every reader takes a file and a `Skip`, and yields a `Row` for each entry, in the file's order. What a picture or text
-is good for is judged later: here a row is used, or holds a `Problem` in its place, or SourceError names the place.
-"""
+"""Manifests: JSON lines, JSON (a list, COCO's, Karpathy's), comma- and tab-separated tables, Chinese-CLIP's."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import DATA
-from ..files import parse_json, read_bytes
-from .image import MAX_BYTES
-
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
-MAX_TEXT_BYTES = 1 << 20
-MAX_LINE = 48 << 20  # the largest picture in base64, and some text
-MAX_JSON = 1 << 30  # a .json is parsed as a whole
-MAX_DEPTH = 100  # of lists in lists; what is nested deeper cannot be handed to a worker process
-SHORT = 200  # bytes that hold neither a picture nor anything so deep
-
-# How pictures begin in base64: JPEG, PNG, GIF, RIFF (WebP), BMP, TIFF (both byte orders), AVIF.
-_BASE64 = re.compile(
-    r"(?:data:image/[\w.+-]+;base64,)?(?=[/_]9j[/_]|iVBORw0KGg|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0AK|AAAA..Z0eXBhdml)"
+from ..files import read_bytes
+from .rows import (
+    IMAGE_NAME,
+    MAX_LINE,
+    PICTURE_PATH,
+    SHORT,
+    UNLISTED,
+    Problem,
+    Row,
+    Skip,
+    SourceError,
+    decode_picture,
+    iterate_lines,
+    load_json,
+    make_row,
+    take_pictures,
 )
-_ENDING = r"\.(?:" + "|".join(IMAGE_ENDINGS) + ")"
-_PATH = re.compile(_ENDING + r"\s*$", re.IGNORECASE)
-_ROW_INSIDE = re.compile(r"\n[^\n]*" + _ENDING + r'"?\s*(?:,|\n|$)', re.IGNORECASE)  # in a text of several lines
 
-
-class SourceError(ValueError):
-    """An input file is missing, damaged or not of a known kind; names file and place."""
-
-    exit_code = DATA
-
-
-class Problem(str):
-    """In place of a value that could not be had: the reason, by which the row is counted as skipped."""
-
-
-MISSING = Problem("missing image")
-UNLISTED = Problem("captions of a picture that is not listed")
-
-
-class Row(NamedTuple):
-    """One image with its texts, as found: `fields` by name.
-
-    folder: that names of files in the fields are relative to; None: they are not names of files here.
-    image: the picture that came with the row, which no field replaces; None: a field names or holds it.
-    """
-
-    name: str
-    fields: dict[str, Any]
-    folder: Path | None
-    image: bytes | Problem | None = None
-
-
-def row_maker(file: Path) -> Callable[[str, Any], Row]:
-    """(place, fields) -> the row at that place of a manifest. SourceError if the fields are no object."""
-    name, folder = file.name, file.parent
-
-    def make(place: str, fields: Any) -> Row:
-        if not isinstance(fields, dict):
-            raise SourceError(f"{file}: {place} is a {type(fields).__name__}, not an object with named fields")
-        return Row(f"{name} {place}", fields, folder)
-
-    return make
-
-
-class Skip:
-    """Counts down the rows to pass over, across files."""
-
-    def __init__(self, left: int):
-        self.left = left
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left >= 0
-
-    def pass_over(self, rows: int) -> bool:
-        """Whether all of so many rows are to be passed over; then they are counted."""
-        if self.left < rows:
-            return False
-        self.left -= rows
-        return True
-
-
-def load_json(data: bytes, file: Path, place: str) -> Any:
-    """The JSON value in `data`. SourceError names file and place."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        try:
-            value = parse_json(data, f"{file}: {place}")  # says what is wrong
-        except ValueError as error:
-            raise SourceError(str(error)) from None
-    if len(data) > SHORT and data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(value):
-        raise SourceError(f"{file}: {place}: JSON nested more than {MAX_DEPTH} deep; flatten it or leave it out")
-    return value
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
-        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
-        if not level:
-            return False
-    return True
-
-
-# ---- pictures in base64 ----------------------------------------------------------------------------------------------
-
-
-def decode_picture(text: str) -> bytes | Problem | None:
-    """The picture that `text` holds in base64, with or without `data:image/...;base64,`; None if it holds none."""
-    start = _BASE64.match(text)
-    if not start:
-        return None
-    text = text[start.end() :].strip()
-    if len(text) > MAX_BYTES * 4 // 3 + 4:
-        return Problem("image too large")
-    try:
-        return base64.b64decode(text, altchars=b"-_" if "-" in text or "_" in text else None, validate=True)
-    except (binascii.Error, ValueError):
-        return Problem("image is not complete base64")
-
-
-def take_pictures(row: Row) -> Row:
-    """`row` with its base64 decoded. The only picture is the row's own, unless a field names a file of a picture."""
-    long = [field for field, value in row.fields.items() if type(value) is str and len(value) > SHORT // 2]
-    found = {field: picture for field in long if (picture := decode_picture(row.fields[field])) is not None}
-    if not found:
-        return row
-    named = any(type(value) is str and len(value) < 4096 and _PATH.search(value) for value in row.fields.values())
-    own = next(iter(found.values())) if len(found) == 1 and not named else None
-    return row._replace(fields={**row.fields, **found}, image=own)
-
+MAX_JSON = 1 << 30  # a .json is parsed as a whole
+_ROW_INSIDE = re.compile(r"\n[^\n]*" + IMAGE_NAME + r'"?\s*(?:,|\n|$)', re.IGNORECASE)  # in a text of several lines
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def iterate_lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line with its end) of a file. SourceError for a line beyond MAX_LINE, before it is read whole."""
-    for number, line in enumerate(iter(partial(stream.readline, MAX_LINE + 1), b""), 1):
-        if len(line) > MAX_LINE:
-            raise SourceError(f"{file}: line {number} has more than {MAX_LINE:,} bytes; is it a text file?")
-        yield number, line
-
-
 def read_jsonl(file: Path, skip: Skip) -> Iterator[Row]:
     """One object per line; blank lines are no rows."""
-    make = row_maker(file)
     with open(file, "rb") as stream:
         for number, line in iterate_lines(stream, file):
             if not line.strip() or skip():
                 continue
             place = f"line {number}"
-            row = make(place, load_json(line, file, place))
+            row = make_row(file, place, load_json(line, file, place))
             yield row if len(line) <= SHORT else take_pictures(row)
 
 
 def read_json(file: Path, skip: Skip) -> Iterator[Row]:
     """A list of objects, COCO's {"images", "annotations"} or Karpathy's {"images": [{"sentences"}]}."""
-    make = row_maker(file)
-    for number, (fields, problem) in enumerate(_load_entries(file)):
-        if not skip():
-            row = make(f"entry {number}", fields)
-            yield row._replace(image=problem) if problem else take_pictures(row)
+    yield from load_json_file(file).rows(skip)
 
 
-def _load_entries(file: Path) -> Iterable[tuple[Any, Problem | None]]:
-    """(fields, what is wrong with the picture) of every entry."""
+class JsonFile(NamedTuple):
+    """A .json that is parsed: its form, (fields, problem of the picture) of every entry, and the name it gives itself."""
+
+    file: Path
+    form: str  # "list", "coco" or "karpathy"
+    entries: Iterable[tuple[Any, Problem | None]]
+    name: str | None = None
+
+    def rows(self, skip: Skip) -> Iterator[Row]:
+        """A row for each entry; the entries can be gone through once."""
+        for number, (fields, problem) in enumerate(self.entries):
+            if not skip():
+                row = make_row(self.file, f"entry {number}", fields)
+                yield row._replace(image=problem) if problem else take_pictures(row)
+
+
+def load_json_file(file: Path) -> JsonFile:
+    """Parse a .json of any of the three forms. SourceError for anything else."""
     with open(file, "rb") as stream:
         start = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] not in (b"[", b"{"):
@@ -190,13 +77,14 @@ def _load_entries(file: Path) -> Iterable[tuple[Any, Problem | None]]:
         raise SourceError(f"{file}: {error.strerror}; write one object per line and call it .jsonl") from None
     content = load_json(data, file, "the whole file")
     if isinstance(content, list):
-        return ((entry, None) for entry in content)
+        return JsonFile(file, "list", ((entry, None) for entry in content))
     images = content.get("images")
     if isinstance(images, list) and all(isinstance(entry, dict) for entry in images):
         if isinstance(content.get("annotations"), list):
-            return _join_coco(file, images, content["annotations"])
+            return JsonFile(file, "coco", _join_coco(file, images, content["annotations"]))
         if images and all(isinstance(entry.get("sentences"), list) for entry in images):
-            return ((_join_karpathy(file, number, entry), None) for number, entry in enumerate(images))
+            joined = ((_join_karpathy(file, number, entry), None) for number, entry in enumerate(images))
+            return JsonFile(file, "karpathy", joined, content.get("dataset"))
     raise SourceError(
         f"{file}: an object with {', '.join(map(repr, list(content)[:8])) or 'nothing'}; should be a list of objects, "
         f"COCO's images and annotations, or Karpathy's images with sentences; for one object per line call it .jsonl"
@@ -246,7 +134,7 @@ def _join_karpathy(file: Path, number: int, entry: dict) -> dict:
 def read_table(file: Path, skip: Skip) -> Iterator[Row]:
     """A table whose first line names the columns, separated by commas (quoted as CSV has it) or by tabs.
 
-    Tabs are told by the ending .tsv, or by a first line that has more tabs than commas.
+    A table has tabs if it ends in .tsv or its first line has more tabs than commas.
     """
     with open(file, "rb") as stream:
         lines = _decode_lines(stream, file)
@@ -260,7 +148,6 @@ def read_table(file: Path, skip: Skip) -> Iterator[Row]:
             yield from _read_numbered_pictures(file, chain([(number, names)], rows), skip)
             return
         _check_names(file, names, tabs)
-        make = row_maker(file)
         for number, values in rows:
             if len(values) != len(names):
                 hint = "; save a table with tabs or line ends in its texts as .csv" if tabs else ""
@@ -268,7 +155,7 @@ def read_table(file: Path, skip: Skip) -> Iterator[Row]:
                     f"{file}: line {number} has {len(values)} columns, not {len(names)} columns as the first line{hint}"
                 )
             if not skip():
-                row = make(f"line {number}", dict(zip(names, values)))
+                row = make_row(file, f"line {number}", dict(zip(names, values)))
                 yield row if max(map(len, values)) <= SHORT else take_pictures(row)
 
 
@@ -319,7 +206,7 @@ def _check_names(file: Path, names: list[str], tabs: bool) -> None:
         raise SourceError(f"{file}: the first line names {', '.join(map(repr, twice))} more than once; rename columns")
     if any("\r" in name for name in names):
         raise SourceError(f"{file}: its lines end with a carriage return only; save it with ordinary line ends")
-    if any(map(_PATH.search, names)):
+    if any(map(PICTURE_PATH.search, names)):
         raise SourceError(
             f"{file}: begins with a row instead of the names of the columns; write them into the first line"
         )
@@ -357,7 +244,16 @@ def _read_numbered_pictures(file: Path, rows: Iterable[tuple[int, list[str]]], s
             yield Row(f"{beside.name} {key}", fields, None, UNLISTED)
 
 
+def count_lines(file: Path) -> int:
+    """Number of line ends."""
+    with open(file, "rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+
+
 def find_texts(file: Path) -> Path | None:
     """The NAME_texts.jsonl beside Chinese-CLIP's NAME_imgs.tsv."""
     beside = file.with_name(file.name.removesuffix("_imgs.tsv") + "_texts.jsonl")
     return beside if file.name.endswith("_imgs.tsv") and beside.is_file() else None
+
+
+READERS = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_table, ".tsv": read_table}

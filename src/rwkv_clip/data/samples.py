@@ -1,33 +1,19 @@
-"""Samples made of several files that share a name, 000.jpg 000.txt 000.json: members of a tar, or files of a folder.
-
-The tar is read here and not by `tarfile`: forwards and once, every size checked before it is believed (a negative one
-lets `tarfile` spin for ever, a long name of gigabytes fills the memory), and a compressed one to its end, where its
-checksum stands.
-"""
+"""Samples made of several files that share a name, 000.jpg 000.txt 000.json: members of a tar, or files of a folder."""
 
 from __future__ import annotations
 
 import errno
-import gzip
 import os
-import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from ..files import OutsideError, find_below, read_bytes
 from .image import MAX_BYTES
-from .readers import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, SourceError, load_json
+from .rows import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, SourceError, load_json
+from .tar import Tar
 
-MAX_NAME = 1 << 20  # bytes of a header that only names a member
-MAX_PADDING = 1 << 26  # zeros behind the end mark
 MAX_APART = 1 << 18  # samples without picture or text that are remembered
 MAX_FILES = 1000  # of one name
-
-BLOCK = 512
-END = bytes(BLOCK)
-OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 
 TWICE = Problem("one name twice")
 MUCH = Problem("files of one name too many or too large")
@@ -64,7 +50,7 @@ class Sample:
         self.room = 2 * MAX_BYTES
 
     def note(self, ending: str) -> int:
-        """There is a file of this ending: the most bytes that it is read with; 0: it is of no use."""
+        """Register a file of this ending; returns how many bytes of it to read at most, 0 if it is not needed."""
         if ending in self.endings:
             self.fault = TWICE
         elif len(self.endings) == MAX_FILES or not self.room:
@@ -75,7 +61,7 @@ class Sample:
         return 0
 
     def add(self, ending: str, content: bytes | Problem) -> None:
-        """What a file of this ending holds, or why it cannot be had."""
+        """Store what a file of this ending holds, or why it cannot be read."""
         if isinstance(content, bytes):
             self.room -= len(content)
         if is_picture(ending):
@@ -95,7 +81,7 @@ class Sample:
             self.texts[name] = Problem("text is not UTF-8 or JSON")
 
     def row(self, name: str) -> Row:
-        """Fields of the JSON give way to the files. The picture is x.jpg; x.mask.png is a field only."""
+        """The row of all files; a file replaces a field of the JSON. The picture is x.jpg; x.mask.png is a field only."""
         plain = [content for ending, content in self.pictures.items() if "." not in ending]
         image = MISSING if not plain else plain[0] if len(plain) == 1 else SEVERAL
         return Row(name, {**self.meta, **self.texts, **self.pictures}, None, self.fault or image)
@@ -171,169 +157,6 @@ def _is_apart(key: str, sample: Sample, lacking: dict[int, str]) -> bool:
     return before is not None and before != lacks
 
 
-class Member(NamedTuple):
-    """kind: "file", "folder", or "other" (links, devices); size in bytes."""
-
-    name: str
-    kind: str
-    size: int
-
-
-class Tar:
-    """The members of a tar, one after the other, as they stand in it. `read` is for the member at hand.
-
-    SourceError, with the place: compressed by another program than gzip, damaged, cut short, headers whose numbers
-    cannot be, sparse members, anything but zeros behind the end mark.
-    """
-
-    def __init__(self, file: Path, raw: BinaryIO):
-        self.file, self.at = file, 0
-        start = raw.read(6)
-        raw.seek(0)
-        for magic, name in OTHER_COMPRESSION.items():
-            if start.startswith(magic):
-                raise SourceError(f"{file}: compressed by {name}; unpack it, or use gzip (.tgz)")
-        self.stream = gzip.GzipFile(fileobj=raw) if start[:2] == b"\x1f\x8b" else raw
-        self.length = None if self.stream is not raw else os.fstat(raw.fileno()).st_size  # known if not compressed
-        self.last = "its start"
-
-    def read(self, count: int) -> bytes:
-        """The next `count` bytes."""
-        data = self._read(count)
-        if len(data) != count:
-            raise self.error("cut short")
-        return data
-
-    def _read(self, count: int) -> bytes:
-        try:
-            data = self.stream.read(count)
-        except (EOFError, zlib.error, OSError) as error:
-            raise self.error(f"damaged or cut short ({error})") from None
-        self.at += len(data)
-        return data
-
-    def error(self, words: str) -> SourceError:
-        """`words`, with the place."""
-        last = re.sub(r"[\x00-\x1f]", "?", self.last[:200])
-        return SourceError(f"{self.file}: byte {self.at:,} of the tar, after {last}: {words}")
-
-    def _go_to(self, end: int) -> None:
-        if self.length is not None:
-            self.stream.seek(end)
-            self.at = end
-        while self.at < end:
-            self.read(min(end - self.at, 1 << 20))
-
-    def __iter__(self) -> Iterator[Member]:
-        always, here = {}, {}  # what extended headers say about all members, about the next one
-        while (block := self._read(BLOCK)) != END:
-            _check_block(self, block)
-            kind, size = block[156:157], self._number(block[124:136])
-            if kind in b"LKxXg":
-                data = self._read_extended(size)
-                if kind in b"LxX":
-                    here |= {"path": _text(data)} if kind == b"L" else self._parse_pax(data)
-                elif kind == b"g":
-                    always |= self._parse_pax(data)
-                continue
-            said, here = {**always, **here}, {}
-            yield from self._member(block, kind, size, said)
-        self._check_end()
-
-    def _member(self, block: bytes, kind: bytes, size: int, said: dict[str, str]) -> Iterator[Member]:
-        name = said.get("path") or _name(block)
-        if kind == b"S" or "sparse" in said:
-            raise self.error(f"{name[:200]!r} is stored with holes (tar -S); pack it anew without")
-        regular = kind in b"07\0" or kind not in b"123456"
-        if "size" in said:
-            size = int(said["size"])
-        end = self.at + (size + BLOCK - 1) // BLOCK * BLOCK if regular else self.at
-        folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
-        if self.length is not None and end > self.length:
-            raise self.error(f"{name[:200]!r} should have {size:,} bytes; cut short")
-        yield Member(name, "folder" if folder else "file" if kind in b"07\0" else "other", size)
-        self.last = name
-        if self.at != end:
-            self._go_to(end)
-
-    def _number(self, field: bytes) -> int:
-        """Octal digits, or base 256 where the first bit is set. A negative number is none that a header may say."""
-        if field[0] & 0xC0 == 0x80:
-            return int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
-        number = _octal(field)
-        if number is None:
-            raise self.error(f"the header gives a size that cannot be ({field!r}); damaged")
-        return number
-
-    def _read_extended(self, size: int) -> bytes:
-        if size > MAX_NAME:
-            raise self.error(f"a header of {size:,} bytes, more than {MAX_NAME:,}; damaged or made to harm")
-        return self.read((size + BLOCK - 1) // BLOCK * BLOCK)[:size]
-
-    def _parse_pax(self, data: bytes) -> dict[str, str]:
-        """path, size, and whether there are holes, of records `LENGTH KEY=VALUE` and a line end."""
-        found, at = {}, 0
-        while at < len(data) and data[at]:
-            match = PAX.match(data, at)
-            end = at + int(match[1]) if match else 0
-            if not match or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
-                raise self.error("an extended header that is not valid; damaged")
-            key, value, at = match[2], _text(data[match.end() : end - 1]), end
-            if key == b"path":
-                found["path"] = value
-            elif key == b"size":
-                if not SIZE.fullmatch(value):
-                    raise self.error(f"the header gives a size that cannot be ({value[:30]!r}); damaged")
-                found["size"] = value
-            elif key.startswith(b"GNU.sparse."):
-                found["sparse"] = "yes"
-        return found
-
-    def _check_end(self) -> None:
-        """Zeros up to the end of the file, which a compressed one is read to: its checksum stands there."""
-        start = self.at
-        while data := self._read(1 << 20):
-            if data.count(0) != len(data):
-                raise self.error("more behind the end mark; damaged, or tars joined into one: give them one by one")
-            if self.at - start > MAX_PADDING:
-                raise self.error(f"more than {MAX_PADDING:,} bytes behind the end mark")
-
-
-PAX = re.compile(rb"(\d{1,9}) ([^=]+)=")
-SIZE = re.compile(r"\d{1,18}", re.ASCII)
-OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
-
-
-def _octal(field: bytes) -> int | None:
-    match = OCTAL.fullmatch(field)
-    return int(match[1] or b"0", 8) if match else None
-
-
-def _text(data: bytes) -> str:
-    return data.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-
-
-def _name(block: bytes) -> str:
-    name = _text(block[:100])
-    if block[257:263] == b"ustar\0" and block[345]:
-        return f"{_text(block[345:500])}/{name}"
-    return name
-
-
-def _check_block(tar: Tar, block: bytes) -> None:
-    """A header's bytes add up to what it says, its own field counted as blanks; some old programs add them signed."""
-    if len(block) < BLOCK:
-        raise tar.error("no end mark; cut short")
-    field = block[148:156]
-    # Adler-32 that starts from 0 has the sum in its lower half, exact up to 65,520.
-    bytes_sum = (zlib.adler32(block[:256], 0) & 0xFFFF) + (zlib.adler32(block[256:], 0) & 0xFFFF) - sum(field) + 256
-    said = _octal(field)
-    if said != bytes_sum:
-        high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in field)
-        if said != bytes_sum - 256 * high:
-            raise tar.error("no valid header; damaged")
-
-
 # ---- folders of files ------------------------------------------------------------------------------------------------
 
 
@@ -378,8 +201,8 @@ def group_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:
 
 
 def read_pairs(folder: Path, skip: Skip, outside: bool = False) -> Iterator[Row]:
-    """Pictures with texts of the same name beside them; one without the other is a row, too, that will be counted.
-    Files that are elsewhere, by a link, are not read unless `outside`."""
+    """Pictures with texts of the same name beside them; one without the other is a row as well, to be counted.
+    Links that lead out of the folder are not followed unless `outside`."""
     for place, names in walk(folder):
         for stem, files in group_files(names).items():
             if skip():

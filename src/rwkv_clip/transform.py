@@ -1,0 +1,108 @@
+"""Transforms from a picture to the normalised tensor that a model reads."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from .data.image import to_rgb
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+THIN = 32  # long side / short side beyond which the ends of a picture are cut off before it is resized
+
+
+def val_transform(size: int | tuple[int, int]):
+    """Evaluation: PIL picture of any mode -> float32 (3, h, w), bicubic centre crop, normalised with CLIP's statistics.
+
+    The same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized picture
+    just covers the frame before it is cropped.
+    """
+    from torchvision import transforms as T
+
+    height, width = _pair(size)
+    cover = T.Resize(height, T.InterpolationMode.BICUBIC) if height == width else _Cover((height, width))
+    crop = T.CenterCrop((height, width))
+    return T.Compose([*prepare(size), cover, crop, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+
+
+def train_transform(size: int | tuple[int, int]):
+    """Training: PIL picture of any mode -> float32 (3, h, w), normalised with CLIP's statistics.
+
+    Random crop (area 0.7 to 1, aspect 0.8 to 1.25) resized linearly, mirrored with probability 0.5. Random numbers come
+    from torch's global generator.
+    """
+    from torchvision import transforms as T
+
+    crop = T.RandomResizedCrop(_pair(size), (0.7, 1.0), (0.8, 1.25), T.InterpolationMode.BILINEAR)
+    flip = T.RandomHorizontalFlip(0.5)
+    return T.Compose([to_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+
+
+def prepare(size: int | tuple[int, int]) -> list:
+    """What comes before any transform that resizes a PIL picture to cover `size` and crops its centre.
+
+    It is made upright and RGB (a palette or 1-bit picture cannot be interpolated), and cut if it is too thin to be
+    resized in memory.
+    """
+    return [to_rgb, _Thin(_pair(size))]
+
+
+def normalize(
+    image: torch.Tensor,
+    mean: tuple[float, ...] | torch.Tensor = CLIP_MEAN,
+    std: tuple[float, ...] | torch.Tensor = CLIP_STD,
+) -> torch.Tensor:
+    """(B, 3, h, w) uint8 0..255, or float 0..1, on any device -> float32, normalised per channel.
+
+    mean, std: three numbers each; float32 tensors on the images' device are used without a copy.
+    """
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: shape {tuple(image.shape)} is not (batch, 3, height, width)")
+    full = 255.0 if image.dtype == torch.uint8 else 1.0
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"image: dtype {image.dtype} is neither uint8 nor floating point")
+    centre, scale = (torch.as_tensor(values, device=image.device).view(3, 1, 1) for values in (mean, std))
+    # In place: on a CPU three more fresh copies of the batch take longer than the arithmetic.
+    return image.to(torch.float32, copy=True).div_(full).sub_(centre).div_(scale)
+
+
+class _Thin:
+    """Cut the ends of a picture that is far longer than wide to what a centre crop of (height, width) can see.
+
+    Resized whole, 32,768 x 1 pixels would become 7,340,032 x 224. Either end loses a multiple of the short side, so
+    that the centre of the resized picture stays in place to a fraction of a pixel.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.most = THIN * -(-max(size) // min(size))  # times the short side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short, long = min(image.size), max(image.size)
+        if long <= self.most * short:
+            return image
+        cut = (long - self.most * short) // (2 * short) * short
+        across, down = (cut, 0) if image.width == long else (0, cut)
+        return image.crop((across, down, image.width - across, image.height - down))
+
+
+class _Cover:
+    """Resize, keeping the aspect ratio, to the smallest picture that covers (height, width)."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = max(self.size[0] / image.height, self.size[1] / image.width)
+        width = max(self.size[1], round(image.width * scale))
+        height = max(self.size[0], round(image.height * scale))
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Image size as (height, width); ValueError unless both are positive."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size: {size} is not a picture; use a positive number or (height, width)")
+    return height, width
