@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-# What the towers compute in, by open_clip's names; bf16 and fp16 are also the type of the weights, else that is float32.
+# What the towers compute in, by open_clip's names; with bf16 and fp16 the weights have that type, too, else float32.
 AUTOCAST = {
     "fp32": None,
     "amp_bf16": torch.bfloat16,

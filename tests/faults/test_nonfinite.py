@@ -55,11 +55,12 @@ class Poison:
         self.done.append((trainer.state.progress.step, batch.ids.tolist()))
         return function(trainer, batch)
 
-    def RWKVCLIP_forward(self, function, model, image, text):
-        image, text, scale = function(model, image, text)
+    def RWKVCLIP_forward(self, function, model, *inputs, **named):
+        features = function(model, *inputs, **named)
         if self.active and self.kind == "features":
-            text = text + torch.zeros_like(text).index_fill_(0, torch.tensor(ROW), self.value)
-        return image, text, scale
+            text = features["text"]
+            features["text"] = text + torch.zeros_like(text).index_fill_(0, torch.tensor(ROW), self.value)
+        return features
 
     def InfoNCE_forward(self, function, *arguments, **features):
         losses, report = function(*arguments, **features)
@@ -208,7 +209,7 @@ def test_more_than_max_nonfinite_in_a_row_stop(data, monkeypatch, steps, stopped
         with pytest.raises(NumericsError, match=rf"^step {stopped}: .*; 3 steps in a row, --max-nonfinite 2\. Try"):
             run(chosen)
         assert len(poison.done) <= stopped + 2
-    folder = Path(data["logs"]) / chosen.name
+    folder = Path(data["logs"]) / chosen.run.name
     assert [bad["step"] for bad in report_of(folder)] == [step for step in steps if stopped is None or step <= stopped]
     if list_checkpoints(folder):
         assert_finite(folder)
