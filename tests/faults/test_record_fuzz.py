@@ -138,7 +138,7 @@ def test_every_flip_in_checked_bytes_is_detected(tmp_path):
     """Each bit of labels and picture of one record, as it lies in the file."""
     write(tmp_path / "x", True)
     file = RecordSet(tmp_path / "x")
-    start = file.files[0]._offsets[1] + 8 + 24  # behind frame and header
+    start = file.files[0].offsets[1] + 8 + 24  # behind frame and header
     length = len(file.read(1)) - 24
     whole, missed = (tmp_path / "x.rec").read_bytes(), []
     for bit in range(8 * length):
