@@ -139,7 +139,7 @@ def test_every_flip_in_checked_bytes_is_detected(tmp_path):
     write(tmp_path / "x", True)
     file = RecordSet(tmp_path / "x")
     start = file.files[0].offsets[1] + 8 + 24  # behind frame and header
-    length = len(file.read(1)) - 24
+    length = len(file.files[0].read(1)) - 24
     whole, missed = (tmp_path / "x.rec").read_bytes(), []
     for bit in range(8 * length):
         data = bytearray(whole)
