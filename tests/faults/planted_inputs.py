@@ -196,6 +196,13 @@ BUILDER = [
         AGAIN + "test_a_full_disk_leaves_what_was_there",
     ),
     Mutant(
+        "the input is described after it was read",
+        "rwkv_clip/data/plan.py",
+        "        self.heading  # noqa: B018",
+        "        pass  # noqa: B018",
+        AGAIN + "test_what_changes_while_it_is_read_has_changed_for_the_next_run",
+    ),
+    Mutant(
         "names lead out of the image folder",
         "rwkv_clip/files.py",
         '.startswith(os.path.join(os.path.realpath(folder), ""))',

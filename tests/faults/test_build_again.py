@@ -18,7 +18,7 @@ from helpers.pictures import picture
 from helpers.sources import add_member, contents, make_rows, save_images, save_jsonl
 from rwkv_clip.data import encode, plan, recordio
 from rwkv_clip.data.build import build_records
-from rwkv_clip.data.recordio import RecordFile, unpack
+from rwkv_clip.data.recordio import RecordFile, RecordWriter, unpack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.errors import explain
 
@@ -363,3 +363,18 @@ def test_a_tag_that_nobody_can_read_is_no_tag(tmp_path):
     (tmp_path / "a.jpg").write_bytes(data)
     build_records(save_jsonl(tmp_path / "c.jsonl", [{"image": "a.jpg", "raw": "a"}]), str(tmp_path / "t"))
     assert RecordSet(tmp_path / "t").sample(0)[0] == data and plan.RULES == 2
+
+
+def test_what_changes_while_it_is_read_has_changed_for_the_next_run(tmp_path, monkeypatch):
+    make_set(tmp_path)
+    write = RecordWriter.write
+
+    def write_and_change(writer, key, packed):
+        (tmp_path / "c.jsonl").open("a").write("\n")
+        write(writer, key, packed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write_and_change)
+        build(tmp_path, 0)
+    with pytest.raises(ValueError, match="input has changed since"):
+        build(tmp_path, 0)

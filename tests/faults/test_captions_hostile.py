@@ -92,7 +92,7 @@ def test_builder_counts_and_names(tmp_path):
     path.write_text("".join(json.dumps({"image": "0.jpg", "raw": text}) + "\n" for text in texts))
     report = build_records(str(path), str(tmp_path / "t"))
     skipped = {"empty text": 3, "no raw text": 1, "text too long": 1, "text is not a string": 1}
-    assert report.skipped == skipped and report.count == 4 and report.counts.cut == {"raw": 1}
+    assert report.skipped == skipped and report.count == 4 and report.cut == {"raw": 1}
     records = RecordSet(tmp_path / "t")
     long = records.sample(1)[1][0]
     assert long[0] == SOT and long[-1] == EOT and (long[1:-1] == long[1]).all()

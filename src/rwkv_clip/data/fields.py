@@ -106,7 +106,7 @@ class Texts:
 
 def name_text(place: int) -> str:
     """Name of the text at `place`, where it has no other."""
-    return TEXT_NAMES[place] if place < len(TEXT_NAMES) else f"view{place + 1}"
+    return TEXT_NAMES[place] if place < len(TEXT_NAMES) else f"view{place + 1}"  # as earlier releases name it
 
 
 class Choice(NamedTuple):

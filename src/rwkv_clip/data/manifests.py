@@ -84,7 +84,7 @@ def load_json_file(file: Path) -> JsonFile:
             return JsonFile(file, "coco", _join_coco(file, images, content["annotations"]))
         if images and all(isinstance(entry.get("sentences"), list) for entry in images):
             joined = ((_join_karpathy(file, number, entry), None) for number, entry in enumerate(images))
-            return JsonFile(file, "karpathy", joined, content.get("dataset"))
+            return JsonFile(file, "karpathy", joined, str(content.get("dataset") or "") or None)
     raise SourceError(
         f"{file}: an object with {', '.join(map(repr, list(content)[:8])) or 'nothing'}; should be a list of objects, "
         f"COCO's images and annotations, or Karpathy's images with sentences; for one object per line call it .jsonl"

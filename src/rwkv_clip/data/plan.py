@@ -1,8 +1,8 @@
-"""What a build is to make, and how much of it an earlier run has made.
+"""What a build makes, and how much of it an earlier run has made.
 
-A shard counts as made when its .idx is there, which comes last, and its .json says that it was made with the same
-settings from the same input. The same input: see `Source.fingerprint`, and pictures of the same names, sizes and times
-of change, which are looked up again, not read. The folders that all of it lies in do not count.
+A shard is kept when its .idx is there, which is published last, and its .json says that it was made with the same
+settings from the same input: see `Source.fingerprint`, and pictures of the same names, sizes and times of change, which
+are looked up again, not read. The folders that hold all of it do not matter.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of `source` that fulfil all conditions, encoded into PREFIX.rec or, `shard_size` records each, into
+    """The rows of `source` that meet all conditions, encoded into PREFIX.rec or, `shard_size` records each, into
     PREFIX-00000.rec and so on."""
 
     source: Source
@@ -72,10 +72,13 @@ class Plan:
     prefix: Path
     shard_size: int
 
+    def __post_init__(self):
+        self.heading  # noqa: B018 - describes the input as it is now, before its rows are read
+
     @cached_property
     def heading(self) -> dict:
-        """How the .json of every shard begins. input and digest: SHA-256 of the input alone, and of all that decides
-        about the bytes of the output except the pictures."""
+        """How the .json of every shard begins. input and digest: SHA-256 of the input alone, and of everything that
+        determines the bytes of the output except the pictures. The names of the keys are part of both formats."""
         encoder, texts = self.encoder, self.encoder.choice.texts
         settings = {key: value for key, value in asdict(encoder).items() if key not in ("images", "choice")}
         settings |= {"views": asdict(texts), "token_field": encoder.choice.token_field, "aside": encoder.choice.aside}
@@ -97,7 +100,7 @@ class Plan:
         return beside(self.prefix, f"-{number:05d}") if self.shard_size else self.prefix
 
     def takes(self, row: Row) -> bool:
-        """Whether the row fulfils all conditions."""
+        """Whether the row meets all conditions."""
         return all(condition.judge(row)[0] for condition in self.where)
 
     def read_own(self, name: Path) -> dict | None:
@@ -112,7 +115,7 @@ def _hash_json(content: object) -> str:
 
 @dataclass
 class Progress:
-    """How far a build is. report: of the rows so far, pictures: theirs. outdated: files to remove in the end."""
+    """How far a build is. report, pictures: of the rows so far. outdated: files to remove in the end."""
 
     report: BuildReport
     pictures: Pictures = field(default_factory=Pictures)

@@ -267,13 +267,6 @@ class RecordFile:
         """Record `i` as bytes, the parts of a split record joined. IndexError, RecordError."""
         return bytes(self.view(i))
 
-    def close(self) -> None:
-        """Release the mapping; reading afterwards is an error."""
-        self._view.release()
-        if self._map is not None:
-            with suppress(BufferError):  # a view handed out earlier is still alive: the mapping goes with it
-                self._map.close()
-
     def _check_offsets(self) -> np.ndarray:
         """Byte at which the space of each record ends and the next one starts. Bounds every later read."""
         offsets = self.offsets

@@ -264,11 +264,6 @@ class RecordSet:
                         largest = max(largest, int(labels.max(initial=0)))
         return largest if largest >= vocab else 0
 
-    def read(self, i: int) -> bytes:
-        """Record `i` as it stands, header included."""
-        file, row = self._locate(i)
-        return file.read(row)
-
     def name(self, i: int) -> str:
         """How messages name record `i`: 'path/train-00003.rec key 17'."""
         file, row = self._locate(i)

@@ -193,9 +193,9 @@ def group_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:
             texts.append((stem, ending, name))
     pictures = set(groups)
     for stem, ending, name in texts:
-        shorter, _, view = stem.rpartition(".")
+        shorter, _, text = stem.rpartition(".")
         if stem not in pictures and ending == "txt" and shorter in pictures:  # 000.raw.txt beside 000.jpg
-            stem, ending = shorter, f"{view.lower()}.txt"
+            stem, ending = shorter, f"{text.lower()}.txt"
         groups.setdefault(stem, []).append((ending, name))
     return dict(sorted(groups.items()))
 
