@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, gather, rank_and_size, single_process
+from rwkv_clip.models.freezing import depends_on_the_batch
 
 from .gradients import Features, GradientStep, MicroBatches
 from .settings import ParallelSettings
@@ -26,9 +27,12 @@ class DeterministicStep(GradientStep):
 
     def __init__(self, model: nn.Module, *arguments, **named):
         super().__init__(model, *arguments, **named)
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        if any(map(depends_on_the_batch, model.modules())):
             raise ConfigError(
-                ["deterministic: the model's batch norms depend on the number of ranks; leave the flag out"]
+                [
+                    "deterministic: the model's batch norms depend on the number of ranks; leave the flag out, or keep "
+                    "their statistics with --lock-image --lock-image-freeze-bn-stats"
+                ]
             )
         # Gradients of the model's own scalars (logit_scale) come from the objective, computed in full on every rank.
         self.tree = TreeSum([p for name, p in model.named_parameters() if p.requires_grad and (p.dim() or "." in name)])

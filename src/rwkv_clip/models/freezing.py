@@ -109,5 +109,11 @@ def _keep_statistics(model: nn.Module) -> None:
             module.register_forward_pre_hook(_evaluate)
 
 
+def depends_on_the_batch(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that computes with the statistics of its batch."""
+    kept = _evaluate in module._forward_pre_hooks.values()
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not kept
+
+
 def _evaluate(norm: nn.Module, _: Any) -> None:
     norm.training = False
