@@ -130,7 +130,7 @@ def own_shard(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Norm of each list of tensors, other ranks' shares included: the same on all ranks."""
+    """Norm of each list of tensors, other ranks' shards included: the same on all ranks."""
     meshes = [tensor.device_mesh for tensors in groups.values() for tensor in tensors if isinstance(tensor, DTensor)]
     if not meshes:
         return {name: nn.utils.get_total_norm(tensors) for name, tensors in groups.items()}

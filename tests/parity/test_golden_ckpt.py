@@ -18,7 +18,7 @@ from rwkv_clip.dist import join_world
 from rwkv_clip.losses import make_objective
 from rwkv_clip.training.checkpointing import restore_snapshot
 from rwkv_clip.training.loop import Trainer
-from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.settings import parse_settings
 from rwkv_clip.training.state import TrainState
 
 GOLDEN = Path(__file__).parent / "golden_ckpt"
@@ -57,7 +57,7 @@ def test_features_are_those_of_the_release(golden):
 def test_training_goes_on_from_it(golden):
     path = find_checkpoint(golden)
     state = read_description(path)
-    settings = parse(Settings, state["settings"])
+    settings = parse_settings(state["settings"])
     model = rwkv_clip.create_model(state["spec"])
     objective = make_objective(settings.loss)
     trainer = Trainer(TrainState(model, objective, settings, join_world("cpu"), RECORDS))

@@ -33,8 +33,8 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tens
             raise ValueError(f"features: {name} are not a floating-point tensor on the images' device")
     if scale.numel() != 1:
         raise ValueError(f"features: the scale has {scale.numel()} elements, should be one number")
-    views = text.unsqueeze(1) if text.dim() == 2 else text
-    if image.dim() != 2 or views.dim() != 3 or views.shape[::2] != image.shape or not views.numel():
+    texts = text.unsqueeze(1) if text.dim() == 2 else text
+    if image.dim() != 2 or texts.dim() != 3 or texts.shape[::2] != image.shape or not texts.numel():
         raise ValueError(
             f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
             f"image, or texts (B, V, D), with B and V at least 1"
@@ -44,7 +44,7 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tens
         image, scale, everybody = image.to(dtype), scale.to(dtype), gather(text.to(dtype))
         if text.dim() == 2:
             return pair_losses(image, everybody, scale, first)[:2]
-        parts = [pair_losses(image, view.contiguous(), scale, first)[:2] for view in everybody.unbind(1)]
+        parts = [pair_losses(image, one.contiguous(), scale, first)[:2] for one in everybody.unbind(1)]
         return tuple(torch.stack(part, 1) for part in zip(*parts))
 
 
