@@ -13,7 +13,6 @@ import torch
 
 import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, read_description, read_tensors
-from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses import make_objective
 from rwkv_clip.training.checkpointing import restore_snapshot
