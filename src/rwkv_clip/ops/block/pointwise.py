@@ -6,7 +6,7 @@ float32 and bfloat16 go through custom operators with one native kernel forward 
 for calls that PyTorch watches (`ops/watched.py`).
 
 Why kernels of our own: measured for a block of B/32 on one thread of an AMD EPYC with AVX512-BF16, as multiples of the
-time with them (Intel AMX: not measured). The eager formulas take 1.11 to 1.16 in bfloat16, 1.06 to 1.09 with backward,
+time with them (Intel AMX: not measured). The eager formulas take 1.11 to 1.20 in bfloat16, 1.06 to 1.15 with backward,
 and 1.01 to 1.06 in float32; a small model encodes a single picture in up to 1.5 times the time. Compiled by inductor
 one by one they take 0.99 to 1.14, a whole block 0.87 to 1.06; but each shape costs 12 seconds or more at its first call
 in a process, so nothing is compiled unless asked for.
