@@ -1,7 +1,6 @@
 """An objective with parameters, views and tokens on ranks: one process, DDP and FSDP do the same."""
 
 import pytest
-import torch
 
 from helpers.ranks import digest, run_ranks
 from helpers.tiny import make_smaller, make_tiny

@@ -378,4 +378,4 @@ def test_neighbours_share(monkeypatch):
     monkeypatch.setattr(parallel, "_shard", lambda model, *_: model)
     world = World(5, 6, torch.device("cpu"), local_size=2)
     distribute_model(torch.nn.Linear(1, 1), torch.nn.Module(), parse(ParallelSettings, {"parallel": "hsdp"}), world)
-    assert meshes == [("cpu", (3, 2), ("copy", "share"))]
+    assert meshes == [("cpu", (3, 2), ("copy", "shard"))]

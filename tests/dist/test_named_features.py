@@ -7,7 +7,7 @@ from helpers.ranks import run_ranks
 from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world, leave_world
 from rwkv_clip.training.parallel import distribute_model
-from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.settings import ParallelSettings
 
 IMAGE = {"image_size": [32, 32], "patch": 16, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64}
 VIT = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8}
@@ -31,7 +31,7 @@ def answer_on_ranks() -> None:
             whole = rwkv_clip.create_model(description).train()
             model = rwkv_clip.create_model(description).train()
             model.load_state_dict(whole.state_dict())
-            call = distribute_model(model, parse(Settings, {"parallel": way}), world)
+            call = distribute_model(model, torch.nn.Module(), parse(ParallelSettings, {"parallel": way}), world)
             expected, found = whole(image, text, needs=NEEDS), call(image, text, needs=NEEDS)
             assert expected.keys() == found.keys() == {*NEEDS, "logit_scale"}
             assert all(torch.equal(found[name], value) for name, value in expected.items())
