@@ -129,7 +129,7 @@ def test_recipe_trains_on_two_ranks_resumes_and_is_evaluated(clone, tmp_path, re
     assert [record["step"] for record in steps] == [1, 2] and "val_mean_recall" in log[-1]
     assert METHODS[recipe][3] <= steps[0].keys()
     used = json.loads((folder / "settings.json").read_text())
-    assert (used["precision"], used["decay"], used["cycle_beta1"]) == ("fp16", "all", True)
+    assert (used["precision"], used["decay"], used["cycle_beta1"]) == ("amp", "all", True)
     state = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert state["scaler"]["growth_interval"] == 200
     (folder / "log.jsonl").write_text("")
@@ -193,7 +193,7 @@ def test_the_newest_demo_run_is_evaluated(clone):
     for name in ("test_zero_shot_retrieval.sh", "test_zero_shot_classificaiton.sh"):
         (call,) = called(clone, name)
         assert call[call.index("--checkpoint") + 1] == "logs/demo-clip-2"
-        (call,) = called(clone, script, CHECKPOINT="logs/demo-alip-3/")
+        (call,) = called(clone, name, CHECKPOINT="logs/demo-alip-3/")
         assert call[call.index("--checkpoint") + 1] == "logs/demo-alip-3"
 
 
