@@ -60,7 +60,7 @@ COMMAND_LINE = [
     ("--max-bad -1", "max_bad", "-1", "at least 0"),
     ("--max-bad-share 1.5", "max_bad_fraction", "1.5", "at most 1"),
     ("--name ../other", "name", "../other", "--logs"),
-    ("--views two", "views", "two", "first"),
+    ("--text-choice two", "text-choice", "two", "first"),
     ("--texts 0", "texts", "0", "at least 1"),
     ("--max-steps none", "max-steps", "none", "INT"),
     ("--warmup 1", "warmup", "1", "less than 1"),

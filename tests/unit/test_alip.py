@@ -281,14 +281,14 @@ def test_another_objective_begins_with_its_own_means(data, whole):
     differ = ["objective: 'infonce' -> 'alip'", "views: 'first' -> 'all'", "texts: None -> 2"]
     assert all(line in error.value.problems for line in differ) and "--allow-change objective" in str(error.value)
 
-    allowed = {"allow_change": ["objective", "views", "texts", "gates"]}
+    allowed = {"allow_change": ["objective", "text_choice", "texts", "gates"]}
     line = logged(branch_off(data | METHOD, plain, "to alip", 5, **allowed))[5]
     for name in NAMES:
         assert line[f"momentum_{name}_sim"] == pytest.approx(0.75 * 0.5 + 0.25 * line[f"current_{name}_sim"], rel=1e-6)
     back = find_checkpoint(branch_off(data | {"text_choice": "first"}, whole, "to infonce", 5, **allowed))
     assert MEANS not in read_tensors(back / "optim.safetensors")
     noted = [change["setting"] for change in json.loads((back / "state.json").read_text())["changes"]]
-    assert sorted(noted) == ["gates", "objective", "texts", "views"]
+    assert sorted(noted) == ["gates", "objective", "text_choice", "texts"]
 
 
 def test_other_gates_go_on_with_the_means(data, whole):

@@ -452,7 +452,7 @@ def test_record_set_joins_shards_in_order(tmp_path):
         {"schema": None},
         {"views": []},
         {"views": ["raw", "raw"]},
-        {"text_choice": "raw"},
+        {"views": "raw"},
         {"views": [1]},
         {"context": 0},
         {"context": "77"},

@@ -197,7 +197,7 @@ def build_others(
         Image.new("RGB", (40, 36), (color, 0, 0)).save(prefix.parent / "other.jpg")
         rows[7]["image"] = str(prefix.parent / "other.jpg")
     (prefix.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    how = {"views": ("raw", "synthetic", "generated"), "context": 8, "allow_outside": True}
+    how = {"texts": ("raw", "synthetic", "generated"), "context": 8, "allow_outside": True}
     build_records(str(prefix.parent / "rows.jsonl"), str(prefix), **how)
     return str(prefix)
 
