@@ -8,7 +8,6 @@ the folder against that.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import socket
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, ask_main, judge_all
-from rwkv_clip.files import hold
+from rwkv_clip.files import hold, new_folder
 
 from .settings import RunSettings
 
@@ -42,7 +41,7 @@ def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[
             owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))
             checkpoint = _choose_checkpoint(settings, world, logs / name)
             digest = hash_file(checkpoint / "MANIFEST.json") if checkpoint else None
-            return {"name": name, "checkpoint": checkpoint and str(checkpoint), "manifest": digest}
+            return {"name": name, "checkpoint": str(checkpoint) if checkpoint else None, "manifest": digest}
 
         told = ask_main(world, "run", begin)
         folder, checkpoint = logs / told["name"], told["checkpoint"] and Path(told["checkpoint"])
@@ -57,11 +56,7 @@ def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[
 def claim_folder(logs: Path, name: str) -> str:
     """Make a run folder of that name and the time; its name. Runs that start in the same second get -2, -3 .."""
     _make_folder(logs, "logs")
-    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for free in itertools.chain([stamp], (f"{stamp}-{count}" for count in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            (logs / free).mkdir()
-            return free
+    return new_folder(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").name
 
 
 def _make_folder(path: Path, setting: str) -> None:
