@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
-from rwkv_clip.files import write_whole
+from rwkv_clip.files import Bytes, write_whole
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
 from .datasets import ClassificationSet
@@ -135,7 +135,7 @@ def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
     return folder
 
 
-def _keep(path: Path, pieces: Iterable[bytes]) -> None:
+def _keep(path: Path, pieces: Iterable[Bytes]) -> None:
     """Write a file of the cache on the main rank; a warning if that fails."""
     if rank_and_size()[0]:
         return

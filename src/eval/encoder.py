@@ -37,7 +37,7 @@ class Encoder:
 
 def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
     """make() on every rank, or its error on all of them: a rank may have a disk of its own."""
-    made, problem = None, None
+    problem = None
     try:
         made = make()
     except Exception as error:  # whatever it is: nobody goes on alone

@@ -34,9 +34,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import parse_json, read_bytes
+from .files import Bytes, parse_json, read_bytes
 from .serialization import CHUNK, CheckpointError, encode_tensors, read_tensors, read_torch
 
+Contents = dict[str, Callable[[], Iterable[Bytes]]]  # name of a file -> the making of what it holds
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 MAX_JSON = 2**20  # bytes of state.json or a manifest that are read; real ones have a few thousand
@@ -47,7 +48,7 @@ UNFINISHED = ".tmp"  # is being written; what a dead process leaves is removed a
 DELETED = ".gone.tmp"  # is being deleted; likewise
 _STEP = re.compile(r"step-(\d{8})(\.old)?")
 _LEFT_OVER = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")
-_FIELDS = {  # of state.json: what its readers take for granted
+_FIELDS: dict[str, type] = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
     **dict.fromkeys(("spec", "settings", "scaler", "records"), dict),
     "model": str,
@@ -78,8 +79,8 @@ def save_checkpoint(
     """
     assert keep >= 2 and 0 <= step < 10**8
     text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
-    encoders = functools.partial(encode_tensors, weights), functools.partial(encode_tensors, optim), lambda: [text]
-    contents = dict(zip(FILES, encoders))
+    tensors = (functools.partial(encode_tensors, named) for named in (weights, optim))
+    contents: Contents = dict(zip(FILES, (*tensors, lambda: [text])))
     _make_folder(folder)
     clean_folder(folder)
     final = folder / f"step-{step:08d}"
@@ -116,7 +117,7 @@ def _make_folder(folder: Path) -> None:
         _flush(path.parent)
 
 
-def _write_folder(folder: Path, contents: dict[str, Callable[[], Iterable[bytes]]]) -> None:
+def _write_folder(folder: Path, contents: Contents) -> None:
     """Files and their manifest, on the disk when this returns."""
     os.mkdir(folder)
     files = {name: _write_file(folder / name, make()) for name, make in contents.items()}
@@ -125,7 +126,7 @@ def _write_folder(folder: Path, contents: dict[str, Callable[[], Iterable[bytes]
     _flush(folder)
 
 
-def _write_file(path: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
+def _write_file(path: Path, chunks: Iterable[Bytes]) -> dict[str, Any]:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         measured = _measure(chunks, functools.partial(_write_all, handle))
@@ -135,13 +136,13 @@ def _write_file(path: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
     return measured
 
 
-def _write_all(handle: int, chunk: bytes) -> None:
+def _write_all(handle: int, chunk: Bytes) -> None:
     view = memoryview(chunk)
     while view:  # a full disk takes a part first
         view = view[os.write(handle, view) :]
 
 
-def _measure(chunks: Iterable[bytes], write: Callable[[bytes], object] = len) -> dict[str, Any]:
+def _measure(chunks: Iterable[Bytes], write: Callable[[Bytes], object] = len) -> dict[str, Any]:
     """A manifest's entry for a file of these chunks, each handed to `write` on the way."""
     digest, size = hashlib.sha256(), 0
     for chunk in chunks:
@@ -151,7 +152,7 @@ def _measure(chunks: Iterable[bytes], write: Callable[[bytes], object] = len) ->
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def _holds(path: Path, contents: dict[str, Callable[[], Iterable[bytes]]]) -> bool:
+def _holds(path: Path, contents: Contents) -> bool:
     """Whether this checkpoint is intact and has just these contents."""
     try:
         verify_checkpoint(path)
@@ -357,7 +358,7 @@ def read_description(path: Path) -> dict[str, Any] | None:
     state = _read_json(path / "state.json")
     for key, kind in _FIELDS.items():
         value = state.get(key, kind())
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise CheckpointError(f"{path / 'state.json'}: {key} is {str(value)[:40]!r}, expected {kind.__name__}")
     if "step" not in state:
         raise CheckpointError(f"{path / 'state.json'}: has no step")

@@ -170,15 +170,15 @@ def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[l
 
     PeerLost for a rank that sends none.
     """
-    if world.store is None:
+    if (store := world.store) is None:
         return judge([facts])
-    world.store.set(f"fact/{what}/{world.rank}", json.dumps(facts))
+    store.set(f"fact/{what}/{world.rank}", json.dumps(facts))
 
     def work() -> None:
         received = []
         for rank in range(world.size):
             try:
-                received.append(json.loads(world.store.get(f"fact/{what}/{rank}")))
+                received.append(json.loads(store.get(f"fact/{what}/{rank}")))
             except dist.DistError as error:
                 raise PeerLost(f"rank {rank} said nothing before the run began ({first_line(error)})") from None
         judge(received)
@@ -204,7 +204,7 @@ def rank_and_size() -> tuple[int, int]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         rank, size = rank_and_size()
         parts = [torch.empty_like(x) for _ in range(size)]
         dist.all_gather(parts, x.contiguous())
@@ -212,7 +212,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # Every rank's loss depends on these rows; DDP divides the sum by the number of ranks afterwards.
         grad = grad.contiguous()
         dist.all_reduce(grad)

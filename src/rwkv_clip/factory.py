@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
 from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
-from .models.specification import CLIP_PIXELS, ModelSpec, load_family
+from .models.specification import CLIP_PIXELS, ContrastiveModel, ModelSpec, load_family
 from .models.two_tower import ModelConfig
 from .tokenizer import Tokenizer
 from .transform import prepare, train_transform, val_transform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Model = str | Path | dict[str, Any] | ModelSpec
+M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 
@@ -72,7 +73,7 @@ def create_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     drop_path: float | None = None,
-) -> nn.Module:
+) -> ContrastiveModel:
     """Build a model; `model` is a preset name, the path of a JSON, a dict (ours, released or open_clip's keys).
 
     pretrained: weights as for `load_checkpoint`, or an open_clip tag when the model is open_clip's. precision: fp32, or
@@ -92,7 +93,7 @@ def create_model(
     return cast_weights(net, DTYPES[precision]).to(device).eval()
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_weights(model: M, dtype: torch.dtype) -> M:
     """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound."""
     exact = {"time_decay", "time_faaaa", "logit_scale"}
     for name, parameter in model.named_parameters():
@@ -106,7 +107,7 @@ def create_model_and_transforms(
     pretrained: str | Path | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
-) -> tuple[nn.Module, Callable, Callable]:
+) -> tuple[ContrastiveModel, Callable, Callable]:
     """(model, preprocess for training, preprocess for evaluation); transforms map a PIL image to (3, h, w) float."""
     net = create_model(model, pretrained, precision, device)
     return net, train_transform(net.spec.image_size), preprocess_of(net)
@@ -117,7 +118,7 @@ def get_tokenizer(model: Model) -> Tokenizer:
     return resolve_spec(model)[1].tokenizer()
 
 
-def preprocess_of(model: nn.Module) -> Callable:
+def preprocess_of(model: ContrastiveModel) -> Callable:
     """Evaluation transform of a model of `create_model`: PIL image of any mode -> float (3, h, w)."""
     size, (mean, std) = model.spec.image_size, model.spec.pixels
     if (mean, std) == CLIP_PIXELS:
@@ -162,7 +163,7 @@ def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor
 class Loaded:
     """A model ready for inference, with what belongs to it."""
 
-    model: nn.Module
+    model: ContrastiveModel
     preprocess: Callable  # PIL image -> float (3, h, w)
     tokenizer: Tokenizer
     name: str

@@ -14,10 +14,10 @@ import contextlib
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +26,15 @@ from torch import Tensor, nn
 
 from .device import AUTOCAST
 from .dist import gather, max_over_ranks, rank_and_size
+from .models.specification import ContrastiveModel
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from .factory import Loaded
 
+K = TypeVar("K")
+V = TypeVar("V")
 CPU = torch.device("cpu")
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
 _ERROR_BYTES = 1000  # of an error that the other ranks are sent
@@ -47,7 +52,7 @@ class FeatureExtractor:
     threads (0: none) up to `batch_size` pictures ahead of the model; no bit depends on either. progress: show a bar.
     """
 
-    model: nn.Module
+    model: ContrastiveModel
     preprocess: Callable[[Image], Tensor]
     tokenizer: Callable[[Sequence[str]], Tensor]
     device: torch.device = CPU  # its name does as well
@@ -64,8 +69,8 @@ class FeatureExtractor:
     @classmethod
     def of(cls, loaded: Loaded, device: str | torch.device, **options: Any) -> FeatureExtractor:
         """The extractor of what `load_for_inference` gave, in its precision; options: further fields."""
-        parts = loaded.model, loaded.preprocess, loaded.tokenizer
-        return cls(*parts, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
+        model, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
+        return cls(model, preprocess, tokenizer, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
 
     def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:
         """Features (count, C) of the pictures open_one(0 .. count - 1), float32 on the CPU, of length 1.
@@ -75,7 +80,7 @@ class FeatureExtractor:
         size, dtype = block_size(self.device), _weight_dtype(self.model)
         indices = [i for start in _own_starts(count, size) for i in range(start, min(start + size, count))]
 
-        def stack() -> Iterator[Tensor]:
+        def stack() -> Generator[Tensor, None, None]:
             ahead = read_ahead(lambda i: self.preprocess(open_one(i)), indices, self.workers, self.batch_size)
             with contextlib.closing(ahead) as pictures:
                 while block := list(itertools.islice(pictures, size)):
@@ -92,8 +97,8 @@ class FeatureExtractor:
         Equal rows are encoded once: less work, and equal texts tie exactly wherever they stand.
         """
         size = block_size(self.device)
-        distinct, place = np.unique(np.asarray(tokens), axis=0, return_inverse=True)
-        distinct, place = torch.from_numpy(distinct).to(torch.int64), torch.from_numpy(place.reshape(-1))
+        rows, inverse = np.unique(np.asarray(tokens), axis=0, return_inverse=True)
+        distinct, place = torch.from_numpy(rows).to(torch.int64), torch.from_numpy(inverse.reshape(-1))
 
         def encode(block: Tensor) -> Tensor:
             return self.model.encode_text(block.to(self.device), normalize=True)
@@ -106,7 +111,9 @@ class FeatureExtractor:
         """`encode_tokens` of what the tokenizer makes of the texts."""
         return self.encode_tokens(self.tokenizer(texts))
 
-    def _encode(self, encode: Callable[[Tensor], Tensor], blocks: Iterator[Tensor], count: int, unit: str) -> Tensor:
+    def _encode(
+        self, encode: Callable[[Tensor], Tensor], blocks: Generator[Tensor, None, None], count: int, unit: str
+    ) -> Tensor:
         """Features of all ranks' blocks in order. `blocks`: those of this rank; the last one may be short."""
         device, size, threads = self.device, block_size(self.device), torch.get_num_threads()
         lanes = threads if device.type == "cpu" else 1
@@ -173,8 +180,8 @@ def inference(model: nn.Module, device: torch.device, autocast: torch.dtype | No
 
 
 def read_ahead(
-    read: Callable, keys: Iterable, workers: int, ahead: int, enter: Callable[[], None] | None = None
-) -> Iterator:
+    read: Callable[[K], V], keys: Iterable[K], workers: int, ahead: int, enter: Callable[[], None] | None = None
+) -> Generator[V, None, None]:
     """Yield read(key) in the order of keys; `workers` threads (0: none) prepare up to `ahead` results.
 
     Each thread calls `enter` first. The caller's thread reads `keys`, as results are taken. An error of `read` is
@@ -184,7 +191,7 @@ def read_ahead(
         yield from map(read, keys)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead", initializer=enter)
-    waiting: deque = deque()
+    waiting: deque[Future[V]] = deque()
     try:
         for key in keys:
             waiting.append(pool.submit(read, key))
@@ -249,7 +256,7 @@ def _weight_dtype(model: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def _bar(count: int, unit: str, progress: bool):
+def _bar(count: int, unit: str, progress: bool) -> tqdm:
     from tqdm import tqdm
 
     # disable=None: tqdm shows the bar where standard error is a terminal.

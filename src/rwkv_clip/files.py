@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from .errors import DATA, STORAGE
 
+Bytes = bytes | bytearray | memoryview
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+def write_whole(path: Path, pieces: Iterable[Bytes]) -> None:
     """Write a file that appears under its name only when all of it is on the disk; what was there before stays if not.
 
     OSError when it cannot be written.

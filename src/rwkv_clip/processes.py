@@ -96,7 +96,9 @@ def _start_worker(function: Callable, ended: connection.Connection, by_main_thre
         follow_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent ends the workers
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(ended, parent_process().sentinel), daemon=True).start()
+    parent = parent_process()
+    assert parent is not None, "runs in a worker process only"
+    threading.Thread(target=_watch, args=(ended, parent.sentinel), daemon=True).start()
 
 
 def _watch(ended: connection.Connection, parent: int) -> None:
@@ -107,4 +109,5 @@ def _watch(ended: connection.Connection, parent: int) -> None:
 
 
 def _work(chunk: list) -> list:
+    assert _function is not None, "_start_worker sets it"
     return [_function(item) for item in chunk if not _stopping.is_set()]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import Bytes
+
 CHUNK = 2**20  # bytes that are hashed and written at a time: they stay in the cache, and Python's lock is released
 MAX_HEADER = 4 * 2**20  # bytes of a safetensors header or of a .pt's pickle; real ones have 1 MB at most
 SAFE_TORCH = (2, 10)  # weights_only=True could be made to run code before: CVE-2025-32434 (2.6), CVE-2026-24747 (2.10)
@@ -30,7 +32,7 @@ class CheckpointError(ValueError):
     """A checkpoint that is absent, incomplete, damaged or of another kind; names the file."""
 
 
-def encode_tensors(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+def encode_tensors(tensors: dict[str, Tensor]) -> Iterator[Bytes]:
     """A safetensors file (8 bytes length, JSON header, data without gaps, wide types first) in chunks of about CHUNK.
 
     Large tensors are not copied: their chunks are views of their memory.
@@ -46,7 +48,7 @@ def encode_tensors(tensors: dict[str, Tensor]) -> Iterator[bytes]:
     pending = bytearray(len(text).to_bytes(8, "little") + text)
     for key in order:
         flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy())
+        data = flat.view(torch.uint8).numpy().data
         if len(pending) + len(data) <= CHUNK:
             pending += data
             continue

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 CLIP_BPE = "clip-bpe"
 MAX_CHARACTERS = 1 << 20  # of a text; more is refused
@@ -25,7 +29,7 @@ class Tokenizer:
         self.name, self.vocab_size, self.context = name, vocab_size, context
         self._encode = encode
 
-    def __call__(self, texts: str | list[str], context_length: int | None = None) -> torch.Tensor:
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
         if not isinstance(texts, (str, list, tuple)):
             raise ValueError(
                 f"texts: {str(texts)[:80]!r} is a {type(texts).__name__}, should be a str or a list of them"
@@ -47,7 +51,7 @@ def _check_text(text: str, most: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _clip_bpe():
+def _clip_bpe() -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()

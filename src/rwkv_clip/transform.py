@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from PIL import Image
 
@@ -13,7 +15,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 THIN = 32  # long side / short side beyond which the ends of a picture are cut off before it is resized
 
 
-def val_transform(size: int | tuple[int, int]):
+def val_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
     """Evaluation: PIL picture of any mode -> float32 (3, h, w), bicubic centre crop, normalised with CLIP's statistics.
 
     The same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized picture
@@ -27,7 +29,7 @@ def val_transform(size: int | tuple[int, int]):
     return T.Compose([*prepare(size), cover, crop, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
-def train_transform(size: int | tuple[int, int]):
+def train_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
     """Training: PIL picture of any mode -> float32 (3, h, w), normalised with CLIP's statistics.
 
     Random crop (area 0.7 to 1, aspect 0.8 to 1.25) resized linearly, mirrored with probability 0.5. Random numbers come
@@ -40,7 +42,7 @@ def train_transform(size: int | tuple[int, int]):
     return T.Compose([to_rgb, crop, flip, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
-def prepare(size: int | tuple[int, int]) -> list:
+def prepare(size: int | tuple[int, int]) -> list[Callable[[Image.Image], Image.Image]]:
     """What comes before any transform that resizes a PIL picture to cover `size` and crops its centre.
 
     It is made upright and RGB (a palette or 1-bit picture cannot be interpolated), and cut if it is too thin to be

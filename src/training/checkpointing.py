@@ -152,7 +152,8 @@ def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]
     then, now = (flatten_table("", spec) for spec in specs)
     own = {"image.drop_path"} if "drop_path" in changed else set()  # a setting, too
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in own]
-    return [("model", *({name: flat.get(name) for name in names} for flat in (then, now)))] if names else []
+    then, now = ({name: flat.get(name) for name in names} for flat in (then, now))
+    return [("model", then, now)] if names else []
 
 
 def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, str, str]]:

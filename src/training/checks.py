@@ -156,7 +156,7 @@ def compare_plans(plans: list[dict[str, Any]]) -> None:
 
 def flatten_table(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
     """A nested table as one of its leaves, by dotted names behind `prefix`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flatten_table(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -7,6 +7,7 @@ micro-batches' gradients are added as one binary tree: a step has the same bits 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, gather, rank_and_size, single_process
 from rwkv_clip.models.freezing import depends_on_the_batch
+from rwkv_clip.models.specification import ContrastiveModel
 
 from .gradients import Features, GradientStep, MicroBatches
 from .settings import ParallelSettings
@@ -25,7 +27,7 @@ BUCKET = 2**23  # elements that travel at a time: 32 MiB in float32
 class DeterministicStep(GradientStep):
     """Gradients summed in a fixed order. ConfigError where batch, ranks and --max-ranks do not fit each other."""
 
-    def __init__(self, model: nn.Module, *arguments, **named):
+    def __init__(self, model: ContrastiveModel, *arguments: Any, **named: Any):
         super().__init__(model, *arguments, **named)
         if any(map(depends_on_the_batch, model.modules())):
             raise ConfigError(
@@ -108,7 +110,9 @@ def _send(bucket: list[Tensor], size: int) -> tuple[Tensor, Tensor, dist.Work]:
     torch.cat([tensor.reshape(-1) for tensor in bucket], out=whole[:count])
     whole[count:].zero_()
     parts = torch.empty_like(whole)
-    return whole, parts, dist.all_to_all_single(parts, whole, async_op=True)
+    exchange = dist.all_to_all_single(parts, whole, async_op=True)
+    assert exchange is not None, "None only of a group without this rank"
+    return whole, parts, exchange
 
 
 def _add(bucket: list[Tensor], whole: Tensor, parts: Tensor, exchange: dist.Work) -> None:
@@ -150,6 +154,7 @@ class TreeSum:
 
     def _take(self, parameter: nn.Parameter) -> None:
         total, parameter.grad = parameter.grad, None
+        assert total is not None, "the hook runs after the gradient is there"
         level, sums = 0, self._sums[parameter]
         while sums and sums[-1][0] == level:
             total = sums.pop()[1].add_(total)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
+from rwkv_clip.models.specification import ContrastiveModel
 
 from .data.augment import hash64
 from .parallel import average_gradients, synchronized
@@ -72,7 +73,7 @@ class GradientStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ContrastiveModel,
         parallel: nn.Module,
         objective: Objective,
         settings: ParallelSettings,
@@ -96,17 +97,17 @@ class GradientStep:
         """Gradients of `scale_loss(sum of losses)`, averaged over ranks as DDP does. `step` seeds what is random."""
         numbers = range(self.micro_batches.count)
         with torch.set_grad_enabled(self.keeps_graphs), self._autocast():
-            outputs: list[Features | None] = [self._encode(step, inputs, number) for number in numbers]
-        features = {name: value.detach() for name, value in _join(outputs).items()}
+            outputs = {number: self._encode(step, inputs, number) for number in numbers}
+        features = {name: value.detach() for name, value in _join(list(outputs.values())).items()}
         if not self.keeps_graphs:
-            outputs = [None] * len(numbers)
+            outputs.clear()
         losses, report, gradients = self._compare(features, scale_loss)
         with self._autocast():  # one for all micro-batches: weights are converted once
             for number in numbers:
                 last = number == numbers[-1]
                 with synchronized(self.parallel, last):
-                    output = outputs[number] or self._encode(step, inputs, number)
-                    outputs[number] = None  # its graph ends with this turn
+                    # Its graph ends with this turn.
+                    output = outputs.pop(number, None) or self._encode(step, inputs, number)
                     with self._autocast(False):
                         _differentiate(output, gradients, self.micro_batches.rows(number), last)
         self._finish()
@@ -142,8 +143,8 @@ class GradientStep:
         scale_loss(torch.stack(list(losses.values())).sum()).backward()
         average_gradients(self.objective)
         # What an objective makes no use of has a gradient of zeros: every parameter of the towers is reached.
-        unused = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if leaf.grad is None}
-        return losses, report, {name: unused.get(name, leaf.grad) for name, leaf in leaves.items()}
+        gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+        return losses, report, gradients
 
     def _finish(self) -> None:
         """After the last micro-batch."""

@@ -108,17 +108,18 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-# Each imports its package, ValueError where it is missing, and returns what opens a report: (folder, settings) -> a
-# function that writes (step, values), and ends the report when the step is None.
+Write = Callable[[int | None, dict[str, float]], None]  # of (step, values); ends the report when the step is None
+Start = Callable[[Path, Settings], Write]  # opens a report in the run folder
+# Each imports its package, ValueError where it is missing, and returns what opens a report.
 
 
-def _tensorboard():
+def _tensorboard() -> Start:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("report_to: tensorboard is not installed; pip install -e .[tensorboard]") from None
 
-    def start(folder: Path, settings: Settings):
+    def start(folder: Path, settings: Settings) -> Write:
         writer = SummaryWriter(folder / "tensorboard")
 
         def write(step: int | None, values: dict[str, float]) -> None:
@@ -132,13 +133,13 @@ def _tensorboard():
     return start
 
 
-def _wandb():
+def _wandb() -> Start:
     try:
         import wandb
     except ImportError:
         raise ValueError("report_to: wandb is not installed; pip install -e .[wandb]") from None
 
-    def start(folder: Path, settings: Settings):
+    def start(folder: Path, settings: Settings) -> Write:
         # The folder's name is the run's identity, so that a resumed run goes on in the same chart.
         run = wandb.init(
             project="rwkv-clip",

@@ -49,7 +49,7 @@ class RunContext:
 class Meter:
     """Speed and waiting time between two log records, on a monotonic clock."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.started = time.monotonic()
         self.reset()
 

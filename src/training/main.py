@@ -32,7 +32,7 @@ from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
 from rwkv_clip.losses import Objective, make_objective
 from rwkv_clip.models.freezing import freeze_parameters
-from rwkv_clip.models.specification import ModelSpec
+from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
@@ -91,7 +91,7 @@ def parse_flags(arguments: list[str], default: Settings, description: str) -> Se
 
 
 def make_validator(
-    settings: Settings, model: torch.nn.Module, world: World, preemption: Preemption
+    settings: Settings, model: ContrastiveModel, world: World, preemption: Preemption
 ) -> Callable[[], dict[str, float]]:
     """Retrieval on --val-data by the main rank; reads the set now, so that a wrong path fails before training.
 
@@ -107,7 +107,7 @@ def make_validator(
 
     def validate() -> dict[str, float]:
         with whole.gathered() as net:
-            if not world.is_main:
+            if net is None or pairs is None:  # on all but the main rank
                 return {}
             with single_process():
                 autocast = autocast_dtype(parallel.precision, world.device)
@@ -133,8 +133,10 @@ class Work:
 def prepare(settings: Settings) -> Work:
     """Read what the settings name, join the other ranks, and compare all ranks. ConfigError, RecordError."""
     name, spec = resolve_spec(settings.model.model)
-    records = RecordSet(settings.data.train_data)
-    check_records(records, spec, settings.data.train_data, settings.data.texts)
+    path = settings.data.train_data
+    assert path is not None, "read_command_line asks for it"
+    records = RecordSet(path)
+    check_records(records, spec, path, settings.data.texts)
     torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
     objective = make_objective(settings.loss)
     check_objective(settings.loss.objective, objective)
@@ -176,7 +178,9 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
     state.progress.records = {"count": len(work.records), "digest": work.records.digest}
     trainer = Trainer(state)
     if checkpoint is not None:
-        restore_snapshot(state, checkpoint, read_description(checkpoint))
+        facts = read_description(checkpoint)
+        assert facts is not None, "open_run gives folders only"
+        restore_snapshot(state, checkpoint, facts)
     context = RunContext(folder, work.name, validate, preemption, watchdog)
     with contextlib.ExitStack() as ended:
         if world.is_main:
@@ -191,7 +195,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
             context.log.say(f"run folder: {folder}")
 
 
-def _make_model(work: Work) -> torch.nn.Module:
+def _make_model(work: Work) -> ContrastiveModel:
     """The model with its initial weights, the same on every rank, and what is frozen of it."""
     settings, world = work.settings, work.world
     torch.manual_seed(settings.run.seed)

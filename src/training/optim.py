@@ -68,7 +68,8 @@ def build_optimizer(shards: Shards, settings: OptimizerSettings) -> torch.optim.
 
     decay=matrices spares tensors of fewer than two dimensions (after squeezing): norms, biases, mixing coefficients,
     temperature."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in shards.whole():
         if parameter.requires_grad:
             matrix = sum(side > 1 for side in parameter.shape) > 1  # a shard may have one row of many
@@ -103,16 +104,16 @@ def update_weights(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
     skip: float scalar on the device. Fused kernels read it there; without them the host waits for it.
     """
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = skip
+        optimizer.found_inf = skip  # type: ignore[attr-defined] # GradScaler's way, too: it belongs to this step
         optimizer.step()
-        del optimizer.found_inf  # GradScaler's way, too: it belongs to this step
+        del optimizer.found_inf  # type: ignore[attr-defined]
     elif not skip.item():
         optimizer.step()
 
 
 def pack_state(optimizer: torch.optim.Optimizer, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Optimizer state as tensors named `parameter/slot`; independent of the order of groups. own: by name."""
-    names = {parameter: name for name, parameter in own.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in own.items()}
     return {
         f"{names[parameter]}/{slot}": value
         for parameter, slots in optimizer.state.items()

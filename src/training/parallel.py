@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, rank_and_size, sum_over_ranks
+from rwkv_clip.models.specification import ContrastiveModel
 
 from .settings import ParallelSettings
 
@@ -77,7 +78,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
                 block.compile()
             fully_shard(block, mesh=mesh, ignored_params=scalars)
     # The rest, too, is freed after a forward pass: one without a backward pass would keep it, and soon it is old.
-    return fully_shard(model, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
+    return model
 
 
 @contextlib.contextmanager
@@ -87,13 +89,11 @@ def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
     Shards are exchanged in every pass, since gradients that wait for the last would be those of the whole model; what
     nodes exchange waits.
     """
-    sharded = isinstance(parallel, FSDPModule)
-    if sharded:
+    if isinstance(parallel, FSDPModule):
         parallel.set_requires_all_reduce(last)
-    waits = isinstance(parallel, DistributedDataParallel) and not last
-    with parallel.no_sync() if waits else contextlib.nullcontext():
+    with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else contextlib.nullcontext():
         yield
-    if sharded and last:
+    if last and isinstance(parallel, FSDPModule):
         average_gradients(parallel)
 
 
@@ -165,7 +165,7 @@ class Shards:
             if isinstance(parameter, DTensor):
                 own = self.own[name]
                 assert own.data_ptr() == parameter.to_local().data_ptr(), f"{name} has moved"
-                own.grad = None if parameter.grad is None else parameter.grad.to_local()
+                own.grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else None
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""
@@ -207,12 +207,12 @@ class WholeModel:
     used, and is in host memory otherwise.
     """
 
-    def __init__(self, model: nn.Module, settings: ParallelSettings, world: World):
+    def __init__(self, model: ContrastiveModel, settings: ParallelSettings, world: World):
         self.model, self.world, self.copied = model, world, is_sharded(settings, world)
         self.copy = copy.deepcopy(model).cpu() if self.copied and world.is_main else None
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[nn.Module | None]:
+    def gathered(self) -> Iterator[ContrastiveModel | None]:
         """With the weights of now; all ranks call this, and those that are not the main rank may get None."""
         if not self.copied:
             yield self.model
@@ -236,6 +236,7 @@ def _as_shard(shard: Tensor, like: Tensor) -> Tensor:
 
 
 def _own(parameter: nn.Parameter) -> nn.Parameter:
-    if not isinstance(parameter, DTensor):
+    whole = parameter.detach()
+    if not isinstance(whole, DTensor):
         return parameter
-    return nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
+    return nn.Parameter(whole.to_local(), parameter.requires_grad)

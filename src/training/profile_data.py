@@ -29,6 +29,7 @@ from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import create_model, resolve_spec
 from rwkv_clip.losses import make_objective
+from rwkv_clip.models.specification import ContrastiveModel
 from rwkv_clip.transform import normalize
 
 from .checks import check_records
@@ -136,7 +137,8 @@ def measure(run: Callable[[], int], seconds: float) -> float:
 
 def measure_stages(reader: SampleReader, seconds: float) -> tuple[dict[str, float], float]:
     """(images per second of read, decode and resize in this process, mean bytes of a record's image)."""
-    starts, taken = itertools.count(step=CHUNK), []
+    starts = itertools.count(step=CHUNK)
+    taken: list[Sample] = []
 
     def read() -> int:
         start = next(starts)
@@ -147,7 +149,7 @@ def measure_stages(reader: SampleReader, seconds: float) -> tuple[dict[str, floa
     size, samples = reader.image_size, [sample for sample in taken if _decodes(sample, reader.image_size)]
     if not samples:
         raise DataError(f"none of {len(taken)} records holds an image that decodes; check the training data")
-    windows = [(*decode_windows(sample, size), sample.crops[0].flip) for sample in samples]
+    windows = [(decode_windows(sample, size)[0], sample.crops[0].flip) for sample in samples]
     rates["decode"] = measure(lambda: sum(len(decode_windows(sample, size)) for sample in samples), seconds)
     rates["resize"] = measure(lambda: len([fit_pixels(pixels, size, flip) for pixels, flip in windows]), seconds)
     return rates, sum(len(sample.data) for sample in samples) / len(samples)
@@ -182,7 +184,7 @@ def measure_loader(batches: Iterator[Batch], seconds: float) -> tuple[float, Bat
     return measure(lambda: len(next(batches).ids), seconds), batch
 
 
-def measure_step(settings: ProfileSettings, model: torch.nn.Module, batch: Batch, world: World, records: int) -> float:
+def measure_step(settings: ProfileSettings, model: ContrastiveModel, batch: Batch, world: World, records: int) -> float:
     """Images per second of training steps (forward, loss, backward, optimizer) on one batch again and again."""
     parallel = ParallelSettings(settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
     train = Settings(parallel=parallel)

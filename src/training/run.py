@@ -41,7 +41,7 @@ def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[
             owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))
             checkpoint = _choose_checkpoint(settings, world, logs / name)
             digest = hash_file(checkpoint / "MANIFEST.json") if checkpoint else None
-            return {"name": name, "checkpoint": checkpoint and str(checkpoint), "manifest": digest}
+            return {"name": name, "checkpoint": str(checkpoint) if checkpoint else None, "manifest": digest}
 
         told = ask_main(world, "run", begin)
         folder, checkpoint = logs / told["name"], told["checkpoint"] and Path(told["checkpoint"])

@@ -102,7 +102,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """`wait`; when an error is on its way already, a write is not waited for long: cut off, it harms nothing."""
         if kind is None:
             self.wait()

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
+from rwkv_clip.models.specification import ContrastiveModel
 
 from .faults.nonfinite import FiniteGuard
 from .optim import build_optimizer
@@ -37,7 +37,9 @@ class TrainState:
     records in an epoch.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, settings: Settings, world: World, epoch_samples: int):
+    def __init__(
+        self, model: ContrastiveModel, objective: Objective, settings: Settings, world: World, epoch_samples: int
+    ):
         self.settings, self.world, self.epoch_samples = settings, world, epoch_samples
         self.model, self.objective = model.train(), objective.to(world.device)
         if settings.parallel.grad_checkpointing:

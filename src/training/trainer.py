@@ -64,8 +64,8 @@ class Trainer:
             return None
         views = batch.image.shape[1:-3]  # () or (V,)
         drawn = draw_drops(self.seed, batch.epochs.numpy(), batch.ids.numpy(), branches * math.prod(views))
-        drawn = torch.from_numpy(drawn.astype(np.float32))
-        return drawn.unflatten(0, (*views, branches)).permute(1, 2, 0) if views else drawn
+        numbers = torch.from_numpy(drawn.astype(np.float32))
+        return numbers.unflatten(0, (*views, branches)).permute(1, 2, 0) if views else numbers
 
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
@@ -90,13 +90,14 @@ class Trainer:
     def _step(self, batch: Batch, void: bool) -> dict[str, Tensor | float]:
         state, progress = self.state, self.state.progress
         set_step(state.optimizer, self.schedule, progress.step)
-        inputs = Inputs(*self._to_device(batch.image, self.choose_texts(batch)), self.draw_drops(batch))
+        image, text = self._to_device(batch.image, self.choose_texts(batch))
+        inputs = Inputs(image, text, self.draw_drops(batch))
         state.shards.zero_gradients()
         statistics = Statistics(state.model, state.objective)
         computed = self.gradients.run(progress.step, inputs, state.scaler.scale)
         losses = {name: value.detach() for name, value in computed.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
-        values = {
+        values: dict[str, Tensor | float] = {
             "loss": loss,
             "grad_norm": self._update(loss, batch, computed, statistics, void),
             "logit_scale": state.model.logit_scale.detach().exp(),
@@ -145,7 +146,8 @@ class Trainer:
         """After a bad step the scale falls, a void one leaves it. (Private, but `state_dict` waits for the device.)"""
         scaler, void = self.state.scaler, self.state.watch.void
         if scaler.is_enabled():
-            kept = [(tensor, tensor.clone()) for tensor in (scaler._scale, scaler._growth_tracker)]
+            own = scaler._scale, scaler._growth_tracker  # there since the loss was scaled
+            kept = [(tensor, tensor.clone()) for tensor in own if tensor is not None]
             scaler.update()
             for tensor, before in kept:
                 tensor.copy_(torch.where(void > 0, before, tensor))

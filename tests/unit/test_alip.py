@@ -103,20 +103,20 @@ def make_batch(step: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("texts", [1, 2, 3, None])
-@pytest.mark.parametrize("views", ["one", "first", "all"])
-def test_texts_that_the_tower_sees(data, views, texts):
+@pytest.mark.parametrize("choice", ["one", "first", "all"])
+def test_texts_that_the_tower_sees(data, choice, texts):
     """And that it sees all of them at once."""
-    trainer, seen = make_trainer(data, views=views, texts=texts), []
+    trainer, seen = make_trainer(data, text_choice=choice, texts=texts), []
     trainer.state.model.text_model.register_forward_pre_hook(lambda tower, arguments: seen.append(arguments[0]))
     batch, used = make_batch(), texts or 3
     trainer.step(batch)
     (text,) = seen
-    if views == "one":
+    if choice == "one":
         chosen = [row.tolist().index(first) for row, first in zip(batch.text[:, :, 0], text[:, 0].tolist())]
         assert set(chosen) <= set(range(used)) and (used == 1 or len(set(chosen)) > 1)
         expected = batch.text[torch.arange(BATCH), chosen]
     else:
-        expected = batch.text[:, 0] if views == "first" else batch.text[:, :used].flatten(0, 1)
+        expected = batch.text[:, 0] if choice == "first" else batch.text[:, :used].flatten(0, 1)
     assert torch.equal(text, expected)
 
 
@@ -305,8 +305,12 @@ def test_a_skipped_step_leaves_the_means(data, monkeypatch):
     trainer.step(make_batch(0))
     before = trainer.state.objective.mean_similarity.clone()
     forward = type(trainer.state.model).forward
+
+    def poisoned(*inputs, **named):
+        return {name: value * float("nan") for name, value in forward(*inputs, **named).items()}
+
     with monkeypatch.context() as patch:
-        patch.setattr(type(trainer.state.model), "forward", lambda *x: [part * float("nan") for part in forward(*x)])
+        patch.setattr(type(trainer.state.model), "forward", poisoned)
         trainer.step(make_batch(1))
     assert torch.equal(trainer.state.objective.mean_similarity, before)
     trainer.step(make_batch(2))

@@ -489,12 +489,14 @@ def fail_in(place: str, monkeypatch) -> None:
         def backward(ctx, grad):
             raise host
 
-    def poisoned(self, image, text):
+    def poisoned(self, *inputs, **named):
         calls.append(place)
-        features, *rest = forward(self, image, text)
+        features = forward(self, *inputs, **named)
         if len(calls) == 2 and place == "forward":
             raise gpu
-        return (Backward.apply(features) if len(calls) == 2 and place == "backward" else features), *rest
+        if len(calls) == 2 and place == "backward":
+            features["image"] = Backward.apply(features["image"])
+        return features
 
     def exhausted(*_, **__):
         raise MemoryError

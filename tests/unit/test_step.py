@@ -195,9 +195,10 @@ def test_memory_is_that_of_a_piece(monkeypatch):
 
     forward = rwkv_clip.RWKVCLIP.forward
 
-    def counted(self, image, text):
-        image_features, *rest = forward(self, image, text)
-        return (Counted.apply(image_features) if image_features.requires_grad else image_features), *rest
+    def counted(self, *inputs, **named):
+        features = forward(self, *inputs, **named)
+        image = features["image"]
+        return features | {"image": Counted.apply(image) if image.requires_grad else image}
 
     monkeypatch.setattr(rwkv_clip.RWKVCLIP, "forward", counted)
     gradients(batch_size=2, accum_freq=8)

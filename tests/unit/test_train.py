@@ -240,9 +240,9 @@ def test_non_finite_numbers_stop_before_the_weights(data, history, monkeypatch, 
     """The run stops at the bad step or one later, names it, and holds the bits of the step before."""
     forward, calls, trainers = rwkv_clip.RWKVCLIP.forward, iter(range(STEPS)), []
 
-    def poisoned(self, image, text):
-        features, *rest = forward(self, image, text)
-        return features * (float("nan") if next(calls) == at else 1.0), *rest
+    def poisoned(self, *inputs, **named):
+        features = forward(self, *inputs, **named)
+        return features | {"image": features["image"] * (float("nan") if next(calls) == at else 1.0)}
 
     class Trainer(loop.Trainer):
         def step(self, batch):

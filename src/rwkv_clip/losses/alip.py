@@ -50,11 +50,12 @@ class ALIP(Objective):
     """
 
     texts = 2
+    mean_similarity: Tensor  # (3,), as in `similarities`
 
     def __init__(self, gates: GateSettings = GateSettings()):
         super().__init__()
         self.gates = gates
-        self.register_buffer("mean_similarity", torch.full((3,), gates.init))  # as in `similarities`
+        self.register_buffer("mean_similarity", torch.full((3,), gates.init))
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """image (B, D), text (B, 2, D), normalised; logit_scale: scalar, already exponentiated.
@@ -90,7 +91,7 @@ class ALIP(Objective):
         weights are those of this rank."""
         weights = torch.cat([of_samples.mean()[None], of_pairs.mean(0)])
         columns = zip(("text", "raw", "caption"), means, self.mean_similarity.clone(), weights)
-        report = {}
+        report: dict[str, Tensor] = {}
         for name, current, running, weight in columns:
             report |= {f"current_{name}_sim": current, f"momentum_{name}_sim": running, f"weight_{name}_mean": weight}
         return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ class Objective(nn.Module):
     image_views: ClassVar[int] = 1
     """Augmented views of each image in a batch."""
 
-    def forward(self, **features: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(losses, report): scalars by name. The losses are summed and differentiated, the report is logged as it is.
-
-        Features have one row per sample, (B, ..); (B, V, ..) where a sample has several views or texts."""
-        raise NotImplementedError
+    forward: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
+    """Features by name -> (losses, report): scalars by name. The losses are summed and differentiated, the report is
+    logged as it is. Features have one row per sample, (B, ..); (B, V, ..) where a sample has several views or texts."""

@@ -7,6 +7,7 @@ and backward, so that memory grows with the batch and not with its square.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tens
         if text.dim() == 2:
             return pair_losses(image, everybody, scale, first)[:2]
         parts = [pair_losses(image, one.contiguous(), scale, first)[:2] for one in everybody.unbind(1)]
-        return tuple(torch.stack(part, 1) for part in zip(*parts))
+        of_images, of_texts = (torch.stack(part, 1) for part in zip(*parts))
+        return of_images, of_texts
 
 
 def comparison_dtype(features: Tensor) -> torch.dtype:
@@ -141,22 +143,22 @@ def _add_sums_of_ranks(part: Tensor) -> Tensor:
 
 
 @pair_losses.register_fake
-def _(image, texts, scale, first):
+def _(image: Tensor, texts: Tensor, scale: Tensor, first: int) -> tuple[Tensor, ...]:
     batch = image.shape[0]
     return *(image.new_empty(batch) for _ in range(2)), image.new_empty(2, batch), image.new_empty(2, texts.shape[0])
 
 
 @pair_losses_backward.register_fake
-def _(g_images, g_texts, image, texts, scale, rows, columns, first):
+def _(_g_images: Tensor, _g_texts: Tensor, image: Tensor, texts: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(image), torch.empty_like(texts), torch.empty_like(scale)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, texts, scale, ctx.first = inputs
     ctx.save_for_backward(image, texts, scale, *output[2:])
 
 
-def _differentiate(ctx, g_images, g_texts, _rows, _columns):
+def _differentiate(ctx: Any, g_images: Tensor, g_texts: Tensor, _rows: Tensor, _columns: Tensor) -> tuple[Any, ...]:
     return *pair_losses_backward(g_images, g_texts, *ctx.saved_tensors, ctx.first), None
 
 

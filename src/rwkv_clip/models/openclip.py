@@ -14,21 +14,22 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
-from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import TextTransformer, Transformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..errors import is_out_of_memory
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from .outputs import name_features
-from .specification import CLIP_PIXELS, Encoded, Pixels, suggest
+from .specification import CLIP_PIXELS, ContrastiveModel, Encoded, Pixels, suggest
 
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
 _NETWORK = ("httpx", "httpcore", "requests", "urllib", "huggingface_hub", "ssl")  # modules of network errors
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +38,9 @@ log = logging.getLogger(__name__)
 
 def encode_image(tower: nn.Module, image: Tensor) -> Encoded:
     """What `tower(image)` computes, with its steps. ValueError for a tower that does not have or show them."""
-    plain = isinstance(tower, VisionTransformer) and tower.attn_pool is None and not tower.final_ln_after_pool
-    if not plain or tower.pool_type == "none":
+    if not isinstance(tower, VisionTransformer) or (
+        tower.attn_pool is not None or tower.final_ln_after_pool or tower.pool_type == "none"
+    ):
         raise ValueError(_cannot("image", tower, "a ViT that pools after its last norm"))
     tokens = tower.ln_post(tower.transformer(tower._embeds(image)))
     pooled, _ = tower._global_pool(tokens)
@@ -68,8 +70,11 @@ def _project(pooled: Tensor, projection: nn.Module | nn.Parameter | None) -> Ten
     return projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
 
 
-class NamedFeatures:
+class NamedFeatures(ContrastiveModel):
     """Put before a model class of open_clip's: the same model, which also answers `needs`."""
+
+    visual: nn.Module
+    text: nn.Module
 
     def forward(
         self,
@@ -95,6 +100,12 @@ class NamedFeatures:
 class CLIP(NamedFeatures, open_clip.CLIP):
     """open_clip's CLIP, whose text tower is the model itself."""
 
+    transformer: Transformer
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    ln_final: nn.Module
+    text_projection: nn.Module | nn.Parameter | None
+
     def _encode_text_parts(self, text: Tensor) -> Encoded:
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding.to(dtype)
@@ -111,7 +122,7 @@ class CoCa(NamedFeatures, open_clip.CoCa):
     """open_clip's CoCa."""
 
 
-_CLASSES = {cls.__mro__[2]: cls for cls in (CLIP, CustomTextCLIP, CoCa)}
+_CLASSES = {cls.__bases__[1]: cls for cls in (CLIP, CustomTextCLIP, CoCa)}
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
@@ -158,7 +169,7 @@ class OpenClipConfig:
         pixels = {} if self.pixels == CLIP_PIXELS else {"pixels": self.pixels}
         return json.loads(json.dumps({"open_clip": self.source, **pixels}))
 
-    def build(self, tag: str | None = None) -> nn.Module:
+    def build(self, tag: str | None = None) -> ContrastiveModel:
         if isinstance(self.source, str):
             pixels = dict(zip(("mean", "std"), self.pixels))
             with fetching("pretrained" if tag else "model", tag or self.source):
@@ -214,7 +225,7 @@ def _image_size(vision: dict[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _build(where: str, settings: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
+def _build(where: str, settings: dict[str, Any], make: Callable[[], T]) -> T:
     """`make()`. ConfigError for an unknown or missing field, or a value of the wrong type."""
     try:
         return make()
@@ -233,7 +244,7 @@ class _TowerConfig:
 
     side: ClassVar[str]
     fields: ClassVar[type]  # open_clip's settings
-    build_tower: ClassVar[Callable[..., nn.Module]]
+    build_tower: ClassVar[Callable[..., Any]]
     own_width: ClassVar[None] = None
     # Weights and tokenizers that open_clip would fetch, and outputs that `needs` asks for.
     refused: ClassVar[set[str]] = {"output_tokens", "timm_model_pretrained", "hf_model_name", "hf_tokenizer_name"}
@@ -254,7 +265,7 @@ class _TowerConfig:
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps({"kind": "open_clip", **self.config}))
 
-    def build(self, embed_dim: int | None) -> nn.Module:
+    def build(self, embed_dim: int | None) -> Any:
         config = dict(self.config)
         quick = config.pop("quick_gelu", False)
         return _build(self.side, self.config, lambda: type(self).build_tower(embed_dim, config, quick_gelu=quick))
@@ -317,7 +328,7 @@ def fetching(field: str, what: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        chain = [error]
+        chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         if own := next(filter(_is_of_this_machine, chain), None):

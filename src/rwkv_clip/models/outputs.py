@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .specification import Encoded
+from .specification import ContrastiveModel
 
 SIDES = ("image", "text")
 EXTRAS = ("pooled", "tokens")  # fields of Encoded
 NAMES = (*SIDES, *(f"{side}_{extra}" for extra in EXTRAS for side in SIDES))
 
 
-class TwoSided(Protocol):
-    """What `name_features` calls: open_clip's surface, and `encode_parts`."""
-
-    logit_scale: nn.Parameter
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor: ...
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
-
-    def encode_parts(self, side: str, inputs: Tensor) -> Encoded: ...
-
-
 def name_features(
-    model: TwoSided, image: Tensor | None, text: Tensor | None, needs: Iterable[str]
+    model: ContrastiveModel, image: Tensor | None, text: Tensor | None, needs: Iterable[str]
 ) -> dict[str, Tensor]:
     """Features of the inputs that are given, by name.
 
@@ -52,6 +39,6 @@ def name_features(
         found[side] = F.normalize(encoded.features, dim=-1)
         found |= {f"{side}_{extra}": getattr(encoded, extra) for extra in extras}
     found["logit_scale"] = model.logit_scale.exp()
-    if getattr(model, "logit_bias", None) is not None:
-        found["logit_bias"] = model.logit_bias
+    if (bias := getattr(model, "logit_bias", None)) is not None:
+        found["logit_bias"] = bias
     return found

@@ -6,8 +6,9 @@ Parameter names and shapes are those of the released RWKV-CLIP checkpoints, whic
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from .specification import CLIP_PIXELS, Encoded
 class _TowerConfig:
     """What the descriptions of both towers have in common. (What is not annotated is no setting.)"""
 
+    side: ClassVar[str]
     width: int
 
     @classmethod
@@ -179,26 +181,31 @@ class ImageTower(Tower):
     def __init__(self, config: ImageTowerConfig, embed_dim: int | None = None):
         super().__init__(config.width, embed_dim)
         self.config = config
-        self.grid = tuple(-(-side // config.patch) for side in config.image_size)
+        self.grid = self._grid_of(config.image_size)
         self.patch_embed = PatchEmbed(config.patch, config.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], config.width))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        self.layers = nn.ModuleList(Block(config, IMAGE_STYLE, i == 0, rate) for i, rate in enumerate(rates))
+        blocks = [Block(config, IMAGE_STYLE, i == 0, rate) for i, rate in enumerate(rates)]
+        self.layers = nn.ModuleList(blocks)
         self.drop_numbers: Tensor | None = None  # see RWKVCLIP.set_drop_numbers
         self.ln1 = nn.LayerNorm(config.width)
-        self._init_values()
+        self._init_values(blocks)
         self._add_projection()
 
     @torch.no_grad()
-    def _init_values(self) -> None:
-        for layer, block in enumerate(self.layers):
+    def _init_values(self, blocks: Iterable[Block]) -> None:
+        for layer, block in enumerate(blocks):
             init_mixing(block.att, layer, self.config.depth)
             for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"):
                 getattr(block.att, name).uniform_(-1e-4, 1e-4)
             fraction = depth_power(layer, self.config.depth, self.config.width)
-            block.ffn.spatial_mix_k.copy_(fraction)
-            block.ffn.spatial_mix_r.copy_(fraction)
+            for parameter in block.ffn.mix_parameters():
+                parameter.copy_(fraction)
+
+    def _grid_of(self, size: Iterable[int]) -> tuple[int, int]:
+        rows, columns = (-(-side // self.config.patch) for side in size)
+        return rows, columns
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:
@@ -211,7 +218,7 @@ class ImageTower(Tower):
         """Tokens (B, T, width) after the last LayerNorm, row by row; the class token, if there is one, comes last."""
         if image.dim() != 4 or image.shape[1] != 3:
             raise ValueError(f"image: expected shape (B, 3, height, width), got {tuple(image.shape)}")
-        grid = tuple(-(-side // self.config.patch) for side in image.shape[-2:])
+        grid = self._grid_of(image.shape[-2:])
         x = self.patch_embed(image.to(self.patch_embed.projection.weight.dtype)) + self._positions(grid)
         if self.cls_token is not None:
             x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
@@ -235,18 +242,19 @@ class TextTower(Tower):
         super().__init__(config.width, embed_dim)
         self.config = config
         self.emb = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(config, TEXT_STYLE, i == 0) for i in range(config.depth))
+        blocks = [Block(config, TEXT_STYLE, i == 0) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(config.width)
-        self._init_values()
+        self._init_values(blocks)
         self._add_projection()
 
     @torch.no_grad()
-    def _init_values(self) -> None:
-        for layer, block in enumerate(self.blocks):
+    def _init_values(self, blocks: Iterable[Block]) -> None:
+        for layer, block in enumerate(blocks):
             init_mixing(block.att, layer, self.config.depth)
             fraction = depth_power(layer, self.config.depth, self.config.width)
-            block.ffn.time_maa_k.copy_(1 - fraction)
-            block.ffn.time_maa_r.copy_(1 - fraction)
+            for coefficients in block.ffn.mix_parameters():
+                coefficients.copy_(1 - fraction)
             # NOTE(parity): the released code keeps these two in bfloat16. We start from the same rounded values but
             # store float32, where an update smaller than a bfloat16 step is not lost.
             for parameter in (block.att.time_decay, block.att.time_faaaa):

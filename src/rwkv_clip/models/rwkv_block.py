@@ -34,10 +34,17 @@ class BlockStyle:
 class BlockSizes(Protocol):
     """What a block reads of its tower's settings."""
 
-    width: int
-    heads: int
-    ffn_width: int
-    norm_eps: float
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def ffn_width(self) -> int: ...
+
+    @property
+    def norm_eps(self) -> float: ...
 
 
 IMAGE_STYLE = BlockStyle(mix_name="spatial_mix", mixes_own=True)
@@ -50,6 +57,9 @@ def _coefficients(width: int, value: float = 0.0) -> nn.Parameter:
 
 class TimeMix(nn.Module):
     """Attention's place: data-dependent token mixing, bidirectional WKV6 per head, group norm and gate."""
+
+    time_maa_x: nn.Parameter
+    time_maa_v: nn.Parameter
 
     def __init__(self, width: int, heads: int, norm_eps: float):
         super().__init__()
@@ -82,8 +92,9 @@ class TimeMix(nn.Module):
         b, t, c = x.shape
         for_w, for_k, for_v, for_r, for_g = self._mix(x, grid)
         decay = self.time_decay + torch.tanh(for_w @ self.time_decay_w1) @ self.time_decay_w2
-        r, k, v = self.receptance(for_r), self.key(for_k), self.value(for_v)
-        y = wkv6(*(z.view(b, t, self.heads, c // self.heads) for z in (r, k, v, decay)), self.time_faaaa)
+        inputs = self.receptance(for_r), self.key(for_k), self.value(for_v), decay
+        r, k, v, w = (z.view(b, t, self.heads, c // self.heads) for z in inputs)
+        y = wkv6(r, k, v, w, self.time_faaaa)
         norm = self.ln_x
         y = norm_gate(y.view(b, t, c), self.gate(for_g), norm.weight, norm.bias, self.heads, norm.eps)
         return self.output(y)
@@ -101,8 +112,12 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(ffn_width, width, bias=False)
 
+    def mix_parameters(self) -> list[Tensor]:
+        """Coefficients of the token mixing, for the key and for the receptance."""
+        return [getattr(self, f"{self.style.mix_name}_{name}") for name in "kr"]
+
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        weights = torch.cat([getattr(self, f"{self.style.mix_name}_{name}") for name in "kr"]).view(2, -1)
+        weights = torch.cat(self.mix_parameters()).view(2, -1)
         if self.style.mixes_own:
             weights = 1 - weights.to(torch.promote_types(weights.dtype, torch.float32))
         for_k, for_r = mix_tokens(x, weights, None, self.heads, grid)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -34,11 +34,40 @@ class Encoded(NamedTuple):
     tokens: Tensor  # (B, L, W), after the last norm, before pooling
 
 
+class TowerModule(Protocol):
+    """What a model calls of a tower, as open_clip's towers have it: a float32 module, inputs -> features (B, D)."""
+
+    def __call__(self, inputs: Tensor, /) -> Tensor: ...
+
+    def set_grad_checkpointing(self, enable: bool = True, /) -> None: ...
+
+    def lock(self, unlocked_groups: int = 0, /) -> None: ...
+
+
+class ImageTowerModule(TowerModule, Protocol):
+    """And of an image tower."""
+
+    drop_numbers: Tensor | None  # read where its description has `drop_branches`, see `RWKVCLIP.set_drop_numbers`
+
+
+class ContrastiveModel(nn.Module):
+    """What every model of `create_model` has: open_clip's surface, and features by name. Declared only."""
+
+    spec: ModelSpec
+    logit_scale: nn.Parameter
+    encode_image: Callable[..., Tensor]  # (image, normalize=False)
+    encode_text: Callable[..., Tensor]  # (text, normalize=False)
+    encode_parts: Callable[[str, Tensor], Encoded]  # of a side, "image" or "text"
+    set_grad_checkpointing: Callable[[bool], None]
+    set_drop_numbers: Callable[[Tensor | None], None]  # of a model with `drop_branches`
+
+
 class TowerSpec(Protocol):
     """A tower: the table `image` or `text` of a model JSON."""
 
-    own_width: int | None
-    """Width of its features without an `embed_dim`; None for a tower that always has a projection."""
+    @property
+    def own_width(self) -> int | None:
+        """Width of its features without an `embed_dim`; None for a tower that always has a projection."""
 
     @classmethod
     def parse(cls, table: dict[str, Any]) -> TowerSpec:
@@ -47,20 +76,29 @@ class TowerSpec(Protocol):
     def to_json(self) -> dict[str, Any]:
         """The table that `parse_tower` takes back."""
 
-    def build(self, embed_dim: int | None) -> nn.Module:
-        """A float32 module, inputs -> features (B, embed_dim), initial values from torch's global generator. It has
-        `set_grad_checkpointing(enable)` and `lock(unlocked_groups)`, as open_clip's towers do."""
+    def build(self, embed_dim: int | None) -> TowerModule:
+        """A tower with features (B, embed_dim), initial values from torch's global generator."""
 
-    def encode(self, tower: nn.Module, inputs: Tensor) -> Encoded:
-        """The features that `tower(inputs)` gives, to the bit, and what they were made of. ValueError if it cannot."""
+    def encode(self, tower: Any, inputs: Tensor) -> Encoded:
+        """The features that `tower(inputs)` gives, to the bit, and what they were made of; `tower` is what `build`
+        made. ValueError if it cannot."""
 
 
 class ImageSpec(TowerSpec, Protocol):
     """An image tower: pixels (B, 3, h, w) -> features."""
 
-    image_size: tuple[int, int]  # height, width
-    pixels: Pixels
-    drop_branches: int  # residual branches that stochastic depth drops: rows of the tower's `drop_numbers`
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height, width."""
+
+    @property
+    def pixels(self) -> Pixels: ...
+
+    @property
+    def drop_branches(self) -> int:
+        """Residual branches that stochastic depth drops: rows of the tower's `drop_numbers`."""
+
+    def build(self, embed_dim: int | None) -> ImageTowerModule: ...
 
     def with_drop_path(self, rate: float) -> ImageSpec:
         """The same with this rate of stochastic depth. ConfigError for a tower without."""
@@ -69,9 +107,15 @@ class ImageSpec(TowerSpec, Protocol):
 class TextSpec(TowerSpec, Protocol):
     """A text tower: token ids (B, T) -> features."""
 
-    default_tokenizer: ClassVar[str]
-    context: int
-    vocabulary: int | None  # number of token ids; None where only the library that builds the tower can tell
+    @property
+    def default_tokenizer(self) -> str: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids; None where only the library that builds the tower can tell."""
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The tokenizer of this name, for this context."""
@@ -80,15 +124,22 @@ class TextSpec(TowerSpec, Protocol):
 class ModelSpec(Protocol):
     """A whole model."""
 
-    name: str
-    image_size: tuple[int, int]
-    pixels: Pixels
-    vocabulary: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def pixels(self) -> Pixels: ...
+
+    @property
+    def vocabulary(self) -> int | None: ...
 
     def to_json(self) -> dict[str, Any]:
         """JSON data that `create_model` takes back; the same for a model in every version."""
 
-    def build(self, tag: str | None = None) -> nn.Module:
+    def build(self, tag: str | None = None) -> ContrastiveModel:
         """A model in float32: initial values from torch's global generator, or the weights of a tag."""
 
     def tokenizer(self) -> Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ..config import ConfigError, parse, ranged
 from ..tokenizer import CLIP_BPE, Tokenizer
 from .outputs import SIDES, name_features
 from .rwkv import ImageTowerConfig, TextTowerConfig
-from .specification import Encoded, ImageSpec, Pixels, TextSpec, parse_tower
+from .specification import ContrastiveModel, Encoded, ImageSpec, Pixels, TextSpec, parse_tower
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModelConfig:
         """From JSON data. ConfigError lists every problem."""
         problems: list[str] = []
 
-        def attempt(make, *arguments):
+        def attempt(make: Callable[..., Any], *arguments: Any) -> Any:
             try:
                 return make(*arguments)
             except ConfigError as error:
@@ -113,8 +113,10 @@ class ModelConfig:
         return self.image.pixels
 
 
-class RWKVCLIP(nn.Module):
+class RWKVCLIP(ContrastiveModel):
     """Two towers whose features are compared by cosine times exp(logit_scale). The surface is open_clip's."""
+
+    spec: ModelConfig
 
     def __init__(self, spec: ModelConfig):
         super().__init__()
