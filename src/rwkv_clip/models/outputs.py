@@ -16,7 +16,7 @@ NAMES = (*SIDES, *(f"{side}_{extra}" for extra in EXTRAS for side in SIDES))
 
 
 class TwoSided(Protocol):
-    """What `name_features` calls: open_clip's surface, and `encode_parts`."""
+    """What `name_features` calls: open_clip's interface, and `encode_parts`."""
 
     logit_scale: nn.Parameter
 
@@ -34,7 +34,7 @@ def name_features(
 
     `image` and `text`: (B, D), normalised, always; `image_pooled`, `text_pooled`: (B, W), before the projection, not
     normalised; `image_tokens`, `text_tokens`: (B, L, W), after the last norm, before pooling; `logit_scale`:
-    exponentiated; `logit_bias` where the model has one. A tower runs once. ValueError for a name that is not one of
+    exponentiated; `logit_bias` where the model has one. Each tower runs once. ValueError for a name that is not one of
     these, or that a tower cannot give.
     """
     needs = set(needs)
