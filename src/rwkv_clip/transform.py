@@ -69,7 +69,7 @@ def normalize(
 
 
 class _Thin:
-    """Cut the ends of a picture that is far longer than wide to what a centre crop of (height, width) can see.
+    """Cut the ends off a picture that is far longer than wide, beyond what a centre crop of (height, width) can see.
 
     Resized whole, 32,768 x 1 pixels would become 7,340,032 x 224. Either end loses a multiple of the short side, so
     that the centre of the resized picture stays in place to a fraction of a pixel.

@@ -144,7 +144,7 @@ def draw_test_scenes(seed: int, count: int) -> list[Scene]:
 def draw_class_scenes(seed: int, attribute: str, per_class: int) -> Iterator[tuple[str, Scene]]:
     """(class, scene) of a classification set for "shape" or "color": one large thing in the middle each.
 
-    The other one of the two attributes is taken in turn, so that it is spread evenly over each class.
+    The other of the two attributes cycles through its values, so that it is spread evenly over each class.
     """
     classes, others = (SHAPES, COLORS) if attribute == "shape" else (COLORS, SHAPES)
     other = "color" if attribute == "shape" else "shape"
