@@ -144,7 +144,7 @@ def test_cifar10_as_class_folders(tmp_path):
     assert data.templates == BENCHMARKS["cifar10"].templates
     assert data.labels.tolist() == [0, 3] and data.name == "cifar10"
     save_color(tmp_path / "unicorn" / "0.png", "red")
-    with pytest.raises(ValueError, match="'unicorn', which is no class of cifar10"):
+    with pytest.raises(ValueError, match="'unicorn', which is not a class of cifar10"):
         load_classification("cifar10", tmp_path)
 
 

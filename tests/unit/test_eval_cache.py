@@ -267,7 +267,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(folder, caplog):
     Classes().make(folder)
     Path("file").write_text("no folder")
     found = features(Classes(), "--cache", "file/cache")
-    assert torch.equal(found, features(Classes())) and "the run goes on without it" in caplog.text
+    assert torch.equal(found, features(Classes())) and "the run continues without it" in caplog.text
 
 
 def test_ranks_that_see_other_files_have_a_folder_of_their_own_and_find_it_again(folder, monkeypatch):

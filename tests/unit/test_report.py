@@ -57,7 +57,7 @@ def test_every_method_has_its_figures_or_is_named_as_absent():
         absent = published.not_at_hand(task)
         assert present | set(absent) == set(METHODS) and not present & set(absent)
         run = run_of("retrieval", pair_result()) if task == "retrieval" else run_of("classification", class_result())
-        (note,) = [note for note in tables.compare(task, [run]).notes if "not at hand" in note] or [""]
+        (note,) = [note for note in tables.compare(task, [run]).notes if "not available" in note] or [""]
         assert set(re.findall(r"[A-Z][\w-]+", note.partition(": ")[2])) == set(absent)
 
 
