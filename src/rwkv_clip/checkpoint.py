@@ -8,8 +8,8 @@ A checkpoint is a folder `step-00000100/` with
 
 A save removes nothing until a replacement is proven good: it writes a folder under a temporary name, hashing as it
 goes, flushes it to disk, renames it, reads it back and compares. Only then are older checkpoints removed, each renamed
-before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one is there; from
-the second save on there are always two. All other names that can be seen beside checkpoints are explained below, at
+before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one exists; from
+the second save on there are always two. All other names that may appear beside checkpoints are explained below, at
 `REPLACED`.
 
 The search for the newest checkpoint verifies every hash and falls back to the one before. A file of tensors that is

@@ -94,7 +94,7 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
         if (found := explain(error)) is not None:  # the port is in use
             raise ValueError(f"rank {rank} on {socket.gethostname()}: {found[1]}") from None
         raise PeerLost(f"rank {rank} waited {JOINING} for the other {size - 1} ranks ({first_line(error)})") from None
-    # A connection of its own: torch's is blocked while a collective waits for a key.
+    # A separate connection: torch's is blocked while a collective waits for a key.
     own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOINING)
     # Each torchrun counts its own restarts: with several nodes, the one that failed knows of it, and the others may
     # not.
@@ -230,12 +230,12 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Elementwise sum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
+    """Elementwise sum over ranks, the same on all of them; not differentiable. `x` is unchanged."""
     return _reduce(x, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
-    """Elementwise maximum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
+    """Elementwise maximum over ranks, the same on all of them; not differentiable. `x` is unchanged."""
     return _reduce(x, dist.ReduceOp.MAX)
 
 

@@ -1,11 +1,11 @@
-"""Normalised float32 features of many pictures and texts, for validation during training and for evaluation.
+"""Normalised float32 features of many images and texts, for validation during training and for evaluation.
 
 Their bits depend on the model, the device and the set, but not on batch size, ranks or threads. A product of 64 rows is
 summed in a different order than one of 7 (in bfloat16 the third digit changes), so the model only ever gets blocks of
 one shape, the last one padded with its last row. Whole blocks are distributed over ranks. Where sums depend on the
 number of threads (on a CPU), each thread computes whole blocks alone instead of sharing one.
 
-A few more threads decode pictures ahead of the model (decoders release the interpreter lock).
+A few more threads decode images ahead of the model (decoders release the interpreter lock).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _ERROR_BYTES = 1000  # of an error that are sent to the other ranks
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A model with all that is needed to encode pictures and texts. ValueError for a batch size below 1.
+    """A model with all that is needed to encode images and texts. ValueError for a batch size below 1.
 
     All ranks call its methods; each encodes a part of the blocks, and all get all features. A ValueError or OSError of
     any rank is a ValueError on all of them. The model's training mode is restored.
 
-    model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: picture
-    -> float (3, h, w); tokenizer: texts -> int64 (n, context). Pictures are opened and preprocessed in `workers`
-    threads (0: none) up to `batch_size` pictures ahead of the model; no bit depends on either. progress: show a bar.
+    model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: image
+    -> float (3, h, w); tokenizer: texts -> int64 (n, context). Images are opened and preprocessed in `workers`
+    threads (0: none) up to `batch_size` images ahead of the model; no bit depends on either. progress: show a bar.
     """
 
     model: nn.Module
@@ -68,7 +68,7 @@ class FeatureExtractor:
         return cls(*parts, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
 
     def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:
-        """Features (count, C) of the pictures open_one(0 .. count - 1), float32 on the CPU, of length 1.
+        """Features (count, C) of the images open_one(0 .. count - 1), float32 on the CPU, of length 1.
 
         A slice of a set that starts at a multiple of `block_size(device)` has the same bits as in the whole set.
         """
@@ -241,7 +241,7 @@ def _gather_blocks(features: list[Tensor], count: int, size: int, device: torch.
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most weights: pictures follow a model cast as a whole; under autocast it is float32."""
+    """The dtype of most weights: images follow a model cast as a whole; under autocast it is float32."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():

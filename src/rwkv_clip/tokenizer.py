@@ -62,7 +62,7 @@ def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
     if context < 2:
         raise ValueError(f"context: {context} leaves no room for start and end of text; use at least 2")
     if name != CLIP_BPE:
-        raise ValueError(f"tokenizer: {name!r} is not known; known: {CLIP_BPE!r}")
+        raise ValueError(f"tokenizer: {name!r} is not known; valid names: {CLIP_BPE!r}")
     return Tokenizer(name, _encode_clip, _clip_bpe().vocab_size, context)
 
 

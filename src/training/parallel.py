@@ -46,7 +46,7 @@ def distribute_model(model: nn.Module, objective: nn.Module, settings: ParallelS
             _shard(objective, mesh, compiled=False)
         return _shard(model, mesh, settings.torchcompile)
     if settings.torchcompile:
-        model.compile()  # in place: parameter names stay as they are
+        model.compile()  # in place: parameter names do not change
     if world.size == 1 or settings.deterministic:  # --deterministic adds the gradients itself
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)

@@ -134,7 +134,7 @@ def test_what_pooled_and_tokens_are():
 def test_names_that_are_not_known_or_not_given():
     model, resnet = build("one width"), build("ResNet")
     with pytest.raises(
-        ValueError, match=r"needs: 'image_token' not known; valid names: image, text, image_pooled, .*text_tokens"
+        ValueError, match=r"needs: unknown 'image_token'; valid names: image, text, image_pooled, .*text_tokens"
     ):
         model(*inputs(model), needs=["image", "image_token"])
     image, text = inputs(resnet)

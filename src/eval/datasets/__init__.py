@@ -42,7 +42,7 @@ def load_classification(
     if dataset == IMAGEFOLDER:
         return load_image_folder(folder, names)
     if dataset not in BENCHMARKS:
-        raise ValueError(f"dataset: {dataset!r} is not known; known: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
+        raise ValueError(f"dataset: {dataset!r} is not known; valid names: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[dataset]
     if split not in benchmark.splits:
         raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(benchmark.splits)}")

@@ -61,9 +61,9 @@ def _read_run(path: Path) -> dict:
         if not isinstance(run, dict) or not isinstance(run.get(key), kind):
             raise ValueError(f"{path}: no {key!r}; this is not a result of our evaluation")
     if run["schema"] != SCHEMA:
-        raise ValueError(f"{path}: schema {run['schema']}, known is {SCHEMA}; use the version that wrote it")
+        raise ValueError(f"{path}: schema {run['schema']}, expected {SCHEMA}; use the version that wrote it")
     if run["task"] not in TASKS:
-        raise ValueError(f"{path}: task {run['task']!r}; known: {', '.join(TASKS)}")
+        raise ValueError(f"{path}: task {run['task']!r}; valid names: {', '.join(TASKS)}")
     try:  # whether all that tables need is present
         compare(run["task"], [run])
         if run["task"] != "retrieval":

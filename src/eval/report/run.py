@@ -1,4 +1,4 @@
-"""The report of one run, in a folder of its own.
+"""The report of one run, in its own folder.
 
 result.json, table.md, table.csv and table.tex are rewritten after every data set, so that a later error loses nothing;
 pictures and page.html at the end. A file that cannot be written is named and the run continues: its figures are printed

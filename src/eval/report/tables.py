@@ -197,7 +197,7 @@ def _headline(result: dict | None, legacy: bool) -> str:
 
 
 def _average(figures: Sequence[str], sets: Sequence[str]) -> str:
-    """Mean of the eleven published sets, where each is there in full."""
+    """Mean of the eleven published sets, where each is complete."""
     known = [figure for name, figure in zip(sets, figures) if name in published_samples("classification")]
     return f"{sum(map(float, known)) / len(known):.1f}" if known and all(map(_is_number, known)) else NOTHING
 

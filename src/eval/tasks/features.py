@@ -53,7 +53,7 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
 
 
 def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, encoder: Encoder) -> int:
-    """Encode the set and write it into a folder of its own."""
+    """Encode the set and write it into a new folder."""
     started, loaded = time.monotonic(), encoder.loaded
     if isinstance(data, ClassificationSet):
         about, found = _encode_classes(data, encoder)

@@ -154,8 +154,8 @@ def _is_finished(output: Path, settings: DemoSettings) -> bool:
 def make_demo(output: str | Path, **settings) -> DemoPaths:
     """Make the demo set in the folder `output`, new or empty, and return where its sets are.
 
-    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set of the same
-    settings is left as it is; one of other settings, or any other content, is a ValueError. The set is made beside
+    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set with the
+    same settings is kept; one with other settings, or any other content, is a ValueError. The set is made beside
     `output` and moved there when complete.
     """
     output, chosen = Path(output), DemoSettings(**settings)
@@ -187,7 +187,7 @@ def choose_varied(scenes: list[Scene], count: int) -> list[Scene]:
 
 
 def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64, columns: int = 2) -> Path:
-    """Save a picture of scenes with their three texts, as they are trained on: `size` pixels, enlarged."""
+    """Save a picture of scenes with their three texts, as seen in training: `size` pixels, enlarged."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, wide, gap, line = 192, 380, 24, 20

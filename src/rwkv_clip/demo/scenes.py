@@ -85,7 +85,7 @@ def _draw_thing(rng: Random, place: tuple[int, int]) -> Thing:
 
 
 def _draw_scene(rng: Random, key: str, count: int) -> Scene:
-    """A scene of `count` things of different kinds (shape, color), each in a quarter of its own."""
+    """A scene of `count` things of different kinds (shape, color), each in its own quarter."""
     places = [MIDDLE if rng.random() < 0.6 else rng.choice(CORNERS)] if count == 1 else rng.sample(CORNERS, count)
     while True:
         things = tuple(_draw_thing(rng, place) for place in places)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
 
-# Rows of scores at a time. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
+# Rows of scores per chunk. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
 # exponentials read it. Elsewhere: a product with the texts yields only rows x D numbers, too few for a large GPU if the
 # rows are few.
 CPU_ROWS, ROWS = 512, 2048

@@ -39,7 +39,7 @@ def name_features(
     """
     needs = set(needs)
     if unknown := sorted(needs.difference(NAMES)):
-        raise ValueError(f"needs: {', '.join(map(repr, unknown))} not known; valid names: {', '.join(NAMES)}")
+        raise ValueError(f"needs: unknown {', '.join(map(repr, unknown))}; valid names: {', '.join(NAMES)}")
     found = {}
     for side, inputs in zip(SIDES, (image, text)):
         extras = [extra for extra in EXTRAS if f"{side}_{extra}" in needs]

@@ -166,7 +166,8 @@ class RWKVCLIP(nn.Module):
 
     def set_drop_numbers(self, numbers: Tensor | None) -> None:
         """Decide what the coming forward passes drop: uniform numbers in [0, 1), (drop_branches, B) on the CPU, or None
-        to draw anew each time. With numbers that belong to samples, a sample's drops are the same in every batch."""
+        to draw new ones each time. With numbers that belong to samples, a sample's drops are the same in every
+        batch."""
         self.image_model.drop_numbers = numbers
 
     @property

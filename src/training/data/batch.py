@@ -132,8 +132,8 @@ def _close(reference: weakref.ref) -> None:
 
 
 class Loader:
-    """A plan, a tally of bad records, and `run`, which makes (batch, faults) step by step, in a thread of its own and
-    up to AHEAD batches ahead."""
+    """A plan, a tally of bad records, and `run`, which makes (batch, faults) step by step, in its own thread and up to
+    AHEAD batches ahead."""
 
     def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, device: torch.device):
         self.reader, self.plan, self.tally, self.device = reader, plan, tally, device

@@ -99,8 +99,8 @@ class DaliLoader(Loader):
         self.threads = max(1, workers)
         self._placeholder = _placeholder()
         # Only this name holds the pipeline, so that it is destroyed in the thread that made it. Left to the garbage
-        # collector it could be destroyed in a worker process forked later, which would hang: the pipeline's threads are
-        # not there.
+        # collector it could be destroyed in a worker process forked later, which would hang: the pipeline's threads do
+        # not exist there.
         self._pipeline = None
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:

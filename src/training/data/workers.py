@@ -1,4 +1,4 @@
-"""Worker processes that decode: of a sequence of items each makes every n-th, and sends it through a pipe of its own.
+"""Worker processes that decode: each makes every n-th of a sequence of items and sends it through its own pipe.
 
 Pixels are plain bytes in the pipe, read directly into the batch. So nothing is put in /dev/shm, which containers limit
 to 64 MB; nothing is shared that a dying worker could hold; and the death of a worker breaks its pipe, which is an error
