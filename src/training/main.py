@@ -9,7 +9,6 @@ a signal with everything saved (the same command resumes), 76 the run folder is 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_proc
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
 from rwkv_clip.features import FeatureExtractor
-from rwkv_clip.files import write_whole
+from rwkv_clip.files import write_json
 from rwkv_clip.losses import Objective, make_objective
 from rwkv_clip.models.freezing import freeze_parameters
 from rwkv_clip.models.specification import ModelSpec
@@ -222,7 +221,7 @@ def _open_loader(work: Work, state: TrainState) -> Loader:
 
 
 def _open_log(work: Work, folder: Path, state: TrainState, resumed: bool) -> RunLog:
-    write_whole(folder / "settings.json", [json.dumps(to_dict(work.settings), indent=1).encode() + b"\n"])
+    write_json(folder / "settings.json", to_dict(work.settings))
     log = RunLog(folder, work.settings, state.progress.step, state.total_steps)
     parameters = sum(p.numel() for p in state.model.parameters())
     begin = f"resumed at step {state.progress.step}" if resumed else "new run"

@@ -8,7 +8,6 @@ see of the folder.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import socket
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, ask_main, judge_all
-from rwkv_clip.files import hold
+from rwkv_clip.files import hold, new_folder
 
 from .settings import RunSettings
 
@@ -58,11 +57,7 @@ def claim_folder(logs: Path, name: str) -> str:
     """Make a run folder named after `name` and the time; returns its name. Runs that start in the same second get -2,
     -3 .."""
     _make_folder(logs, "logs")
-    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for free in itertools.chain([stamp], (f"{stamp}-{count}" for count in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):
-            (logs / free).mkdir()
-            return free
+    return new_folder(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").name
 
 
 def _make_folder(path: Path, setting: str) -> None:

@@ -121,10 +121,10 @@ def test_a_port_in_use(data, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr("ranks.free_port", lambda: taken.getsockname()[1])
-        (lead, other) = start_ranks(2, tmp_path, work, str(tmp_path), data, {}, "")
-        lead.join(60)
+        monkeypatch.setattr("helpers.ranks.free_port", lambda: taken.getsockname()[1])
+        (main, other) = start_ranks(2, tmp_path, work, str(tmp_path), data, {}, "")
+        main.join(60)
         other.kill()
     said = (tmp_path / "stderr0").read_text()
-    assert lead.exitcode == 2 and "another process uses this port" in said and "Traceback" not in said
+    assert main.exitcode == 2 and "another process uses this port" in said and "Traceback" not in said
     assert free_port()

@@ -59,8 +59,7 @@ def test_deterministic_bits(runs):
     assert digest(runs(1, **same)) == digest(runs(2, **same))
 
 
-def test_fsdp_resumes_what_one_process_saved(runs, tmp_path):
-    first = runs(1, max_steps=2)
-    moved = runs(2, parallel="fsdp", resume=str(first), max_steps=2, name="moved")
-    for key, value in read_tensors(first / "optim.safetensors").items():
-        assert torch.equal(value, read_tensors(moved / "optim.safetensors")[key]), key
+def test_fsdp_resumes_what_one_process_saved(runs):
+    whole = runs(1, save_every_n_steps=2, name="whole")
+    begun = whole.with_name("step-00000002")
+    assert largest_gap(runs(2, parallel="fsdp", resume=str(begun), name="moved"), whole) < 1e-3

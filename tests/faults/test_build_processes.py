@@ -108,9 +108,8 @@ from pathlib import Path
 from rwkv_clip.processes import map_ordered
 
 def items(folder, idle):
-    yield from [f"import os, time; open({folder!r} + '/' + str(os.getpid()), 'w'); time.sleep(0.1)"] * 64
-    while len(list(Path(folder).iterdir())) < 2:
-        time.sleep(0.05)
+    while len(list(Path(folder).iterdir())) < 2:  # one worker may start long after the other
+        yield f"import os, time; open({folder!r} + '/' + str(os.getpid()), 'w'); time.sleep(0.1)"
     print("running", flush=True)
     if idle:
         time.sleep(600)

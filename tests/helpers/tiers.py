@@ -99,7 +99,7 @@ SLOW = (
     "parity/test_wkv6.py::test_tree_keeps_its_precision_on_long_sequences",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits[1:]",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits_in_other_modes",
-    "unit/test_allocator.py",
+    "unit/test_device.py",
     "unit/test_bench.py::test_loader_bench_runs_where_only_our_loader_is",
     "unit/test_bench.py::test_peak_memory_is_that_of_the_call",
     "unit/test_bench.py::test_peak_memory_of_a_call_that_fails",

@@ -13,7 +13,6 @@ import torch
 
 import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, hash_file, read_description, read_tensors
-from rwkv_clip.config import parse
 from rwkv_clip.dist import join_world
 from rwkv_clip.losses import make_objective
 from rwkv_clip.training.checkpointing import restore_snapshot
@@ -27,6 +26,7 @@ DIGESTS = {
     "v1-0.3.0": "da4e8ebe23b33fd4e4581035629cb30ae67b62e1e6f5e9dca91bbb318e897906",
     "v1-0.4.0": "fba0499a8107c4a5cf00c07530e53103d004fd16800e092c8cb9074a8b15894b",  # objective alip
     "v1-0.5.0": "b04c741efe6f75bd8b9cc5accb6f0f906e53129517ad9a80c9ba0e5b107a6b4d",  # says its version and records
+    "v1-0.6.0": "ffccfa0b79165e72a7726d6074d4b412f024d4949b0eb89b1a1f9c1464a6ce2e",  # two widths, projected; alip
 }
 RECORDS = 16  # that the run was made with
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_clip.files import parse_json
+from rwkv_clip.files import new_folder, parse_json
 
-from .files import keep, new_folder, write
+from .files import keep, write
 from .formats import csv_text, latex, markdown_section
 from .page import GALLERY, draw_pictures, page_text
 from .run import SCHEMA

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from rwkv_clip.files import write_whole
@@ -31,25 +31,10 @@ def place_of(settings: EvalSettings, task: str, model: str) -> Path:
     return Path(settings.logs) / (settings.name or f"{stamp}-{task}-{safe_name(model)}")
 
 
-def new_folder(folder: Path) -> Path:
-    """Make the folder and its parents; NAME-2, NAME-3 .. if it exists already."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in _numbered(folder):
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            continue
-
-
 def new_file(folder: Path, stem: str, suffix: str) -> Path:
     """A file that does not exist yet: STEM, STEM-2, STEM-3 .."""
-    return next(path for path in _numbered(folder / stem, suffix) if not path.exists())
-
-
-def _numbered(path: Path, suffix: str = "") -> Iterator[Path]:
-    yield path.with_name(path.name + suffix)
-    yield from (path.with_name(f"{path.name}-{number}{suffix}") for number in itertools.count(2))
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}{suffix}").exists())
 
 
 def safe_name(name: str) -> str:

@@ -18,10 +18,11 @@ import torch
 
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.errors import STORAGE
+from rwkv_clip.files import new_folder
 
 from ..encoder import Encoder
 from ..settings import EvalSettings
-from .files import keep, new_folder, place_of, say_missing
+from .files import keep, place_of, say_missing
 from .formats import csv_text, latex, markdown, markdown_notes, markdown_section
 from .page import GALLERY, draw_pictures, page_text
 from .tables import Table, compare, list_sets

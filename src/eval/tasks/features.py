@@ -11,13 +11,14 @@ import torch
 
 from rwkv_clip.data.retrieval_set import RetrievalSet
 from rwkv_clip.dist import rank_and_size
+from rwkv_clip.files import new_folder
 
 from ..cache import data_key, encode_cached, encode_labelled
 from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
 from ..datasets.benchmarks import TEST
 from ..encoder import Encoder, on_all_ranks
 from ..feature_files import Features, write_about, write_features
-from ..report.files import new_folder, place_of
+from ..report.files import place_of
 from ..settings import CaptionedSettings
 from . import retrieval
 

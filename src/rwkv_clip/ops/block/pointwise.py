@@ -6,10 +6,10 @@ float32 and bfloat16 go through custom operators with one native kernel forward 
 for calls that PyTorch watches (`ops/watched.py`).
 
 Why kernels of our own: measured for a block of B/32 on one thread of an AMD EPYC with AVX512-BF16, as multiples of the
-time with them. In bfloat16 the eager formulas take 1.11 to 1.16 forward and 1.06 to 1.09 with backward, and the same
-formulas compiled by inductor, one by one, 1.14 and 1.05 to 1.07; in float32 1.01 to 1.06, and 0.99 to 1.02 compiled. A
-whole block compiled by inductor takes 0.92 to 1.06, but its first call costs at least 12 seconds for each shape. Small
-models gain more: Ti-8 encodes a single picture in 1 / 1.45 of the time.
+time with them (Intel AMX: not measured). The eager formulas take 1.11 to 1.20 in bfloat16, 1.06 to 1.15 with backward,
+and 1.01 to 1.06 in float32; a small model encodes a single picture in up to 1.5 times the time. Compiled by inductor
+one by one they take 0.99 to 1.14, a whole block 0.87 to 1.06; but each shape costs 12 seconds or more at its first call
+in a process, so nothing is compiled unless asked for.
 """
 
 from __future__ import annotations
