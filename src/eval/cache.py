@@ -1,13 +1,13 @@
-"""Features that outlive the process: a killed extraction goes on where it stopped, a finished one is only read.
+"""Features that outlive the process: a killed extraction continues where it stopped, a finished one is only read.
 
 A cache has one folder for each (weights, data, transform, precision), and in it one file for every CHUNK items, which
 appears whole or not at all. CHUNK is a multiple of the blocks that the model gets, so features have the same bits with
-and without a cache, resumed or not, on any number of ranks. A damaged file is made again.
+and without a cache, resumed or not, on any number of ranks. A damaged file is recomputed.
 
-The key contains the state of every file with pictures: size, inode, and times of change, of content and of anything
-else (a copy may keep an older time of content). A picture that was replaced, moved or touched makes all features new,
-and so does a copy of the set elsewhere. Labels are never kept. If the cache cannot be written, the run warns and goes
-on without.
+The key contains the state of every file with pictures: size, inode, and the times at which its content and its metadata
+changed (a copy may keep an older time of content). If a picture was replaced, moved or touched, or the set copied
+elsewhere, all features are recomputed. Labels are never cached. If the cache cannot be written, the run warns and
+continues without it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .encoder import Encoder, on_all_ranks
 if TYPE_CHECKING:
     from rwkv_clip.factory import Loaded
 
-SCHEMA = 2  # a new number when the same weights give other features
+SCHEMA = 2  # a new number when the same weights give different features
 CHUNK = 2048  # items in a file: some seconds of work, and some MB
-_SAMPLES = 16  # pictures whose content is hashed as well: a file system may not keep useful times
+_SAMPLES = 16  # pictures whose content is hashed as well: a file system may not record useful times
 log = logging.getLogger(__name__)
 
 
@@ -68,7 +68,7 @@ def encode_cached(encoder: Encoder, make_key: Callable[[], dict], open_one: Call
 
 def cached(path: Path | None, make: Callable[[], Tensor], device: torch.device) -> Tensor:
     """The features in a file, else make(), which the main rank then writes there; path None: no file. All ranks call
-    it, as one that finds nothing (on a disk of its own) needs the others to compute."""
+    it, as one that finds nothing (on its own disk) needs the others to compute."""
     found = _read(path) if path else None
     if max_over_ranks(torch.tensor(float(found is None), device=device)):
         found = make()
@@ -82,7 +82,8 @@ def model_key(loaded: Loaded) -> dict:
     weights and transform.
 
     One file of weights may be read as several models (QuickGELU or not). Weights are sampled for `open_clip:NAME`
-    without a tag, where they are random and new in every process. The transform is known by its effect on a picture.
+    without a tag, where they are random and new in every process. The transform is identified by its effect on a
+    picture.
     """
     weights = hashlib.sha256()
     for name, value in sorted(loaded.model.state_dict().items()):
@@ -131,7 +132,7 @@ def _folder_of(root: Path, key: dict, device: torch.device) -> Path:
         digest = hashlib.sha256(every.numpy().tobytes()).digest()
     folder = root / digest.hex()[:24]
     if not (folder / "key.json").is_file():
-        _keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for people: what is in here
+        _keep(folder / "key.json", [text.encode("utf-8", "backslashreplace")])  # for readers: what is in here
     return folder
 
 
@@ -143,7 +144,7 @@ def _keep(path: Path, pieces: Iterable[Bytes]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, pieces)
     except OSError as error:
-        log.warning("cache: %s cannot be written (%s); the run goes on without it", path, error.strerror)
+        log.warning("cache: %s cannot be written (%s); the run continues without it", path, error.strerror)
 
 
 def _read(path: Path) -> Tensor | None:

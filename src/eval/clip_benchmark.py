@@ -5,10 +5,10 @@
 
 Everything after the module's name goes to clip_benchmark, whose data sets, loaders, loops and metrics do the work.
 --pretrained takes what --checkpoint of `rwkv_clip.eval.main` takes; --model is the preset or JSON of a file that holds
-weights only, and `-` where the checkpoint says what it is. In Python: `register()`, then clip_benchmark as usual.
+weights only, and `-` where the checkpoint describes its model. In Python: `register()`, then clip_benchmark as usual.
 
-clip_benchmark has no plug-in point that another package could fill from outside, so its own console script does not
-know of us: this module fills the table and then is that script.
+clip_benchmark has no plug-in point for other packages, so its own console script does not know our models: this module
+fills the table and then runs that script.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def register() -> None:
 
 
 def mend_accuracy() -> None:
-    """clip_benchmark 1.6.2 takes float() of arrays of one number, which numpy 2.4 refuses: the same figure without."""
+    """clip_benchmark 1.6.2 takes float() of one-element arrays, which numpy 2.4 refuses: compute the same figure
+    without."""
     try:
         float(np.ones(1))
         return
@@ -56,7 +57,7 @@ def mend_accuracy() -> None:
 
 
 def main() -> int:
-    """clip_benchmark's command line; 2 for a mistake of the user."""
+    """clip_benchmark's command line; 2 for a user's mistake."""
     try:
         register()
         mend_accuracy()

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model of `load_for_inference`, its extractor of features, and the folder of those that outlive the process."""
+    """A model of `load_for_inference`, its feature extractor, and the folder of cached features."""
 
     loaded: Loaded
     extractor: FeatureExtractor
@@ -36,11 +36,11 @@ class Encoder:
 
 
 def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
-    """make() on every rank, or its error on all of them: a rank may have a disk of its own."""
+    """make() on every rank, or its error on all of them: a rank may have its own disk."""
     problem = None
     try:
         made = make()
-    except Exception as error:  # whatever it is: nobody goes on alone
+    except Exception as error:  # whatever it is: no rank continues alone
         problem = error
     raise_together(problem, 0, device)
     return made

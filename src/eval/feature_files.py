@@ -1,6 +1,6 @@
 """Features on disk: normalised float32 vectors of pictures and texts with their ids, written and read back.
 
-A folder holds about.json (written last: without it the folder is not finished) and for images and texts each
+A folder holds about.json (written last: without it the folder is incomplete) and for images and texts each
 
     images.jsonl    {"image_id": "a.jpg", "label": 3}                            line i belongs to row i
     texts.jsonl     {"text_id": 0, "text": "a dog", "image_ids": ["a.jpg"]}
@@ -102,7 +102,7 @@ def read_features(folder: Path, kind: str) -> Features | None:
 
 
 def _read_npy(path: Path) -> Tensor:
-    try:  # as a mapping: a file that announces more than it holds takes no memory
+    try:  # mapped: a file that claims to hold more than it does takes no memory
         return torch.from_numpy(np.array(np.lib.format.open_memmap(path, mode="r")))
     except OSError:
         raise
@@ -120,7 +120,7 @@ def _read_lines(path: Path, key: str) -> tuple[list, Tensor]:
         try:
             vectors.append(np.asarray(feature, np.float32))
         except (TypeError, ValueError):
-            raise ValueError(f"{path}:{len(ids) + 1}: `feature` holds something that is no number") from None
+            raise ValueError(f"{path}:{len(ids) + 1}: `feature` holds something that is not a number") from None
         ids.append(row[key])
     return ids, torch.from_numpy(np.stack(vectors)) if vectors else torch.zeros(0, 0)
 
@@ -139,7 +139,7 @@ def _rows(path: Path, key: str) -> Iterator[dict]:
 
 
 def _checked(path: Path, vectors: Tensor | None, rows: Sequence[dict]) -> Tensor:
-    """The vectors, if they are unit vectors and as many as rows."""
+    """The vectors, if they are unit vectors, one for each row."""
     if vectors is None or vectors.ndim != 2 or not vectors.is_floating_point():
         raise ValueError(f"{path}: holds no matrix `features` of floats; write the features again")
     if len(vectors) != len(rows):
@@ -147,10 +147,10 @@ def _checked(path: Path, vectors: Tensor | None, rows: Sequence[dict]) -> Tensor
     vectors = vectors.float()
     wrong = torch.nonzero(~((vectors.norm(dim=1) - 1).abs() < 0.01)).flatten()
     if len(wrong):
-        raise ValueError(f"{path}: row {int(wrong[0])} (of {len(wrong)} such rows) is no vector of length 1")
+        raise ValueError(f"{path}: row {int(wrong[0])} (of {len(wrong)} such rows) is not a vector of length 1")
     return vectors
 
 
 def json_line(row: dict) -> bytes:
-    """A line of JSON; what UTF-8 cannot hold (a name, a text) is an escape, which JSON reads back."""
+    """A line of JSON; what UTF-8 cannot encode (a name, a text) becomes an escape, which JSON reads back."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

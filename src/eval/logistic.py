@@ -1,7 +1,7 @@
-"""Logistic regression by L-BFGS and the search for its L2 penalty, as the linear probe of the CLIP paper has them.
+"""Logistic regression by L-BFGS and the search for its L2 penalty, as in the linear probe of the CLIP paper.
 
 Minimised is C * sum of cross entropies + |W|^2 / 2 with C = 1 / l2 and a free bias: scikit-learn's
-LogisticRegression(C=1 / l2). All is float64 with gradients in closed form, chunk by chunk, so no matrix of all
+LogisticRegression(C=1 / l2). Everything is float64 with gradients in closed form, chunk by chunk, so no matrix of all
 scores exists. L-BFGS works on centred features, which only moves the bias, along their principal axes, scaled by the
 loss's curvature: the same minimum in a fraction of the iterations.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 from rwkv_clip.metrics import tied_ranks
 
 MAX_ITERATIONS = 1000  # of L-BFGS, as in the CLIP paper (arXiv 2103.00020, appendix A.3)
-TOLERANCE = 1e-7  # largest entry of the mean loss's gradient in its scale; scikit-learn stops at 1e-4
+TOLERANCE = 1e-7  # largest entry of the mean loss's gradient in scaled coordinates; scikit-learn stops at 1e-4
 STEPS_PER_DECADE, FIRST_DECADE, LAST_DECADE = 8, -6, 6  # the paper's 96 steps from 1e-6 to 1e6
-_CELLS = 2**22  # numbers of a chunk
-_WHOLE = 2**28  # features that are converted once (2 GiB) and not again for each look at them
+_CELLS = 2**22  # elements of a chunk
+_WHOLE = 2**28  # elements of features that are converted once (2 GiB), not again in each pass
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ def fit(features: Tensor, labels: Tensor, classes: int, l2: float, device: str |
     """The classifier of features (n, C) and labels (n,) for an L2 penalty (lambda of the CLIP paper).
 
     Starts from zero, so the same numbers give the same bits (as long as the number of threads is the same). A class
-    without samples takes part all the same.
+    without samples still takes part.
     """
     if not l2 > 0:
         raise ValueError(f"l2: {l2}; give a positive number")
     if not len(features) or len(features) != len(labels):
-        raise ValueError(f"{len(features)} features and {len(labels)} labels: give one label for each, and some")
+        raise ValueError(f"{len(features)} features and {len(labels)} labels: give one label for each, at least one")
     device = torch.device(device)
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     features, labels = features.to(device), labels.to(device)
     center = features.mean(0, dtype=torch.float64)
-    penalty = l2 / len(features)  # the mean of the loss instead of its sum: gradients of one scale
+    penalty = l2 / len(features)  # the mean of the loss instead of its sum: the scale of gradients is fixed
     shift: Tensor | None = center
     if features.numel() <= _WHOLE:
         features, shift = features - center, None
@@ -81,7 +81,7 @@ def fit(features: Tensor, labels: Tensor, classes: int, l2: float, device: str |
         return loss
 
     optimizer.step(evaluate)
-    evaluate()  # the line search may have looked elsewhere last
+    evaluate()  # the line search may have evaluated another point last
     weights = theta[:, :-1] @ axes.T
     iterations = optimizer.state[theta]["n_iter"]
     return Classifier(weights, theta[:, -1] - weights @ center, iterations, float(theta.grad.abs().max()))
@@ -91,7 +91,7 @@ def find_l2(score: Callable[[float], float]) -> float:
     """The penalty with the highest score.
 
     The CLIP paper's search: seven values from 1e-6 to 1e6, then ever closer neighbours of the best one down to eight
-    steps a decade. Of equally good ones the strongest wins.
+    steps per decade. Of equally good ones the largest penalty wins.
     """
     scores: dict[int, float] = {}
     last, step = (LAST_DECADE - FIRST_DECADE) * STEPS_PER_DECADE, 2 * STEPS_PER_DECADE
@@ -108,14 +108,14 @@ def find_l2(score: Callable[[float], float]) -> float:
 
 
 def l2_at(place: int) -> float:
-    """The penalty at a place of the paper's scale, 0 .. 96."""
+    """The penalty at a position on the paper's scale, 0 .. 96."""
     return 10.0 ** (FIRST_DECADE + place / STEPS_PER_DECADE)
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of samples to keep and to hold out, both ascending: of each class `fraction`, rounded, drawn by `seed`.
+    """Indices of samples to keep and to hold out, both ascending: of each class `fraction`, rounded, drawn by `seed`.
 
-    A class keeps at least one sample; a class of one or more than one sample gives none or at least one.
+    A class keeps at least one sample and gives at least one if it has more than one.
     """
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)

@@ -7,8 +7,8 @@
     python -m rwkv_clip.eval.main search --features logs/eval/mine --query "a dog in the snow"
     python -m rwkv_clip.eval.main report logs/eval/run-1 logs/eval/run-2 --output logs/eval/comparison
 
-Exit codes: 0 done, 2 a mistake of the user or nothing evaluated, 3 damaged records, 76 results cannot be written (one
-line says what, no traceback; figures are printed all the same).
+Exit codes: 0 done, 2 a user's mistake or nothing evaluated, 3 damaged records, 76 results cannot be written (one line
+says what, no traceback; figures are printed anyway).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tasks import TASKS, Task
 
 
 def evaluate(settings: EvalSettings) -> int:
-    """Do the task that `settings` belong to. Returns the exit code. Under torchrun all ranks share the work."""
+    """Run the task that `settings` belong to. Returns the exit code. Under torchrun all ranks share the work."""
     if problems := check(settings):
         raise ConfigError(problems)
     task = next(task for task in TASKS.values() if task.settings is type(settings))
@@ -48,7 +48,7 @@ def _evaluate(task: Task, settings: EvalSettings, device: torch.device) -> int:
 
     if device.type == "cpu":
         keep_freed_memory()
-    data = task.load(settings, device)  # before the model: what is wrong here costs no minute
+    data = task.load(settings, device)  # before the model: a mistake here shows at once
     on_all_ranks(lambda: check_place(settings.logs) if rank_and_size()[0] == 0 else None, device)
     loaded = load_for_inference(
         settings.checkpoint, model=settings.model, device=str(device), precision=settings.precision

@@ -1,7 +1,7 @@
 """`--legacy`: figures as the released code of RWKV-CLIP and ALIP counts them, beside the exact ones, for comparison.
 
-Every defect of that code that changes a figure or ends the run is named in the output, with its effect on this set, and
-so is the one that nobody can reproduce. The exact figures stay the result.
+Every defect of that code that changes a figure or ends the run is named in the output, with its effect on this set,
+including the one that cannot be reproduced. The exact figures stay the result.
 
 Of equal logits, the released code takes whichever torch.topk (classification) or torch.argsort (retrieval) puts first.
 We call the same operators, on the CPU, where their order is fixed, and report how much any order could change.
@@ -95,7 +95,7 @@ def count_retrieval(image: Tensor, text: Tensor, image_of_caption: Tensor, datas
 
 
 def integer_logits(features: Tensor, weights: Tensor) -> Tensor:
-    """100 * cosine cut to whole numbers, toward zero: int64 (n, classes) on the CPU.
+    """100 * cosine truncated to whole numbers, toward zero: int64 (n, classes) on the CPU.
 
     From exact similarities, so that no figure depends on batch, device or BLAS (the released code's are float32).
     """
@@ -105,12 +105,12 @@ def integer_logits(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def phantom_rows(samples: int, ranks: int = RANKS, batch: int = BATCH) -> int:
-    """Rows of the released ImageNet buffers that no picture fills: each rank's last batch counts as a full one."""
+    """Rows of the released ImageNet buffers without a picture: each rank's last batch counts as a full one."""
     return sum(-(samples // ranks + (rank < samples % ranks)) % batch for rank in range(ranks))
 
 
 def _defect(name: str, says: str, reproduced: bool, effect: str) -> dict[str, object]:
-    """What the released code does wrong, whether our second count does it too, and what it did to this set."""
+    """What the released code does wrong, whether our second count reproduces it, and its effect on this set."""
     return {"name": name, "says": says, "reproduced": reproduced, "effect": effect}
 
 
@@ -165,7 +165,7 @@ def _sorted_ranks(queries: Tensor, items: Tensor, right: list[Tensor]) -> Tensor
             own = scores[right[row]].amax()
             better, equal = int((scores > own).sum()), int((scores == own).sum())
             others, found = equal - int((scores[right[row]] == own).sum()), better
-            if others:  # else every sort agrees
+            if others:  # otherwise every sort agrees
                 place = torch.empty(len(scores), dtype=torch.int64)
                 place[torch.argsort(scores, descending=True)] = torch.arange(len(scores))
                 found = int(place[right[row]].amin())

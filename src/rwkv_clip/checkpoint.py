@@ -6,14 +6,14 @@ A checkpoint is a folder `step-00000100/` with
     state.json          step, position, settings, model description
     MANIFEST.json       sha256 and size of each of these
 
-A save removes nothing until something better is proven to be there: it writes a folder under a temporary name, hashing
-as it goes, flushes it to the disk, renames it, reads it back and compares. Only then are older checkpoints removed,
-each renamed before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one
-is there; from the second save on there are always two. All other names that can be seen beside checkpoints are
-explained below, at `REPLACED`.
+A save removes nothing until a replacement is proven good: it writes a folder under a temporary name, hashing as it
+goes, flushes it to disk, renames it, reads it back and compares. Only then are older checkpoints removed, each renamed
+before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one exists; from
+the second save on there are always two. All other names that may appear beside checkpoints are explained below, at
+`REPLACED`.
 
 The search for the newest checkpoint verifies every hash and falls back to the one before. A file of tensors that is
-read by itself is compared as well where a manifest beside it lists it.
+read on its own is also verified where a manifest beside it lists it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def save_checkpoint(
     """Write `folder/step-XXXXXXXX`, verify it, then remove all but the `keep` newest. Returns the checkpoint's path.
 
     OSError or CheckpointError when it cannot be written or does not read back as written; then nothing of it is left
-    and older checkpoints are as they were. An intact checkpoint of the same content is left as it is.
+    and older checkpoints are unchanged. An intact checkpoint with the same content is kept as it is.
     """
     assert keep >= 2 and 0 <= step < 10**8
     text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
@@ -94,13 +94,13 @@ def save_checkpoint(
             raise
     try:
         _prune(folder, final, keep)
-    except OSError as error:  # the checkpoint is there all the same
+    except OSError as error:  # the checkpoint exists anyway
         log.warning("%s: older checkpoints could not be removed (%s)", folder, error)
     return final
 
 
 def clean_folder(folder: Path) -> None:
-    """Remove what a process that died during a save left. Only the one process that writes here may call this."""
+    """Remove what a process that died during a save left behind. Only the process that writes here may call this."""
     for stale in folder.glob("step-*.tmp"):
         if _LEFT_OVER.fullmatch(stale.name):
             _remove(stale)
@@ -118,7 +118,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_folder(folder: Path, contents: Contents) -> None:
-    """Files and their manifest, on the disk when this returns."""
+    """Write files and their manifest; they are on disk when this returns."""
     os.mkdir(folder)
     files = {name: _write_file(folder / name, make()) for name, make in contents.items()}
     manifest = json.dumps({"schema": SCHEMA, "files": files}, indent=1).encode()
@@ -138,7 +138,7 @@ def _write_file(path: Path, chunks: Iterable[Bytes]) -> dict[str, Any]:
 
 def _write_all(handle: int, chunk: Bytes) -> None:
     view = memoryview(chunk)
-    while view:  # a full disk takes a part first
+    while view:  # a full disk first takes a part
         view = view[os.write(handle, view) :]
 
 
@@ -153,7 +153,7 @@ def _measure(chunks: Iterable[Bytes], write: Callable[[Bytes], object] = len) ->
 
 
 def _holds(path: Path, contents: Contents) -> bool:
-    """Whether this checkpoint is intact and has just these contents."""
+    """Whether this checkpoint is intact and has exactly these contents."""
     try:
         verify_checkpoint(path)
         return _read_json(path / "MANIFEST.json")["files"] == {k: _measure(make()) for k, make in contents.items()}
@@ -185,7 +185,8 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Keep `newest`, just verified, and the keep - 1 before it. Nothing goes unless one of these is intact as well."""
+    """Keep `newest`, just verified, and the keep - 1 before it. Nothing is removed unless one of these is intact as
+    well."""
     others = [path for path in reversed(list_checkpoints(folder)) if path != newest]
     later = [path for path in others if path.name[:13] > newest.name]
     for path in later:  # the next start would take them for the newest
@@ -223,7 +224,7 @@ def _flush(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no fsync of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot fsync folders
             raise
     finally:
         os.close(handle)
@@ -280,7 +281,7 @@ def _verify_file(path: Path) -> None:
 
 
 def _compare(file: Path, entry: Any) -> None:
-    """CheckpointError unless the file is what its manifest's entry says."""
+    """CheckpointError unless the file matches its entry in the manifest."""
     try:
         good = isinstance(entry, dict) and _size(file) == entry.get("bytes")
         good = good and hash_file(file) == entry.get("sha256")
@@ -326,7 +327,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """A weights file or checkpoint folder itself, compared with its manifest, or a run folder's newest intact one.
 
     A damaged checkpoint in a run folder is named in a warning and skipped; CheckpointError when none is left. A weights
-    file without a manifest, such as a copy, is taken as it is.
+    file without a manifest, such as a copy, is not verified.
     """
     path = Path(path)
     if path.is_file():
@@ -344,7 +345,7 @@ def find_checkpoint(path: str | Path) -> Path:
         except NewerCheckpointError:
             raise
         except CheckpointError as error:
-            log.warning("%s; trying the checkpoint before it", error)
+            log.warning("%s; trying the previous checkpoint", error)
     raise CheckpointError(f"{path}: holds no intact checkpoint (folders named step-00000000)")
 
 

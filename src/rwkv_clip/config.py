@@ -20,7 +20,7 @@ from .files import parse_json, read_bytes
 
 CONFIGS = Path(__file__).parent / "configs"
 MAX_JSON = 1 << 24  # bytes of a preset or model description that are read
-LARGEST = (1 << 63) - 1  # what a tensor, a file and a seed can hold
+LARGEST = (1 << 63) - 1  # that a tensor, a file and a seed can hold
 T = TypeVar("T")
 
 
@@ -55,7 +55,7 @@ def parse(cls: type[T], data: dict[str, Any], base: T | None = None, where: str 
 
 
 def check(value: Any, where: str = "") -> list[str]:
-    """Problems of a settings object: limits first, then what fields must be together."""
+    """Problems of a settings object: limits first, then constraints between fields."""
     found, tables = [], []
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
@@ -117,7 +117,7 @@ def _parse(cls: type, data: Any, base: Any, where: str, problems: list[str]) -> 
 
 
 def _convert(hint: Any, item: Any, where: str, problems: list[str]) -> Any:
-    """Accept only what the type says; an int where a float is asked, a list where a tuple is asked."""
+    """Accept only what the type says; an int where a float is expected, a list where a tuple is expected."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if item is None and type(None) in args:

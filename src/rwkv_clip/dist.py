@@ -1,8 +1,8 @@
 """Ranks and collectives: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. One process is a world of one.
 
-torchrun's store outlives the processes that it starts again, and with it what they wrote there. So the ranks of each
-start agree on a name first (`_agree_on_name`), and everything goes below it. Without this, gloo and NCCL of a restarted
-run find the addresses of processes that are gone, and `--max-restarts` never works (torch 2.5 and later).
+torchrun's store outlives the processes that it restarts, and so does what they wrote to it. So the ranks of each start
+first agree on a name (`_agree_on_name`), which prefixes all their keys. Without this, gloo and NCCL of a restarted run
+find the addresses of processes that are gone, and `--max-restarts` never works (torch 2.5 and later).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ DELIVERING = 5.0  # seconds that a failing main rank waits for the others to rea
 
 
 class PeerLost(RuntimeError):
-    """Another rank is dead, silent or stuck, so this one cannot go on; names it and when it was last seen."""
+    """Another rank is dead, silent or stuck, so this one cannot continue; names it and when it was last seen."""
 
     exit_code = PEER
 
 
 class MainRankFailed(RuntimeError):
-    """The main rank failed at what it does for all ranks; carries its message and exit code."""
+    """The main rank failed in work for all ranks; carries its message and exit code."""
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
@@ -49,13 +49,13 @@ class MainRankFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This process's place among all ranks."""
 
     rank: int
     size: int
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)  # None in a world of one
-    restarted: bool = False  # torchrun started this run again after a failure
+    restarted: bool = False  # torchrun restarted this run after a failure
     local_size: int = 1  # ranks on this rank's node
 
     @property
@@ -66,8 +66,8 @@ class World:
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere.
 
-    timeout: of every collective. PeerLost when a rank does not come within five minutes; ValueError where one has
-    another kind of device.
+    timeout: of every collective. PeerLost when a rank does not join within five minutes; ValueError where one has a
+    different kind of device.
     """
     kind = choose_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -78,7 +78,7 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
         torch.cuda.set_device(kind)
     if size == 1:
         return World(rank, size, kind, restarted=restarted)
-    follow_parent(signal.SIGCONT)  # a rank that is stopped while torchrun is killed goes on, and finds out
+    follow_parent(signal.SIGCONT)  # a rank that is stopped while torchrun is killed continues, and finds out
     try:
         store = next(dist.rendezvous("env://", rank, size, timeout=JOINING))[0]
         name = _agree_on_name(store, rank, size)
@@ -94,9 +94,10 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
         if (found := explain(error)) is not None:  # the port is in use
             raise ValueError(f"rank {rank} on {socket.gethostname()}: {found[1]}") from None
         raise PeerLost(f"rank {rank} waited {JOINING} for the other {size - 1} ranks ({first_line(error)})") from None
-    # A connection of its own: torch's is blocked while a collective waits for a key.
+    # A separate connection: torch's is blocked while a collective waits for a key.
     own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=JOINING)
-    # Each torchrun counts its own restarts: of several nodes, the one that failed knows, and the others may not.
+    # Each torchrun counts its own restarts: with several nodes, the one that failed knows of it, and the others may
+    # not.
     count = torch.tensor(float(restarted), device=kind)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return World(rank, size, kind, dist.PrefixStore(name, own), bool(max_over_ranks(count).item()), local_size)
@@ -118,7 +119,7 @@ def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:
     until = time.monotonic() + JOINING.total_seconds()
     while store.add(token, 0) < size - 1:
         if time.monotonic() > until:
-            raise dist.DistStoreError("not all of them came")
+            raise dist.DistStoreError("not all of them joined")
         for other in set(store.multi_get([f"rwkv_clip/token/{r}" for r in range(1, size)])) - answered:
             store.set(f"rwkv_clip/answer/{other.decode()}", token)
             answered.add(other)
@@ -127,7 +128,8 @@ def _agree_on_name(store: dist.Store, rank: int, size: int) -> str:
 
 
 def _check_kinds(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
-    """ValueError, on all ranks, unless their devices are of one kind: others could not talk to each other, and wait."""
+    """ValueError, on all ranks, unless their devices are of one kind: otherwise they could not communicate, and would
+    wait."""
     store.set(f"device/{rank}", f"{device.type} on {socket.gethostname()}")
     first, *others = [kind.decode() for kind in store.multi_get([f"device/{r}" for r in range(size)])]
     for other, kind in enumerate(others, 1):
@@ -136,7 +138,7 @@ def _check_kinds(store: dist.Store, rank: int, size: int, device: torch.device) 
 
 
 def ask_main(world: World, what: str, work: Callable[[], Any]) -> Any:
-    """What `work()` returns on the main rank, JSON data, on every rank. `what` names the question; each is asked once.
+    """What `work()` returns on the main rank, JSON data, on every rank. `what` names the question; ask each only once.
 
     An error of the main rank is raised there and, as MainRankFailed with its message and exit code, on the others.
     """
@@ -150,7 +152,7 @@ def ask_main(world: World, what: str, work: Callable[[], Any]) -> Any:
             world.store.set(f"answer/{what}", json.dumps({"error": text, "code": code}))
             until = time.monotonic() + DELIVERING
             while world.store.add(f"received/{what}", 0) < world.size - 1 and time.monotonic() < until:
-                time.sleep(0.01)  # the store may go with this process
+                time.sleep(0.01)  # the store may end with this process
             raise
         world.store.set(f"answer/{what}", json.dumps({"answer": answer}))
         return answer
@@ -180,14 +182,14 @@ def judge_all(world: World, what: str, facts: dict[str, Any], judge: Callable[[l
             try:
                 received.append(json.loads(store.get(f"fact/{what}/{rank}")))
             except dist.DistError as error:
-                raise PeerLost(f"rank {rank} said nothing before the run began ({first_line(error)})") from None
+                raise PeerLost(f"rank {rank} sent nothing before the run began ({first_line(error)})") from None
         judge(received)
 
     return ask_main(world, what, work)
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line, for people."""
+    """An error in one line, for messages."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -228,12 +230,12 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Elementwise sum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
+    """Elementwise sum over ranks, the same on all of them; not differentiable. `x` is unchanged."""
     return _reduce(x, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
-    """Elementwise maximum over ranks, the same on all of them; not differentiable. `x` stays as it is."""
+    """Elementwise maximum over ranks, the same on all of them; not differentiable. `x` is unchanged."""
     return _reduce(x, dist.ReduceOp.MAX)
 
 
@@ -257,9 +259,9 @@ _single = False
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """Inside, this process is a world of one: `gather` and the sums over ranks return what they get.
+    """Inside, this process is a world of one: `gather` and the sums over ranks return their input.
 
-    Thus every rank can compute an objective on the features of all, in an order that does not depend on their number.
+    So every rank can compute an objective on the features of all, in an order that does not depend on their number.
     """
     global _single
     before, _single = _single, True

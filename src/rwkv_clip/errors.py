@@ -1,7 +1,7 @@
 """How a command ends: an exit code that says why and a line on standard error, the same for every command.
 
-An error of ours has no code and keeps its traceback. A class of errors that always has the same cause says so by an
-attribute `exit_code`; the system's and the libraries' errors are told apart here.
+A bug has no code and keeps its traceback. A class of errors that always has the same cause says so by an attribute
+`exit_code`; errors of the system and of libraries are distinguished here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 SETTING = 2  # a setting, a checkpoint that does not fit, something that is missing or not installed
 DATA = 3  # damaged or unusable input
 NUMERICS = 4  # numbers that are not finite
-PEER = 5  # another rank died, or nothing moves any more
+PEER = 5  # another rank died, or progress stalled
 INTERRUPTED = 130  # Ctrl-C where nothing has to be saved
 STOPPED = 75  # by a signal, with everything saved
 STORAGE = 76  # output cannot be written, or another process writes it
@@ -30,9 +30,9 @@ _REMEDIES = {
     errno.EAGAIN: (SETTING, _CROWDED),
     errno.EMFILE: (SETTING, "raise the limit of open files (ulimit -n 65536), or use fewer, larger shards"),
     errno.ENFILE: (SETTING, "the whole machine has too many files open; use fewer, larger shards"),
-    errno.EADDRINUSE: (SETTING, "another process uses this port; take another one (--master-port for torchrun)"),
-    errno.ENOSPC: (STORAGE, "free some space; the same command goes on"),
-    errno.EDQUOT: (STORAGE, "free some of your quota; the same command goes on"),
+    errno.EADDRINUSE: (SETTING, "another process uses this port; use another one (--master-port for torchrun)"),
+    errno.ENOSPC: (STORAGE, "free some space; the same command continues"),
+    errno.EDQUOT: (STORAGE, "free some of your quota; the same command continues"),
     errno.EROFS: (STORAGE, "name a folder that can be written"),
     errno.EACCES: (STORAGE, "change its permissions, or name a place that you may use"),
     errno.EPERM: (STORAGE, "change its permissions, or name a place that you may use"),
@@ -40,7 +40,7 @@ _REMEDIES = {
 
 
 def explain(error: BaseException, memory: str = MEMORY) -> tuple[int, str] | None:
-    """(exit code, what to tell the user); None for an error of ours. memory: the remedy where memory ran out."""
+    """(exit code, what to tell the user); None for a bug. memory: the remedy where memory ran out."""
     if is_out_of_memory(error):
         return SETTING, f"out of memory ({_first_line(error)}); {memory}"
     if (code := getattr(error, "exit_code", None)) is not None:
@@ -83,10 +83,10 @@ def _first_line(error: BaseException) -> str:
 def run_command(
     work: Callable[[], int | None], program: str = "error", memory: str = MEMORY, one_line: bool = False
 ) -> int:
-    """work(), and the exit code: its own, or that of its error, which is said in words after `program`.
+    """Run work() and return the exit code: its own, or that of its error, which is printed after `program`.
 
-    one_line: lists of problems, too, are said in one line. Errors of ours are raised.
-    Standard output and error may go away meanwhile, see `unbroken_output`.
+    one_line: lists of problems, too, are printed in one line. Bugs are raised.
+    Standard output and error may be closed meanwhile, see `unbroken_output`.
     """
     with unbroken_output():
         try:
@@ -110,8 +110,8 @@ def run_command(
 
 @contextlib.contextmanager
 def unbroken_output() -> Iterator[None]:
-    """Inside, nothing that is written to standard output or error fails: neither because its reader has gone or its
-    disk is full (then the rest is dropped), nor because of a character that it cannot hold (then an escape is shown).
+    """Inside, no write to standard output or error fails: neither because its reader is gone or its disk is full (then
+    the rest is dropped), nor because of a character that it cannot encode (then an escape is written).
     """
     before = sys.stdout, sys.stderr
     # Python has None for a stream that was closed before it started.

@@ -1,7 +1,7 @@
 """How models are made: by name, JSON, dict or from a checkpoint.
 
-The surface is open_clip's: create_model_and_transforms, get_tokenizer, encode_image, encode_text, list_models. A name
-that is not ours goes to open_clip, so any of its models trains and evaluates here.
+The interface is open_clip's: create_model_and_transforms, get_tokenizer, encode_image, encode_text, list_models. A name
+that is not ours is passed to open_clip, so any of its models can be trained and evaluated here.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
         return name, parse_spec({"open_clip": name})
     near = difflib.get_close_matches(name, [*list_models(), *open_clip.list_models()], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"ours: {', '.join(list_models())}"
-    raise ConfigError([f"model: {str(model)!r} is no preset, no .json file and no open_clip model; {hint}"])
+    raise ConfigError([f"model: {str(model)!r} is not a preset, .json file or open_clip model; {hint}"])
 
 
 def parse_spec(data: dict[str, Any]) -> ModelSpec:
-    """A model in one of the forms of JSON: open_clip's, the released one, or ours of two towers."""
+    """A model from JSON data in one of three forms: open_clip's, the released one, or ours with two towers."""
     if "open_clip" in data or ("embed_dim" in data and not {"image", "text"} & data.keys()):
         return load_family("open_clip").OpenClipConfig.parse(data)
     return convert_config(data) if is_released_config(data) else ModelConfig.parse(data)
@@ -78,7 +78,7 @@ def create_model(
 
     pretrained: weights as for `load_checkpoint`, or an open_clip tag when the model is open_clip's. precision: fp32, or
     bf16 / fp16 to hold the weights in that type (decays stay float32). drop_path overrides the image tower's rate.
-    The model answers `model(image, text)` as open_clip's do, and `model(image, text, needs=names)` by name.
+    `model(image, text)` returns what open_clip's models do, `model(image, text, needs=names)` features by name.
     """
     if precision not in DTYPES:
         raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES)}"])
@@ -119,7 +119,7 @@ def get_tokenizer(model: Model) -> Tokenizer:
 
 
 def preprocess_of(model: ContrastiveModel) -> Callable:
-    """Evaluation transform of a model of `create_model`: PIL image of any mode -> float (3, h, w)."""
+    """Evaluation transform of a model from `create_model`: PIL image of any mode -> float (3, h, w)."""
     size, (mean, std) = model.spec.image_size, model.spec.pixels
     if (mean, std) == CLIP_PIXELS:
         return val_transform(size)

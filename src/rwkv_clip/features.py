@@ -1,11 +1,11 @@
-"""Normalised float32 features of many pictures and texts, for validation during training and for evaluation.
+"""Normalised float32 features of many images and texts, for validation during training and for evaluation.
 
 Their bits depend on the model, the device and the set, but not on batch size, ranks or threads. A product of 64 rows is
-summed in another order than one of 7 (in bfloat16 the third digit changes), so the model only ever gets blocks of one
-shape, the last one filled up with its last row. Ranks share out whole blocks. Where sums depend on the number of
-threads (on a CPU), each thread computes blocks of its own instead of helping with one.
+summed in a different order than one of 7 (in bfloat16 the third digit changes), so the model only ever gets blocks of
+one shape, the last one padded with its last row. Whole blocks are distributed over ranks. Where sums depend on the
+number of threads (on a CPU), each thread computes whole blocks alone instead of sharing one.
 
-A few more threads decode pictures ahead of the model (decoders release the interpreter lock).
+A few more threads decode images ahead of the model (decoders release the interpreter lock).
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ K = TypeVar("K")
 V = TypeVar("V")
 CPU = torch.device("cpu")
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
-_ERROR_BYTES = 1000  # of an error that the other ranks are sent
+_ERROR_BYTES = 1000  # of an error that are sent to the other ranks
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A model with all that it takes to encode pictures and texts. ValueError for a batch size below 1.
+    """A model with all that is needed to encode images and texts. ValueError for a batch size below 1.
 
-    All ranks call its methods; each encodes its share of the blocks, and all get all features. A ValueError or OSError
-    of any rank is a ValueError on all of them. The model's training mode is restored.
+    All ranks call its methods; each encodes a part of the blocks, and all get all features. A ValueError or OSError of
+    any rank is a ValueError on all of them. The model's training mode is restored.
 
-    model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: picture
-    -> float (3, h, w); tokenizer: texts -> int64 (n, context). Pictures are opened and preprocessed in `workers`
-    threads (0: none) up to `batch_size` pictures ahead of the model; no bit depends on either. progress: show a bar.
+    model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: image
+    -> float (3, h, w); tokenizer: texts -> int64 (n, context). Images are opened and preprocessed in `workers`
+    threads (0: none) up to `batch_size` images ahead of the model; no bit depends on either. progress: show a bar.
     """
 
     model: ContrastiveModel
     preprocess: Callable[[Image], Tensor]
     tokenizer: Callable[[Sequence[str]], Tensor]
-    device: torch.device = CPU  # its name does as well
+    device: torch.device = CPU  # or its name
     batch_size: int = 64
     autocast: torch.dtype | None = None  # None: off
     workers: int = DECODE_WORKERS
@@ -68,14 +68,14 @@ class FeatureExtractor:
 
     @classmethod
     def of(cls, loaded: Loaded, device: str | torch.device, **options: Any) -> FeatureExtractor:
-        """The extractor of what `load_for_inference` gave, in its precision; options: further fields."""
+        """The extractor for a result of `load_for_inference`, in its precision; options: further fields."""
         model, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
         return cls(model, preprocess, tokenizer, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
 
     def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:
-        """Features (count, C) of the pictures open_one(0 .. count - 1), float32 on the CPU, of length 1.
+        """Features (count, C) of the images open_one(0 .. count - 1), float32 on the CPU, of length 1.
 
-        A part of a set that starts at a multiple of `block_size(device)` has the bits that it has in the whole set.
+        A slice of a set that starts at a multiple of `block_size(device)` has the same bits as in the whole set.
         """
         size, dtype = block_size(self.device), _weight_dtype(self.model)
         indices = [i for start in _own_starts(count, size) for i in range(start, min(start + size, count))]
@@ -94,7 +94,7 @@ class FeatureExtractor:
     def encode_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
         """Features (n, C) of token rows (n, T), float32 on the CPU, of length 1.
 
-        Equal rows are encoded once: less work, and equal texts tie exactly wherever they stand.
+        Equal rows are encoded once: less work, and equal texts tie exactly wherever they occur.
         """
         size = block_size(self.device)
         rows, inverse = np.unique(np.asarray(tokens), axis=0, return_inverse=True)
@@ -108,7 +108,7 @@ class FeatureExtractor:
         return features[place] if len(distinct) else features
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """`encode_tokens` of what the tokenizer makes of the texts."""
+        """`encode_tokens` of the tokenized texts."""
         return self.encode_tokens(self.tokenizer(texts))
 
     def _encode(
@@ -150,17 +150,17 @@ class FeatureExtractor:
         return _gather_blocks(features, count, size, device)
 
     def _enter_lane(self) -> None:
-        """Prepare a thread that runs the model: these settings belong to a thread."""
+        """Prepare a thread that runs the model: these settings are per thread."""
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
-        # Not the context manager: leaving it in one thread would drop the weights that it has converted for all.
+        # Not the context manager: leaving it in one thread would drop the converted weights of all.
         torch.set_autocast_enabled(self.device.type, self.autocast is not None)
         if self.autocast is not None:
             torch.set_autocast_dtype(self.device.type, self.autocast)
 
 
 def block_size(device: str | torch.device) -> int:
-    """Rows that the model gets at a time: fewer on a CPU, which few rows keep busy, so that little is filled up."""
+    """Rows that the model gets at once: fewer on a CPU, which few rows keep busy, so that there is little padding."""
     return 16 if torch.device(device).type == "cpu" else 64
 
 
@@ -185,7 +185,7 @@ def read_ahead(
     """Yield read(key) in the order of keys; `workers` threads (0: none) prepare up to `ahead` results.
 
     Each thread calls `enter` first. The caller's thread reads `keys`, as results are taken. An error of `read` is
-    raised where its result would have come; what is still waiting is then dropped.
+    raised where its result would have come; what is still pending is then dropped.
     """
     if workers < 1:
         yield from map(read, keys)
@@ -204,10 +204,10 @@ def read_ahead(
 
 
 def raise_together(problem: Exception | None, at: int, device: torch.device) -> None:
-    """An error of any rank is one on all: a rank that went on alone would wait for the others for ever.
+    """Raise an error of any rank on all of them: a rank that continued alone would wait for the others forever.
 
-    at: how many blocks this rank has come to; the error of the first block is raised, as a ValueError if it is another
-    rank's. One that is neither a ValueError nor an OSError is raised by its own rank as it is.
+    at: how many blocks this rank has reached; the error of the first block is raised, as a ValueError if it is another
+    rank's. One that is neither a ValueError nor an OSError is raised unchanged by its own rank.
     """
     rank, world = rank_and_size()
     if world == 1:
@@ -248,7 +248,7 @@ def _gather_blocks(features: list[Tensor], count: int, size: int, device: torch.
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most weights: pictures follow a model cast as a whole; under autocast it is float32."""
+    """The dtype of most weights: images follow a model cast as a whole; under autocast it is float32."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():

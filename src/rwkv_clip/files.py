@@ -38,7 +38,7 @@ class InUse(RuntimeError):
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the name of this file to an OSError inside the block that has none, as those of writes do."""
+    """Add the name of this file to an OSError inside the block that has none, as those of writes."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, pieces: Iterable[Bytes]) -> None:
-    """Write a file that appears under its name only when all of it is on the disk; what was there before stays if not.
+    """Write a file that appears under its name only when all of it is on disk; until then, what was there before stays.
 
     OSError when it cannot be written.
     """
@@ -69,7 +69,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names of the files in `folder` onto the disk, so that they survive a power cut."""
+    """Flush the names of the files in `folder` to disk, so that they survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,7 +112,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """A pipe would be waited for without end, and a device never ends."""
+    """Open only regular files: a pipe would block forever, and a device never ends."""
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
@@ -173,8 +173,8 @@ def hold(lock: Path, what: str, remedy: str, keep: bool = False, shared: bool = 
     """Own `what` inside the block, through the lock file `lock`. InUse, at once, when another process owns it.
 
     The lock is the kernel's (`lockf`): it ends with the process, however that ends, and processes forked from its owner
-    do not hold it. keep: leave the file there, to name the last owner. shared: other owners with `shared` are let in.
-    A file system without locks gets a warning.
+    do not hold it. keep: leave the file there, to name the last owner. shared: allow other owners with `shared`. A file
+    system without locks only gives a warning.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     way = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -188,11 +188,11 @@ def hold(lock: Path, what: str, remedy: str, keep: bool = False, shared: bool = 
                     file.seek(0)
                     owner = file.read().strip() or "a process that just started"
                     raise InUse(f"{what}: in use by {owner}; {remedy}") from None
-                log.warning("%s: cannot be locked (%s); take care to start it once only", what, error.strerror)
+                log.warning("%s: cannot be locked (%s); make sure to start it only once", what, error.strerror)
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
-                    with contextlib.suppress(OSError):  # a full disk takes no name, but is owned all the same
+                    with contextlib.suppress(OSError):  # a full disk takes no name, but the lock holds anyway
                         os.ftruncate(file.fileno(), 0)
                         owner = f"{socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%F %T')}\n"
                         os.write(file.fileno(), owner.encode())

@@ -71,7 +71,7 @@ def nearest_items(
     """Indices (n, k) of the `count` best items of each query and their similarities, float64; k = min(count, items).
 
     queries (n, d), items (m, d): normalised features. Best first, ties in the order of the items; on the CPU. Computed
-    on `device`, `chunk` queries x items at a time. An order to look at; what counts as found is a question of ranks.
+    on `device`, `chunk` queries x items at a time. This order is for display; what counts as found is decided by ranks.
     """
     _check_widths(queries, items)
     rows, columns = chunk
@@ -97,9 +97,9 @@ def retrieval_ranks(
 
     image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs
     to. An image may have any number of captions and ranks as the best of them does among the captions of others. An
-    image without a caption is a candidate for text -> image but no query: the first result has one entry per image
-    that has captions, in order. A tile of `chunk` captions x 16 `chunk` images of the similarity matrix exists at a
-    time.
+    image without a caption is a candidate for text -> image but not a query: the first result has one entry per image
+    that has captions, in order. Only a tile of `chunk` captions x 16 `chunk` images of the similarity matrix exists at
+    a time.
 
     NOTE(parity): two images with the same caption tie on it, so neither finds it at rank 0; clip_benchmark leaves the
     order of equal captions to torch.topk.
@@ -143,9 +143,9 @@ def recall_at_k(
 ) -> dict[str, float | int]:
     """Recall in both directions from normalised features; arguments as in `retrieval_ranks`.
 
-    Returns fractions `image_to_text_R@k`, `text_to_image_R@k` and `mean_recall` (their plain mean), the
-    integer counts behind them `image_to_text_hits@k`, `text_to_image_hits@k`, and `images`, `captions`,
-    `image_queries`. ValueError when there is nothing to rank.
+    Returns fractions `image_to_text_R@k`, `text_to_image_R@k` and `mean_recall` (their plain mean), the underlying
+    integer counts `image_to_text_hits@k`, `text_to_image_hits@k`, and `images`, `captions`, `image_queries`. ValueError
+    when there is nothing to rank.
     """
     if not len(image) or not len(text):
         raise ValueError(f"{len(image)} images and {len(text)} captions: recall needs at least one of each")
@@ -198,7 +198,7 @@ def accuracy(ranks: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[
 def _best_columns(scores: Tensor, count: int) -> Tensor:
     """Columns (n, k) of each row's `count` best, ascending; of equal ones the first; k = min(count, columns).
 
-    topk may take any of equal ones, so it only says which score is still good enough.
+    topk may pick any of equal scores, so it only determines the lowest score that is good enough.
     """
     count = min(count, scores.shape[1])
     last = scores.topk(count, dim=1).values[:, -1:]

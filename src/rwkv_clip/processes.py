@@ -1,6 +1,6 @@
 """An ordered map over worker processes with a bounded number of items in flight.
 
-No worker outlives its parent, however that ends, and none goes on for longer than one item when it stops.
+No worker outlives its parent, however that ends, and none continues for longer than one item when it stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from multiprocessing import connection, get_context, parent_process, resource_tr
 from .errors import SETTING
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-CHUNK = 16  # items per task: a picture takes milliseconds, so tasks stay short and queues small
+CHUNK = 16  # items per task: an image takes milliseconds, so tasks stay short and queues small
 
 
 class WorkerDied(RuntimeError):
@@ -31,7 +31,7 @@ class WorkerDied(RuntimeError):
 
 
 def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """function(item) for every item, in order, by `workers` processes; 1 works in this one. WorkerDied."""
+    """function(item) for every item, in order, by `workers` processes; 1 runs in this one. WorkerDied."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -53,7 +53,7 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
         time.sleep(0.1)  # a signal that ended the workers may be on its way to this process, too
         raise WorkerDied(
             "a worker process died, most likely because memory ran out; use fewer --workers; complete shards are "
-            "kept, and the same command goes on"
+            "kept, and the same command continues"
         ) from None
     finally:
         ending.close()
@@ -69,7 +69,7 @@ def is_main_thread() -> bool:
 def follow_parent(number: signal.Signals) -> None:
     """Have the kernel send this process a signal once the thread that started it has ended, SIGKILL included.
 
-    So a stopped process is reached, too, which can watch nobody. Where the kernel is no Linux this does nothing."""
+    This also reaches a stopped process, which cannot watch its parent. Outside Linux it does nothing."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
@@ -105,7 +105,7 @@ def _watch(ended: connection.Connection, parent: int) -> None:
     connection.wait([ended, parent])
     _stopping.set()
     connection.wait([parent])
-    os._exit(1)  # nobody is left to take results, and the main thread may be waiting for tasks
+    os._exit(1)  # no process is left to take results, and the main thread may be waiting for tasks
 
 
 def _work(chunk: list) -> list:

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: the recall of a model on a set of pictures with captions. For training and evaluation."""
+"""Zero-shot retrieval: the recall of a model on a set of images with captions. For training and evaluation."""
 
 from __future__ import annotations
 

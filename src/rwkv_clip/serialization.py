@@ -88,7 +88,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path) -> Any:
-    """What torch.save put into a zip file, plain tensors only."""
+    """What torch.save wrote into a zip file, plain tensors only."""
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < SAFE_TORCH:
         raise CheckpointError(
@@ -99,7 +99,7 @@ def _load_torch(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        remedy = "files of torch before 1.6 have to be saved again"
+        remedy = "files of torch before 1.6 must be saved again"
         raise CheckpointError(f"{path}: is not a file of torch.save ({error}); {remedy}") from None
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise CheckpointError(

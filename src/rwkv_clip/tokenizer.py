@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 CLIP_BPE = "clip-bpe"
 MAX_CHARACTERS = 1 << 20  # of a text; more is refused
-READ = 64  # characters per token of context that are looked at: no token is longer than that by much
+READ = 64  # characters per token of context that are read: no token is much longer than that
 
 
 class Tokenizer:
     """Callable: str or list of str -> int64 tensor (n, context), SOT and EOT included, zero padded.
 
     A text longer than the context is cut and keeps EOT as its last token (open_clip's rule). Of a text of thousands of
-    characters only the beginning is read, enough to fill the context: a tokenizer needs a second for a megabyte.
-    ValueError for what is no text, or has more than MAX_CHARACTERS characters. Picklable and copyable where `encode`,
-    (list of str, context) -> ids, is: for workers that are spawned.
+    characters only the beginning is read, enough to fill the context: a tokenizer takes a second per megabyte.
+    ValueError for what is not a text, or has more than MAX_CHARACTERS characters. Picklable and copyable where
+    `encode`, (list of str, context) -> ids, is: for workers that are spawned.
     """
 
     def __init__(self, name: str, encode: Callable[[list[str], int], torch.Tensor], vocab_size: int, context: int):
@@ -42,7 +42,7 @@ class Tokenizer:
 
 
 def _check_text(text: str, most: int) -> str:
-    """The text, or the beginning that is looked at. White space does not count: tokenizers collapse it."""
+    """The text, or the beginning that is read. White space does not count: tokenizers collapse it."""
     if not isinstance(text, str):
         raise ValueError(f"text: {str(text)[:80]!r} is a {type(text).__name__}, should be a str")
     if len(text) > MAX_CHARACTERS:
@@ -66,14 +66,14 @@ def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
     if context < 2:
         raise ValueError(f"context: {context} leaves no room for start and end of text; use at least 2")
     if name != CLIP_BPE:
-        raise ValueError(f"tokenizer: {name!r} is not known; known: {CLIP_BPE!r}")
+        raise ValueError(f"tokenizer: {name!r} is not known; valid names: {CLIP_BPE!r}")
     return Tokenizer(name, _encode_clip, _clip_bpe().vocab_size, context)
 
 
 def count_cut(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -> int:
     """How many of the texts have more tokens than fit into the rows (n, context) that the tokenizer made of them.
 
-    0 for a tokenizer that is none of ours and cannot be asked for a longer context.
+    0 for a tokenizer that is not ours and cannot be asked for a longer context.
     """
     if not isinstance(tokenizer, Tokenizer):
         return 0

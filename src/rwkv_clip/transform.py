@@ -1,4 +1,4 @@
-"""Transforms from a picture to the normalised tensor that a model reads."""
+"""Transforms from an image to the normalised tensor that a model reads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .data.image import to_rgb
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-THIN = 32  # long side / short side beyond which the ends of a picture are cut off before it is resized
+THIN = 32  # long side / short side beyond which the ends of an image are cut off before it is resized
 
 
 def val_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
-    """Evaluation: PIL picture of any mode -> float32 (3, h, w), bicubic centre crop, normalised with CLIP's statistics.
+    """Evaluation: PIL image of any mode -> float32 (3, h, w), bicubic centre crop, normalised with CLIP's statistics.
 
-    The same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized picture
+    The same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized image
     just covers the frame before it is cropped.
     """
     from torchvision import transforms as T
@@ -30,7 +30,7 @@ def val_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.
 
 
 def train_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
-    """Training: PIL picture of any mode -> float32 (3, h, w), normalised with CLIP's statistics.
+    """Training: PIL image of any mode -> float32 (3, h, w), normalised with CLIP's statistics.
 
     Random crop (area 0.7 to 1, aspect 0.8 to 1.25) resized linearly, mirrored with probability 0.5. Random numbers come
     from torch's global generator.
@@ -43,9 +43,9 @@ def train_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torc
 
 
 def prepare(size: int | tuple[int, int]) -> list[Callable[[Image.Image], Image.Image]]:
-    """What comes before any transform that resizes a PIL picture to cover `size` and crops its centre.
+    """What comes before any transform that resizes a PIL image to cover `size` and crops its centre.
 
-    It is made upright and RGB (a palette or 1-bit picture cannot be interpolated), and cut if it is too thin to be
+    It is made upright and RGB (a palette or 1-bit image cannot be interpolated), and cut if it is too thin to be
     resized in memory.
     """
     return [to_rgb, _Thin(_pair(size))]
@@ -71,10 +71,10 @@ def normalize(
 
 
 class _Thin:
-    """Cut the ends of a picture that is far longer than wide to what a centre crop of (height, width) can see.
+    """Cut the ends off an image that is far longer than wide, beyond what a centre crop of (height, width) can see.
 
     Resized whole, 32,768 x 1 pixels would become 7,340,032 x 224. Either end loses a multiple of the short side, so
-    that the centre of the resized picture stays in place to a fraction of a pixel.
+    that the centre of the resized image stays in place to a fraction of a pixel.
     """
 
     def __init__(self, size: tuple[int, int]):
@@ -90,7 +90,7 @@ class _Thin:
 
 
 class _Cover:
-    """Resize, keeping the aspect ratio, to the smallest picture that covers (height, width)."""
+    """Resize, keeping the aspect ratio, to the smallest image that covers (height, width)."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
@@ -106,5 +106,5 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Image size as (height, width); ValueError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise ValueError(f"image_size: {size} is not a picture; use a positive number or (height, width)")
+        raise ValueError(f"image_size: {size} is not a size; use a positive number or (height, width)")
     return height, width

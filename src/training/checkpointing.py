@@ -1,4 +1,5 @@
-"""What a checkpoint holds of a run, and how a run goes on from it: the same bits, or a refusal that says why."""
+"""What a checkpoint holds of a run, and how a run resumes from it: with the same bits, or with an error that says why
+not."""
 
 from __future__ import annotations
 
@@ -23,26 +24,26 @@ from .state import TrainState
 
 OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers among the optimizer's tensors
 
-# What may differ between a run and its resumption without making it another run. The batch may be cut in other ways
-# (--batch-size, --accum-freq, ranks) as long as the global batch is the same. Of the records it is the content that
-# counts, not where they lie.
+# What may differ when a run is resumed without making it another run. The batch may be divided in other ways
+# (--batch-size, --accum-freq, ranks) as long as the global batch is the same. Of the records the content counts, not
+# the location.
 FREE_ON_RESUME = {
     *("train_data", "val_data", "val_split", "val_prefix", "pretrained", "logs", "name", "resume", "allow_change"),
     *("report_to", "device", "workers", "loader", "torchcompile", "grad_checkpointing", "parallel", "timeout"),
     *("batch_size", "accum_freq", "on_nonfinite", "max_nonfinite", "max_bad", "max_bad_fraction"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
 }
-WHOLE = ("global_batch", "total_steps")  # not settings, but what they come to
+WHOLE = ("global_batch", "total_steps")  # not settings, but derived from them
 NEEDED = ("step", "samples_seen", "settings", "scaler", *WHOLE)
 
 log = logging.getLogger(__name__)
 
 
 def save_run(state: TrainState, saver: Saver | None, name: str, last: bool = False) -> None:
-    """Have a checkpoint written by the rank that has a saver; all ranks call this, after a check of the last step.
-    name: of the model. `last`: wait until it is on the disk.
+    """Have the rank with a saver write a checkpoint; all ranks call this, after a check of the last step. name: of the
+    model. `last`: wait until it is on disk.
 
-    NumericsError, and no checkpoint, when what is to be saved is not finite. StorageError as by the saver."""
+    NumericsError, and no checkpoint, when anything to be saved is not finite. StorageError as raised by the saver."""
     own, buffers = state.shards.own, state.objective.named_buffers(prefix="objective")
     state.watch.check_finite(own | pack_state(state.optimizer, own) | dict(buffers))
     weights, optim, facts = take_snapshot(state, name)
@@ -51,9 +52,10 @@ def save_run(state: TrainState, saver: Saver | None, name: str, last: bool = Fal
 
 
 def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Weights, optimizer and objective state, and JSON data, on the main rank; all ranks call this, others get none.
+    """Weights, optimizer and objective state, and JSON data, on the main rank; all ranks call this, the others get
+    none.
 
-    The tensors are whole; those that the main rank holds itself are the run's own: copy them first.
+    The tensors are whole; those that the main rank holds itself are not copied: copy them before the run continues.
     """
     optim = state.shards.mark_state(pack_state(state.optimizer, state.shards.own))
     optim |= {f"{OBJECTIVE}{key}": value for key, value in state.objective.state_dict().items()}
@@ -77,10 +79,10 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
 
 
 def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> None:
-    """Continue from a checkpoint of the same run. facts: its state.json.
+    """Resume from a checkpoint of the same run. facts: its state.json.
 
-    ConfigError lists every setting that makes it another run, unless --allow-change names it; CheckpointError when the
-    checkpoint lacks something that the run needs.
+    ConfigError lists every setting that would make it another run, unless --allow-change names it; CheckpointError when
+    the checkpoint lacks something that the run needs.
     """
     missing = [key for key in NEEDED if key not in facts]
     if missing:
@@ -90,10 +92,10 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
     refused = [f"{key}: {then!r} -> {now!r}" for key, then, now in changes if key not in settings.run.allow_change]
     if refused:
         remedy = f"--allow-change {' '.join(line.partition(':')[0] for line in refused)}"
-        raise ConfigError([f"resume: {path} belongs to a run with other settings; {remedy} goes on anyway", *refused])
+        raise ConfigError([f"resume: {path} belongs to a run with other settings; {remedy} resumes anyway", *refused])
     if settings.parallel.deterministic and facts.get("arithmetic") != (own := describe_arithmetic(state)):
         began = facts.get("arithmetic")
-        log.warning("deterministic: the bits will differ, the checkpoint comes from %s, this is %s", began, own)
+        log.warning("deterministic: the bits will differ, the checkpoint was made on %s, this is %s", began, own)
     _load_tensors(state, path, same_objective=all(key != "objective" for key, *_ in changes))
     try:
         if state.scaler.is_enabled() or facts["scaler"]:
@@ -107,15 +109,15 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
     if version != rwkv_clip.__version__:
         changes.append(("version", version, rwkv_clip.__version__))
         if state.world.is_main:
-            silent = "" if facts.get("records") else "; it does not say which records it comes from, so any are taken"
+            silent = "" if facts.get("records") else "; it does not say which records it was trained on: any pass"
             about = version or "0.4 or before", rwkv_clip.__version__
-            log.warning("%s: of version %s, this is %s%s", path, *about, silent)
+            log.warning("%s: written by version %s, this is %s%s", path, *about, silent)
     new = [{"step": progress.step, "setting": key, "from": then, "to": now} for key, then, now in changes]
     progress.changes = [*facts.get("changes", []), *new]
 
 
 def _load_tensors(state: TrainState, path: Path, same_objective: bool) -> None:
-    """Weights, optimizer and objective; another objective than the checkpoint's begins with its own state."""
+    """Weights, optimizer and objective; an objective other than the checkpoint's starts with its own state."""
     load_whole(state.model, read_fitting_weights(state.model, path))
     optim = read_tensors(path / "optim.safetensors")
     objective = {key.removeprefix(OBJECTIVE): optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
@@ -132,8 +134,8 @@ def _load_tensors(state: TrainState, path: Path, same_objective: bool) -> None:
 
 
 def compare_runs(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, then, now) of everything that differs and matters. A setting that is newer than the checkpoint had its
-    default then."""
+    """(name, then, now) of everything that differs and matters. A setting newer than the checkpoint counts as having
+    had its default."""
     then = to_dict(Settings()) | update_names(facts["settings"])
     now = to_dict(state.settings)
     free = FREE_ON_RESUME if state.settings.parallel.deterministic else FREE_ON_RESUME | {"max_ranks"}
@@ -144,8 +146,8 @@ def compare_runs(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, An
 
 
 def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]) -> list[tuple[str, Any, Any]]:
-    """The description behind an unchanged name, a file or what --pretrained makes of it; fields that are newer than the
-    checkpoint had their defaults then."""
+    """The model description where the name is unchanged: its file may differ, or what --pretrained makes of it. Fields
+    newer than the checkpoint count as having had their defaults."""
     if "model" in changed or "spec" not in facts:
         return []
     specs = resolve_spec(facts["spec"])[1].to_json(), state.model.spec.to_json()
@@ -158,13 +160,13 @@ def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]
 
 def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     then, now = facts.get("records"), state.progress.records
-    if not then or not now or then == now:  # versions before 0.5 say nothing of the records
+    if not then or not now or then == now:  # versions before 0.5 do not describe the records
         return []
     return [("train_data", describe_records(then), describe_records(now))]
 
 
 def describe_arithmetic(state: TrainState) -> str:
-    """What else decides the bits of a result: device, torch, and on a CPU the threads."""
+    """What else determines the bits of a result: device, torch version, and on a CPU the number of threads."""
     device = state.world.device.type
     threads = f" of {torch.get_num_threads()} threads" if device == "cpu" else ""
     return f"{device}{threads}, torch {torch.__version__}"

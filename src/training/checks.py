@@ -1,4 +1,4 @@
-"""What is checked before work begins: records, model and objective fit each other, and all ranks are to do the same."""
+"""Checks before work begins: records, model and objective fit together, and all ranks are going to do the same."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rwkv_clip.models.specification import ModelSpec
 
 from .settings import ParallelSettings, Settings
 
-# What each rank may have of its own: where things lie and how it reads them. Records, model and weights are compared
-# by what they hold; what only the main rank uses is of no matter to the others.
+# Settings that may differ between ranks: where files are and how they are read. Records, model and weights are compared
+# by content; what only the main rank uses does not matter to the others.
 OWN = {"train_data", "model", "logs", "device", "workers", "loader", "report_to"}
-PLACES = {"pretrained", "val_data", "resume"}  # may lie elsewhere, but not be missing
+PLACES = {"pretrained", "val_data", "resume"}  # the location may differ, but must be given
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 NAMED = 5  # differences that an error lists
 
@@ -33,26 +33,26 @@ NAMED = 5  # differences that an error lists
 def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | None = None) -> None:
     """ConfigError when the records' tokens were not made for the model's text tower.
 
-    That tell the side file and some records; each record read later is held against the same vocabulary."""
+    Judged by the side file and some records; each record read later is checked against the same vocabulary."""
     tokenizer, vocab = spec.tokenizer(), spec.vocabulary
     problems = []
     if texts is not None and len(records.text_names) < texts:
         held = f"{len(records.text_names)} ({', '.join(records.text_names)})"
         problems.append(
-            f"{path}: texts an image: {held}, --texts asks for {texts}; build records with more, or ask for fewer"
+            f"{path}: texts per image: {held}, --texts asks for {texts}; build records with more, or ask for fewer"
         )
     if records.tokenizer is not None and records.tokenizer != tokenizer.name:
         problems.append(f"{path}: tokens come from {records.tokenizer!r}, the model reads {tokenizer.name!r}")
     if records.context != tokenizer.context:
         problems.append(
-            f"{path}: {records.context} tokens a text, the model's context is {tokenizer.context}; "
+            f"{path}: {records.context} tokens per text, the model's context is {tokenizer.context}; "
             f"build the records with --context {tokenizer.context}"
         )
     if vocab is not None:
         if records.vocab_size not in (None, vocab):
             problems.append(
                 f"{path}: made with a vocabulary of {records.vocab_size}, the model's has {vocab}; "
-                f"build the records for this model, or take a model for these records"
+                f"build the records for this model, or use a model for these records"
             )
         elif largest := records.limit_vocab(vocab):
             problems.append(
@@ -71,34 +71,34 @@ def check_objective(name: str, objective: Objective) -> None:
 
 
 def check_texts(records: RecordSet, settings: Settings, objective: Objective) -> None:
-    """ConfigError when the objective compares another number of texts per image than it would get."""
+    """ConfigError when the objective compares a different number of texts per image than it would get."""
     names, choice = records.text_names[: settings.data.texts], settings.data.text_choice
     given = len(names) if choice == "all" else 1
     if objective.texts not in (None, given):
         raise ConfigError(
             [
-                f"objective: {settings.loss.objective} compares {objective.texts} texts of an image, but --text-choice "
+                f"objective: {settings.loss.objective} compares {objective.texts} texts per image, but --text-choice "
                 f"{choice} and texts {', '.join(names)} give it {given}; use --text-choice all "
-                f"--texts {objective.texts}, and records of as many"
+                f"--texts {objective.texts}, and records with that many"
             ]
         )
 
 
 def check_batch(settings: ParallelSettings, world: World, count: int) -> None:
-    """ConfigError when a step's pairs have no negatives, or themselves. count: of the records.
+    """ConfigError when a step's pairs have no negatives, or are their own. count: number of records.
 
-    A batch in which an epoch ends may still hold a record twice: once of each epoch."""
+    A batch in which an epoch ends may still hold a record twice: once from each epoch."""
     pairs = settings.batch_size * settings.accum_freq * world.size
     step = f"{settings.batch_size} x accum_freq {settings.accum_freq} x {world.size} ranks"
     if count < 2:
-        raise ConfigError([f"train_data: {count} record, and a pair is told from others; at least two are needed"])
+        raise ConfigError([f"train_data: {count} record, which has no negatives; at least two records are needed"])
     if pairs == 1:
-        raise ConfigError([f"batch_size: {step} is one pair a step, which has none to be told from; use 2 or more"])
+        raise ConfigError([f"batch_size: {step} is one pair per step, which has no negatives; use 2 or more"])
     if pairs > count:
         raise ConfigError(
             [
-                f"batch_size: {step} is {pairs} pairs a step, but there are {count} records: a pair would be its own "
-                f"negative; use a smaller --batch-size, at most {count} pairs a step, or more records"
+                f"batch_size: {step} is {pairs} pairs per step, but there are {count} records: a pair would be its own "
+                f"negative; use a smaller --batch-size, at most {count} pairs per step, or more records"
             ]
         )
 
@@ -107,8 +107,8 @@ def check_batch(settings: ParallelSettings, world: World, count: int) -> None:
 
 
 def check_ranks(settings: Settings, spec: ModelSpec, records: RecordSet, world: World) -> None:
-    """ConfigError on the main rank, its words and exit code on the others (MainRankFailed), unless all ranks are to do
-    the same: settings, model, records, version and code. It names rank and setting with both values."""
+    """ConfigError on the main rank, and its message and exit code on the others (MainRankFailed), unless all ranks have
+    the same settings, model, records, version and code. It names rank and setting with both values."""
     if world.size == 1:
         return
     plan = {"host": socket.gethostname(), **describe_plan(settings, spec, records, world)}
@@ -134,12 +134,12 @@ def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world
 
 
 def describe_records(records: dict[str, Any]) -> str:
-    """Number and shortened digest, for people."""
+    """Number and shortened digest, for messages."""
     return f"{records.get('count')} records ({str(records.get('digest'))[:12]})"
 
 
 def compare_plans(plans: list[dict[str, Any]]) -> None:
-    """ConfigError that lists what differs from rank 0's plan, the first rank for each thing."""
+    """ConfigError that lists what differs from rank 0's plan, with the first rank that differs for each entry."""
     first, found = plans[0], {}
     for rank, plan in enumerate(plans):
         for key in {**first, **plan}:
@@ -155,7 +155,7 @@ def compare_plans(plans: list[dict[str, Any]]) -> None:
 
 
 def flatten_table(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
-    """A nested table as one of its leaves, by dotted names behind `prefix`."""
+    """A nested table flattened to its leaves, by dotted names that start with `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flatten_table(f"{prefix}{key}.", value) if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -163,7 +163,7 @@ def flatten_table(prefix: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def hash_sources() -> str:
-    """sha256, hexadecimal, of the source files of library and training, names and contents, however installed."""
+    """sha256, in hexadecimal, of names and contents of the source files of library and training, however installed."""
     library, training = Path(rwkv_clip.__file__).parent, Path(__file__).parent
     files = {f"training/{path.relative_to(training)}": path for path in training.glob("**/*")}
     for path in (library, *library.iterdir()):
@@ -179,7 +179,7 @@ def hash_sources() -> str:
 
 
 def check_weights(modules: Iterable[nn.Module], world: World) -> None:
-    """ConfigError, on all ranks, unless all begin with the same weights. A collective."""
+    """ConfigError, on all ranks, unless all start with the same weights. A collective."""
     if world.size == 1:
         return
     sums = gather(torch.tensor([[hash_weights(module) for module in modules]], device=world.device)).tolist()
@@ -187,15 +187,15 @@ def check_weights(modules: Iterable[nn.Module], world: World) -> None:
     if others:
         raise ConfigError(
             [
-                f"weights: rank {others[0]} begins with others than rank 0 ({len(others)} of {world.size} ranks do); "
-                f"all need the same file of --pretrained weights and the same versions of torch and open_clip"
+                f"weights: rank {others[0]} starts with other weights than rank 0 ({len(others)} of {world.size} ranks "
+                f"do); all need the same file of --pretrained weights and the same versions of torch and open_clip"
             ]
         )
 
 
 def hash_weights(model: nn.Module) -> int:
-    """63 bits from names, shapes and the sum of the bits of each tensor. Reads all once, where it lies: 0.13 s for 150
-    million parameters on a CPU core."""
+    """63 bits from names, shapes and the sum of the bits of each tensor. Reads each tensor once, on its device: 0.13 s
+    for 150 million parameters on a CPU core."""
     state = model.state_dict()
     if not state:
         return 0

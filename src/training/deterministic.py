@@ -1,6 +1,6 @@
-"""The form of a step whose bits do not depend on the number of ranks (--deterministic).
+"""The variant of a step whose bits do not depend on the number of ranks (--deterministic).
 
-The micro-batches are the same whatever the number of ranks is, every rank computes the objective in full, and the
+The micro-batches are the same for any number of ranks, every rank computes the objective in full, and the
 micro-batches' gradients are added as one binary tree: a step has the same bits on 1, 2, 4, .. ranks.
 """
 
@@ -21,11 +21,11 @@ from rwkv_clip.models.specification import ContrastiveModel
 from .gradients import Features, GradientStep, MicroBatches
 from .settings import ParallelSettings
 
-BUCKET = 2**23  # elements that travel at a time: 32 MiB in float32
+BUCKET = 2**23  # elements sent at once: 32 MiB in float32
 
 
 class DeterministicStep(GradientStep):
-    """Gradients summed in a fixed order. ConfigError where batch, ranks and --max-ranks do not fit each other."""
+    """Gradients summed in a fixed order. ConfigError where batch, ranks and --max-ranks do not fit together."""
 
     def __init__(self, model: ContrastiveModel, *arguments: Any, **named: Any):
         super().__init__(model, *arguments, **named)
@@ -59,7 +59,7 @@ class DeterministicStep(GradientStep):
             raise ConfigError(
                 [
                     f"max_ranks: {count} micro-batches of {size} pairs, more than --batch-size {settings.batch_size} "
-                    f"allows at a time; use a power of two from {whole // settings.batch_size} on"
+                    f"allows at once; use a power of two of at least {whole // settings.batch_size}"
                 ]
             )
         return MicroBatches(size, count // world.size, world.rank * (count // world.size))
@@ -70,7 +70,7 @@ class DeterministicStep(GradientStep):
     def _compare(
         self, features: Features, scale_loss: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
-        """With everybody's features as one process would hold them; nothing is exchanged after that."""
+        """With the features of all ranks, as one process would hold them; nothing is exchanged afterwards."""
         everybody = {name: gather(value) if value.dim() else value for name, value in features.items()}
         with single_process():
             losses, report, gradients = super()._compare(everybody, scale_loss)
@@ -85,15 +85,15 @@ class DeterministicStep(GradientStep):
 def sum_in_order(tensors: list[Tensor]) -> None:
     """Sum over a power of two of ranks, in place, as a balanced binary tree: ((0 + 1) + (2 + 3)) + ..
 
-    An all-reduce adds in an order of its own that depends on the number of ranks. Here each rank adds the ranks' parts
-    of its section of the numbers; with partial sums that are such trees themselves (`TreeSum`), the result is the same
-    bits for 1, 2, 4, .. ranks. It sends and holds no more than an all-reduce of `BUCKET` elements does.
+    The order in which an all-reduce adds depends on the number of ranks. Here each rank adds all ranks' values of its
+    section of the elements; with partial sums that are such trees themselves (`TreeSum`), the result has the same bits
+    for 1, 2, 4, .. ranks. It sends and holds no more than an all-reduce of `BUCKET` elements does.
     """
     size = rank_and_size()[1]
     if size == 1:
         return
     under_way = None
-    for bucket in _buckets(tensors):  # while one bucket is added, the next is on its way
+    for bucket in _buckets(tensors):  # while one bucket is added, the next is in flight
         following = bucket, *_send(bucket, size)
         if under_way:
             _add(*under_way)
@@ -103,7 +103,7 @@ def sum_in_order(tensors: list[Tensor]) -> None:
 
 
 def _send(bucket: list[Tensor], size: int) -> tuple[Tensor, Tensor, dist.Work]:
-    """Each rank's section of the bucket to that rank -> (buffer of a whole bucket, what comes here, the exchange)."""
+    """Send each rank its section of the bucket -> (buffer of a whole bucket, sections received, the exchange)."""
     count = sum(tensor.numel() for tensor in bucket)
     section = -(-count // size)
     whole = bucket[0].new_empty(size * section)
@@ -128,7 +128,7 @@ def _add(bucket: list[Tensor], whole: Tensor, parts: Tensor, exchange: dist.Work
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, about BUCKET elements together."""
+    """Consecutive tensors of one dtype, about BUCKET elements together."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
@@ -142,8 +142,9 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 class TreeSum:
     """Sums the gradients of several backward passes as a balanced binary tree over the passes.
 
-    Each gradient leaves its parameter and is added while it is still in the cache, where it is made. Between the passes
-    there is one partial sum per level: log2(passes) at most. The passes must be a power of two.
+    Each gradient is taken from its parameter and added as soon as it is computed, while it is still in the cache.
+    Between passes there is one partial sum per level: log2(passes) at most. The number of passes must be a power of
+    two.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -162,7 +163,7 @@ class TreeSum:
         sums.append((level, total))
 
     def finish(self) -> list[Tensor]:
-        """Put the sums into `.grad` and return them; a parameter that no pass has reached has none."""
+        """Put the sums into `.grad` and return them; a parameter that no pass has reached has no gradient."""
         found = []
         for parameter, sums in self._sums.items():
             assert len({level for level, _ in sums}) <= 1 and len(sums) <= 1, "not every pass has reached a parameter"

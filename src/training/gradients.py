@@ -1,13 +1,13 @@
 """The gradients of a global batch, computed in micro-batches: every pair is a negative of every other, however the
-batch is cut.
+batch is divided.
 
 The towers see one micro-batch at a time, the objective sees all features: first the micro-batches are encoded, then the
-objective is differentiated down to the features, then every micro-batch is differentiated from there. With --accum-freq
-the first pass keeps no activations and each micro-batch is encoded again (feature caching: Gao et al. 2021, arXiv
-2101.06983), so that memory is that of --batch-size pairs and the negatives are those of all. What is random in a tower
-is a function of the sample or of the micro-batch's number, so the second pass repeats the first.
+objective is differentiated with respect to the features, then every micro-batch is backpropagated from there. With
+--accum-freq the first pass keeps no activations and each micro-batch is encoded again (feature caching: Gao et al.
+2021, arXiv 2101.06983), so memory is that of --batch-size pairs while the negatives are all pairs. Randomness in a
+tower is a function of the sample or of the micro-batch's number, so the second pass repeats the first.
 
-`deterministic.py` has the form whose bits do not depend on the number of ranks.
+`deterministic.py` has the variant whose bits do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Features = dict[str, Tensor]  # by name: one row per sample, or scalars of the w
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """How a rank's rows of a global batch are cut: `count` micro-batches of `size` rows, numbered from `first`."""
+    """How a rank's rows of a global batch are divided: `count` micro-batches of `size` rows, numbered from `first`."""
 
     size: int
     count: int
@@ -57,7 +57,7 @@ class Inputs:
 
 @dataclass
 class Computed:
-    """What a step knows besides the gradients: losses by name, the objective's report, and this rank's features."""
+    """Results of a step besides the gradients: losses by name, the objective's report, and this rank's features."""
 
     losses: dict[str, Tensor]
     report: dict[str, Tensor]
@@ -67,8 +67,8 @@ class Computed:
 class GradientStep:
     """Computes the gradients of a global batch into `.grad` of the parameters of model and objective.
 
-    parallel: the model as it is called, what `distribute_model` returns. normalize: pixels as stored -> as the model
-    takes them. seed: of the run.
+    parallel: the model to call, as returned by `distribute_model`. normalize: pixels as stored -> as the model expects
+    them. seed: of the run.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class GradientStep:
         return MicroBatches(settings.batch_size, settings.accum_freq, world.rank * settings.accum_freq)
 
     def run(self, step: int, inputs: Inputs, scale_loss: Callable[[Tensor], Tensor]) -> Computed:
-        """Gradients of `scale_loss(sum of losses)`, averaged over ranks as DDP does. `step` seeds what is random."""
+        """Gradients of `scale_loss(sum of losses)`, averaged over ranks as DDP does. `step` seeds the randomness."""
         numbers = range(self.micro_batches.count)
         with torch.set_grad_enabled(self.keeps_graphs), self._autocast():
             outputs = {number: self._encode(step, inputs, number) for number in numbers}
@@ -114,7 +114,7 @@ class GradientStep:
         return Computed(losses, report, features)
 
     def _encode(self, step: int, inputs: Inputs, number: int) -> Features:
-        """Features of one micro-batch, random numbers as its place in the run says."""
+        """Features of one micro-batch; its random numbers follow from its place in the run."""
         torch.manual_seed(int(hash64(self.seed, step, self.micro_batches.first + number)[0] >> 1))
         rows = self.micro_batches.rows(number)
         if inputs.drop_numbers is not None:
@@ -123,7 +123,7 @@ class GradientStep:
         rows_of = {"image": image.shape[:-3], "text": text.shape[:-1]}  # (B,) or (B, V)
         call = self._called()
         side_of = {name: name.partition("_")[0] for name in self.objective.needs}
-        needs = [name for name, side in side_of.items() if side in rows_of]  # the others are scalars, always there
+        needs = [name for name, side in side_of.items() if side in rows_of]  # the others are scalars, always returned
         output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2), needs=needs)
         return {
             name: output[name].unflatten(0, rows_of[side]) if side in rows_of else output[name]
@@ -131,7 +131,7 @@ class GradientStep:
         }
 
     def _called(self) -> nn.Module:
-        """The module that encodes: the distributed one where it is differentiated."""
+        """The module that encodes: the distributed one where gradients are computed."""
         return self.parallel if torch.is_grad_enabled() else self.model
 
     def _compare(
@@ -147,11 +147,11 @@ class GradientStep:
         return losses, report, gradients
 
     def _finish(self) -> None:
-        """After the last micro-batch."""
+        """Called after the last micro-batch."""
 
     def _autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager:
-        """The towers' arithmetic; the objective switches it off for itself. A sharded model keeps no converted copy of
-        the whole."""
+        """Autocast for the towers; the objective turns it off for itself. A sharded model keeps no converted copy of
+        the whole model."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, self.dtype, enabled, cache_enabled=self.caches_weights)
@@ -167,7 +167,7 @@ def _join(outputs: list[Features]) -> Features:
 
 
 def _differentiate(output: Features, gradients: Features, rows: slice, last: bool) -> None:
-    """Down to the parameters that are trained; scalars once, with the last micro-batch."""
+    """Backpropagate to the trained parameters; scalars once, with the last micro-batch."""
     reached = {name: value for name, value in output.items() if value.requires_grad and (last or value.dim())}
     if reached:
         torch.autograd.backward(

@@ -1,4 +1,4 @@
-"""What a run says: log.jsonl always, a progress bar on a terminal (else lines), TensorBoard and wandb on request."""
+"""What a run logs: log.jsonl always, a progress bar on a terminal (else lines), TensorBoard and wandb on request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunLog:
 
         self.path = folder / "log.jsonl"
         self._drop_future(first_step)
-        self._file = self.path.open("ab", buffering=0)  # so that it is clear to the byte what a full disk took
+        self._file = self.path.open("ab", buffering=0)  # unbuffered: it is known to the byte what a full disk took
         self._unwritten = b""
         self._terminal = sys.stderr.isatty()
         self._total = total_steps
@@ -38,8 +38,8 @@ class RunLog:
                 self._writers[name] = make(folder, settings)
 
     def _drop_future(self, first_step: int) -> None:
-        """Remove lines after the step that the run resumes from, which will be written again, and one that was cut off
-        (by a full disk or a kill)."""
+        """Remove lines after the step that the run resumes from, which will be written again, and a line that was cut
+        off (by a full disk or a kill)."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -47,11 +47,11 @@ class RunLog:
         write_whole(self.path, [f"{line}\n".encode() for line in kept])
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one finished step."""
         self._bar.update()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one record; numbers only, plus what JSON holds."""
+        """Append one record of JSON data; reports get only its numbers."""
         self._append(json.dumps({"step": step, **values}) + "\n")
         self._report(step, {key: value for key, value in values.items() if isinstance(value, (int, float))})
         if "loss" in values:
@@ -62,7 +62,7 @@ class RunLog:
                 self.say(f"step {step}/{self._total} {text} ETA {_clock(values['eta_seconds'])}")
 
     def _append(self, line: str) -> None:
-        """Write, or keep for the next time: a full disk ends no run."""
+        """Write, or keep for the next time: a full disk does not end a run."""
         self._unwritten += line.encode()
         try:
             while self._unwritten:
@@ -77,15 +77,15 @@ class RunLog:
 
     @contextlib.contextmanager
     def _guarding(self, name: str) -> Iterator[None]:
-        """A report that fails, because of a full disk or the network, is given up; log.jsonl has all of it."""
+        """A report that fails, because of a full disk or the network, is dropped; log.jsonl has everything."""
         try:
             yield
         except Exception as error:
             self._writers.pop(name, None)
-            log.warning("report_to: %s failed (%s: %s) and gets no more", name, type(error).__name__, error)
+            log.warning("report_to: %s failed (%s: %s) and gets no more records", name, type(error).__name__, error)
 
     def say(self, text: str) -> None:
-        """A line for people, above the bar."""
+        """Print a line above the bar."""
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 

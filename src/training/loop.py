@@ -1,7 +1,7 @@
 """The training loop: waits for data, takes steps, logs, validates, saves.
 
-Data that stand still hold up nobody who has got a signal. One process saves at once. Of several ranks, which wait for
-each other in every step, the one without data takes part with a blank batch, and the step is void on all of them.
+Stalled data never delay the response to a signal. A single process saves at once. Of several ranks, which wait for each
+other in every step, the one without data takes part with a blank batch, and the step is void on all of them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .saver import Saver
 from .state import Progress
 from .trainer import Trainer
 
-SLICE = 0.1  # seconds between two looks at what may end the wait for data
-PATIENCE = 1.0  # seconds after a signal in which data that are only late may still come
+SLICE = 0.1  # seconds between checks of what may end the wait for data
+PATIENCE = 1.0  # seconds after a signal during which late data may still arrive
 
 
 @dataclass
 class RunContext:
-    """What surrounds a run. Only the main rank has a log and a saver.
+    """What the loop works with besides trainer and data. Only the main rank has a log and a saver.
 
     `validate()` returns metrics on the main rank and an empty dict elsewhere; Interrupted when a signal ends it early.
     """
@@ -57,7 +57,7 @@ class Meter:
         self.begin, self.waited, self.samples, self.steps = time.monotonic(), 0.0, 0, 0
 
     def count(self, samples: int) -> None:
-        """One step is done."""
+        """Count one finished step."""
         self.samples += samples
         self.steps += 1
 
@@ -74,7 +74,7 @@ class Meter:
 
 
 def peak_memory_mb() -> float:
-    """Largest memory so far, in MiB: the device's where it is CUDA, else this process's."""
+    """Peak memory so far, in MiB: of the device if it is CUDA, else of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
@@ -87,9 +87,9 @@ def peak_memory_mb() -> float:
 def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
     """Run the loader's steps: log, validate, save. Every rank calls this.
 
-    Preempted, on all ranks after the same step and with it saved, when one of them has got a signal. PeerLost, with
-    all saved, when the data of a process that is alone stand still for its timeout. StorageError when checkpoints
-    cannot be written.
+    Preempted, on all ranks after the same step and with it saved, when one of them has received a signal. PeerLost,
+    with everything saved, when the data of a single process stall for its timeout. StorageError when checkpoints cannot
+    be written.
     """
     state, log, watchdog, preemption, meter = trainer.state, run.log, run.watchdog, run.preemption, Meter()
     progress, world, every = state.progress, state.world, state.settings.log
@@ -99,7 +99,7 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
     signal, stuck = preemption.agree(world), ""
     while not signal:
         step, last = progress.step, progress.step == state.total_steps
-        # First what is due after the last step, which a resumed run may have to make up for.
+        # First what is due after the previous step, which a resumed run may still have to do.
         validates = progress.validated < step and (last or _is_due(step, every.val_every_n_steps))
         saves = saved < step and (last or _is_due(step, every.save_every_n_steps))
         if (validates or saves) and (signal := trainer.check()):
@@ -133,25 +133,26 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
         signal = state.watch.signal
     if signal or stuck:
         _save(trainer, run, last=True)
-        preemption.agree(world)  # torchrun ends all ranks when the first has gone: the main rank has to be done
-        watchdog.leave(None)  # a loader that stands still may take longer to end than the others do
+        preemption.agree(world)  # torchrun ends all ranks once the first has exited: the main rank must be done
+        watchdog.leave(None)  # a stalled loader may take longer to end than the other ranks do
     if signal:
         raise Preempted(f"{Signals(signal).name} after step {progress.step}")
     if stuck:
-        raise PeerLost(f"{stuck}; all is saved after step {progress.step}, --timeout {watchdog.timeout:g} waits longer")
+        remedy = f"raise --timeout ({watchdog.timeout:g}) to wait longer"
+        raise PeerLost(f"{stuck}; all saved after step {progress.step}; {remedy}")
 
 
 def _save(trainer: Trainer, run: RunContext, last: bool) -> None:
-    """Have a checkpoint written by the main rank; `last`: wait until it is on the disk. NumericsError, and no
-    checkpoint, when the last step or what is to be saved is not finite. StorageError as by the saver."""
+    """Have the main rank write a checkpoint; `last`: wait until it is on disk. NumericsError, and no checkpoint, when
+    the last step or anything to be saved is not finite. StorageError as raised by the saver."""
     with run.watchdog.busy("saving"):
         trainer.check()
         save_run(trainer.state, run.saver, run.model, last)
 
 
 def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: Preemption, watchdog: Watchdog) -> str:
-    """Until the next batch is there: "". What the data stand still at once there is a signal, or, where this process is
-    alone, once the timeout is over."""
+    """Wait for the next batch and return "". If the data stall, return where, once there is a signal or, in a single
+    process, once the timeout has passed."""
     began = time.monotonic()
     with watchdog.waiting(loader.place):
         while not batches.wait(SLICE):
@@ -167,7 +168,7 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def _write(trainer: Trainer, log: RunLog | None, meter: Meter, numbers: dict[str, float], skipped: dict) -> None:
-    """A record of the step that was just done; not of a void one."""
+    """Log the step that just finished, unless it was void."""
     progress = trainer.state.progress
     if log and trainer.state.watch.first_void is None:
         numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}  # a skipped step's

@@ -1,9 +1,9 @@
 """Train: `torchrun -m rwkv_clip.training.main -- --preset NAME [--setting value ..]`, or `python -m` for one process.
 
 The lone `--` keeps torchrun from reading --logs as an abbreviation of its own --logs-specs.
-Exit codes: 0 done, 2 a setting or a checkpoint, 3 the data, 4 numbers that are not finite, 5 another rank is lost, 75
-stopped by a signal with everything saved (the same command goes on), 76 the run folder is in use or checkpoints cannot
-be written; 1 and a traceback: an error of ours.
+Exit codes: 0 done, 2 a setting or a checkpoint, 3 the data, 4 non-finite numbers, 5 another rank is lost, 75 stopped by
+a signal with everything saved (the same command resumes), 76 the run folder is in use or checkpoints cannot be written;
+1 with a traceback: a bug.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from .settings import Settings, load_settings, update_flags
 from .state import TrainState
 from .trainer import Trainer
 
-# What to do where memory runs out, the host's or the GPU's.
+# The remedy when host or GPU memory runs out.
 MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives), --grad-checkpointing, fewer --workers"
 
 
 def read_command_line(arguments: list[str]) -> Settings:
-    """Preset (`--preset NAME or path`), then overrides. ConfigError lists every value that does not fit."""
-    # Some releases of torchrun pass the lone -- on.
+    """Preset (`--preset NAME or path`), then overrides. ConfigError lists every invalid value."""
+    # Some releases of torchrun pass the lone -- through.
     arguments, preset = update_flags([a for a in arguments if a != "--"]), None
     presets = ", ".join(list_presets("training"))
     for i, argument in enumerate(arguments):
@@ -80,7 +80,7 @@ def read_command_line(arguments: list[str]) -> Settings:
 
 
 def parse_flags(arguments: list[str], default: Settings, description: str) -> Settings:
-    """Settings from flags without the names of tables; what no flag names is as in `default`."""
+    """Settings from flags without table names; settings without a flag are those of `default`."""
     hints = get_type_hints(Settings)
     tables = [
         (table.name, Annotated[hints[table.name], tyro.conf.arg(name="")], field(default=getattr(default, table.name)))
@@ -95,8 +95,8 @@ def make_validator(
 ) -> Callable[[], dict[str, float]]:
     """Retrieval on --val-data by the main rank; reads the set now, so that a wrong path fails before training.
 
-    Before the model is distributed; all ranks call the result. A signal ends it at the next image (Interrupted): the
-    time until the process is killed is for saving.
+    Call before the model is distributed; all ranks call the result. A signal ends it at the next image (Interrupted):
+    the time left until the process is killed is for saving.
     """
     data, parallel = settings.data, settings.parallel
     if data.val_data is None:
@@ -120,7 +120,7 @@ def make_validator(
 
 @dataclass(frozen=True)
 class Work:
-    """What a run is to do on this rank, checked before anything is written or built."""
+    """What a run does on this rank, checked before anything is written or built."""
 
     settings: Settings
     name: str  # of the model
@@ -155,7 +155,7 @@ def run(settings: Settings) -> Path:
         keep_freed_memory()
     if settings.parallel.deterministic:
         fix_arithmetic(world.device)
-    # Until now a signal just ends the process.
+    # Until here a signal simply ends the process.
     with open_run(settings.run, world, work.name) as (folder, checkpoint), Preemption() as preemption:
         try:
             with watch_peers(world, settings.faults.timeout, preemption) as watchdog:
@@ -164,7 +164,7 @@ def run(settings: Settings) -> Path:
             end_process(lost)
         except Preempted as stop:
             again = "the same command" if settings.run.resume == "latest" else f"--name {folder.name} --resume latest"
-            raise Preempted(f"{stop}: all saved in {folder}; {again} goes on") from None
+            raise Preempted(f"{stop}: all saved in {folder}; {again} resumes") from None
     return folder
 
 
@@ -196,17 +196,17 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
 
 
 def _make_model(work: Work) -> ContrastiveModel:
-    """The model with its initial weights, the same on every rank, and what is frozen of it."""
+    """The model with its initial weights, the same on every rank, and its frozen parameters."""
     settings, world = work.settings, work.world
     torch.manual_seed(settings.run.seed)
-    device = "cpu" if is_sharded(settings.parallel, world) else world.device  # shards move by themselves
+    device = "cpu" if is_sharded(settings.parallel, world) else world.device  # sharding moves it
     model = create_model(work.spec, settings.model.pretrained, device=device, drop_path=settings.model.drop_path)
     freeze_parameters(model, settings.freezing)
     return model
 
 
 def _open_loader(work: Work, state: TrainState) -> Loader:
-    """Batches of the steps that are left."""
+    """Batches of the remaining steps."""
     plan = Plan(
         global_batch=state.global_batch,
         steps=state.total_steps - state.progress.step,
@@ -241,8 +241,8 @@ def _open_log(work: Work, folder: Path, state: TrainState, resumed: bool) -> Run
 def _plot(folder: Path) -> None:
     try:
         plot_training(folder)
-    except Exception as error:  # a disk without room, a broken installation: the run is done and saved all the same
-        logging.getLogger(__name__).warning("training.png is not drawn (%s); log.jsonl has all it would show", error)
+    except Exception as error:  # a disk without room, a broken installation: the run is finished and saved anyway
+        logging.getLogger(__name__).warning("training.png is not drawn (%s); its data are in log.jsonl", error)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and schedules as pure functions of the step: nothing here has a history of its own."""
+"""AdamW, its parameter groups, and schedules, which are pure functions of the step and keep no state of their own."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .settings import OptimizerSettings
 # torch's OneCycleLR, which the released recipe uses: start = peak / 25, end = start / 1e4, beta1 0.95 -> 0.85 -> 0.95.
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
 BETA1_HIGH, BETA1_LOW = 0.95, 0.85
-SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
-FUSED = ("cpu", "cuda")  # devices whose fused AdamW is used; it takes a rate and a skip flag that live on the device
+SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for every parameter
+FUSED = ("cpu", "cuda")  # devices whose fused AdamW is used; it reads the learning rate and a skip flag on the device
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and beta1 of every step 0 .. total - 1. warmup: steps, not always a whole number of them."""
+    """Learning rate and beta1 of every step 0 .. total - 1. warmup: steps, not always a whole number."""
 
     kind: str
     peak: float
@@ -64,20 +64,21 @@ class Schedule:
 
 
 def build_optimizer(shards: Shards, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it, on what this rank holds of the parameters that are trained.
+    """AdamW, fused where the device has it, for what this rank holds of the trained parameters.
 
-    decay=matrices spares tensors of fewer than two dimensions (after squeezing): norms, biases, mixing coefficients,
+    decay=matrices exempts tensors of fewer than two dimensions (after squeezing): norms, biases, mixing coefficients,
     temperature."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in shards.whole():
         if parameter.requires_grad:
-            matrix = sum(side > 1 for side in parameter.shape) > 1  # a shard may have one row of many
+            matrix = sum(side > 1 for side in parameter.shape) > 1  # of the whole: a shard may have one row
             (decayed if settings.decay == "all" or matrix else spared).append(shards.own[name])
     groups = [{"params": decayed, "weight_decay": settings.wd}, {"params": spared, "weight_decay": 0.0}]
     device = next(iter(shards.own.values())).device
     fused = device.type in FUSED
-    # As a tensor the rate changes without a new graph. Float64 on a CPU, the same bits as a number; GPUs read float32.
+    # As a tensor, the learning rate changes without a new graph. Float64 on a CPU, the same bits as a Python number;
+    # GPUs read float32.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -99,7 +100,7 @@ def set_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) ->
 
 
 def update_weights(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
-    """One step of the optimizer, or none at all, not even in its state, where `skip` is 1.
+    """One optimizer step; where `skip` is 1, neither weights nor optimizer state change.
 
     skip: float scalar on the device. Fused kernels read it there; without them the host waits for it.
     """

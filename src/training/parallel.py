@@ -1,11 +1,11 @@
 """What each rank holds of a model: all of it (DDP), a shard (FSDP2), or a shard within its node (HSDP).
 
-With shards every block of a tower is gathered when it is its turn, forward and backward, and freed again. The
-optimizer does not know: `Shards.own` are plain tensors, this rank's rows of every parameter in the parameter's own
-memory, and AdamW, clipping and the gradient scaler work element by element. Checkpoints do not know either: they hold
-whole tensors, which are gathered and sharded one at a time.
+With shards, every block of a tower is gathered when it is needed, forward and backward, and freed again. The optimizer
+is unaware of this: `Shards.own` are plain tensors, this rank's rows of every parameter in the parameter's own memory,
+and AdamW, clipping and the gradient scaler work element by element. So are checkpoints: they hold whole tensors, which
+are gathered and sharded one at a time.
 
-Weights begin as one whole model in every rank's host memory, made from the same seed, and move to a GPU block by block:
+Weights start as one whole model in every rank's host memory, made from the same seed, and move to a GPU block by block:
 models larger than host memory are out of scope.
 """
 
@@ -31,7 +31,7 @@ from .settings import ParallelSettings
 
 
 def is_sharded(settings: ParallelSettings, world: World) -> bool:
-    """Whether ranks hold shards of the model; one process alone holds it all."""
+    """Whether ranks hold shards of the model; a single process holds all of it."""
     return settings.parallel != "ddp" and world.size > 1
 
 
@@ -39,7 +39,7 @@ def distribute_model(model: nn.Module, objective: nn.Module, settings: ParallelS
     """Compile and distribute a model and the parameters of its objective, in place; returns what to call for the model
     in training.
 
-    ConfigError where hsdp does not fit the nodes. A model that is sharded may be in host memory.
+    ConfigError where hsdp does not fit the nodes. A model to be sharded may be in host memory.
     """
     if is_sharded(settings, world):
         mesh = _make_mesh(settings, world)
@@ -47,14 +47,14 @@ def distribute_model(model: nn.Module, objective: nn.Module, settings: ParallelS
             _shard(objective, mesh, compiled=False)
         return _shard(model, mesh, settings.torchcompile)
     if settings.torchcompile:
-        model.compile()  # in place: parameter names stay as they are
+        model.compile()  # in place: parameter names do not change
     if world.size == 1 or settings.deterministic:  # --deterministic adds the gradients itself
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
 
 
 def _make_mesh(settings: ParallelSettings, world: World) -> DeviceMesh:
-    """Ranks that hold one model together: all, or those of a node, whose numbers are consecutive."""
+    """Mesh of the ranks that hold one model together: all, or those of a node, which are numbered consecutively."""
     if settings.parallel == "fsdp":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     nodes, rest = divmod(world.size, world.local_size)
@@ -66,7 +66,7 @@ def _make_mesh(settings: ParallelSettings, world: World) -> DeviceMesh:
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
-    """Shard the members of all ModuleLists, which are a tower's blocks, then what is left; scalars stay whole."""
+    """Shard the members of all ModuleLists, which are a tower's blocks, then the rest; scalars stay whole."""
     scalars = {parameter for parameter in model.parameters() if not parameter.dim()}
     for scalar in scalars:
         scalar.data = scalar.data.to(mesh.device_type)
@@ -84,10 +84,11 @@ def _shard(model: nn.Module, mesh: DeviceMesh, compiled: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
-    """For a backward pass of what `distribute_model` returned; after the last of a step gradients are means over ranks.
+    """For a backward pass through the result of `distribute_model`; after a step's last, gradients are means over
+    ranks.
 
-    Shards are exchanged in every pass, since gradients that wait for the last would be those of the whole model; what
-    nodes exchange waits.
+    Gradients are reduced to shards in every pass, since until then they take the memory of the whole model; the
+    exchange between nodes waits for the last.
     """
     if isinstance(parallel, FSDPModule):
         parallel.set_requires_all_reduce(last)
@@ -98,7 +99,8 @@ def synchronized(parallel: nn.Module, last: bool) -> Iterator[None]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Mean over ranks of the gradients of what all ranks hold whole, for which nobody else does it."""
+    """Average over ranks the gradients of parameters that all ranks hold whole, as neither DDP nor FSDP does it for
+    them."""
     size = rank_and_size()[1]
     if size > 1:
         for parameter in module.parameters():
@@ -107,9 +109,9 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors of which ranks hold shards are gathered, one at a time; all ranks call this.
+    """Gather tensors of which ranks hold shards, one at a time; all ranks call this.
 
-    They arrive in host memory where `keep` is true; on other ranks nothing stays, and nothing is returned.
+    They arrive in host memory where `keep` is true; other ranks keep nothing and return nothing.
     """
     whole = {}
     for key, tensor in tensors.items():
@@ -126,7 +128,7 @@ def own_shard(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or not whole.dim():
         return whole
     shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-    return shard.clone()  # a view would keep all of it
+    return shard.clone()  # a view would keep the whole tensor in memory
 
 
 def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -134,7 +136,7 @@ def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     meshes = [tensor.device_mesh for tensors in groups.values() for tensor in tensors if isinstance(tensor, DTensor)]
     if not meshes:
         return {name: nn.utils.get_total_norm(tensors) for name, tensors in groups.items()}
-    first = meshes[0].get_local_rank("shard") == 0  # who counts what all of them hold
+    first = meshes[0].get_local_rank("shard") == 0  # the rank that counts what all of them hold
     norms = [
         nn.utils.get_total_norm(
             [t.to_local() if isinstance(t, DTensor) else t if first else torch.zeros_like(t) for t in tensors]
@@ -148,7 +150,7 @@ def norms_of(groups: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
 
 class Shards:
     """This rank's rows of all parameters of model and objective as plain parameters, `own`, by name; where nothing is
-    sharded simply the parameters. Names of the objective's begin with `objective.`."""
+    sharded, the parameters themselves. Names of the objective's begin with `objective.`."""
 
     def __init__(self, model: nn.Module, objective: nn.Module):
         self._modules = {"": model, "objective.": objective}
@@ -160,7 +162,7 @@ class Shards:
             yield from module.named_parameters(prefix=prefix.rstrip("."))
 
     def take_gradients(self) -> None:
-        """Let `own` have the gradients of the parameters: the same memory."""
+        """Give `own` the gradients of the parameters, in the same memory."""
         for name, parameter in self.whole():
             if isinstance(parameter, DTensor):
                 own = self.own[name]
@@ -171,7 +173,7 @@ class Shards:
         """Forget all gradients."""
         for own in self.own.values():
             own.grad = None
-        for _, parameter in self.whole():  # where these are not the same
+        for _, parameter in self.whole():  # where these differ
             parameter.grad = None
 
     def gradient_norms(self) -> dict[str, Tensor]:
@@ -183,28 +185,29 @@ class Shards:
         return norms_of(groups)
 
     def cut_state(self, optim: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole optimizer state, keyed `parameter/slot` -> that of `own`. What has another key stays as it is."""
+        """Whole optimizer state, keyed `parameter/slot` -> that of `own`. Tensors with other keys are returned
+        unchanged."""
         whole = dict(self.whole())
         return {key: own_shard(value, whole.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
 
     def mark_state(self, optim: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Optimizer state of `own` -> the same as `whole_tensors` takes it: shards of something whole."""
+        """Optimizer state of `own` -> the same as DTensors, shards of a whole, which `whole_tensors` gathers."""
         whole = dict(self.whole())
         return {key: _as_shard(value, whole.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
 
 
 @torch.no_grad()
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put whole tensors, one for each key of the module's state dict, into the module. KeyError for one that lacks."""
+    """Copy whole tensors, one for each key of the module's state dict, into the module. KeyError for a missing one."""
     for key, value in module.state_dict().items():
         (value.to_local() if isinstance(value, DTensor) else value).copy_(own_shard(tensors[key], value))
 
 
 class WholeModel:
-    """The model for the main rank that validates: where ranks hold shards of it, a copy that has all.
+    """The model for validation on the main rank: a full copy where ranks hold only shards of it.
 
-    Made before the model is distributed. The copy needs room for all weights on the main rank's device while it is
-    used, and is in host memory otherwise.
+    Made before the model is distributed. The copy takes memory for all weights on the main rank's device while it is
+    used, and stays in host memory otherwise.
     """
 
     def __init__(self, model: ContrastiveModel, settings: ParallelSettings, world: World):
@@ -213,7 +216,7 @@ class WholeModel:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[ContrastiveModel | None]:
-        """With the weights of now; all ranks call this, and those that are not the main rank may get None."""
+        """With the current weights; all ranks call this, and ranks other than the main rank may get None."""
         if not self.copied:
             yield self.model
             return

@@ -1,7 +1,7 @@
 """What limits a run: `python -m rwkv_clip.training.profile_data --train-data PREFIX [--model NAME] [--workers 8 ..]`.
 
-Each stage between a record and a training step is timed by itself, then the loader as a whole and, with --model, the
-training step on one of its batches. The last line says which of them limits a run, and what helps.
+Each stage between a record and a training step is timed separately, then the loader as a whole and, with --model, the
+training step on one of its batches. The last line says which of them limits a run, and the remedy.
 Exit codes: 0 done, 2 a setting, 3 the data.
 """
 
@@ -46,14 +46,14 @@ ENDLESS = 1 << 40  # steps of a loader that is stopped after some seconds
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """The settings of training that decide how fast data flow, under the same names."""
+    """The training settings that determine data throughput, under the same names."""
 
     train_data: str
     """Records: prefix, .rec file, folder, glob or comma-separated list."""
     model: str | None = None
-    """Preset, model JSON or open_clip name: times its training step, too, and takes its image size."""
+    """Preset, model JSON or open_clip name: also times its training step, and uses its image size."""
     image_size: int = ranged(224, minimum=1)
-    """Pixels on a side, without --model."""
+    """Image side in pixels, without --model."""
     batch_size: int = ranged(64, minimum=1)
     """Pairs per step."""
     workers: int = ranged(4, minimum=0)
@@ -115,7 +115,7 @@ def find_limit(rates: Rates) -> str:
     if rates.step is not None and rates.step <= rates.loader:
         return (
             f"The training step limits this run: {rates.step:,.0f} images/s; the loader gives {rates.loader:,.0f}, "
-            f"{rates.loader / rates.step:.1f} times as many: the data are fast enough, fewer --workers may do."
+            f"{rates.loader / rates.step:.1f} times as many: the data are fast enough, fewer --workers may suffice."
         )
     step = "" if rates.step is None else f", while the training step takes {rates.step:,.0f}"
     stage = "decode" if rates.dali else slowest_stage(rates)
@@ -127,7 +127,7 @@ def find_limit(rates: Rates) -> str:
 
 
 def measure(run: Callable[[], int], seconds: float) -> float:
-    """Images per second of `run`, which does some and returns how many; the first call is not counted."""
+    """Images per second of `run`, which processes some and returns how many; the first call is not counted."""
     run()
     images, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds or not images:
@@ -185,7 +185,7 @@ def measure_loader(batches: Iterator[Batch], seconds: float) -> tuple[float, Bat
 
 
 def measure_step(settings: ProfileSettings, model: ContrastiveModel, batch: Batch, world: World, records: int) -> float:
-    """Images per second of training steps (forward, loss, backward, optimizer) on one batch again and again."""
+    """Images per second of training steps (forward, loss, backward, optimizer) on one batch, repeated."""
     parallel = ParallelSettings(settings.batch_size, precision=settings.precision, torchcompile=settings.torchcompile)
     train = Settings(parallel=parallel)
     trainer = Trainer(TrainState(model, make_objective(train.loss), train, world, records))
@@ -195,7 +195,7 @@ def measure_step(settings: ProfileSettings, model: ContrastiveModel, batch: Batc
         _wait(world.device)
         return len(batch.ids)
 
-    step()  # the first of all may compile
+    step()  # the very first may compile
     return measure(step, settings.seconds)
 
 
@@ -205,7 +205,7 @@ def _wait(device: torch.device) -> None:
 
 
 def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
-    """Measure every stage, print each as soon as it is known, then the sentence."""
+    """Measure every stage, print each result at once, then the conclusion."""
     records = RecordSet(settings.train_data)
     model = None
     world = join_world(settings.device)

@@ -1,8 +1,8 @@
-"""Run folders: which one a run writes, who owns it, and which checkpoint it goes on from.
+"""Run folders: which one a run writes, who owns it, and which checkpoint it resumes from.
 
-One process at a time writes a run folder; `run.lock` in it stays, to say who owned it last. The main rank opens it and
-decides, after it owns the folder, what there is to go on from; it tells the other ranks, which hold what they see of
-the folder against that.
+One process at a time writes a run folder; `run.lock` in it stays, to name the last owner. The main rank takes ownership
+of the folder, then chooses the checkpoint to resume from; it tells the other ranks, which compare that with what they
+see of the folder.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .settings import RunSettings
 
 @contextlib.contextmanager
 def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[Path, Path | None]]:
-    """(run folder, checkpoint to resume from or None); the folder is owned while inside. A run without a name gets the
-    model's and the time.
+    """(run folder, checkpoint to resume from or None); the folder is owned inside the block. A run without a name is
+    named after the model and the time.
 
-    InUse, at once, when another process owns it. ConfigError when it holds another run already, CheckpointError when
-    there is nothing intact to resume from, OSError when it cannot be written. What the main rank meets, all say.
+    InUse, at once, when another process owns it. ConfigError when it already holds another run, CheckpointError when
+    there is nothing intact to resume from, OSError when it cannot be written. All ranks raise the main rank's errors.
     """
     logs = Path(settings.logs)
     with contextlib.ExitStack() as owned:
@@ -37,7 +37,7 @@ def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[
             name = settings.name or claim_folder(logs, model)
             _make_folder(logs, "logs")
             _make_folder(logs / name, "name")
-            lock, remedy = logs / name / "run.lock", "wait for it, end it, or take another --name"
+            lock, remedy = logs / name / "run.lock", "wait for it, end it, or use another --name"
             owned.enter_context(hold(lock, str(logs / name), remedy, keep=True))
             checkpoint = _choose_checkpoint(settings, world, logs / name)
             digest = hash_file(checkpoint / "MANIFEST.json") if checkpoint else None
@@ -54,7 +54,8 @@ def open_run(settings: RunSettings, world: World, model: str) -> Iterator[tuple[
 
 
 def claim_folder(logs: Path, name: str) -> str:
-    """Make a run folder of that name and the time; its name. Runs that start in the same second get -2, -3 .."""
+    """Make a run folder named after `name` and the time; returns its name. Runs that start in the same second get -2,
+    -3 .."""
     _make_folder(logs, "logs")
     return new_folder(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").name
 
@@ -63,20 +64,20 @@ def _make_folder(path: Path, setting: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError([f"{setting}: {path} cannot be made ({error.strerror}); name a folder that can"]) from None
+        raise ConfigError([f"{setting}: {path} cannot be created ({error.strerror}); name a folder that can"]) from None
 
 
 def _resumed_path(settings: RunSettings, folder: Path) -> Path:
-    """Where the checkpoint to resume from is looked for."""
+    """Where to look for the checkpoint to resume from."""
     return folder if settings.resume in (None, "latest") else Path(settings.resume)
 
 
 def _choose_checkpoint(settings: RunSettings, world: World, folder: Path) -> Path | None:
-    """The checkpoint folder to go on from, verified; None to start anew."""
+    """The checkpoint folder to resume from, verified; None to start a new run."""
     has_run = bool(list_checkpoints(folder))
     again = world.restarted and settings.name and has_run  # by torchrun, with the arguments of the first start
     if settings.resume is None and has_run and not again:
-        raise ConfigError([f"name: {folder} holds a run already; add --resume latest to go on, or take another name"])
+        raise ConfigError([f"name: {folder} already holds a run; resume it by --resume latest, or use another name"])
     if again:
         return find_checkpoint(folder)
     if settings.resume is None or (settings.resume == "latest" and not has_run):
@@ -86,8 +87,8 @@ def _choose_checkpoint(settings: RunSettings, world: World, folder: Path) -> Pat
         return found
     raise ConfigError(
         [
-            f"resume: {found} is a file of weights, a run goes on from a run folder or a checkpoint folder in it; "
-            f"--pretrained {found} begins a new run with these weights"
+            f"resume: {found} is a file of weights; a run resumes from a run folder or a checkpoint folder in it; "
+            f"--pretrained {found} starts a new run with these weights"
         ]
     )
 
@@ -107,7 +108,7 @@ def _check_seen(ranks: list[dict[str, Any]], path: Path) -> None:
     if blind:
         raise ConfigError(
             [
-                f"logs: {blind[0]} does not see {path} as rank 0 on {ranks[0]['host']} does; all nodes have to share "
+                f"logs: {blind[0]} does not see {path} as rank 0 on {ranks[0]['host']} does; all nodes must share "
                 f"the storage of the run folder"
             ]
         )

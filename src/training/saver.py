@@ -1,8 +1,9 @@
-"""Saving while training goes on: a step pays for a copy of the tensors, a thread writes that copy.
+"""Saving while training continues: a step pays for a copy of the tensors, a thread writes that copy.
 
-One write at most is under way. A save that finds the one before still running waits up to LONGEST_WAIT seconds for it
-and is left out, with a warning, when that is not enough: slow storage costs a checkpoint, not time. A write that fails
-leaves the older checkpoints as they are, training goes on, and the next save tries again; three in a row end the run.
+At most one write is in progress. A save that finds the previous one still running waits up to LONGEST_WAIT seconds for
+it and is skipped, with a warning, if that is not enough: slow storage costs a checkpoint, not time. A failed write
+leaves the older checkpoints as they are, training continues, and the next save tries again; three failures in a row end
+the run.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch import Tensor
 from rwkv_clip.checkpoint import CheckpointError, clean_folder, save_checkpoint
 from rwkv_clip.errors import STORAGE
 
-LONGEST_WAIT = 2.0  # seconds that a save waits for the one before it
+LONGEST_WAIT = 2.0  # seconds that a save waits for the previous one
 DEADLINE = 300.0  # seconds after which a write counts as stuck
 ATTEMPTS = 3  # failed writes in a row that end the run
 log = logging.getLogger(__name__)
 
 
 class StorageError(RuntimeError):
-    """Checkpoints cannot be written; the message has the cause and what is left."""
+    """Checkpoints cannot be written; the message says why."""
 
     exit_code = STORAGE
 
@@ -55,9 +56,10 @@ class Saver:
     def save(
         self, step: int, weights: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any], last: bool = False
     ) -> None:
-        """Copy everything and have it written; `last`: return when it is on the disk, StorageError when it is not.
+        """Copy everything and write it in the background; `last`: return when it is on disk, StorageError if that
+        fails.
 
-        The tensors may change as soon as this returns; `state` has to be JSON data.
+        The tensors may change as soon as this returns; `state` must be JSON data.
         """
         self.check()
         self._join(DEADLINE if last else LONGEST_WAIT)
@@ -65,7 +67,7 @@ class Saver:
         if self._thread is not None:
             if last or time.monotonic() - self._started > DEADLINE:
                 raise self._stuck()
-            log.warning("saving step %d is left out: step %d is still being written", step, self._step)
+            log.warning("saving step %d is skipped: step %d is still being written", step, self._step)
             return
         self._weights = _copy(weights, self._weights)
         self._optim = _copy(optim, self._optim)
@@ -73,7 +75,7 @@ class Saver:
         copied = torch.cuda.Event() if any(tensor.is_cuda for tensor in weights.values()) else None
         if copied:
             copied.record()
-        # A daemon: a write that hangs must not keep the process; one that is cut off harms nothing.
+        # A daemon: a hanging write must not keep the process alive; one that is cut off does no harm.
         thread = threading.Thread(target=self._write, args=(copy.deepcopy(state), copied), daemon=True)
         thread.start()
         self._thread = thread
@@ -81,7 +83,8 @@ class Saver:
             self.wait()
 
     def check(self) -> None:
-        """StorageError after three failed writes in a row; any other error of the writing thread is raised as it is."""
+        """StorageError after three failed writes in a row; any other error of the writing thread is raised
+        unchanged."""
         if self._problem is None:
             return
         if not isinstance(self._problem, (OSError, CheckpointError)):
@@ -91,7 +94,7 @@ class Saver:
             raise self._failed(f"{self._failures} saves in a row failed, the last one of")
 
     def wait(self) -> None:
-        """Until the write under way is on the disk; StorageError when it, or the latest one, is not there."""
+        """Wait until the current write is on disk; StorageError when it, or the latest one, has failed."""
         self._join(DEADLINE)
         if self._thread is not None:
             raise self._stuck()
@@ -105,7 +108,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """`wait`; when an error is on its way already, a write is not waited for long: cut off, it harms nothing."""
+        """`wait`, but only briefly when an error is already being raised: a write that is cut off does no harm."""
         if kind is None:
             self.wait()
         self._join(LONGEST_WAIT)
@@ -119,7 +122,7 @@ class Saver:
         except (OSError, CheckpointError) as error:
             self._failures, self._problem = self._failures + 1, error
             log.error(
-                "saving step %d failed (%s); older checkpoints are as they were; failure %d, %d in a row end the run",
+                "saving step %d failed (%s); older checkpoints are unchanged; failure %d, %d in a row end the run",
                 *(self._step, error, self._failures, ATTEMPTS),
             )
         except BaseException as error:  # raised in the main thread by its next call
@@ -136,13 +139,14 @@ class Saver:
         return StorageError(f"{self.folder}: step {self._step} is still being written after {seconds:.0f} s")
 
     def _failed(self, what: str) -> StorageError:
-        remedy = "free space or repair the storage; the same command goes on from the newest checkpoint"
+        remedy = "free space or repair the storage; the same command resumes from the newest checkpoint"
         return StorageError(f"{self.folder}: {what} step {self._step} ({self._problem}); {remedy}")
 
 
 @torch.no_grad()
 def _copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in host memory, in `buffers` where these fit. Copies from a GPU are queued, not waited for."""
+    """Copies of the tensors in host memory, in `buffers` where these fit. Copies from a GPU are queued, not waited
+    for."""
     copies = {}
     for key, tensor in tensors.items():
         buffer = buffers.get(key)

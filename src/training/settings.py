@@ -1,7 +1,7 @@
 """Settings of a training run: tables of typed fields, checked before any work.
 
-Flags (`--batch-size`), keys of JSON files and names in messages are flat: a table is only what a function is given. The
-names are open_clip's, with open_clip's meaning, wherever open_clip has the setting.
+Flags (`--batch-size`), keys of JSON files and names in messages are flat: tables only group what a function receives.
+The names are open_clip's, with open_clip's meaning, wherever open_clip has the setting.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Which run this is, and where it is kept."""
+    """Which run this is, and where it is stored."""
 
     logs: str = "logs"
     """Folder of run folders."""
     name: str | None = None
     """Run folder name; default: model and time."""
     resume: str | None = None
-    """`latest` (continue in the run folder, start if there is nothing yet) or a checkpoint folder."""
+    """`latest` (resume in the run folder, or start if it holds no checkpoint yet) or a checkpoint folder."""
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from those of the run to resume; checkpoints record the change."""
     seed: int = ranged(0, minimum=0)
@@ -40,9 +40,10 @@ class RunSettings:
         for name in self.allow_change:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                found.append(f"allow_change: {name!r} is no setting" + (f"; did you mean {near[0]!r}?" if near else ""))
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                found.append(f"allow_change: {name!r} is not a setting{hint}")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
-            found.append(f"name: {self.name!r} is not the name of a folder; --logs says where it lies")
+            found.append(f"name: {self.name!r} is not the name of a folder; --logs sets where it goes")
         return found + [problem for key in ("logs", "name", "resume") for problem in not_utf8(key, getattr(self, key))]
 
 
@@ -63,7 +64,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read, and how samples are made of it."""
+    """What is read, and how samples are made from it."""
 
     train_data: str | None = None
     """Records: prefix, .rec file, folder, glob or comma-separated list."""
@@ -76,7 +77,7 @@ class DataSettings:
     text_choice: Literal["one", "first", "all"] = "one"
     """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
     texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
-    """Use the first so many texts of each record, which must hold as many; default: all."""
+    """Use the first N texts of each record, which must hold at least N; default: all."""
     workers: int = ranged(4, minimum=0)
     """Decoding processes (torch) or threads (DALI) per rank; 0 decodes in the training process."""
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -88,7 +89,7 @@ class DataSettings:
     flip: float = ranged(0.5, minimum=0, maximum=1)
     """Probability of mirroring an image."""
     max_bad: int = ranged(100, minimum=0)
-    """This many damaged records are always replaced by the next good one."""
+    """Up to this many damaged records are always tolerated, each replaced by the next good one."""
     max_bad_fraction: float = ranged(0.001, minimum=0, maximum=1)
     """The run ends when more than --max-bad records and more than this fraction of those seen are damaged."""
 
@@ -103,10 +104,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How a step is computed: how large, how precisely, by how many."""
+    """How a step is computed: batch size, precision, devices and ranks."""
 
     batch_size: int = ranged(512, minimum=1)
-    """Pairs per rank that the towers hold at a time; the pairs of all ranks and accumulations are each other's
+    """Pairs per rank that the towers process at once; the pairs of all ranks and micro-batches are each other's
     negatives."""
     accum_freq: int = ranged(1, minimum=1)
     """Micro-batches per rank and step: batch_size x accum_freq x ranks pairs a step, in the memory of batch_size."""
@@ -120,7 +121,7 @@ class ParallelSettings:
     grad_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """What a rank holds of the model: all (ddp), a shard (fsdp), a shard within its node (hsdp)."""
+    """What each rank holds of the model: all of it (ddp), a shard (fsdp), or a shard within its node (hsdp)."""
     deterministic: bool = False
     """The same bits on 1, 2, 4, .. --max-ranks ranks: micro-batches of a fixed size, summed in a fixed order."""
     max_ranks: int = ranged(8, minimum=1)
@@ -144,7 +145,7 @@ class OptimizerSettings:
     epochs: int = ranged(32, minimum=1)
     """Passes over the records."""
     max_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
-    """End (and end the schedule) after this many steps instead of --epochs."""
+    """Stop (and complete the schedule) after this many steps instead of after --epochs."""
     lr: float = ranged(1e-3, above=0)
     wd: float = ranged(0.2, minimum=0)
     decay: Literal["all", "matrices"] = "matrices"
@@ -155,7 +156,7 @@ class OptimizerSettings:
     schedule: Literal["onecycle", "cosine", "constant"] = "cosine"
     """One-cycle: lr/25 up to lr, down to lr/25/1e4, both cosine. Cosine: linear warm-up, then down to 0."""
     cycle_beta1: bool = False
-    """One-cycle only: move beta1 0.95 -> 0.85 -> 0.95 against the learning rate, as the released recipe does."""
+    """One-cycle only: cycle beta1 0.95 -> 0.85 -> 0.95 inversely to the learning rate, as the released recipe does."""
     warmup: int | None = field(default=None, metadata={"limits": {"minimum": 0}})
     """Steps of warm-up; default: --warmup-fraction of all steps."""
     warmup_fraction: float = ranged(0.1, minimum=0, below=1)
@@ -173,11 +174,11 @@ class FaultSettings:
     """What a run survives."""
 
     timeout: float = ranged(120.0, above=0)
-    """Seconds without a sign of life of a rank after which all ranks end."""
+    """Seconds without a sign of life from a rank after which all ranks exit."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step."""
+    """A non-finite loss or gradient never reaches the weights: stop the run, or skip the step."""
     max_nonfinite: int = ranged(3, minimum=1)
-    """--on-nonfinite skip: stop when more than this many steps in a row are not finite."""
+    """With --on-nonfinite skip: stop after more than this many non-finite steps in a row."""
 
     def problems(self) -> list[str]:
         return []
@@ -185,7 +186,7 @@ class FaultSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What a run leaves behind, and how often."""
+    """What a run writes, and how often."""
 
     log_every_n_steps: int = ranged(10, minimum=1)
     val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
@@ -218,11 +219,11 @@ class Settings:
 
 
 def not_utf8(key: str, value: str | None) -> list[str]:
-    """Problems of a path that safetensors could not open."""
+    """Problems with a path that safetensors could not open."""
     value = value or ""
     if value.encode(errors="replace") == value.encode(errors="surrogatepass"):
         return []
-    return [f"{key}: {value!r} is not UTF-8, and safetensors reads no weights from there; rename it"]
+    return [f"{key}: {value!r} is not UTF-8, so safetensors cannot read weights from it; rename it"]
 
 
 def parse_settings(data: dict[str, Any]) -> Settings:
@@ -230,13 +231,13 @@ def parse_settings(data: dict[str, Any]) -> Settings:
     return parse(Settings, update_names(data))
 
 
-# Names before 0.6 -> names of today. As flags they still work, with a warning.
+# Names before 0.6 -> current names. As flags they still work, with a warning.
 RENAMED = {"views": "text_choice", "max_bad_share": "max_bad_fraction"}
 AUTOCAST_BEFORE = {"bf16": "amp_bf16", "fp16": "amp"}  # values of `precision`
 
 
 def update_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings with the names and meanings of today. Before 0.6 `warmup` was a fraction and `precision` named the
+    """Flat settings with current names and meanings. Before 0.6 `warmup` was a fraction and `precision` named the
     autocast dtype."""
     if not isinstance(data, dict):
         return data
@@ -249,7 +250,7 @@ def update_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def update_flags(arguments: list[str]) -> list[str]:
-    """Arguments with the names of today. ConfigError for a value whose meaning has changed."""
+    """Arguments with current names. ConfigError for a value whose meaning has changed."""
     updated, problems = [], []
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
@@ -263,8 +264,8 @@ def update_flags(arguments: list[str]) -> list[str]:
             problems.append(f"warmup: {value} is not a number of steps; use --warmup-fraction {value}")
         elif name == "precision" and value in AUTOCAST_BEFORE:
             problems.append(
-                f"precision: {value!r} would be the type of the weights, which stay float32 in training; autocast in "
-                f"that type is --precision {AUTOCAST_BEFORE[value]}"
+                f"precision: {value!r} would be the type of the weights, which stay float32 in training; for autocast "
+                f"in that type use --precision {AUTOCAST_BEFORE[value]}"
             )
         updated.append(argument)
     if problems:

@@ -1,4 +1,4 @@
-"""What a run is made of on this rank: shared by the trainer, which changes it, and by checkpoints, which keep it."""
+"""The state of a run on this rank: shared by the trainer, which changes it, and by checkpoints, which store it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .settings import Settings
 
 @dataclass
 class Progress:
-    """How far a run is: all that a resumption needs besides weights and optimizer state."""
+    """How far a run has come: all that resuming needs besides weights and optimizer state."""
 
     step: int = 0
     samples_seen: int = 0
     validated: int = 0  # the step of the last validation
     changes: list[dict[str, Any]] = field(default_factory=list)  # settings that --allow-change let differ, and when
-    records: dict[str, Any] = field(default_factory=dict)  # number and digest of those trained on, where that is said
+    records: dict[str, Any] = field(default_factory=dict)  # number and digest of those trained on, where known
 
 
 class TrainState:
     """Model, objective, optimizer and progress of one run.
 
-    parallel: the model as it is called in training. shards: what this rank holds of the parameters. epoch_samples:
-    records in an epoch.
+    parallel: the model to call in training. shards: what this rank holds of the parameters. epoch_samples: records in
+    an epoch.
     """
 
     def __init__(

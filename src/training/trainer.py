@@ -1,8 +1,7 @@
-"""One step of training. It knows no method by name: model, objective, choice of texts and schedule are what the
-settings say.
+"""One training step. It knows no method by name: model, objective, choice of texts and schedule come from the settings.
 
-A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and what is random
-in it from the samples or from (seed, step, micro-batch), so no random state has to be saved for an exact resume.
+A step is a pure function of (weights, optimizer state, step): the batch follows from the position, and its randomness
+from the samples or from (seed, step, micro-batch), so no random state has to be saved for an exact resume.
 
 A step only queues work: nothing in it waits for a GPU, which computes one step while the host prepares the next.
 """
@@ -37,17 +36,17 @@ class Trainer:
         settings, world, model = state.settings.parallel, state.world, state.model
         step = DeterministicStep if settings.deterministic else GradientStep
         self.gradients = step(model, state.parallel, state.objective, settings, world, self.normalize, self.seed)
-        # On the device from the start: a constant made in a step is a copy that the host waits for.
+        # On the device from the start: a constant made inside a step would be a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in model.spec.pixels]
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Stored pixels, uint8, as the model takes them."""
+        """Stored pixels, uint8, as the model expects them."""
         return normalize(image, *self.pixel_statistics)
 
     def choose_texts(self, batch: Batch) -> Tensor:
         """(B, V, T) -> one text per image, drawn by (seed, epoch, sample), or the first: (B, T); or all of them. Only
-        the first --texts count."""
+        the first --texts texts are used."""
         text = batch.text[:, : self.data.texts]
         if self.data.text_choice == "all":
             return text
@@ -58,7 +57,7 @@ class Trainer:
 
     def draw_drops(self, batch: Batch) -> Tensor | None:
         """Stochastic depth's numbers for every branch, sample and image view: float32 (branches, B) or (branches, B,
-        V); None for a model without."""
+        V); None for a model without it."""
         branches = getattr(self.state.model, "drop_branches", 0)
         if not branches:
             return None
@@ -70,17 +69,17 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
 
-        NumericsError when the step before was not finite; `check` says it of this one.
+        NumericsError when the previous step was not finite; for this one `check` raises it.
         """
         return self._step(batch, void=False)
 
     def sit_out(self, blank: Batch) -> dict[str, Tensor | float]:
-        """Take part in a step for which this rank, which has got a signal, has no data: it is void on all ranks."""
+        """Take part in a step for which this rank, having received a signal, has no data: it is void on all ranks."""
         return self._step(blank, void=True)
 
     def check(self) -> int:
-        """Wait for the last step, and take back the steps that were void. Returns a signal that some rank has got, else
-        0. NumericsError as by the watch."""
+        """Wait for the last step, and undo the count of void steps. Returns a signal that some rank has received, else
+        0. NumericsError as raised by the watch."""
         watch = self.state.watch
         watch.check()
         if watch.first_void is not None:
@@ -110,7 +109,7 @@ class Trainer:
         return values | computed.report
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Copies on a stream of their own: a GPU makes them while it still computes the step before."""
+        """Copy on a separate stream, while the GPU still computes the previous step."""
         device = self.state.world.device
         if self.copies is None:
             return [tensor.to(device) for tensor in tensors]
@@ -143,7 +142,8 @@ class Trainer:
         return grad_norm
 
     def _update_scale(self) -> None:
-        """After a bad step the scale falls, a void one leaves it. (Private, but `state_dict` waits for the device.)"""
+        """A bad step lowers the scale, a void one leaves it. (Private attributes, as `state_dict` waits for the
+        device.)"""
         scaler, void = self.state.scaler, self.state.watch.void
         if scaler.is_enabled():
             own = scaler._scale, scaler._growth_tracker  # there since the loss was scaled

@@ -73,7 +73,7 @@ CASES = {
     "description": ({"model": "narrow.json"}, "", "model.text.ffn_width: rank 1 on "),
     "version": ({}, "version", "version: rank 1 on "),
     "code": ({}, "code", "code: rank 1 on "),
-    "weights": ({}, "weights", "weights: rank 1 begins with others than rank 0 (1 of 2 ranks do)"),
+    "weights": ({}, "weights", "weights: rank 1 starts with other weights than rank 0 (1 of 2 ranks do)"),
 }
 
 
@@ -99,13 +99,13 @@ def test_what_a_rank_may_have_of_its_own(data, tmp_path):
 def test_too_few_records_for_all_ranks(data, tmp_path):
     codes, said = end(tmp_path, data | {"batch_size": 31}, {}, "")
     assert codes == [2, 2] and said[0] == said[1]
-    assert said[0].startswith("batch_size: 31 x accum_freq 1 x 2 ranks is 62 pairs a step, but there are 60 records")
+    assert said[0].startswith("batch_size: 31 x accum_freq 1 x 2 ranks is 62 pairs per step, but there are 60 records")
 
 
 def test_a_folder_that_cannot_be_opened_ends_all_ranks_alike(data, tmp_path):
     (tmp_path / "file").touch()
     codes, said = end(tmp_path, data | {"logs": str(tmp_path / "file")}, {}, "")
-    assert codes == [2, 2] and said[0] == said[1] and "cannot be made" in said[0]
+    assert codes == [2, 2] and said[0] == said[1] and "cannot be created" in said[0]
 
 
 def test_memory_that_runs_out_on_one_rank(data, tmp_path):

@@ -161,7 +161,7 @@ def test_a_process_that_is_alone_and_slow_goes_on(data, tmp_path):
     """A step that computes for longer than the timeout is worth a warning, once each time that it is over."""
     ranks = start_ranks(1, tmp_path, work, str(tmp_path), "0:13:compute", data | {"name": tmp_path.name})
     finish(ranks, [0], tmp_path, within=60)
-    lines = [line for line in (tmp_path / "stderr0").read_text().splitlines() if "it computes, so the run" in line]
+    lines = [line for line in (tmp_path / "stderr0").read_text().splitlines() if "it is computing, so the run" in line]
     assert 1 <= len(lines) <= 2 and all(
         re.search(r"step 13 has lasted \d+ s, at helpers/fail_at.py:\d+; ", x) for x in lines
     )

@@ -144,6 +144,6 @@ def test_other_sizes_are_refused(data, whole):
 
 
 def test_an_unknown_name_to_allow_is_refused(data):
-    with pytest.raises(ConfigError, match=r"allow_change: 'lrr' is no setting; did you mean 'lr'"):
+    with pytest.raises(ConfigError, match=r"allow_change: 'lrr' is not a setting; did you mean 'lr'"):
         parse(Settings, data | {"allow_change": ["lrr"]})
     parse(Settings, data | {"allow_change": ["lr", "global_batch", "total_steps"]})

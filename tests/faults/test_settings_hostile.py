@@ -69,7 +69,7 @@ COMMAND_LINE = [
     ("--eps 0", "eps", "0", "more than 0"),
     ("--keep-checkpoints 1", "keep_checkpoints", "1", "at least 2"),
     ("--save-every-n-steps 0", "save_every_n_steps", "0", "at least 1"),
-    ("--allow-change learning", "allow_change", "learning", "no setting"),
+    ("--allow-change learning", "allow_change", "learning", "not a setting"),
     ("--deterministic --parallel fsdp", "deterministic", "fsdp", "needs parallel ddp"),
     ("--cycle-beta1", "cycle_beta1", "cosine", "needs schedule onecycle"),
 ]
@@ -214,7 +214,7 @@ def test_contexts_of_released_files(tmp_path):
     records = write(tmp_path / "x", np.ones((3, 154), np.float32))
     said = complain(check_records, records, model(context=52), "x", 3)
     assert "77 tokens" in said and "context is 52" in said
-    assert "texts an image: 2 (raw, synthetic), --texts asks for 3" in said
+    assert "texts per image: 2 (raw, synthetic), --texts asks for 3" in said
     with pytest.raises(ConfigError, match="--texts asks for 3"):
         check_records(records, model(context=77), "x", load_settings("rwkv-clip-b32-yfcc15m").texts)
     check_records(records, model(context=77), "x", None)

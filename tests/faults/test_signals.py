@@ -199,7 +199,7 @@ def test_signals_at_random_times(data, whole):
         told += 1
         assert codes == [75, 75], run.messages()
         assert run.started() == run.steps() >= before, "all steps begun are saved"
-        line = f"stopped by {number.name} after step {run.steps()}: all saved in {run.folder}; the same command goes on"
+        line = f"stopped by {number.name} after step {run.steps()}: all saved in {run.folder}; the same command resumes"
         assert [message.splitlines()[-1] for message in run.messages()] == [line] * 2
     if run is not None:
         run.start()
@@ -318,8 +318,8 @@ def test_data_of_one_process_that_stand_still_end_it_after_the_timeout(data):
     run = Run(data, "alone for ever", 1, **QUIET, workers=1, timeout=2.0)
     run.start({("data", AT): NEVER})
     assert run.end() == [5] and run.steps() == AT
-    line = r"error: no data for \d+ s, waiting for data worker \d+ \(asleep\); all is saved after step 5, --timeout 2 "
-    assert re.search(line, run.messages()[0])
+    line = r"error: no data for \d+ s, waiting for data worker \d+ \(asleep\); all saved after step 5; raise --timeout"
+    assert re.search(line + r" \(2\) to wait", run.messages()[0])
 
 
 def test_torchrun_passes_a_signal_on(data, whole, free_port):
@@ -340,7 +340,7 @@ def test_torchrun_passes_a_signal_on(data, whole, free_port):
     finally:
         agent.kill()
     step = int(find_checkpoint(folder).name[5:])
-    line = f"stopped by SIGTERM after step {step}: all saved in {folder}; the same command goes on"
+    line = f"stopped by SIGTERM after step {step}: all saved in {folder}; the same command resumes"
     assert messages.count(line) == 2 and 0 < step < STEPS and agent.returncode == 1
     run.start()  # with the same arguments
     assert run.end() == [0, 0] and digest(find_checkpoint(folder)) == whole[0]

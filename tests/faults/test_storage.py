@@ -213,7 +213,7 @@ def test_slow_storage_costs_a_checkpoint_and_no_time(run, stalled, caplog):
         run.save()
     assert time.monotonic() - began < 5 and run.progress == 52
     left_out = [record.getMessage() for record in caplog.records]
-    assert left_out == [f"saving step {step} is left out: step 12 is still being written" for step in (22, 32, 42, 52)]
+    assert left_out == [f"saving step {step} is skipped: step 12 is still being written" for step in (22, 32, 42, 52)]
     assert intact(run.saver.folder) == ["step-00000001", "step-00000002"]
     stalled.set()
     run.step()

@@ -271,7 +271,7 @@ def test_weights_of_a_tag_get_the_function_that_they_were_trained_as(
         loaded = rwkv_clip.load_for_inference(f"open_clip:{name}:{tag}")
     model, (_, text) = loaded.model, inputs(name.removesuffix(QUICK))
     assert not [w for w in warned if "GELU" in str(w.message)]
-    assert ("taking this model" in caplog.text) == (name != taken)
+    assert ("using this model" in caplog.text) == (name != taken)
     kinds = {type(module).__name__ for module in model.modules() if "GELU" in type(module).__name__}
     assert kinds == {"QuickGELU" if taken.endswith(QUICK) else "GELU"} and model.spec.to_json() == {"open_clip": taken}
     again = rwkv_clip.create_model(model.spec)  # what a checkpoint of a run from these weights does

@@ -161,7 +161,7 @@ def test_infonce_of_all_views_is_the_mean():
         ({"texts": None}, ["objective: alip", "raw, synthetic, generated give it 3", "--text-choice all --texts 2"]),
         ({"texts": 3}, ["objective: alip", "raw, synthetic, generated give it 3", "--text-choice all --texts 2"]),
         ({"train_data": "texts1", "texts": None}, ["objective: alip compares 2", "texts raw give it 1", "records"]),
-        ({"train_data": "texts1"}, ["texts1: texts an image: 1 (raw), --texts asks for 2; build records with more"]),
+        ({"train_data": "texts1"}, ["texts1: texts per image: 1 (raw), --texts asks for 2; build records with more"]),
         (
             {"train_data": "texts2", "texts": 3, "objective": "infonce", "gates": {}},
             ["2 (raw, synthetic)", "asks for 3"],

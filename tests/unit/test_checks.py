@@ -52,10 +52,10 @@ def on_all(size: int, work) -> list:
     "batch, accum, ranks, count, words",
     [
         (4, 1, 1, 1, "train_data: 1 record"),
-        (8, 1, 1, 3, "is 8 pairs a step, but there are 3 records"),
+        (8, 1, 1, 3, "is 8 pairs per step, but there are 3 records"),
         (4, 1, 2, 7, "batch_size: 4 x accum_freq 1 x 2 ranks is 8 pairs"),
-        (2, 4, 1, 7, "at most 7 pairs a step"),
-        (1, 1, 1, 12, "is one pair a step"),
+        (2, 4, 1, 7, "at most 7 pairs per step"),
+        (1, 1, 1, 12, "is one pair per step"),
         (8, 1, 1, 8, None),
         (4, 1, 2, 8, None),
         (1, 2, 1, 8, None),
@@ -72,7 +72,7 @@ def test_batches_without_negatives(batch, accum, ranks, count, words):
 
 
 def test_a_run_of_too_few_records_leaves_no_folder(data):
-    with pytest.raises(ConfigError, match="is 64 pairs a step, but there are 60 records"):
+    with pytest.raises(ConfigError, match="is 64 pairs per step, but there are 60 records"):
         run(parse(Settings, data | {"batch_size": 64, "name": "few"}))
     assert not Path(data["logs"], "few").exists()
 

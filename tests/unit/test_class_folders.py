@@ -52,7 +52,7 @@ def test_what_is_left_out_is_counted_with_an_example(tmp_path):
     (tmp_path / "dog" / "folder.png").mkdir()
     data = load(tmp_path)
     assert data.count == 2
-    assert data.note == "6 files that are no pictures, or in no class, left out, e.g. cat/notes.txt"
+    assert data.note == "6 files that are not pictures, or in no class, left out, e.g. cat/notes.txt"
 
 
 SPLITS = [
@@ -112,7 +112,7 @@ def test_numbered_folders_are_in_the_order_of_numbers(tmp_path):
 def test_a_list_of_names_for_folders_of_two_orders_is_refused(tmp_path, folders):
     make(tmp_path, *(f"{folder}/0.png" for folder in folders))
     (tmp_path / "list.json").write_text(json.dumps({"names": [f"the {folder}" for folder in folders]}))
-    with pytest.raises(ValueError, match=r'list\.json: "names" is a list, .* another order by number'):
+    with pytest.raises(ValueError, match=r'list\.json: "names" is a list, .* different order by number'):
         load(tmp_path, tmp_path / "list.json")
     (tmp_path / "list.json").write_text(json.dumps({"names": {folder: f"the {folder}" for folder in folders}}))
     assert load(tmp_path, tmp_path / "list.json").class_names == [f"the {folder}" for folder in folders]

@@ -144,7 +144,7 @@ def test_cifar10_as_class_folders(tmp_path):
     assert data.templates == BENCHMARKS["cifar10"].templates
     assert data.labels.tolist() == [0, 3] and data.name == "cifar10"
     save_color(tmp_path / "unicorn" / "0.png", "red")
-    with pytest.raises(ValueError, match="'unicorn', which is no class of cifar10"):
+    with pytest.raises(ValueError, match="'unicorn', which is not a class of cifar10"):
         load_classification("cifar10", tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_a_missing_set_says_what_to_download_and_where(dataset, tmp_path):
 
 
 def test_unknown_set(tmp_path):
-    with pytest.raises(ValueError, match="'cifar' is not known; known: imagefolder, cifar10"):
+    with pytest.raises(ValueError, match="'cifar' is not known; valid names: imagefolder, cifar10"):
         load_classification("cifar", tmp_path)
 
 

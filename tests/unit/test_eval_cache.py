@@ -195,7 +195,7 @@ def test_a_torchvision_that_keeps_other_labels_than_it_gives_is_refused(folder, 
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(Food101=Other)))
     save(folder / "food-101" / "0.ppm", 0)
     (folder / "food-101" / "labels.json").write_text("[0]")
-    with pytest.raises(ValueError, match="has label 1, and had 0 before"):
+    with pytest.raises(ValueError, match="has label 1, but had 0 before"):
         cache.encode_labelled(Encoder.of(loaded(), torch.device("cpu")), load_classification("food101", folder))
 
 
@@ -267,7 +267,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(folder, caplog):
     Classes().make(folder)
     Path("file").write_text("no folder")
     found = features(Classes(), "--cache", "file/cache")
-    assert torch.equal(found, features(Classes())) and "the run goes on without it" in caplog.text
+    assert torch.equal(found, features(Classes())) and "the run continues without it" in caplog.text
 
 
 def test_ranks_that_see_other_files_have_a_folder_of_their_own_and_find_it_again(folder, monkeypatch):

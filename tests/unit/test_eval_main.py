@@ -250,9 +250,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     "errors, code, words",
     [
-        ([FileNotFoundError("cannot be found in the cache"), FAILED], 2, "'openai' has to be downloaded once"),
-        ([ConnectError("no address"), FAILED], 2, "'openai' has to be downloaded once"),
-        ([OSError(errno.ENETUNREACH, "Network is unreachable"), FAILED], 2, "'openai' has to be downloaded once"),
+        ([FileNotFoundError("cannot be found in the cache"), FAILED], 2, "'openai' must be downloaded once"),
+        ([ConnectError("no address"), FAILED], 2, "'openai' must be downloaded once"),
+        ([OSError(errno.ENETUNREACH, "Network is unreachable"), FAILED], 2, "'openai' must be downloaded once"),
         ([FULL, FAILED], 76, "No space left on device"),
         ([MemoryError(), RuntimeError("no weights")], 2, "out of memory"),
     ],

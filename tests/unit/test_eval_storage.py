@@ -107,7 +107,7 @@ BEFORE = [
     (lambda folder: ["classification", "--data", "set", "--dataset", "cifar1"], "'cifar1' is not known"),
     (_cut, "1 names for 7 class folders"),
     (lambda folder: ["linear-probe", "--data", "set"], "no folders train and test"),
-    (lambda folder: ["features", "--data", "set", "--dataset", "imagefolder", "--split", "test"], "split: does not go"),
+    (lambda folder: ["features", "--data", "set", "--dataset", "imagefolder", "--split", "test"], "split: not allowed"),
     (lambda folder: ["features", "--data", "nowhere", "--dataset", "imagefolder"], "nowhere holds no class folders"),
 ]
 

@@ -152,7 +152,7 @@ def _two(folder) -> None:
 DAMAGES = [
     (_cut, "images.safetensors: is not a readable"),
     (_fewer_ids, "3 vectors and 2 ids"),
-    (_nan, "row 1 (of 1 such rows) is no vector of length 1"),
+    (_nan, "row 1 (of 1 such rows) is not a vector of length 1"),
     (_long, "row 2 (of 1 such rows)"),
     (_objects, "images.npy: is not a readable"),
     (_short_npy, "images.npy: is not a readable"),
@@ -260,7 +260,7 @@ def test_command_writes_a_classification_set(folder, model):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--data", "x", "--dataset", "cifar1"], "dataset: 'cifar1' is not known"),
         (["--data", "x", "--dataset", "food101"], "food-101.tar.gz"),
-        (["--data", "x", "--dataset", "imagefolder", "--split", "test"], "split: does not go with dataset imagefolder"),
+        (["--data", "x", "--dataset", "imagefolder", "--split", "test"], "split: not allowed with dataset imagefolder"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(folder, model, capsys, more, message):

@@ -359,7 +359,7 @@ def _train_of_a_known_set(folder: Path) -> list[str]:
 
 
 SET_MISTAKES = [
-    (_train_of_a_known_set, "train: goes with imagefolder"),
+    (_train_of_a_known_set, "train: only for imagefolder"),
     (_single, "give --l2"),
     (_other_classes, "'brown' is in one only"),
     (_no_training, "--split-test 0.5"),

@@ -311,7 +311,7 @@ def test_death_of_a_worker_ends_the_run(records, tmp_path):
     # The traceback keeps the iterator alive until after the exit handlers; the other worker must end all the same.
     done = run_script(records, tmp_path, "death")
     assert done.returncode == 1 and done.stdout == ""
-    assert "died with exit code -9; mostly a lack of memory: use fewer --workers" in done.stderr
+    assert "died with exit code -9; usually a lack of memory: use fewer --workers" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reaches a stopped process")

@@ -134,7 +134,7 @@ def test_what_pooled_and_tokens_are():
 def test_names_that_are_not_known_or_not_given():
     model, resnet = build("one width"), build("ResNet")
     with pytest.raises(
-        ValueError, match=r"needs: 'image_token' not known; valid names: image, text, image_pooled, .*text_tokens"
+        ValueError, match=r"needs: unknown 'image_token'; valid names: image, text, image_pooled, .*text_tokens"
     ):
         model(*inputs(model), needs=["image", "image_token"])
     image, text = inputs(resnet)
@@ -323,9 +323,9 @@ def test_descriptions_are_written_as_ever():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image": {"kind": "rwkw"}}, r"image\.kind: 'rwkw' is no family of towers; did you mean 'rwkv'\?"),
-        ({"text": {"kind": "mamba"}}, r"text\.kind: 'mamba' is no family of towers; valid names: rwkv, open_clip"),
-        ({"text": {"kind": ["rwkv"]}}, r"text\.kind: \['rwkv'\] is no family"),
+        ({"image": {"kind": "rwkw"}}, r"image\.kind: 'rwkw' is not a family of towers; did you mean 'rwkv'\?"),
+        ({"text": {"kind": "mamba"}}, r"text\.kind: 'mamba' is not a family of towers; valid names: rwkv, open_clip"),
+        ({"text": {"kind": ["rwkv"]}}, r"text\.kind: \['rwkv'\] is not a family"),
         ({"image": {"kind": "open_clip", "witdh": 3}}, r"image\.witdh: unknown setting; did you mean 'width'\?"),
         ({"text": {"kind": "open_clip", "hf_model_name": "x"}}, r"text\.hf_model_name: unknown setting"),
         (
@@ -355,8 +355,11 @@ def test_mistakes_are_named(change, message):
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({"open_clip": "ViT-B-33"}, r"open_clip: 'ViT-B-33' is no model of open_clip's and no table; did you mean"),
-        ({"open_clip": 3}, r"open_clip: 3 is no model"),
+        (
+            {"open_clip": "ViT-B-33"},
+            r"open_clip: 'ViT-B-33' is neither a model of open_clip's nor a table; did you mean",
+        ),
+        ({"open_clip": 3}, r"open_clip: 3 is neither"),
         ({"open_clip": "ViT-B-32", "pixel": 3}, r"pixel: unknown setting; did you mean 'pixels'"),
         ({"open_clip": "ViT-B-32", "pixels": [0.5]}, r"pixels: \[0\.5\] is not two lists"),
         ({"embed_dim": 3}, r"vision_cfg: missing in a model in open_clip's form; add a table"),

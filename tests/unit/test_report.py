@@ -57,7 +57,7 @@ def test_every_method_has_its_figures_or_is_named_as_absent():
         absent = published.not_at_hand(task)
         assert present | set(absent) == set(METHODS) and not present & set(absent)
         run = run_of("retrieval", pair_result()) if task == "retrieval" else run_of("classification", class_result())
-        (note,) = [note for note in tables.compare(task, [run]).notes if "not at hand" in note] or [""]
+        (note,) = [note for note in tables.compare(task, [run]).notes if "not available" in note] or [""]
         assert set(re.findall(r"[A-Z][\w-]+", note.partition(": ")[2])) == set(absent)
 
 
@@ -284,8 +284,8 @@ def test_csv_and_markdown_of_a_report_hold_the_same(tmp_path):
         ("[" * 100_000, "nested too deeply"),
         ("[]", "no 'schema'"),
         ({"schema": 1}, "no 'task'"),
-        (run_of("retrieval") | {"schema": 2}, "schema 2, known is 1"),
-        (run_of("other"), "task 'other'; known"),
+        (run_of("retrieval") | {"schema": 2}, "schema 2, expected 1"),
+        (run_of("other"), "task 'other'; valid names"),
         (run_of("retrieval", {"status": "done"}), "results lack 'dataset'"),
         (run_of("classification", class_result() | {"metrics": 3}), "results lack"),
         (run_of("classification", {"dataset": "a", "status": "skipped", "reason": "b"}), "nothing to compare"),

@@ -86,7 +86,7 @@ def test_the_checkpoint_is_chosen_by_who_owns_the_folder(own, monkeypatch):
 
 def test_a_new_run_is_refused_by_what_its_owner_left(own, monkeypatch):
     with (
-        pytest.raises(ConfigError, match="own holds a run already; add --resume latest"),
+        pytest.raises(ConfigError, match="own already holds a run; resume it by --resume latest"),
         open_run(own.parent, name="own"),
     ):
         pass
@@ -136,7 +136,7 @@ def test_ways_to_say_what_to_go_on_from(own, resume, found):
         (
             "checkpoints/step-00000002/model.safetensors",
             ConfigError,
-            "--pretrained .*model.safetensors begins a new run",
+            "--pretrained .*model.safetensors starts a new run",
         ),
         ("log.jsonl", ConfigError, "is a file of weights"),
         ("nowhere", CheckpointError, "no such file"),
@@ -207,7 +207,7 @@ def test_other_records_are_refused_unless_allowed(own, data, other, tmp_path):
     go_back(own)
     others = build_others(data, tmp_path / "others" / "train", **other)
     count = other.get("count", 60)
-    with pytest.raises(ConfigError, match="--allow-change train_data goes on anyway") as caught:
+    with pytest.raises(ConfigError, match="--allow-change train_data resumes anyway") as caught:
         resume(own, data, train_data=others)
     (line,) = caught.value.problems[1:]
     assert re.fullmatch(rf"train_data: '60 records \(\w{{12}}\)' -> '{count} records \(\w{{12}}\)'", line)
@@ -226,7 +226,7 @@ def test_other_records_beside_the_old_side_file_are_refused(own, data, tmp_path)
     others = build_others(data, tmp_path / "others" / "train", exchange=True)
     shutil.copy(f"{data['train_data']}.json", f"{others}.json")
     assert Path(others + ".idx").read_bytes() == Path(data["train_data"] + ".idx").read_bytes()
-    with pytest.raises(ConfigError, match="--allow-change train_data goes on anyway"):
+    with pytest.raises(ConfigError, match="--allow-change train_data resumes anyway"):
         resume(own, data, train_data=others)
 
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_without_a_digest_goes_on_and_has_one_then(own, data, tmp_p
     go_back(own, lambda state: {key: value for key, value in state.items() if key not in ("records", "version")})
     state = resume(own, data, workers=0)
     (warning,) = (record.message for record in caplog.records)
-    assert f"step-00000002: of version 0.4 or before, this is {rwkv_clip.__version__}; it does not say" in warning
+    assert f"step-00000002: written by version 0.4 or before, this is {rwkv_clip.__version__}; it does" in warning
     assert state["records"]["digest"] == RecordSet(data["train_data"]).digest
     assert state["version"] == rwkv_clip.__version__ and [note["setting"] for note in state["changes"]] == ["version"]
 
@@ -351,13 +351,13 @@ def test_logs_that_are_no_folder(data, name, where, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
     code, said = command(data | {"logs": str(tmp_path / where), "name": name}, capsys)
-    assert code == 2 and len(said) == 1 and f"logs: {tmp_path / where} cannot be made" in said[0]
+    assert code == 2 and len(said) == 1 and f"logs: {tmp_path / where} cannot be created" in said[0]
 
 
 def test_a_name_that_is_a_file(data, tmp_path, capsys):
     (tmp_path / "x").touch()
     code, said = command(data | {"logs": str(tmp_path), "name": "x"}, capsys)
-    assert code == 2 and f"name: {tmp_path / 'x'} cannot be made" in said[0]
+    assert code == 2 and f"name: {tmp_path / 'x'} cannot be created" in said[0]
 
 
 def fill_disk(monkeypatch, *names: str) -> None:
@@ -455,7 +455,7 @@ def test_a_report_that_fails_is_given_up_in_a_line(data, fails, steps, monkeypat
     folder = run(parse(Settings, settings))
     assert stub.steps == steps and find_checkpoint(folder).name == "step-00000003"
     assert [record.message for record in caplog.records] == [
-        "report_to: wandb failed (ConnectionError: api.wandb.ai: no route to host) and gets no more"
+        "report_to: wandb failed (ConnectionError: api.wandb.ai: no route to host) and gets no more records"
     ]
     logged = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert logged == [1, 2, 3]

@@ -87,9 +87,9 @@ def test_who_takes_which_records(data, preset, held, kind):
     [
         (
             {"records": "bare1", **ALIP},
-            r"bare1: texts an image: 1 \(raw\), --texts asks for 2; build records with more",
+            r"bare1: texts per image: 1 \(raw\), --texts asks for 2; build records with more",
         ),
-        ({"records": "bare1", **ALIP, "texts": None}, r"alip compares 2 texts of an image, but .* raw give it 1; use"),
+        ({"records": "bare1", **ALIP, "texts": None}, r"alip compares 2 texts per image, but .* raw give it 1; use"),
         (
             {"records": "side3", **ALIP, "texts": None},
             r"raw, synthetic, generated give it 3; use --text-choice all --texts 2",
@@ -98,7 +98,7 @@ def test_who_takes_which_records(data, preset, held, kind):
             {"records": "side2", **ALIP, "text_choice": "first"},
             r"choice first and texts raw, synthetic give it 1",
         ),
-        ({"records": "side2", "texts": 3}, r"side2: texts an image: 2 \(raw, synthetic\), --texts asks for 3"),
+        ({"records": "side2", "texts": 3}, r"side2: texts per image: 2 \(raw, synthetic\), --texts asks for 3"),
     ],
 )
 def test_a_missing_text_ends_the_run_before_it_begins(data, changes, message):

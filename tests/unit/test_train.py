@@ -142,7 +142,7 @@ def test_resume_refuses_another_run(data, whole, changes):
 
 
 def test_a_second_run_does_not_overwrite_the_first(data, whole):
-    with pytest.raises(ConfigError, match="add --resume latest"):
+    with pytest.raises(ConfigError, match="resume it by --resume latest"):
         run(settings(data, name="whole"))
     with pytest.raises(CheckpointError, match="no such file"):
         run(settings(data, name="new", resume="nowhere"))
@@ -159,7 +159,7 @@ def test_logs_that_cannot_be_a_folder_are_named(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
     (tmp_path / "file").touch()
     for name in ("gone", "file", "file/below"):
-        with pytest.raises(ConfigError, match=f"logs: .*{name} cannot be made"):
+        with pytest.raises(ConfigError, match=f"logs: .*{name} cannot be created"):
             claim_folder(tmp_path / name, "vit")
 
 
@@ -379,7 +379,7 @@ def test_records_of_a_longer_context_are_refused(data, tmp_path):
     model = json.loads(Path(data["model"]).read_text())
     model["text"]["context"] = 6
     (tmp_path / "short.json").write_text(json.dumps(model))
-    with pytest.raises(ConfigError, match="8 tokens a text, the model's context is 6"):
+    with pytest.raises(ConfigError, match="8 tokens per text, the model's context is 6"):
         run(settings(data, model=str(tmp_path / "short.json"), name="short"))
 
 
@@ -420,7 +420,7 @@ def test_flags_of_before(caplog):
         read_command_line(["--train-data", "x", "--warmup", "0.1", "--precision=fp16"])
     assert [p.split(";")[1] for p in error.value.problems] == [
         " use --warmup-fraction 0.1",
-        " autocast in that type is --precision amp",
+        " for autocast in that type use --precision amp",
     ]
 
 

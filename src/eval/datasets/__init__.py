@@ -1,8 +1,8 @@
 """Sets for zero-shot classification and linear probes: any folder of class folders, and eleven benchmarks.
 
-Nothing is downloaded here. A benchmark that is not there raises MissingData, which says what to fetch and where to put
-it; the run reports it as skipped and goes on. Pictures come in an order that does not depend on the file system, so
-that all ranks and all machines agree on it.
+Nothing is downloaded here. A benchmark that is absent raises MissingData, which says what to fetch and where to put it;
+the run reports it as skipped and continues. Pictures come in an order that does not depend on the file system, so that
+all ranks and all machines agree on it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .torchvision_sets import load_torchvision
 
 __all__ = ["IMAGEFOLDER", "Asked", "ClassificationSet", "MissingData", "load_classification", "load_each", "on_each"]
 IMAGEFOLDER = "imagefolder"
-# The name of a set that was asked for, and what was made of it, or its result, a dict: why it is not evaluated.
+# The name of a requested set, and what was made of it, or its result, a dict: why it is not evaluated.
 Asked = tuple[str, Any]
 
 
 def load_classification(
     dataset: str, data: str | Path, names: str | Path | None = None, *, split: str = TEST, language: str = "en"
 ) -> ClassificationSet:
-    """A set by name, every label seen. ValueError for a user's mistake, MissingData where a benchmark is not there.
+    """A set by name, every label checked. ValueError for a user's mistake, MissingData where a benchmark is absent.
 
     dataset: "imagefolder" or a key of BENCHMARKS; data: its folder of class folders (for a benchmark also one that
     holds NAME or NAME/test), or torchvision's root; names: JSON file with class names and templates, see `read_names`;
@@ -42,7 +42,7 @@ def load_classification(
     if dataset == IMAGEFOLDER:
         return load_image_folder(folder, names)
     if dataset not in BENCHMARKS:
-        raise ValueError(f"dataset: {dataset!r} is not known; known: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
+        raise ValueError(f"dataset: {dataset!r} is not known; valid names: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[dataset]
     if split not in benchmark.splits:
         raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(benchmark.splits)}")
@@ -62,7 +62,7 @@ def load_each(
 ) -> list[Asked]:
     """make(name) of every set ("all": of all benchmarks), before any model is loaded; all ranks call it.
 
-    hint: ends the reason of a set that is missing. ValueError with all reasons where nothing is left to evaluate.
+    hint: appended to the reason of a missing set. ValueError with all reasons where nothing is left to evaluate.
     """
     names = BENCHMARKS if tuple(datasets) == ("all",) else datasets
     asked = ((name, name) for name in names)
@@ -74,7 +74,7 @@ def load_each(
 
 
 def on_each(sets: Iterable[Asked], step: Callable[[Any], Any], hint: str = "") -> Iterator[Asked]:
-    """step(what was made) of one set after the other; results pass through.
+    """step(what was made) for one set after the other; results pass through.
 
     A set that is missing is a result `skipped` from there on, one that fails a result `failed`.
     """

@@ -30,19 +30,19 @@ class Benchmark:
     headline: str = "top1"  # or mean_per_class
     templates: Sequence[str] = ()
     classes: Sequence[str] = ()  # as folder names, in label order, where known
-    spoken: Mapping[str, str] = field(default_factory=dict)  # class -> as people say it, where `say` would not
+    spoken: Mapping[str, str] = field(default_factory=dict)  # class -> its natural words, where `say` differs
 
     def about(self, split: str) -> dict[str, Any]:
-        """What a `ClassificationSet` says of a split, whatever its pictures are read from."""
+        """Fields of a `ClassificationSet` for a split, whatever its pictures are read from."""
         reported = self.reported.get(split, split)
         return {"name": self.name, "split": reported, "templates": self.templates, "headline": self.headline}
 
     def say(self, name: str) -> str:
-        """A class as people say it."""
+        """A class in natural words."""
         return self.spoken.get(name) or say(name)
 
     def places(self, split: str) -> list[int]:
-        """Places of a split of `random_split(range(count), [train, test, ..])`, in its order."""
+        """Indices of a split of `random_split(range(count), [train, test, ..])`, in its order."""
         generator = torch.Generator().manual_seed(self.random["seed"])
         order = torch.randperm(self.random["count"], generator=generator).tolist()
         train, test = self.random[TRAIN], self.random[TEST]
@@ -50,7 +50,7 @@ class Benchmark:
 
 
 def say(name: str) -> str:
-    """A class, as a folder is called, with spaces for underscores and slashes."""
+    """A class, named like a folder, with spaces for underscores and slashes."""
     return name.replace("_", " ").replace("/", " ")
 
 

@@ -1,4 +1,4 @@
-"""Sets that are a folder of class folders: anybody's, and benchmarks in this form.
+"""Sets that are a folder of class folders: a user's own, and benchmarks in this form.
 
 Names that begin with a dot, and what archives and storage systems leave (LITTER), never count, at any depth.
 """
@@ -26,10 +26,10 @@ SPLIT = re.compile(
 
 
 def load_image_folder(folder: Path, names: str | Path | None) -> ClassificationSet:
-    """A folder of class folders that is no benchmark."""
+    """A folder of class folders that is not a benchmark."""
     folders = list_classes(folder)
     if not folders:
-        raise ValueError(f"data: {folder} holds no class folders; give a folder with one folder of pictures a class")
+        raise ValueError(f"data: {folder} holds no class folders; give a folder with one folder of pictures per class")
     refuse_unreadable(folder, folders)
     path = find_names(folder, names)
     listed = read_names_file(path).get("names", ()) if path else ()
@@ -46,14 +46,14 @@ def load_image_folder(folder: Path, names: str | Path | None) -> ClassificationS
 def load_benchmark_folder(
     benchmark: Benchmark, root: Path, names: str | Path | None, split: str, language: str
 ) -> ClassificationSet | None:
-    """A benchmark as class folders, with its own names unless a names file says otherwise; None where it is not there
-    in this form."""
+    """A benchmark as class folders, with its own names unless a names file says otherwise; None where it is absent in
+    this form."""
     folder, classes = _find(benchmark, root, split)
     if folder is None:
         return None
     if foreign := sorted(set(list_classes(folder)) - set(classes)):
         raise ValueError(
-            f"data: {folder} holds {foreign[0]!r}, which is no class of {benchmark.name}; give its classes only"
+            f"data: {folder} holds {foreign[0]!r}, which is not a class of {benchmark.name}; give its classes only"
         )
     about, named = benchmark.about(split), {name: benchmark.say(name) for name in classes}
     if benchmark.name == "imagenet":
@@ -93,12 +93,13 @@ def _read_folders(folder: Path, named: dict[str, str], **about) -> Classificatio
     left_out += list_pictures(folder, deep=False)[0]  # beside the class folders
     if left_out:
         example = left_out[0].relative_to(folder).as_posix()
-        about["note"] = f"{len(left_out)} files that are no pictures, or in no class, left out, e.g. {example}"
+        about["note"] = f"{len(left_out)} files that are not pictures, or in no class, left out, e.g. {example}"
     return set_of_files(files, labels, path=str(folder), class_names=list(named.values()), **about)
 
 
 def list_classes(folder: Path) -> list[str]:
-    """Names of the folders in `folder`: by number where all are numbers, else as texts; none where it is not there."""
+    """Names of the folders in `folder`: by number where all are numbers, else as texts; none where it does not
+    exist."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -107,7 +108,7 @@ def list_classes(folder: Path) -> list[str]:
 
 
 def list_pictures(folder: Path, deep: bool = True) -> tuple[list[Path], list[Path]]:
-    """(pictures, what else is there), each sorted; deep: at any depth. Linked folders are not entered."""
+    """(pictures, other files), each sorted; deep: at any depth. Linked folders are not entered."""
     pictures, others = [], []
     for path in _walk(folder, deep):
         is_picture = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -121,7 +122,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def refuse_unreadable(folder: Path, folders: Sequence[str]) -> None:
-    """ValueError for a folder whose name is not UTF-8: it could not be said to a model."""
+    """ValueError for a folder whose name is not UTF-8: it could not be given to a model."""
     for name in folders:
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise ValueError(
@@ -131,7 +132,7 @@ def refuse_unreadable(folder: Path, folders: Sequence[str]) -> None:
 
 def refuse_splits(folder: Path, folders: Sequence[str], named: Collection[str] = ()) -> None:
     """ValueError where `folders` are splits, such as train and test, and not classes; `named`: those that are classes
-    because somebody said so.
+    because a names file says so.
 
     One folder of such a name among others may be a class (train, of vehicles), if there are pictures in it and not
     folders, and in others as well.
@@ -160,13 +161,13 @@ def refuse_unclear_order(folders: Sequence[str], where: str) -> None:
     other = next((name for name, natural in zip(folders, sorted(folders, key=by_number)) if name != natural), None)
     if other is not None and not are_numbers(folders):
         raise ValueError(
-            f'{where}: "names" is a list, and the class folders ({folders[0]}, .., {other}, ..) come in another order '
-            'by number than as texts; write {"names": {folder: name}}'
+            f'{where}: "names" is a list, and the class folders ({folders[0]}, .., {other}, ..) come in a different '
+            'order by number than as texts; write {"names": {folder: name}}'
         )
 
 
 def _walk(folder: Path, deep: bool) -> Iterator[Path]:
-    """Files below a folder, and links to folders. OSError for one that cannot be looked into."""
+    """Files below a folder, and links to folders. OSError for one that cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error

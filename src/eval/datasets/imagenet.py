@@ -17,7 +17,8 @@ from .labelled import ClassificationSet, MissingData
 
 
 def imagenet_prompts(language: str) -> tuple[list[str], tuple[str, ...]]:
-    """The 1000 names in the order of the sorted folder names, and 80 templates. ValueError where they are not here."""
+    """The 1000 names in the order of the sorted folder names, and 80 templates. ValueError where they are not
+    installed."""
     if language == "en":
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 

@@ -1,4 +1,4 @@
-"""A set of pictures with class labels, whatever it was read from."""
+"""A set of pictures with class labels, whatever it is read from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ClassificationSet:
     templates: Sequence[str]
     headline: str = "top1"  # or mean_per_class
     note: str = ""
-    files: Sequence[Path] = ()  # all files that the pictures lie in
+    files: Sequence[Path] = ()  # all files that hold the pictures
 
     @property
     def count(self) -> int:

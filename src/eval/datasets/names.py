@@ -57,8 +57,8 @@ def read_names_file(path: str | Path) -> dict:
 
 
 def rename_classes(data: ClassificationSet, classes: Sequence[str], names: str | Path | None) -> ClassificationSet:
-    """A set whose owner calls its classes `classes`, with the names, order and templates of a names file (None: as it
-    is)."""
+    """A set whose classes are originally called `classes`, with the names, order and templates of a names file (None:
+    unchanged)."""
     if names is None:
         return data
     named, templates = read_names(names, classes)

@@ -1,4 +1,4 @@
-"""SUN397 as its authors pack it: official partition 1 where its list is there, else a random split."""
+"""SUN397 as its authors pack it: official partition 1 where its list is present, else a random split."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def load_torchvision(benchmark: Benchmark, root: Path, split: str) -> tuple[Clas
     try:
         source = getattr(datasets, benchmark.loader)(root=str(root), **benchmark.splits[split])
     except (RuntimeError, OSError, ImportError) as error:
-        # The rest of torchvision's message is about its own download switch.
+        # The rest of torchvision's message is about its own download option.
         raise MissingData(f"torchvision below {root}: {str(error).split('. ')[0]}; {hint}") from None
     classes = getattr(source, "classes", None) or getattr(source, "categories", None)
     if not classes:
@@ -40,7 +40,7 @@ def load_torchvision(benchmark: Benchmark, root: Path, split: str) -> tuple[Clas
     def open_one(index: int) -> Image:
         picture, label = source[places[index]]
         if label != labels[index]:
-            raise ValueError(f"{root}: picture {index} has label {label}, and had {int(labels[index])} before")
+            raise ValueError(f"{root}: picture {index} has label {label}, but had {int(labels[index])} before")
         return picture.convert("RGB")
 
     data = ClassificationSet(

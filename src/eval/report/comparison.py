@@ -1,4 +1,4 @@
-"""What several runs say together: all models and all published rows in one table for each task."""
+"""A comparison of several runs: all models and all published rows in one table for each task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def collect(places: Sequence[str], output: str | Path) -> tuple[Path, list[Table
     contents = list(runs.values())
     tables = [table for task in TASKS if (table := compare(task, contents))]
     if not tables:
-        raise ValueError(f"{', '.join(map(str, places))}: no set is done in any of these runs; nothing to compare")
+        raise ValueError(f"{', '.join(map(str, places))}: none of these runs has evaluated a set; nothing to compare")
     folder = new_folder(Path(output))
     write(folder / "runs.json", json.dumps(runs, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     for name, form in (("table.md", markdown_section), ("table.tex", latex), ("table.csv", csv_text)):
@@ -59,12 +59,12 @@ def _read_run(path: Path) -> dict:
         raise ValueError(f"{error}; run that evaluation again") from None
     for key, kind in {"schema": int, "task": str, "model": str, "results": list}.items():
         if not isinstance(run, dict) or not isinstance(run.get(key), kind):
-            raise ValueError(f"{path}: no {key!r}; this is no result of an evaluation of ours")
+            raise ValueError(f"{path}: no {key!r}; this is not a result of our evaluation")
     if run["schema"] != SCHEMA:
-        raise ValueError(f"{path}: schema {run['schema']}, known is {SCHEMA}; use the version that wrote it")
+        raise ValueError(f"{path}: schema {run['schema']}, expected {SCHEMA}; use the version that wrote it")
     if run["task"] not in TASKS:
-        raise ValueError(f"{path}: task {run['task']!r}; known: {', '.join(TASKS)}")
-    try:  # whether all that tables need is there
+        raise ValueError(f"{path}: task {run['task']!r}; valid names: {', '.join(TASKS)}")
+    try:  # whether all that tables need is present
         compare(run["task"], [run])
         if run["task"] != "retrieval":
             list_sets(run)

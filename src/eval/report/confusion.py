@@ -14,7 +14,7 @@ _CHUNK = 1024
 
 
 def worst_classes(features: Tensor, weights: Tensor, labels: Tensor, class_names: Sequence[str]) -> list[dict]:
-    """The classes with the smallest fraction of right answers, worst first (equal ones in class order).
+    """The classes with the smallest fraction of right answers, worst first (ties in class order).
 
     features (n, d) and weights (classes, d): normalised; labels (n,). Each entry: class, name, samples, right, and
     `predicted`: [class, name, count] of every answer that was given, most frequent first. Classes without samples

@@ -1,4 +1,4 @@
-"""The folder of a run and its files: each is written whole or not at all, and named if it cannot be written."""
+"""The folder of a run and its files: each is written whole or not at all, and reported if it cannot be written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_place(logs: str) -> None:
 
 
 def place_of(settings: EvalSettings, task: str, model: str) -> Path:
-    """The folder that a run asks for: LOGS/NAME, or LOGS/TIME-TASK-MODEL."""
+    """The folder of a run: LOGS/NAME, or LOGS/TIME-TASK-MODEL."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return Path(settings.logs) / (settings.name or f"{stamp}-{task}-{safe_name(model)}")
 
@@ -58,5 +58,5 @@ def say_missing(path: Path, error: OSError) -> None:
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """`write_whole`; what is not UTF-8 (a part of a path) is written as an escape, which JSON reads back."""
+    """`write_whole`; what is not UTF-8 (a part of a path) becomes an escape, which JSON reads back."""
     write_whole(path, [content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")])

@@ -69,7 +69,8 @@ def latex(table: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text (a name from somebody's data) as part of a Markdown table on a terminal: no markup, no control signs."""
+    """A text (a name from a user's data) as part of a Markdown table on a terminal: no markup, no control
+    characters."""
     text = text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

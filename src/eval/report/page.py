@@ -1,4 +1,4 @@
-"""page.html: one file with everything that a run or a comparison has to show. No script, nothing from the network.
+"""page.html: one file with everything that a run or a comparison shows. No script, nothing from the network.
 
 Its tables are those of the other files; pictures are embedded (photographs as JPEG, which keeps the page small).
 """
@@ -68,8 +68,8 @@ def page_text(
 ) -> str:
     """The page.
 
-    about: lines below the title; pictures: (file, caption), one that is not there is left out; runs: contents of
-    result.json, whose settings and environment stand at the end.
+    about: lines below the title; pictures: (file, caption), a missing one is left out; runs: contents of result.json,
+    whose settings and environment come at the end.
     """
     parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="about">{escape(line)}</p>' for line in about)]
     parts += [_table(table) for table in tables]
@@ -87,7 +87,7 @@ def _table(table: Table) -> str:
     head = "".join(f'<th class="{kind}">{escape(name)}</th>' for name, kind in zip(table.header, kinds))
     lines = []
     for index, row in enumerate(table.rows):
-        # A rule where another set begins, and between published rows and ours.
+        # A rule where a new set begins, and between published rows and ours.
         new_set = table.by_set and table.published and row[0] != table.rows[index - 1][0]
         turn = (index in table.published) != (index - 1 in table.published)
         row_kind = "published" if index in table.published else ""

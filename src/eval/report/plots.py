@@ -1,6 +1,6 @@
-"""Pictures of results: bars for each set, drawn from the very table, and the confusion of the worst classes.
+"""Pictures of results: bars for each set, drawn from the same table, and the confusion of the worst classes.
 
-Ours in color, published rows in grey, the released code's way of counting hatched. No window system is needed.
+Ours in color, published rows in grey, the released code's way of counting hatched. No display is needed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from .tables import LEGACY, RECALL_COLUMNS, Table
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for color blindness
 LABELLED = 48  # in a panel with more bars than that, published ones lose their figures
 COLUMNS = 16  # of the confusion
-_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line that passes a figure does not strike it out
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line behind a figure does not strike it out
 DPI = 110
 
 
@@ -64,7 +64,8 @@ def draw_bars(table: Table, chance: dict[str, float] | None = None) -> bytes:
 
 
 def draw_confusion(worst: Sequence[dict], dataset: str) -> bytes:
-    """What the worst classes (rows, of `confusion.worst_classes`) were taken for (columns), percent of a row (PNG)."""
+    """What the worst classes (rows, of `confusion.worst_classes`) were taken for (columns), in percent of a row
+    (PNG)."""
     from matplotlib.figure import Figure
 
     rows = [entry["class"] for entry in worst]
@@ -175,9 +176,10 @@ def _short(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return drawable(text).removeprefix("_")  # with which a name has no place in a legend
+    return drawable(text).removeprefix("_")  # matplotlib leaves names with it out of legends
 
 
 def drawable(text: str) -> str:
-    """Text as it can be drawn: a dollar sign would start a formula, half a character (of broken JSON) be an error."""
+    """Text as it can be drawn: a dollar sign would start a formula, half a character (of broken JSON) would be an
+    error."""
     return text.replace("$", r"\$").encode("utf-8", "replace").decode()

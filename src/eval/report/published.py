@@ -1,4 +1,4 @@
-"""Published figures, from published.json: what papers printed, for the same sets, to stand beside ours.
+"""Published figures, from published.json: what papers printed, for the same sets, shown beside ours.
 
 A method whose figures are not in that file is left out of every table and named below it; nothing is estimated.
 """
@@ -32,12 +32,12 @@ def _content() -> dict:
 
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
-    """Every published row that there is, newest method last."""
+    """Every published row, newest method last."""
     return tuple(PublishedRow(**row) for row in _content()["rows"])
 
 
 def published_samples(task: str) -> dict[str, int]:
-    """Sets of a task in the order of the papers, with how many pictures their published figures rest on."""
+    """Sets of a task in the order of the papers, with the number of pictures of their published figures."""
     return _content()["samples"].get(task, {})
 
 

@@ -1,8 +1,8 @@
-"""The report of one run, in a folder of its own.
+"""The report of one run, in its own folder.
 
-result.json, table.md, table.csv and table.tex are written again after every data set, so that a later error loses
-nothing; pictures and page.html at the end. A file that cannot be written is named and the run goes on: its figures are
-printed in any case. Only the main rank writes.
+result.json, table.md, table.csv and table.tex are rewritten after every data set, so that a later error loses nothing;
+pictures and page.html at the end. A file that cannot be written is named and the run continues: its figures are printed
+in any case. Only the main rank writes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMA = 1
 
 @dataclass
 class Report:
-    """The results of one run, one dict per data set, and the folder that they go to."""
+    """The results of one run, one dict per data set, and the folder that they are written to."""
 
     place: Path
     about: dict  # what all results share, e.g. the task
@@ -42,7 +42,7 @@ class Report:
     saved: bool = True  # whether result.json is up to date
 
     def add(self, result: dict) -> None:
-        """Append the result of a data set and write everything again."""
+        """Append the result of a data set and rewrite everything."""
         self.results.append(result)
         self.save()
 
@@ -82,11 +82,11 @@ class Report:
             if not self.saved:
                 return STORAGE
         failed = any(result["status"] == "failed" for result in undone)
-        # A rank without results has left them to the main rank.
+        # A rank without results leaves them to the main rank.
         return 2 if failed or (self.results and len(undone) == len(self.results)) else 0
 
     def tables(self) -> tuple[Table, Table | None]:
-        """Every set, and the comparison with what is published, where a set is done."""
+        """Every set, and the comparison with published rows, where a set is done."""
         content = self.content()
         return list_sets(content), compare(content["task"], [content])
 

@@ -1,7 +1,7 @@
 """Tables of results: percent with one decimal, published rows beside ours.
 
-A run is what its result.json holds, and its figures are a comparison of one run. A figure that rests on other pictures
-than the published ones carries a star and is never compared (not the best of its column, not in an average).
+A run is the content of its result.json, and its figures are a comparison of one run. A figure from pictures other than
+the published ones carries a star and is never compared (not the best of its column, not in an average).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def list_sets(run: dict) -> Table:
 
 def _list_classes(run: dict) -> Table:
     """A row for each data set. Zero-shot: the published figure beside the headline that it belongs to. A linear probe
-    has none beside it: published probes are of other sets of this name."""
+    has none: published probes are of other sets of this name."""
     probe = run["task"] == "linear_probe"
     header = ["data set", "split", *(["trained on"] if probe else []), "samples", "classes", "headline", run["model"]]
     header += ["top-1", "top-5", "mean per class", "penalty" if probe else PUBLISHED_MODEL, "note"]
@@ -119,7 +119,7 @@ def _compare_retrieval(runs: Sequence[dict]) -> Table:
 
 
 def _recalls(label: str, result: dict) -> list[list[str]]:
-    """Our row of one set and, where it was asked for, the one in the released code's way."""
+    """Our row of one set and, where requested, one counted in the released code's way."""
     counts = [(label, result["metrics"])]
     if result.get("legacy"):
         counts.append((label + LEGACY, result["legacy"]["metrics"]))
@@ -197,7 +197,7 @@ def _headline(result: dict | None, legacy: bool) -> str:
 
 
 def _average(figures: Sequence[str], sets: Sequence[str]) -> str:
-    """Mean of the eleven published sets, where each is there in full."""
+    """Mean of the eleven published sets, where each is complete."""
     known = [figure for name, figure in zip(sets, figures) if name in published_samples("classification")]
     return f"{sum(map(float, known)) / len(known):.1f}" if known and all(map(_is_number, known)) else NOTHING
 
@@ -224,14 +224,14 @@ def _labels(runs: Sequence[dict]) -> list[str]:
 
 
 def _sources(task: str) -> list[str]:
-    """Where the published rows come from, and which are not at hand."""
+    """Where the published rows come from, and which are missing."""
     by_source: dict[str, list[str]] = {}
     for row in published_rows():
         if getattr(row, task):
             by_source.setdefault(row.source, []).append(row.method)
     notes = [f"Published row of {', '.join(methods)}: {source}" for source, methods in by_source.items()]
     absent = not_at_hand(task)
-    return notes + ([f"Published rows that are not at hand, left out: {', '.join(absent)}"] if absent else [])
+    return notes + ([f"Published rows that are not available, left out: {', '.join(absent)}"] if absent else [])
 
 
 def _defects(runs: Sequence[dict]) -> list[str]:
@@ -246,7 +246,7 @@ def _defects(runs: Sequence[dict]) -> list[str]:
 
 
 def _best(rows: Sequence[Sequence[str]], columns: Iterable[int]) -> set[tuple[int, int]]:
-    """Cells with the highest figure of their column, of those that are right, where there are two or more."""
+    """Cells with the highest figure of their column, among the exact ones, where there are two or more."""
     best = set()
     for column in columns:
         exact = [(n, row[column]) for n, row in enumerate(rows) if not any(c.endswith(LEGACY) for c in row[:2])]

@@ -1,4 +1,4 @@
-"""The tasks of the evaluation's command line, a row each."""
+"""The tasks of the evaluation's command line, one row each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from . import classification, features, linear_probe, report, retrieval, search
 class Task:
     """A command.
 
-    settings: its table, from which its flags are made. run(settings, data, encoder) -> exit code, on all ranks, with
-    data = load(settings, device), read before the model. Without `load` there is neither data nor model nor ranks:
-    run(settings).
+    settings: its table, which defines its flags. run(settings, data, encoder) -> exit code, on all ranks, with data =
+    load(settings, device), read before the model. Without `load` there are no data, model or ranks: run(settings).
     """
 
     settings: type

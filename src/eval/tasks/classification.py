@@ -34,13 +34,13 @@ class ClassificationSettings(ClassesSettings):
     data: str = "data"
     """Folder of class folders; for a benchmark also the root folder in which torchvision looks for it."""
     language: Literal["en", "zh"] = "en"
-    """Of ImageNet's names and templates; zh needs the extra clip-benchmark. Other sets: a file for `names`."""
+    """Language of ImageNet's names and templates; zh needs the extra clip-benchmark. Other sets: a file for `names`."""
     names: str | None = None
     """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order of the
     sorted folders, by number where all are numbers. Default: names.json in the data folder, else the folders and its
     own templates."""
     legacy: bool = False
-    """Count a second time as the released code does, its defects named; the exact figures stay the result."""
+    """Also count as the released code does, with its defects named; the exact figures stay the result."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def class_weights(encoder: Encoder, data: ClassificationSet) -> Tensor:
 
 
 def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every template with every class name, those of a class one after the other."""
+    """Every template with every class name, grouped by class."""
     return [template.replace("{}", name) for name in class_names for template in templates]
 
 
 def evaluate_classification(encoder: Encoder, data: ClassificationSet) -> ClassificationResult:
-    """Classify every picture of a set, on every rank. Similarities are floats; equal ones count against the model."""
+    """Classify every picture of a set, on every rank. Similarities are floats; ties count against the model."""
     weights = class_weights(encoder, data)
     features = encoder.extractor.encode_images(data.open, data.count)
     metrics = accuracy(target_ranks(features, weights, data.labels), data.labels, data.class_names)
@@ -86,7 +86,7 @@ def evaluate_classification(encoder: Encoder, data: ClassificationSet) -> Classi
 
 
 def load(settings: ClassificationSettings, device: torch.device) -> list[Asked]:
-    """Every set asked for, or why it is not here. ValueError where there is none at all."""
+    """Every requested set, or why it is missing. ValueError where there is none at all."""
 
     def make(dataset: str) -> ClassificationSet:
         return load_classification(dataset, settings.data, settings.names, language=settings.language)

@@ -32,7 +32,7 @@ class FeaturesSettings(CaptionedSettings):
     dataset: str | None = None
     """imagefolder or a benchmark (cifar10 ..): its pictures with their labels, and no texts."""
     split: str | None = None
-    """Take only entries of this split ("all": every one); needed where the file holds several. With a benchmark: test
+    """Use only entries of this split ("all": every one); needed where the file holds several. With a benchmark: test
     (default), train or val."""
     form: Literal["safetensors", "npy", "jsonl"] = "safetensors"
     """How features are written; jsonl is Chinese-CLIP's (images.img_feat.jsonl, texts.txt_feat.jsonl)."""
@@ -45,7 +45,7 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
     inapplicable = [name for name in ("image_root", "texts", "allow_outside", "prefix") if getattr(settings, name)]
     inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
     if inapplicable:
-        raise ValueError(f"{', '.join(inapplicable)}: does not go with dataset {settings.dataset}; leave it out")
+        raise ValueError(f"{', '.join(inapplicable)}: not allowed with dataset {settings.dataset}; leave it out")
     split = settings.split or TEST
     try:
         return on_all_ranks(lambda: load_classification(settings.dataset, settings.data, split=split), device)
@@ -54,7 +54,7 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
 
 
 def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, encoder: Encoder) -> int:
-    """Encode the set and write it into a folder of its own."""
+    """Encode the set and write it into a new folder."""
     started, loaded = time.monotonic(), encoder.loaded
     if isinstance(data, ClassificationSet):
         about, found = _encode_classes(data, encoder)
@@ -82,7 +82,7 @@ def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, enco
 
 
 def _absolute(place: str | None) -> str | None:
-    """A file or folder as it is found from everywhere; a name stays one."""
+    """The absolute path of a file or folder; a name stays a name."""
     return os.path.abspath(place) if place and os.path.exists(place) else place
 
 

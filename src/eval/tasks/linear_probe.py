@@ -2,7 +2,7 @@
 
 The protocol of the CLIP paper (arXiv 2103.00020, appendix A): the penalty is chosen on the official validation split
 where there is one, else on pictures held out of the training split; then all training pictures are used, and the test
-split is looked at once. NOTE(parity): features have length 1 here; the paper's have not, which moves its penalties.
+split is used once. NOTE(parity): features have length 1 here, unlike the paper's, which shifts its penalties.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEED = 0  # of what is held out
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeSettings(ClassesSettings):
-    """Linear probe: logistic regression on frozen image features, its penalty chosen on held out training pictures."""
+    """Linear probe: logistic regression on frozen image features, its penalty chosen on held-out training pictures."""
 
     data: str = "data"
     """Root in which torchvision looks for a benchmark, or a folder with `train` and `test`, each of class folders;
@@ -43,8 +43,8 @@ class LinearProbeSettings(ClassesSettings):
     train: str | None = None
     """With imagefolder: the folder of class folders to train on; default: DATA/train."""
     hold_out: float = ranged(0.2, above=0, below=1)
-    """Fraction of each class of the training pictures that chooses the penalty; sets with an official validation split
-    use that."""
+    """Fraction of each class of the training pictures held out to choose the penalty; sets with an official validation
+    split use that."""
     split_test: float | None = ranged(None, above=0, below=1)
     """Where there are no training pictures: test on this fraction of each class, train on the others, drawn with seed
     0. No published protocol."""
@@ -72,7 +72,7 @@ class Samples:
 
 
 def load(settings: LinearProbeSettings, device: torch.device) -> list[Asked]:
-    """The splits of every set asked for, or why they are not here. ValueError where there is none at all."""
+    """The splits of every requested set, or why they are missing. ValueError where there is none at all."""
     hint = "" if settings.split_test else "; or test on a fraction of the test pictures with --split-test 0.5"
     return load_each(settings.dataset, lambda dataset: load_splits(dataset, settings), device, hint)
 
@@ -80,7 +80,7 @@ def load(settings: LinearProbeSettings, device: torch.device) -> list[Asked]:
 def run(settings: LinearProbeSettings, sets: list[Asked], encoder: Encoder) -> int:
     """Probe every set of `load`. One that is missing is reported as skipped, one that fails as failed.
 
-    All ranks encode; then the main rank fits and tests, while the others end.
+    All ranks encode; then the main rank fits and tests, while the others exit.
     """
     report = start_report("linear_probe", settings, encoder)
     encoded = list(on_each(sets, lambda splits: _encode(splits, encoder)))
@@ -98,9 +98,7 @@ def load_splits(dataset: str, settings: LinearProbeSettings) -> list[Classificat
         return [load_classification(dataset, folder)]
     if dataset != IMAGEFOLDER:
         if settings.train:
-            raise ValueError(
-                f"train: goes with imagefolder; {dataset} has a training split of its own, leave train out"
-            )
+            raise ValueError(f"train: only for imagefolder; {dataset} has its own training split, leave train out")
         sets = [load_classification(dataset, folder)]
         more = [split for split in (TRAIN, VAL) if split in BENCHMARKS[dataset].splits]
         sets += [load_classification(dataset, folder, split=split) for split in more]
@@ -115,7 +113,7 @@ def load_splits(dataset: str, settings: LinearProbeSettings) -> list[Classificat
     for other in sets[1:]:
         strange = set(other.class_names) ^ set(sets[0].class_names)
         if list(other.class_names) != list(sets[0].class_names):
-            which = f"{min(strange)!r} is in one only" if strange else "they come in another order"
+            which = f"{min(strange)!r} is in one only" if strange else "their order differs"
             raise ValueError(f"{dataset}: {other.path} and {sets[0].path} have different classes; {which}")
     return sets
 
@@ -130,10 +128,10 @@ def choose_and_fit(
     fraction: float = 0.2,
     l2: float | None = None,
 ) -> tuple[Classifier, dict]:
-    """The classifier of all training samples for the best penalty, and how that was found.
+    """The classifier trained on all training samples with the best penalty, and how that was found.
 
     headline: the metric that the penalty is chosen by; fraction: how much of each class is held out where there is no
-    validation split; l2: this penalty, and no search.
+    validation split; l2: use this penalty, without a search.
     """
     everything, tried = train if validation is None else train + validation, []
     if validation is None:
@@ -161,7 +159,7 @@ def choose_and_fit(
 
 
 def _encode(splits: list[ClassificationSet], encoder: Encoder) -> tuple:
-    """The splits of a set, their samples, and the seconds that these took; all ranks call it."""
+    """The splits of a set, their samples, and the seconds that encoding took; all ranks call it."""
     started = time.monotonic()
     samples = [Samples(encode_labelled(encoder, split), split.labels) for split in splits]
     return splits, samples, time.monotonic() - started

@@ -20,7 +20,7 @@ class ReportSettings:
     """Folder of the report. A number is added where it exists already."""
 
     def problems(self) -> list[str]:
-        """What no report can have."""
+        """Problems that no report may have."""
         return [] if self.runs else ["runs: none given; name run folders, or the folder that holds them"]
 
 

@@ -30,13 +30,13 @@ class RetrievalSettings(CaptionedSettings):
     data: str
     """JSON list, JSON lines, Karpathy's or COCO's JSON, or records (prefix, .rec, glob, comma list)."""
     split: str | None = None
-    """Take only entries of this split ("all": every one); needed where the file holds several."""
+    """Use only entries of this split ("all": every one); needed where the file holds several."""
     dataset: str | None = None
-    """Name in the report; flickr30k and coco bring the published rows. Default: from the file."""
+    """Name in the report; flickr30k and coco add the published rows. Default: from the file."""
     gallery: int = ranged(8, minimum=0)
     """Queries shown in retrieval.png with their five best pictures; 0: none."""
     legacy: bool = False
-    """Count a second time as the released code does, its defects named; the exact figures stay the result."""
+    """Also count as the released code does, with its defects named; the exact figures stay the result."""
 
 
 def load(settings: CaptionedSettings, device: torch.device) -> RetrievalSet:
@@ -75,7 +75,7 @@ def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> in
 
 
 def note_cut(data: RetrievalSet, count: int, tokenizer) -> str:
-    """How many captions are cut, in words; nothing where none is."""
+    """How many captions are cut, in words; "" where none is."""
     if not count:
         return ""
     which = f"{count} of {len(data.image_of_caption)} captions"

@@ -1,8 +1,8 @@
 """Nearest neighbours in exported features: text to image and image to text, exact or through faiss.
 
-Exact means: similarities are exact sums (see `metrics`), the best come first, and equal ones come in the order of the
-folder, whatever chunks, device or number of threads. faiss (any of its index types) computes in float32 and orders
-equal ones as it likes.
+Exact means: similarities are exact sums (see `metrics`), the best come first, and ties come in the order of the folder,
+whatever chunks, device or number of threads. faiss (any of its index types) computes in float32 and orders ties
+arbitrarily.
 
 Results are lines {"text_id", "image_ids", "scores"} in text_to_image.jsonl and {"image_id", "text_ids", "scores"} in
 image_to_text.jsonl, best first: what Chinese-CLIP's evaluation reads.
@@ -34,7 +34,7 @@ DIRECTIONS = {
     "text_to_image": {"queries": "texts", "items": "images"},
     "image_to_text": {"queries": "images", "items": "texts"},
 }
-Answer = tuple[object, list[tuple[int, float]]]  # a query's id, and place and similarity of what was found, best first
+Answer = tuple[object, list[tuple[int, float]]]  # a query's id, and index and similarity of what was found, best first
 EXACT = "exact"
 
 
@@ -55,13 +55,13 @@ class SearchSettings:
     index: str = EXACT
     """exact, or a faiss index_factory text: Flat, HNSW32, IVF1024,Flat .. (needs the extra `faiss`)."""
     checkpoint: str | None = None
-    """Model for `query` and `picture`. Default: the one that the features came from."""
+    """Model for `query` and `picture`. Default: the one that made the features."""
     model: str | None = None
-    """Model name or JSON, where the checkpoint does not say what it holds."""
+    """Model name or JSON, where the checkpoint does not describe its model."""
     prefix: str | None = None
-    """Put before every query; default: what `features` was told."""
+    """Prepended to every query; default: the prefix that `features` used."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; default: the best that is present."""
+    """cpu, cuda, cuda:1, mps; default: the best present."""
     output: str | None = None
     """Folder for text_to_image.jsonl and image_to_text.jsonl; default: `search` in that of the features. A number is
     added where it exists already."""
@@ -71,7 +71,7 @@ class SearchSettings:
 
 
 def run(settings: SearchSettings) -> int:
-    """Search as `settings` say: own queries are answered on the screen, else files are written."""
+    """Search as `settings` say: results of given queries are printed, otherwise files are written."""
     folder = Path(settings.features)
     about, device = read_about(folder), choose_device(settings.device)
     stored = {kind: found for kind in KINDS if (found := read_features(folder, kind))}
@@ -95,7 +95,7 @@ def run(settings: SearchSettings) -> int:
 
 
 def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -> tuple[Tensor, Tensor]:
-    """`nearest_items` through a faiss index that `factory` describes; float32. A place of -1: it found fewer."""
+    """`nearest_items` through a faiss index that `factory` describes; float32. An index of -1: it found fewer."""
     try:
         import faiss
     except ImportError:
@@ -133,7 +133,7 @@ def _take(settings: SearchSettings, stored: dict[str, Features], direction: str,
 def _own_queries(
     settings: SearchSettings, about: dict, stored: dict[str, Features], device: torch.device
 ) -> Iterator[tuple[str, Features]]:
-    """Texts and pictures of the user, encoded by the model that the features came from."""
+    """The user's texts and pictures, encoded by the model that made the features."""
     for direction, given in (("text_to_image", settings.query), ("image_to_text", settings.picture)):
         if given:
             _take(settings, stored, direction, "items")
@@ -158,7 +158,7 @@ def _own_queries(
 
 
 def _load_encoder(settings: SearchSettings, about: dict, device: torch.device) -> Encoder:
-    """The model that the features came from, or the one that the user says is the same."""
+    """The model that made the features, or the one that the user says is the same."""
     folder = Path(settings.features)
     checkpoint = settings.checkpoint or _find_again(about.get("checkpoint"), folder)
     if not checkpoint:
@@ -175,8 +175,8 @@ def _load_encoder(settings: SearchSettings, about: dict, device: torch.device) -
 
 
 def _find_again(place: str | None, features: Path) -> str | None:
-    """A file or folder that a folder of features names. Older ones name it from where `features` was started, which
-    was most often a folder above; what is found is checked by its digest."""
+    """A file or folder that a folder of features names. Older ones name it relative to where `features` was started,
+    usually a folder above; what is found is checked by its digest."""
     if place is None or Path(place).exists():
         return place
     above = (folder / place for folder in features.resolve().parents)

@@ -57,10 +57,10 @@ def _order_three(things: tuple[Thing, ...]) -> tuple[Thing, Thing, Thing]:
 
 
 def write_synthetic(scene: Scene, rng: Random) -> str:
-    """A terse caption: shapes and how they lie, in two scenes of five their colors, the background now and then.
+    """A terse caption: shapes and their arrangement, in two scenes of five their colors, sometimes the background.
 
-    Without colors it says the same of many scenes, as a captioner's terse sentences do; and it can be matched by
-    shape alone, which would otherwise hardly pay beside color, texture, place and background.
+    Without colors it fits many scenes, as a captioner's terse sentences do; and it can be matched by shape alone, which
+    would otherwise hardly help next to color, texture, place and background.
     """
     things = rng.sample(scene.things, len(scene.things))
     ground = f" {_ON[scene.background]}" if rng.random() < 0.4 else ""
@@ -99,7 +99,7 @@ def write_generated(scene: Scene, rng: Random) -> str:
 
 
 def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:
-    """Some of the thing's words; `wrong` puts another color or shape in."""
+    """Some of the thing's words; `wrong` substitutes another color or shape."""
     color, shape = thing.color, thing.shape
     if wrong and rng.random() < 0.5:
         color = rng.choice([c for c in COLORS if c != color])

@@ -27,17 +27,17 @@ from .captions import TEXT_NAMES, write_texts
 from .pictures import draw_picture, encode_picture
 from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw_class_scenes, draw_test_scenes, draw_train_scene
 
-SCHEMA = 2  # of the generator: raise it when the same settings draw or say something else
+SCHEMA = 2  # of the generator: raise it when the same settings give different images or texts
 STAMP = "demo.json"
 ATTRIBUTES = ("shape", "color")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the set depends on."""
+    """What determines the set."""
 
     seed: int = 0
-    """Another number, other scenes; what is held out for testing stays the same."""
+    """A different seed gives different scenes; what is held out for testing stays the same."""
     train: int = 6_000
     """Training scenes."""
     test: int = 256
@@ -59,7 +59,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where the sets lie in the folder `output`."""
+    """Where the sets are in the folder `output`."""
 
     output: Path
 
@@ -85,7 +85,7 @@ def list_templates(attribute: str) -> list[str]:
 
 
 def _build_train(staging: Path, settings: DemoSettings) -> None:
-    """Draw the training scenes and pack them with the same builder that users' data goes through."""
+    """Draw the training scenes and pack them with the same builder as users' data."""
     from ..data.build import build_records
 
     folder = staging / "train-images"
@@ -97,7 +97,7 @@ def _build_train(staging: Path, settings: DemoSettings) -> None:
             (folder / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "jpeg"))
             os.utime(folder / name, (0, 0))  # the records' .json depends on it
             file.write(json.dumps({"image": name, **write_texts(scene)}) + "\n")
-    # One process draws and packs: to start more, each with its own torch, takes longer than the work.
+    # One process draws and packs: starting more, each with its own torch, takes longer than the work.
     build_records(
         str(listing),
         str(staging / "train"),
@@ -145,7 +145,7 @@ def _is_finished(output: Path, settings: DemoSettings) -> bool:
         changes.append(f"schema {found.get('schema')!r} -> {SCHEMA!r}")
     if changes:
         raise ValueError(
-            f"output: {output} holds a demo set of other settings ({', '.join(changes)}); "
+            f"output: {output} holds a demo set with other settings ({', '.join(changes)}); "
             "name another folder or remove this one"
         )
     return True
@@ -154,8 +154,8 @@ def _is_finished(output: Path, settings: DemoSettings) -> bool:
 def make_demo(output: str | Path, **settings) -> DemoPaths:
     """Make the demo set in the folder `output`, new or empty, and return where its sets are.
 
-    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set of the same
-    settings is left as it is; one of other settings, or any other content, is a ValueError. The set is made beside
+    `settings` are the fields of DemoSettings; the same settings always give the same bytes. A finished set with the
+    same settings is kept; one with other settings, or any other content, is a ValueError. The set is made beside
     `output` and moved there when complete.
     """
     output, chosen = Path(output), DemoSettings(**settings)
@@ -171,7 +171,7 @@ def make_demo(output: str | Path, **settings) -> DemoPaths:
         stamp = {"schema": SCHEMA, "settings": asdict(chosen), "views": TEXT_NAMES}
         (staging / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
         if output.exists():
-            output.rmdir()  # empty, or _is_finished had complained
+            output.rmdir()  # empty, or _is_finished would have complained
         os.replace(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -187,7 +187,7 @@ def choose_varied(scenes: list[Scene], count: int) -> list[Scene]:
 
 
 def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64, columns: int = 2) -> Path:
-    """Save a picture of scenes with their three texts, as they are trained on: `size` pixels, enlarged."""
+    """Save a picture of scenes with their three texts, as seen in training: `size` pixels, enlarged."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, wide, gap, line = 192, 380, 24, 20

@@ -156,7 +156,7 @@ def _background(name: str, variant: int, width: int) -> Image.Image:
 
 def _place_background(rng: Random, name: str, width: int) -> Image.Image:
     image = _background(name, rng.randrange(_VARIANTS), width)
-    if name not in ("sky", "night"):  # a sky has an upper and a lower end
+    if name not in ("sky", "night"):  # a sky has a top and a bottom
         image = ImageChops.offset(image, rng.randrange(8) * width // 8, rng.randrange(0, 4) * width // 4)
     return ImageEnhance.Brightness(image).enhance(rng.uniform(0.92, 1.06))
 
@@ -168,7 +168,7 @@ def _paint_body(thing: Thing, paint: RGB, width: int, unit: float) -> Image.Imag
         return body
     draw = ImageDraw.Draw(body)
     mark = _mix(paint, (70, 20, 20), 0.8) if thing.color in _BRIGHT_PAINT else (250, 250, 250)
-    step = unit * (0.52 if thing.size == "large" else 0.66)  # coarser on a small thing, or 64 pixels do not show it
+    step = unit * (0.52 if thing.size == "large" else 0.66)  # coarser on a small thing, or it is lost at 64 pixels
     if thing.texture == "striped":
         for i in range(-1, 2 * int(width / step) + 2):
             x = i * step
@@ -185,7 +185,7 @@ def _paint_body(thing: Thing, paint: RGB, width: int, unit: float) -> Image.Imag
 
 
 def _draw_thing(canvas: Image.Image, thing: Thing, dark: bool, rng: Random) -> None:
-    """Shadow, textured body and rim of one thing, at its place give or take a few pixels."""
+    """Shadow, textured body and rim of one thing, at its place, give or take a few pixels."""
     side = canvas.width
     unit = RADIUS[thing.size] * side * rng.uniform(0.93, 1.05) * (CLOSE_UP if thing.place == MIDDLE else 1)
     middle = [0.5 if thing.place == MIDDLE else 0.28 + 0.44 * at for at in reversed(thing.place)]  # x, y

@@ -85,7 +85,7 @@ def _draw_thing(rng: Random, place: tuple[int, int]) -> Thing:
 
 
 def _draw_scene(rng: Random, key: str, count: int) -> Scene:
-    """A scene of `count` things of different kinds (shape, color), each in a quarter of its own."""
+    """A scene of `count` things of different kinds (shape, color), each in its own quarter."""
     places = [MIDDLE if rng.random() < 0.6 else rng.choice(CORNERS)] if count == 1 else rng.sample(CORNERS, count)
     while True:
         things = tuple(_draw_thing(rng, place) for place in places)
@@ -144,7 +144,7 @@ def draw_test_scenes(seed: int, count: int) -> list[Scene]:
 def draw_class_scenes(seed: int, attribute: str, per_class: int) -> Iterator[tuple[str, Scene]]:
     """(class, scene) of a classification set for "shape" or "color": one large thing in the middle each.
 
-    The other one of the two attributes is taken in turn, so that it is spread evenly over each class.
+    The other of the two attributes cycles through its values, so that it is spread evenly over each class.
     """
     classes, others = (SHAPES, COLORS) if attribute == "shape" else (COLORS, SHAPES)
     other = "color" if attribute == "shape" else "shape"

@@ -20,7 +20,7 @@ class LossSettings:
     """Which objective, and its settings."""
 
     objective: Literal[tuple(OBJECTIVES)] = "infonce"  # type: ignore[valid-type]
-    """What the towers are trained for."""
+    """What the towers are trained with."""
     gates: GateSettings = field(default=GateSettings())
     """--objective alip: weights of samples and pairs."""
 

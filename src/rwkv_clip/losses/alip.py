@@ -18,7 +18,7 @@ class GateSettings:
     """ALIP's gates: how much a sample, and each of its two pairs, counts. Defaults are those of the released code."""
 
     init: float = ranged(1.0, minimum=-1, maximum=1)
-    """Running means of the similarities before the first step. They are 1 at most, so the weights begin near 0 and the
+    """Running means of the similarities before the first step. They are 1 at most, so the weights start near 0 and the
     loss warms up by itself."""
     momentum: float = ranged(0.99, minimum=0, maximum=1)
     """Fraction of a running mean that a step keeps."""
@@ -32,20 +32,20 @@ class GateSettings:
 
 
 class ALIP(Objective):
-    """InfoNCE of two texts per image, raw and synthetic, where samples and pairs that seem to misfit count less.
+    """InfoNCE of two texts per image, raw and synthetic, where samples and pairs that seem mismatched count less.
 
     Yang et al. 2023 (arXiv 2308.08428), as in the released code. Three similarities of every sample, between its texts
-    and between the image and either, are held against their running means over all batches:
+    and between the image and either, are compared with their running means over all batches:
 
         sample weight   min(exp(sample_gamma * (S - H)), 1)    of the two texts (language consistency gate)
         pair weight     exp(pair_gamma * (S - H))              of image and text, where the texts agree less than on
                                                                average, else 1 (description consistency gate)
 
-    The running means are those of the global batch, the same on all ranks, brought up to date before use, and once a
-    step however many micro-batches it is computed in.
+    The running means are those of the global batch, the same on all ranks, updated before use, once per step however
+    many micro-batches it is computed in.
 
-    NOTE(parity): the released code does so with every accumulated micro-batch and in steps that overflow float16 (a
-    skipped step of ours leaves no trace), forgets the means when it stops, and cannot score own rows only. By default
+    NOTE(parity): the released code updates them with every accumulated micro-batch and in steps that overflow float16
+    (a skipped step of ours leaves no trace), loses the means when it stops, and cannot score own rows only. By default
     its towers get gradients divided by the number of ranks, its temperature does not; ours are those of one process.
     """
 
@@ -60,7 +60,7 @@ class ALIP(Objective):
     def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """image (B, D), text (B, 2, D), normalised; logit_scale: scalar, already exponentiated.
 
-        ValueError for other shapes. In evaluation mode the running means stay as they are."""
+        ValueError for other shapes. In evaluation mode the running means do not change."""
         of_images, of_texts = contrastive_losses(image, text, logit_scale)
         if of_images.shape[1:] != (self.texts,):
             raise ValueError(f"features: texts {tuple(text.shape)}; ALIP needs (B, 2, D): raw, synthetic")
@@ -81,7 +81,7 @@ class ALIP(Objective):
         return torch.stack([(raw * caption).sum(1), (image * raw).sum(1), (image * caption).sum(1)], 1)
 
     def weigh(self, similarities: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3) -> weights of samples (B,) and of their pairs (B, 2), by the running means as they are."""
+        """(B, 3) -> weights of samples (B,) and of their pairs (B, 2), by the current running means."""
         ratios = (similarities - self.mean_similarity).exp()
         agreement, of_pairs = ratios[:, :1] ** self.gates.sample_gamma, ratios[:, 1:] ** self.gates.pair_gamma
         return agreement.clamp(max=1).squeeze(1), torch.where(agreement < 1, of_pairs, 1.0)

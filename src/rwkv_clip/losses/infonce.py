@@ -11,9 +11,9 @@ from .pairs import contrastive_losses
 class InfoNCE(Objective):
     """Symmetric cross-entropy over the global batch.
 
-    Each rank scores its own images against everybody's texts, once: B x N scores instead of N x N, four matrix products
-    instead of the six of two cross-entropies, and image features never travel. Averaged over ranks, as DDP does with
-    gradients, this is the loss of one process with the whole batch. Every rank must hold the same B.
+    Each rank scores its own images against all ranks' texts, once: B x N scores instead of N x N, four matrix products
+    instead of the six of two cross-entropies, and image features are never exchanged. Averaged over ranks, as DDP does
+    with gradients, this is the loss of one process with the whole batch. Every rank must hold the same B.
     """
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

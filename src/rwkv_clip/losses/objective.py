@@ -1,4 +1,4 @@
-"""What an objective is: a module that makes losses of a model's named features."""
+"""The interface of an objective: a module that computes losses from a model's named features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class Objective(nn.Module):
     """Called with this rank's features by name, it gathers those of other ranks as it needs them.
 
-    What it declares decides what the towers are given and return. Parameters that it holds are optimized, sharded,
-    checkpointed and resumed like the towers'; buffers are checkpointed, and a step that is skipped leaves them as they
-    were. It is called once a step, whatever number of micro-batches the towers need for it.
+    What it declares determines what the towers are given and return. Its parameters are optimized, sharded,
+    checkpointed and resumed like the towers'; its buffers are checkpointed, and a skipped step leaves them unchanged.
+    It is called once per step, however many micro-batches the towers need.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("image", "text", "logit_scale")

@@ -1,7 +1,7 @@
-"""Losses of pairs: every image told from all texts of the global batch, every text from all images.
+"""Contrastive losses of pairs: every image against all texts of the global batch, every text against all images.
 
-The scores of a batch are never held: `pair_losses` is an operator that walks over them in chunks of rows, forward
-and backward, so that memory grows with the batch and not with its square.
+The scores of a batch are never stored as a whole: `pair_losses` is an operator that computes them in chunks of rows,
+forward and backward, so that memory grows with the batch and not with its square.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from ..dist import gather, max_over_ranks, rank_and_size, sum_over_ranks
 
-# Rows of scores at a time. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
+# Rows of scores per chunk. CPU: at 8,192 columns a chunk is 16 MiB and stays in the last-level cache while the
 # exponentials read it. Elsewhere: a product with the texts yields only rows x D numbers, too few for a large GPU if the
 # rows are few.
 CPU_ROWS, ROWS = 512, 2048
-CHUNK = 2**26  # scores at a time for any number of columns; the two buffers hold 256 MiB each in float32
+CHUNK = 2**26  # scores per chunk, for any number of columns; the two buffers hold 256 MiB each in float32
 
 
 def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each own image among all ranks' texts, and of each own text among all ranks' images.
 
-    image: (B, D); text: (B, D), or (B, V, D) where an image has V texts, each compared with its like; row i of one
-    belongs to row i of the other; scale: scalar. -> (B,) and (B,), or (B, V) and (B, V), computed in float32, or
-    float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a gradient is
-    that of the sum over ranks of what each makes of its losses.
+    image: (B, D); text: (B, D), or (B, V, D) where an image has V texts, the v-th compared with other images' v-th; row
+    i of one belongs to row i of the other; scale: scalar. -> (B,) and (B,), or (B, V) and (B, V), computed in float32,
+    or float64 where the images are float64, whatever autocast says. Differentiable once; as with `gather`, a gradient
+    is that of the sum over ranks of what each computes from its losses.
     """
     for name, value in (("images", image), ("texts", text), ("scale", scale)):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != image.device:
@@ -51,7 +51,7 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tens
 
 
 def comparison_dtype(features: Tensor) -> torch.dtype:
-    """What features are compared in."""
+    """The dtype in which features are compared."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
@@ -60,8 +60,9 @@ def pair_losses(image: Tensor, texts: Tensor, scale: Tensor, first: int) -> tupl
     """`contrastive_losses` with the texts of all ranks: image (B, D), texts (N, D), the text of image i is first + i.
 
     One dtype, float32 or float64. -> losses of the images (B,) and of their texts (B,); for the backward pass, (2, B)
-    and (2, N): the largest score of every row and column, and the sum of the exponentials of what the others are below
-    it. The two are kept apart, because their log-sum-exp would be rounded at the size of the scores. Safe at any scale.
+    and (2, N): the largest score of every row and column, and the sum of the exponentials of the scores less that. The
+    two are kept separate, because their log-sum-exp would be rounded at the magnitude of the scores. Stable at any
+    scale.
     """
     fits = image.dim() == texts.dim() == 2 and image.shape[1] == texts.shape[1] and image.dtype == texts.dtype
     if not fits or scale.numel() != 1 or not image.is_floating_point() or not len(image):
@@ -70,7 +71,7 @@ def pair_losses(image: Tensor, texts: Tensor, scale: Tensor, first: int) -> tupl
             f"{tuple(scale.shape)}; should be (B, D) and (N, D) of one dtype and one number, B at least 1"
         )
     if not 0 <= first <= len(texts) - len(image):
-        raise ValueError(f"pair_losses: first {first} with {len(image)} images leaves the {len(texts)} texts")
+        raise ValueError(f"pair_losses: first {first} with {len(image)} images exceeds the {len(texts)} texts")
     rows, matched = image.new_empty(2, len(image)), image.new_empty(len(image))
     columns = torch.stack((image.new_full((len(texts),), float("-inf")), image.new_zeros(len(texts))))
     for chunk, _, scores, work in _score_chunks(image, texts, scale):
@@ -94,9 +95,10 @@ def pair_losses_backward(
     columns: Tensor,
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, of texts (this rank's part of them; `gather` sums the parts) and of scale.
+    """Gradients of image, of texts (this rank's contribution; `gather` sums them) and of scale.
 
-    d/d score = g_images * softmax over the row + g_texts * softmax over the column; less both weights on the pairs.
+    d/d score = g_images * softmax over the row + g_texts * softmax over the column, minus both weights on the matching
+    pairs.
     """
     own = torch.zeros_like(columns[1])
     own[first : first + len(image)] = g_texts
@@ -113,7 +115,7 @@ def pair_losses_backward(
 
 
 def _score_chunks(image: Tensor, texts: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield (rows as a slice, their scaled images, their scores, room of the same size); the buffers are used again."""
+    """Yield (rows as a slice, their scaled images, their scores, a work buffer of that size); buffers are reused."""
     wanted = CPU_ROWS if image.device.type == "cpu" else ROWS
     height = max(1, min(wanted, CHUNK // len(texts), len(image)))
     buffers = image.new_empty(2, height, len(texts))
@@ -126,18 +128,18 @@ def _score_chunks(image: Tensor, texts: Tensor, scale: Tensor) -> Iterator[tuple
 
 
 def _sum_exp(scores: Tensor, dim: int, work: Tensor) -> Tensor:
-    """(2, ..): maxima over `dim`, sums of the exponentials below them."""
+    """(2, ..): maxima over `dim`, sums of the exponentials of the scores less those."""
     top = scores.amax(dim, keepdim=True)
     return torch.stack((top.squeeze(dim), torch.sub(scores, top, out=work).exp_().sum(dim)))
 
 
 def _add_sums(a: Tensor, b: Tensor, top: Tensor) -> Tensor:
-    """The (2, ..) of `_sum_exp` for two parts together; top: the larger of their maxima."""
+    """Combine two (2, ..) of `_sum_exp`; top: the larger of their maxima."""
     return torch.stack((top, a[1] * (a[0] - top).exp() + b[1] * (b[0] - top).exp()))
 
 
 def _add_sums_of_ranks(part: Tensor) -> Tensor:
-    """The same for the parts of all ranks."""
+    """The same over all ranks."""
     top = max_over_ranks(part[0])
     return torch.stack((top, sum_over_ranks(part[1] * (part[0] - top).exp())))
 

@@ -1,4 +1,4 @@
-"""What a run keeps as it is: parameters by pattern, towers up to a depth, statistics of batch norms."""
+"""What stays frozen in a run: parameters by pattern, towers up to a depth, statistics of batch norms."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class FreezeSettings:
     freeze: tuple[str, ...] = ()
     """Names of parameters, or patterns of them with * ? [..], such as 'text_model.emb.*'."""
     lock_image: bool = False
-    """Freeze the image tower (LiT: arXiv 2111.07991), but for its last --lock-image-unlocked-groups."""
+    """Freeze the image tower (LiT: arXiv 2111.07991), except its last --lock-image-unlocked-groups."""
     lock_image_unlocked_groups: int = ranged(0, minimum=0)
     """Groups of the image tower that train, counted from its end: projection, last block with the last norm, the other
-    blocks, embedding. Without a projection the last block is the first to count."""
+    blocks, embedding. Without a projection, counting starts at the last block."""
     lock_image_freeze_bn_stats: bool = False
-    """Keep the running statistics of batch norms in what --lock-image freezes."""
+    """Freeze the running statistics of batch norms in what --lock-image freezes."""
     lock_text: bool = False
-    """Freeze the text tower, but for its last --lock-text-unlocked-layers."""
+    """Freeze the text tower, except its last --lock-text-unlocked-layers."""
     lock_text_unlocked_layers: int = ranged(0, minimum=0)
-    """Groups of the text tower that train, counted from its end as those of the image tower."""
+    """Groups of the text tower that train, counted from its end like those of the image tower."""
     lock_text_freeze_layer_norm: bool = False
-    """Freeze the LayerNorms of what --lock-text freezes, too; else they train."""
+    """Also freeze the LayerNorms of what --lock-text freezes; otherwise they train."""
 
     def problems(self) -> list[str]:
-        """Flags that would do nothing."""
+        """Flags that would have no effect."""
         found = []
         for name in ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"):
             if getattr(self, name) and not self.lock_image:
@@ -100,9 +100,9 @@ def _find_text_norms(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _keep_statistics(model: nn.Module) -> None:
-    """Batch norms of the image tower without a parameter that trains compute as in evaluation, whatever `train()` says.
+    """Make batch norms of the image tower with no trained parameter compute as in evaluation, whatever `train()` says.
 
-    open_clip puts modules of another class in their place, whose checkpoints lack num_batches_tracked."""
+    open_clip replaces them by modules of another class, whose checkpoints lack num_batches_tracked."""
     for name, module in model.named_modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and name.startswith(IMAGE_TOWERS)
         if norm and not any(parameter.requires_grad for parameter in module.parameters()):

@@ -1,7 +1,8 @@
 """open_clip's models and towers: descriptions, features by name, tags of weights, errors while they are fetched.
 
-A whole model is one family, described by name or in open_clip's form; a tower of open_clip's may also stand beside one
-of another family. `_embeds`, `_global_pool` and the builders of towers are private to open_clip, the same since 3.1.
+A whole model is one family, described by name or in open_clip's form; a tower of open_clip's may also be paired with
+one of another family. `_embeds`, `_global_pool` and the builders of towers are private to open_clip, the same since
+3.1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def encode_image(tower: nn.Module, image: Tensor) -> Encoded:
-    """What `tower(image)` computes, with its steps. ValueError for a tower that does not have or show them."""
+    """`tower(image)` with its intermediate features. ValueError for a tower that does not have or expose them."""
     if not isinstance(tower, VisionTransformer) or (
         tower.attn_pool is not None or tower.final_ln_after_pool or tower.pool_type == "none"
     ):
@@ -60,7 +61,7 @@ def encode_text(tower: nn.Module, text: Tensor) -> Encoded:
 def _cannot(side: str, tower: nn.Module, remedy: str) -> str:
     return (
         f"needs: open_clip's {type(tower).__name__} does not give {side}_pooled or {side}_tokens; "
-        f"ask for {side} alone, or take {remedy}"
+        f"ask for {side} alone, or use {remedy}"
     )
 
 
@@ -71,7 +72,7 @@ def _project(pooled: Tensor, projection: nn.Module | nn.Parameter | None) -> Ten
 
 
 class NamedFeatures(ContrastiveModel):
-    """Put before a model class of open_clip's: the same model, which also answers `needs`."""
+    """Mixin for a model class of open_clip's: the same model, which also takes `needs`."""
 
     visual: nn.Module
     text: nn.Module
@@ -90,7 +91,7 @@ class NamedFeatures(ContrastiveModel):
         return super().forward(image, text, *arguments, **named)
 
     def encode_parts(self, side: str, inputs: Tensor) -> Encoded:
-        """Features of one side, not normalised, and what they were made of."""
+        """Features of one side, not normalised, and what they were made from."""
         return encode_image(self.visual, inputs) if side == "image" else self._encode_text_parts(inputs)
 
     def _encode_text_parts(self, text: Tensor) -> Encoded:
@@ -156,7 +157,9 @@ class OpenClipConfig:
                 if not isinstance(source.get(key), dict)
             ]
         elif source not in (names := open_clip.list_models()):
-            problems.append(f"open_clip: {source!r} is no model of open_clip's and no table; {suggest(source, names)}")
+            problems.append(
+                f"open_clip: {source!r} is neither a model of open_clip's nor a table; {suggest(source, names)}"
+            )
         try:
             mean, std = (tuple(map(float, values)) for values in pixels)
         except (TypeError, ValueError):
@@ -321,7 +324,7 @@ def fetching(field: str, what: str) -> Iterator[None]:
     """While open_clip may fetch `what` from the network: a ConfigError that names it if that fails.
 
     Its libraries raise many kinds of errors, one caused by the other: a failed download has a system's or a network's
-    error somewhere in that chain. An error of this machine (a full disk, no memory) is raised as it is.
+    error somewhere in that chain. An error of this machine (a full disk, no memory) is raised unchanged.
     """
     try:
         yield
@@ -338,23 +341,23 @@ def fetching(field: str, what: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             [
-                f"{field}: {what!r} has to be downloaded once, which failed ({reason[:200]}); run it where there is a "
+                f"{field}: {what!r} must be downloaded once, which failed ({reason[:200]}); run it where there is a "
                 "network, copy its cache (~/.cache/huggingface) here, or give the weights as a file"
             ]
         ) from error
 
 
 def _is_of_this_machine(error: BaseException) -> bool:
-    """Whether a disk is full or closed, or memory ran out."""
+    """Whether a disk is full or not writable, or memory ran out."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     closed = isinstance(error, PermissionError) and error.filename is not None
     return full or closed or is_out_of_memory(error)
 
 
 def name_for_tag(name: str, tag: str) -> str:
-    """open_clip's name of the function that a tag's weights were trained as; open_clip would warn and compute another.
+    """open_clip's name of the model that a tag's weights were trained as; open_clip would warn and compute another.
 
-    ConfigError for a tag that it does not know, or where it has no such model."""
+    ConfigError for an unknown tag, or where open_clip has no such model."""
     plain = name.removesuffix(QUICK)
     weights = open_clip.get_pretrained_cfg(plain, tag)
     if not weights:
@@ -371,5 +374,5 @@ def name_for_tag(name: str, tag: str) -> str:
             ]
         )
     if fits != name:
-        log.warning("the weights %r were trained as %s: taking this model instead of %s", tag, fits, name)
+        log.warning("the weights %r were trained as %s: using this model instead of %s", tag, fits, name)
     return fits

@@ -21,12 +21,12 @@ def name_features(
 
     `image` and `text`: (B, D), normalised, always; `image_pooled`, `text_pooled`: (B, W), before the projection, not
     normalised; `image_tokens`, `text_tokens`: (B, L, W), after the last norm, before pooling; `logit_scale`:
-    exponentiated; `logit_bias` where the model has one. A tower runs once. ValueError for a name that is not one of
+    exponentiated; `logit_bias` where the model has one. Each tower runs once. ValueError for a name that is not one of
     these, or that a tower cannot give.
     """
     needs = set(needs)
     if unknown := sorted(needs.difference(NAMES)):
-        raise ValueError(f"needs: {', '.join(map(repr, unknown))} not known; valid names: {', '.join(NAMES)}")
+        raise ValueError(f"needs: unknown {', '.join(map(repr, unknown))}; valid names: {', '.join(NAMES)}")
     found = {}
     for side, inputs in zip(SIDES, (image, text)):
         extras = [extra for extra in EXTRAS if f"{side}_{extra}" in needs]

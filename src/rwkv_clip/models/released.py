@@ -11,7 +11,7 @@ from .two_tower import ModelConfig
 
 # Keys of the released JSON that belong to the run or never change the function.
 _WITHOUT_EFFECT = frozenset({"workers", "precision", "data_type", "text_num_head", "with_cp", "tiny_att_layer"})
-# Options of the released text tower that no released model uses: value that switches each off.
+# Options of the released text tower that no released model uses: the value that disables each.
 _UNUSED = {"dropout": 0, "pos_emb": 0, "head_qk": 0, "tiny_att_dim": 0}
 _REQUIRED = ("image_embed_dims", "n_embd", "image_depth", "n_layer")
 _OPTIONAL = {
@@ -82,7 +82,7 @@ def _boolean(data: dict[str, Any], key: str, default: bool = False) -> bool:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what DDP and torch.compile put before (or inside) parameter names."""
+    """Remove the prefixes that DDP and torch.compile put before (or inside) parameter names."""
     stripped = {}
     for key, value in state.items():
         name = key

@@ -21,7 +21,7 @@ from .specification import CLIP_PIXELS, Encoded
 
 
 class _TowerConfig:
-    """What the descriptions of both towers have in common. (What is not annotated is no setting.)"""
+    """What the descriptions of both towers have in common. (Attributes without annotation are not settings.)"""
 
     side: ClassVar[str]
     width: int
@@ -117,7 +117,8 @@ class Tower(nn.Module):
         self.proj: nn.Parameter | None = None
 
     def _add_projection(self) -> None:
-        """CLIP's, drawn last: a matrix (width, embed_dim) without a bias. None: the features are the pooled tokens."""
+        """CLIP's projection, initialised last: a matrix (width, embed_dim) without a bias; none without an
+        `embed_dim`."""
         if self.embed_dim is not None:
             self.proj = nn.Parameter(self.width**-0.5 * torch.randn(self.width, self.embed_dim))
 
@@ -134,7 +135,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def encode(self, inputs: Tensor) -> Encoded:
-        """Features (B, embed_dim or width), not normalised, and what they are made of."""
+        """Features (B, embed_dim or width), not normalised, and what they are made from."""
         tokens = self.forward_tokens(inputs)
         pooled = self.pool(tokens)
         return Encoded(pooled if self.proj is None else pooled @ self.proj, pooled, tokens)
@@ -156,7 +157,7 @@ class Tower(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches; a picture that the patch does not divide is zero-padded at the right and bottom."""
+    """Non-overlapping patches; an image that the patch does not divide is zero-padded at the right and bottom."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -176,7 +177,7 @@ class PatchEmbed(nn.Module):
 
 
 class ImageTower(Tower):
-    """Pictures (B, 3, h, w), any h and w -> features: the class token, or the mean of all tokens."""
+    """Images (B, 3, h, w), any h and w -> features: the class token, or the mean of all tokens."""
 
     def __init__(self, config: ImageTowerConfig, embed_dim: int | None = None):
         super().__init__(config.width, embed_dim)

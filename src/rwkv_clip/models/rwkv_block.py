@@ -1,6 +1,6 @@
 """The RWKV-6 block: data-dependent time mix (bidirectional WKV) and channel mix, and their initial values.
 
-What the blocks of the towers do differently is written down as data in `BlockStyle`.
+The differences between the blocks of the towers are data, in `BlockStyle`.
 
 Mixed precision: the residual stream has the dtype of the embeddings, float32 with float32 weights (autocast or not),
 bfloat16 with bfloat16 weights. LayerNorm reads it; from there every product, mixture and gate of a block has autocast's
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..ops import mix_tokens, norm_gate, relu_square, sigmoid_gate, wkv6
 
-MIX_RANK, DECAY_RANK = 32, 64  # inner widths of the low-rank maps behind token mixing and decay
+MIX_RANK, DECAY_RANK = 32, 64  # ranks of the low-rank maps for token mixing and decay
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BlockStyle:
 
 
 class BlockSizes(Protocol):
-    """What a block reads of its tower's settings."""
+    """What a block reads from its tower's settings."""
 
     @property
     def width(self) -> int: ...
@@ -56,7 +56,7 @@ def _coefficients(width: int, value: float = 0.0) -> nn.Parameter:
 
 
 class TimeMix(nn.Module):
-    """Attention's place: data-dependent token mixing, bidirectional WKV6 per head, group norm and gate."""
+    """In place of attention: data-dependent token mixing, bidirectional WKV6 per head, group norm and gate."""
 
     time_maa_x: nn.Parameter
     time_maa_v: nn.Parameter
@@ -101,7 +101,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """The MLP's place: squared ReLU, gated by a sigmoid."""
+    """In place of the MLP: squared ReLU, gated by a sigmoid."""
 
     def __init__(self, width: int, ffn_width: int, heads: int, style: BlockStyle):
         super().__init__()
@@ -155,7 +155,7 @@ class DropPath(nn.Module):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What goes into a block's matrix products: autocast's dtype, else the residual stream's own."""
+    """The dtype of a block's matrix products: autocast's, else that of the residual stream."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -191,7 +191,7 @@ class Block(nn.Module):
 def _keep_narrow(width: int, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """What activation checkpointing keeps of a block: WKV6 and the matrix products whose result is as wide as a token
     (its inputs r, k, v, decay; the gates; the branches' ends). They hold two thirds of a block's arithmetic in a
-    quarter of its activations; the rest - mixing, norms, the wide half of the channel mix - is computed again."""
+    quarter of its activations; the rest - mixing, norms, the wide half of the channel mix - is recomputed."""
     narrow = op is torch.ops.aten.mm.default and args[1].shape[1] == width
     keep = narrow or op is torch.ops.rwkv_clip.wkv6.default
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -200,7 +200,7 @@ def _keep_narrow(width: int, context: Any, op: Any, *args: Any, **kwargs: Any) -
 def run_blocks(
     blocks: nn.ModuleList, x: Tensor, grid: tuple[int, ...], recompute: bool, drop_numbers: Tensor | None = None
 ) -> Tensor:
-    # Numbers are arguments, not state: recomputation, perhaps after the next batch's forward, gets the same again.
+    # Numbers are arguments, not state: recomputation, perhaps after the next batch's forward, gets the same ones.
     numbers = [None] * len(blocks) if drop_numbers is None else drop_numbers.unflatten(0, (len(blocks), 2)).unbind()
     if not recompute:
         for block, own in zip(blocks, numbers):

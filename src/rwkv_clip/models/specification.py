@@ -27,7 +27,7 @@ MOST_NAMES = 40  # that an error lists
 
 
 class Encoded(NamedTuple):
-    """What a tower makes of its input."""
+    """What a tower computes from its input."""
 
     features: Tensor  # (B, D), projected, not normalised
     pooled: Tensor  # (B, W), before the projection
@@ -71,17 +71,16 @@ class TowerSpec(Protocol):
 
     @classmethod
     def parse(cls, table: dict[str, Any]) -> TowerSpec:
-        """From its table, less `kind`. ConfigError lists every problem."""
+        """From its table without `kind`. ConfigError lists every problem."""
 
     def to_json(self) -> dict[str, Any]:
-        """The table that `parse_tower` takes back."""
+        """The table, as `parse_tower` reads it."""
 
     def build(self, embed_dim: int | None) -> TowerModule:
         """A tower with features (B, embed_dim), initial values from torch's global generator."""
 
     def encode(self, tower: Any, inputs: Tensor) -> Encoded:
-        """The features that `tower(inputs)` gives, to the bit, and what they were made of; `tower` is what `build`
-        made. ValueError if it cannot."""
+        """The features of `tower(inputs)`, bit for bit, and what they were made from. ValueError if it cannot."""
 
 
 class ImageSpec(TowerSpec, Protocol):
@@ -101,7 +100,7 @@ class ImageSpec(TowerSpec, Protocol):
     def build(self, embed_dim: int | None) -> ImageTowerModule: ...
 
     def with_drop_path(self, rate: float) -> ImageSpec:
-        """The same with this rate of stochastic depth. ConfigError for a tower without."""
+        """The same with this rate of stochastic depth. ConfigError for a tower without it."""
 
 
 class TextSpec(TowerSpec, Protocol):
@@ -137,7 +136,7 @@ class ModelSpec(Protocol):
     def vocabulary(self) -> int | None: ...
 
     def to_json(self) -> dict[str, Any]:
-        """JSON data that `create_model` takes back; the same for a model in every version."""
+        """JSON data that `create_model` accepts; the same for a model in every version."""
 
     def build(self, tag: str | None = None) -> ContrastiveModel:
         """A model in float32: initial values from torch's global generator, or the weights of a tag."""
@@ -146,7 +145,7 @@ class ModelSpec(Protocol):
         """Texts -> int64 (n, context)."""
 
     def with_drop_path(self, rate: float) -> ModelSpec:
-        """The same with this rate of stochastic depth in its image tower. ConfigError for a tower without."""
+        """The same with this rate of stochastic depth in its image tower. ConfigError for a tower without it."""
 
     def find_tag(self, pretrained: str) -> tuple[ModelSpec, str | None]:
         """(the model that these weights were trained as, the tag that `build` takes), or (self, None) for a file."""
@@ -163,7 +162,7 @@ def parse_tower(side: str, table: Any) -> Any:
         raise ConfigError([f"{side}: expected a table of settings, got {table!r}"])
     kind = table.get("kind", DEFAULT_KIND)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError([f"{side}.kind: {kind!r} is no family of towers; {suggest(kind, FAMILIES)}"])
+        raise ConfigError([f"{side}.kind: {kind!r} is not a family of towers; {suggest(kind, FAMILIES)}"])
     towers = load_family(kind).TOWERS
     if side not in towers:
         raise ConfigError([f"{side}.kind: {kind!r} has no {side} tower, only {', '.join(towers)}"])
@@ -171,7 +170,7 @@ def parse_tower(side: str, table: Any) -> Any:
 
 
 def suggest(name: Any, names: Iterable[str]) -> str:
-    """What to write instead of a wrong name."""
+    """A hint at what to write instead of an unknown name."""
     names = list(names)
     near = difflib.get_close_matches(str(name), names, n=1)
     listed = ", ".join(names[:MOST_NAMES]) + (" .." if len(names) > MOST_NAMES else "")

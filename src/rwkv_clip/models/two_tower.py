@@ -1,4 +1,4 @@
-"""A model of an image tower and a text tower that are chosen apart, and a temperature."""
+"""A model of an image tower and a text tower, chosen independently, and a temperature."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Description:
 
 @dataclass(frozen=True, repr=False)
 class ModelConfig:
-    """Two towers, of any widths where both are projected to `embed_dim`, else of one."""
+    """Two towers, of any widths where both are projected to `embed_dim`, else of equal width."""
 
     name: ClassVar[str] = "RWKV-CLIP"
 
@@ -82,7 +82,7 @@ class ModelConfig:
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """JSON data; `embed_dim` only where it is set, as before there was one."""
+        """JSON data; `embed_dim` only where it is set, as before it existed."""
         towers = {"image": self.image.to_json(), "text": self.text.to_json()}
         projection = {} if self.embed_dim is None else {"embed_dim": self.embed_dim}
         return {**towers, "tokenizer": self.tokenizer_name, **projection}
@@ -114,7 +114,7 @@ class ModelConfig:
 
 
 class RWKVCLIP(ContrastiveModel):
-    """Two towers whose features are compared by cosine times exp(logit_scale). The surface is open_clip's."""
+    """Two towers whose features are compared by cosine times exp(logit_scale). The interface is open_clip's."""
 
     spec: ModelConfig
 
@@ -136,7 +136,7 @@ class RWKVCLIP(ContrastiveModel):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_parts(self, side: str, inputs: Tensor) -> Encoded:
-        """Features of one side, not normalised, and what they were made of."""
+        """Features of one side, not normalised, and what they were made from."""
         return getattr(self.spec, side).encode(getattr(self, f"{side}_model"), inputs)
 
     def forward(
@@ -154,7 +154,7 @@ class RWKVCLIP(ContrastiveModel):
         self.text_model.set_grad_checkpointing(enable)
 
     def lock_image_tower(self, unlocked_groups: int = 0) -> None:
-        """Freeze the image tower but for its last groups: embedding, blocks, last block with norm, projection."""
+        """Freeze the image tower except its last groups: embedding, blocks, last block with norm, projection."""
         self.image_model.lock(unlocked_groups)
 
     def lock_text_tower(self, unlocked_layers: int = 0) -> None:
@@ -168,7 +168,8 @@ class RWKVCLIP(ContrastiveModel):
 
     def set_drop_numbers(self, numbers: Tensor | None) -> None:
         """Decide what the coming forward passes drop: uniform numbers in [0, 1), (drop_branches, B) on the CPU, or None
-        to draw anew each time. With numbers that belong to samples, a sample's drops are the same in every batch."""
+        to draw new ones each time. With numbers that belong to samples, a sample's drops are the same in every
+        batch."""
         self.image_model.drop_numbers = numbers
 
     @property

@@ -32,8 +32,7 @@ def make_loader(
     settings.loader: "torch" (worker processes), "dali", or "auto": DALI where it is installed and `device` is a GPU.
     settings.workers: processes (torch) or threads (DALI). With DALI on a GPU the images arrive there, else on the CPU.
     Iterating raises DataError when more than settings.max_bad records and more than the fraction
-    settings.max_bad_fraction are bad, WorkerLost when a process dies. ConfigError or ValueError for settings that do
-    not fit.
+    settings.max_bad_fraction are bad, WorkerLost when a process dies. ConfigError or ValueError for invalid settings.
     """
     problems = check(settings)
     if settings.loader not in LOADERS:
@@ -43,7 +42,7 @@ def make_loader(
     device = torch.device(device)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"image_size: {image_size} is no size; use a positive number or (height, width)")
+        raise ValueError(f"image_size: {image_size} is not a size; use a positive number or (height, width)")
     tally = Tally(plan.world, settings.max_bad, settings.max_bad_fraction)
     reader = SampleReader(records, seed, size, settings, views)
     if settings.loader == "torch" or (settings.loader == "auto" and not (device.type == "cuda" and _has_dali())):

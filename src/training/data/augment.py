@@ -1,8 +1,8 @@
 """Augmentation as a function: crop, flip and text choice of a sample depend on (seed, epoch, sample) only.
 
-Nothing here draws from a generator with a state. A number is a hash of (seed, epoch, sample, draw), so it is the same
-for any number of workers or ranks, in any batch, after any resume, and for every decoder. An image may be seen in
-several views: view 0 is what a run with one view sees, each further view has draws of its own.
+Nothing here draws from a stateful generator. A number is a hash of (seed, epoch, sample, draw), so it is the same for
+any number of workers or ranks, in any batch, after any resume, and for every decoder. An image may be seen in several
+views: view 0 is what a run with one view sees, each further view has draws of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training data stream: batches of decoded images and token ids, the same for every loader and world size.
 
 A batch is a pure function of (records, seed, position). Global step s covers the positions from start + s * G to
-start + (s + 1) * G of the endless `Order`, rank r the r-th part of them; an epoch may end inside a batch. Loaders
-(`torch_loader.py`, `dali_loader.py`) decide how fast the batches come, never what is in them.
+start + (s + 1) * G of the endless `Order`, rank r the r-th slice of them; an epoch may end inside a batch. Loaders
+(`torch_loader.py`, `dali_loader.py`) decide how fast the batches arrive, never what is in them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 AHEAD = 2  # batches made ahead of the training step
 NAMED = 10  # bad records that are named
-PATIENCE = 5.0  # seconds that the thread of a closed loader is waited for; one that hangs in the kernel may never end
+PATIENCE = 5.0  # seconds to wait for the thread of a closed loader; one that hangs in the kernel may never end
 
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, list[Fault]]  # what a batch holds of some samples besides pixels
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, list[Fault]]  # what a batch holds for some samples besides pixels
 
 
 @dataclass
 class Batch:
-    """One rank's part of a global step. `position` is the global position of the step's first sample."""
+    """One rank's slice of a global step. `position` is the global position of the step's first sample."""
 
     image: Tensor  # uint8 (B, 3, h, w), or (B, V, 3, h, w) with V > 1 views of each image
     text: Tensor  # int64 (B, N, T)
@@ -85,7 +85,7 @@ class Plan:
 class Tally:
     """Counts replaced records as their batches are delivered, and stops the run when they are too many.
 
-    Each rank judges its own part of the data: more than max_bad / world of its samples and more than max_bad_fraction
+    Each rank judges its own slice of the data: more than max_bad / world of its samples and more than max_bad_fraction
     of those it has seen since the start.
     """
 
@@ -132,8 +132,8 @@ def _close(reference: weakref.ref) -> None:
 
 
 class Loader:
-    """A plan, a tally of bad records, and `run`, which makes (batch, faults) step by step, in a thread of its own and
-    up to AHEAD batches ahead."""
+    """A plan, a tally of bad records, and `run`, which makes (batch, faults) step by step, in its own thread and up to
+    AHEAD batches ahead."""
 
     def __init__(self, reader: SampleReader, plan: Plan, tally: Tally, device: torch.device):
         self.reader, self.plan, self.tally, self.device = reader, plan, tally, device
@@ -160,7 +160,7 @@ class Loader:
         self.tally.clear()
         self.start()
         device = self.device
-        if device.type == "cuda" and device.index is None:  # the one of this thread; a new thread has the first
+        if device.type == "cuda" and device.index is None:  # this thread's current one; a new thread has the first
             device = torch.device("cuda", torch.cuda.current_device())
         self._current = Feed()
         thread = threading.Thread(target=_fill, args=(self._current, self.run, device), name="loader", daemon=True)
@@ -169,7 +169,7 @@ class Loader:
         return Batches(self, self._current)
 
     def start(self) -> None:
-        """What has to be done in the thread that iterates, before the one that makes the batches."""
+        """Prepare in the iterating thread, before the thread that makes the batches starts."""
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
         """Yield each step's batch and the faults of the records that were replaced in it."""
@@ -185,7 +185,7 @@ class Loader:
         """Wake up whatever waits inside `run`."""
 
     def place(self) -> str:
-        """Where `run` stands, for people."""
+        """Where `run` is at the moment, for messages."""
         thread = self._thread
         return f"the loader at {place_of(thread.ident if thread else None)[0]}"
 
@@ -210,7 +210,7 @@ class Feed:
     """What passes from the thread that makes batches to the one that takes them."""
 
     def __init__(self):
-        # Not a SimpleQueue: its `get` with a timeout waits forever if a signal arrives just as the time is over.
+        # Not a SimpleQueue: its `get` with a timeout waits forever if a signal arrives just as the timeout expires.
         self.permits, self.ready = threading.Semaphore(AHEAD), queue.Queue()
         self.stopped = False
 
@@ -238,14 +238,14 @@ def _fill(feed: Feed, run: Callable[[], Iterator], device: torch.device) -> None
 
 
 class Batches:
-    """Iterator over the batches of a loader. An error of the loader is raised as it is."""
+    """Iterator over the batches of a loader. An error of the loader is raised unchanged."""
 
     def __init__(self, loader: Loader, feed: Feed):
         self._loader, self._feed = loader, feed
         self._next: Any = None
 
     def wait(self, seconds: float) -> bool:
-        """Whether what `next` returns or raises is there within that time."""
+        """Whether the next item, a batch or an error, arrives within that time."""
         if self._next is None:
             with contextlib.suppress(queue.Empty):
                 self._next = self._feed.ready.get(timeout=seconds)

@@ -1,11 +1,11 @@
 """The DALI loader: the same batches as the PyTorch loader, decoded by nvidia-dali on a GPU (or by its CPU threads).
 
 DALI only decodes, crops and, on a GPU, resizes and flips; on a CPU its resize takes 8 times as long as torch's, which
-does it then. It is fed bytes, window and flip through `external_source`, once per view, since it decodes no more than
-the window; which record comes next and how it is cropped are decided by `SampleReader`, as for the other loader. DALI
-ends its pipeline at the first image that it cannot decode. So it gets plain JPEGs only (see `ImageInfo`), everything
-else is decoded by PIL; and when a plain one fails after all, its batch is decoded again on the CPU by the rule for bad
-records and the pipeline is built anew.
+is used instead. It is fed bytes, window and flip through `external_source`, once per view, since it decodes no more
+than the window; which record comes next and how it is cropped are decided by `SampleReader`, as for the other loader.
+DALI ends its pipeline at the first image that it cannot decode. So it gets plain JPEGs only (see `ImageInfo`),
+everything else is decoded by PIL; and when a plain one fails after all, its batch is decoded again on the CPU by the
+rule for bad records and the pipeline is rebuilt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _import_dali():
 
 
 def _placeholder() -> np.ndarray:
-    """Tiny JPEG in the place of an image that PIL decodes."""
+    """Tiny JPEG in place of an image that PIL decodes."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
     return np.frombuffer(file.getvalue(), np.uint8)
@@ -98,8 +98,9 @@ class DaliLoader(Loader):
         _import_dali()
         self.threads = max(1, workers)
         self._placeholder = _placeholder()
-        # Only this name holds the pipeline, so that it ends in the thread that made it. Left to the garbage
-        # collector it could end in a worker process forked later, which hangs: its threads are not there.
+        # Only this name holds the pipeline, so that it is destroyed in the thread that made it. Left to the garbage
+        # collector it could be destroyed in a worker process forked later, which would hang: the pipeline's threads do
+        # not exist there.
         self._pipeline = None
 
     def run(self) -> Iterator[tuple[Batch, list[Fault]]]:
@@ -122,10 +123,10 @@ class DaliLoader(Loader):
             image, failure = None, ""
             try:
                 image, failures = self._take(step), 0
-            except RuntimeError as error:  # its traceback holds the pipeline, so it does not leave this line
+            except RuntimeError as error:  # its traceback holds the pipeline, so it must not outlive this line
                 failure = str(error)
             if image is None:
-                log.warning("DALI could not decode step %d, it is decoded again on the CPU", step.number)
+                log.warning("DALI could not decode step %d, which is decoded again on the CPU", step.number)
                 image = torch.empty(len(step.samples), *self.reader.shape, dtype=torch.uint8)
                 step.samples = self.reader.decode_all(step.samples, image)
                 failures = 0 if any(sample.fault for sample in step.samples) else failures + 1

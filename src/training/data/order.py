@@ -52,8 +52,7 @@ class Order:
         return int(index[0]) if np.ndim(position) == 0 else index.reshape(where.shape)
 
     def _permute(self, value: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One pass over the power of two: the halves take turns in being masked by a keyed hash of the
-        other."""
+        """One pass over the power of two: the halves alternate in being masked by a keyed hash of the other."""
         high, low = value >> self._low, value & self._masks[1]
         for turn in range(ROUNDS):
             keys = keys + GAMMA

@@ -28,7 +28,7 @@ try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 
 except ImportError:
     decode_jpeg = None
 
-SEARCH = 1000  # bad records in a row after which the data set is broken, not a record
+SEARCH = 1000  # bad records in a row after which the data set counts as broken
 
 # An image decoded at a fraction of its size must still be this much larger than the result: with 1.0 pixels differ by
 # up to 2.5/255 on average from full decoding, with 1.5 by 0.6 (images with hard edges and grain).
@@ -219,7 +219,7 @@ def _halves(info: ImageInfo, enough: tuple[int, int]) -> bool:
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
     """All pixels of a plain JPEG, uint8 (3, H, W), by torchvision: the same numbers as PIL's in 0.8 of the time.
-    None where PIL has to say what is wrong."""
+    None where PIL should report what is wrong."""
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:

@@ -26,7 +26,7 @@ class _Chunks:
         return self.plan.steps * self.per_step
 
     def rows(self, item: int) -> slice:
-        """Where in its batch a chunk lies."""
+        """The rows of its batch that a chunk fills."""
         start = item % self.per_step * CHUNK
         return slice(start, min(start + CHUNK, self.plan.local_batch))
 

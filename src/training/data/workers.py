@@ -1,7 +1,7 @@
-"""Worker processes that decode: of a sequence of items each makes every n-th, and sends it through a pipe of its own.
+"""Worker processes that decode: each makes every n-th of a sequence of items and sends it through its own pipe.
 
-Pixels are plain bytes in the pipe, read directly into the batch. So nothing lies in /dev/shm, which containers limit to
-64 MB; nothing is shared that a dying worker could hold; and the death of a worker breaks its pipe, which is an error
+Pixels are plain bytes in the pipe, read directly into the batch. So nothing is put in /dev/shm, which containers limit
+to 64 MB; nothing is shared that a dying worker could hold; and the death of a worker breaks its pipe, which is an error
 here and not an endless wait for a chunk.
 """
 
@@ -28,18 +28,18 @@ from rwkv_clip.processes import follow_parent, is_main_thread
 from ..faults.signals import SIGNALS
 from .samples import DataError
 
-PIPE = 1 << 20  # bytes that a pipe holds where the system allows it: fewer turns of reader and writer
-PATIENCE = 5.0  # seconds that a killed worker is waited for; one that hangs in the kernel may never end
-PASSED_ON = (DataError, OSError, MemoryError)  # raised here as they were there; anything else is an error of ours
+PIPE = 1 << 20  # capacity of a pipe in bytes, where the system allows it: fewer switches between reader and writer
+PATIENCE = 5.0  # seconds to wait for a killed worker; one that hangs in the kernel may never end
+PASSED_ON = (DataError, OSError, MemoryError)  # raised here unchanged; anything else is a bug
 CAUSES = {
-    -signal.SIGKILL: "mostly a lack of memory: use fewer --workers",
-    -signal.SIGBUS: "was a record file cut, or its disk lost?",
+    -signal.SIGKILL: "usually a lack of memory: use fewer --workers",
+    -signal.SIGBUS: "was a record file truncated, or its disk lost?",
 }
 
 
 class WorkerLost(RuntimeError):
-    """A data worker ended before its work did; names it. If it was killed (-9), memory mostly ran out; otherwise its
-    data are to blame."""
+    """A data worker ended before its work was done; names it. If it was killed (-9), memory usually ran out; otherwise
+    its data are to blame."""
 
     def __init__(self, pid: int | None, code: int | None):
         super().__init__(f"data worker {pid} died with exit code {code}; {CAUSES.get(code, '--workers 0 shows why')}")
@@ -68,7 +68,7 @@ class Workers:
         try:
             for first in range(count):
                 self._start(maker, range(first, len(maker), count))
-        except BaseException:  # no further process or file is to be had
+        except BaseException:  # no more processes or open files
             self.kill()
             self.close()
             raise
@@ -89,7 +89,7 @@ class Workers:
     def receive(self, item: int, image: Tensor) -> Any:
         """What `fill` returned for an item, its pixels in `image`. Items are asked for in order.
 
-        WorkerLost; a DataError, OSError or MemoryError of `fill` as it was there.
+        WorkerLost; a DataError, OSError or MemoryError of `fill` unchanged.
         """
         pipe = self._pipes[item % len(self._pipes)]
         try:
@@ -113,7 +113,7 @@ class Workers:
         return WorkerLost(worker.pid, worker.exitcode)
 
     def place(self, item: int) -> str:
-        """The worker that `receive` waits for, for people."""
+        """The worker that `receive` waits for, for messages."""
         processes = self._processes
         if not processes:  # closed by another thread
             return "data workers that are gone"
@@ -138,7 +138,7 @@ class Workers:
 
 
 def _state(pid: int) -> str:
-    """What a process is doing, as the kernel says."""
+    """What a process is doing, according to the kernel."""
     names = {"D": "waiting for storage", "S": "asleep", "R": "running", "T": "stopped", "t": "traced", "Z": "gone"}
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -177,14 +177,14 @@ def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connecti
             view = memoryview(image.numpy().reshape(-1))
             while view:
                 view = view[os.write(pipe.fileno(), view) :]
-        except BrokenPipeError:  # nothing reads any more
+        except BrokenPipeError:  # the reader is gone
             return
 
 
 def _end_with_parent() -> None:
     """A thread: end this process when the one that started it has gone, also while a pipe is full."""
     parent, started_by = multiprocessing.parent_process(), os.getppid()
-    # Forked later, siblings hold the sentinel open, and a server of forks is a parent that stays: so look at both.
+    # Siblings forked later hold the sentinel open, and a fork server is a parent that stays: so check both.
     while not wait([parent.sentinel], timeout=1) and os.getppid() == started_by:
         pass
     os._exit(1)

@@ -1,1 +1,1 @@
-"""What goes wrong in a run, and how it is met: silent ranks, numbers that are not finite, signals."""
+"""Faults during a run and how they are handled: silent ranks, non-finite numbers, signals."""

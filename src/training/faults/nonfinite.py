@@ -1,13 +1,13 @@
-"""Non-finite numbers: kept from the weights on the device, reported one step later, so that no step waits for a GPU.
+"""Non-finite numbers: kept out of the weights on the device, reported one step later, so that no step waits for a GPU.
 
 A step whose loss or gradient is not finite is skipped by the optimizer, on all ranks. When more of them than are
-tolerated (none with --on-nonfinite stop) come in a row, the optimizer goes on skipping until the host has read the
-verdict and stops the run: the weights stay those before the first of the bad steps.
+tolerated (none with --on-nonfinite stop) come in a row, the optimizer keeps skipping until the host has read the
+verdict and stops the run: the weights stay those from before the first bad step.
 
 The verdict travels in one small all-reduce per step, and with it the signals that ranks received (`signals.py`), so
 that all ranks know both at the same step.
 
-A step is void when a rank had a signal but no data for it. It is skipped on all ranks, and so are all after it, until
+A step is void when a rank had a signal but no data for it. It is skipped on all ranks, and so are all later ones, until
 the host has read the verdict and the run stops where it was before that step.
 """
 
@@ -40,13 +40,13 @@ class NumericsError(RuntimeError):
 
 
 class Statistics:
-    """Buffers that a forward pass changes, such as running means, as they were before a step."""
+    """Copies, made before a step, of buffers that a forward pass changes, such as running means."""
 
     def __init__(self, *modules: nn.Module):
         self._kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
     def restore(self, skip: Tensor) -> None:
-        """Put them back where `skip` is 1: a skipped step leaves no trace."""
+        """Restore them where `skip` is 1: a skipped step leaves no trace."""
         for buffer, before in self._kept:
             buffer.copy_(torch.where(skip > 0, before, buffer))
 
@@ -54,7 +54,7 @@ class Statistics:
 @dataclass(frozen=True)
 class Verdict:
     """What is to be reported about a step if it is bad. Its numbers (bad steps in a row, signal, whether it is void,
-    loss, gradient norm, norms of `towers`) are on their way to the host."""
+    loss, gradient norm, norms of `towers`) are being copied to the host."""
 
     step: int
     epoch: int
@@ -72,10 +72,10 @@ class Verdict:
 
 
 class FiniteGuard:
-    """Judges every step on the device; by `report` and `check` the host learns of it.
+    """Judges every step on the device; the host learns of it through `report` and `check`.
 
     tolerated: bad steps in a row that the run survives; 0 stops at the first. `signal`, `in_a_row` and `first_void` are
-    what `check` last learned of the signals that ranks have received, of the bad steps up to now and of the first void
+    what `check` last learned about signals that ranks have received, the current row of bad steps and the first void
     step: all equal on all ranks. `void`, on the device: 1 from a void step on.
     """
 
@@ -89,7 +89,8 @@ class FiniteGuard:
         self._pending: Verdict | None = None
 
     def open(self, folder: Path, first_step: int, preemption: Preemption) -> None:
-        """Pass on signals, and report bad steps in a file of `folder`, from which steps that come again are removed."""
+        """Pass on signals, and report bad steps in a file of `folder`, from which steps that will be repeated are
+        removed."""
         self._preemption, self._path = preemption, folder / REPORT
         if self._world.is_main and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
@@ -98,18 +99,18 @@ class FiniteGuard:
     def judge(self, loss: Tensor, grad_norm: Tensor, may_overflow: bool, void: bool = False) -> Tensor:
         """1. where the optimizer must skip this step, else 0.: float scalar on the device, equal on all ranks.
 
-        may_overflow: a gradient scaler is at work and handles gradients that are not finite; only a loss that is not
-        finite is an error. void: this rank has no data for the step.
+        may_overflow: a gradient scaler is in use and handles non-finite gradients; only a non-finite loss is an error.
+        void: this rank has no data for the step.
         """
         overflow = ~grad_norm.isfinite()
         failed = ~loss.isfinite() if may_overflow else ~loss.isfinite() | overflow
         known = [
             torch.full((), float(x), device=self._world.device) for x in (self._preemption.signal, void)
-        ]  # copies nothing
+        ]  # no copy from the host
         found = max_over_ranks(torch.stack((failed.float(), overflow.float(), *known)))
         failed, overflow, self._signal, void = found
         self.void = torch.maximum(self.void, void)
-        failed = torch.maximum(failed, (self._row > self._tolerated).float())  # one too many: nothing is learned
+        failed = torch.maximum(failed, (self._row > self._tolerated).float())  # over the limit: no more updates
         self._row = torch.where(self.void > 0, self._row, failed * (self._row + 1))
         failed = torch.maximum(failed, self.void)
         return torch.maximum(failed, overflow)
@@ -124,7 +125,7 @@ class FiniteGuard:
         features: Iterable[Tensor] = (),
         epoch: int = 0,
     ) -> None:
-        """Send this step's verdict to the host and check the one of the step before.
+        """Send this step's verdict to the host and check that of the previous step.
 
         towers: gradient norms by tower. features: this rank's, (B, ..) each in the order of `ids`.
         """
@@ -133,7 +134,7 @@ class FiniteGuard:
         numbers = torch.stack([x.float() for x in numbers])
         arrival = None
         if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)  # pinned, so the host goes on
+            numbers = numbers.to("cpu", non_blocking=True)  # pinned, so the host continues
             arrival = torch.cuda.Event()
             arrival.record()
         finite = torch.ones(len(ids), dtype=torch.bool, device=self._world.device)
@@ -145,15 +146,15 @@ class FiniteGuard:
             self._examine(before)
 
     def check(self) -> None:
-        """Wait for the verdict of the last step. Before a log line or a checkpoint is written."""
+        """Wait for the verdict of the last step. Call before writing a log line or a checkpoint."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._examine(pending)
 
     def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        """NumericsError on all ranks when a tensor that is to be saved is not finite on one of them."""
+        """NumericsError on all ranks when a tensor to be saved is not finite on any of them."""
         names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-        # A sum that is finite has finite terms, and takes a tenth of the time. One that is not may be too large a sum.
+        # A finite sum has finite terms, and takes a tenth of the time. A non-finite one may be an overflow.
         sums = torch.stack([tensors[name].detach().sum(dtype=torch.float32) for name in names])
         suspects = max_over_ranks((~sums.isfinite()).float()).tolist()
         names = [name for name, suspect in zip(names, suspects) if suspect]
@@ -170,13 +171,13 @@ class FiniteGuard:
         return {"nonfinite_in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on with the count of a checkpoint; those of versions before 0.3 have none."""
+        """Continue the count of a checkpoint; those of versions before 0.3 have none."""
         self.in_a_row = min(state.get("nonfinite_in_a_row", 0), self._tolerated)
         self._row.fill_(self.in_a_row)
 
     def _examine(self, verdict: Verdict) -> None:
-        """Read a step's verdict. All ranks come here at the same step and describe a bad one together. NumericsError
-        when it is one too many."""
+        """Read a step's verdict. All ranks get here at the same step and describe a bad one together. NumericsError
+        beyond the limit."""
         row, signal, void, *_ = verdict.read()
         self.in_a_row, self.signal = int(row), max(self.signal, int(signal))
         if void:
@@ -200,8 +201,8 @@ class FiniteGuard:
             log.warning("%s; skipped, %d of at most %d in a row", text, self.in_a_row, self._tolerated)
 
     def _describe(self, verdict: Verdict) -> dict:
-        """A line of the report. Numbers are means over ranks, records those with features that are not finite, on their
-        ranks; where all features are finite, all records of the step."""
+        """A line of the report. Numbers are means over ranks; records are those with non-finite features, by rank, or
+        all records of the step where all features are finite."""
         device = self._world.device
         numbers = gather(verdict.numbers[None, 3:].to(device)).cpu()
         ids, finite = gather(torch.stack((verdict.ids.to(device), verdict.finite.long()))[None]).cpu().unbind(1)
@@ -231,7 +232,7 @@ class FiniteGuard:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line of the report is of an earlier step; one that a full disk cut off is of none."""
+    """Whether a line of the report belongs to an earlier step; one that a full disk cut off does not."""
     try:
         return json.loads(line)["step"] < step
     except ValueError:
@@ -239,5 +240,5 @@ def _is_before(line: str, step: int) -> bool:
 
 
 def _plain(number: float) -> float | str:
-    """JSON has no numbers that are not finite: "nan", "inf", "-inf"."""
+    """JSON has no non-finite numbers: "nan", "inf", "-inf"."""
     return number if math.isfinite(number) else str(number)

@@ -1,7 +1,7 @@
-"""What the ranks say about themselves, and which of them are lost by that.
+"""What the ranks publish about themselves, and which of them are lost.
 
-Anyone who reaches the store can write there. So a sign that does not have exactly this form is ignored, a rank stays
-the process that it first said it was, and a process is only killed when it is recognizably that rank of this run.
+Anyone who can reach the store can write to it. So a sign that does not have exactly this form is ignored, a rank stays
+the process that it first claimed to be, and a process is only killed when it is verifiably that rank of this run.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Sign:
     count: int = ranged(minimum=0)  # of its signs
     step: int = ranged(minimum=0)  # finished ones
     state: str
-    place: str  # where its main thread stands
+    place: str  # where its main thread is
     in_collective: bool  # whether its main thread waits for other ranks
     signal: int  # that it has received; 0 for none
     failed: bool  # whether a collective failed
     cause: str  # why it must end
-    error: str  # by which it ended
+    error: str  # that ended it
 
     def problems(self) -> list[str]:
         texts = (self.process.host, self.state, self.place, self.cause, self.error)
@@ -58,33 +58,34 @@ def read_sign(published: bytes) -> Sign | None:
 
 
 class Peers:
-    """The newest sign of every rank and when it came: one thread hears them, another one judges."""
+    """The latest sign of every rank and when it came: one thread receives them, another judges."""
 
     def __init__(self, rank: int, timeout: float, interval: float):
         self.rank, self.timeout, self.interval = rank, timeout, interval
         self.heard: dict[int, tuple[Sign, float]] = {}
         self.answered = time.monotonic()  # when the store last answered
         self._processes = {rank: Process.own()}
-        self._progress, self._since = 0, self.answered  # this rank's step, and since when all are in the middle of one
+        self._progress, self._since = 0, self.answered  # this rank's step, and since when all ranks are inside one
 
     def hear(self, signs: Iterable[Sign | None]) -> None:
-        """Signs of all ranks, in order. None, or that of another process than the rank's first one, does not count."""
+        """Signs of all ranks, in order. None, or a sign from a process other than the rank's first one, does not
+        count."""
         now, heard = time.monotonic(), dict(self.heard)
         for rank, sign in enumerate(signs):
             if sign is None or sign.process != self._processes.setdefault(rank, sign.process):
                 continue
             if rank not in heard or heard[rank][0].count != sign.count:
                 heard[rank] = sign, now
-        self.heard, self.answered = heard, now  # at once: the other thread may be looking
+        self.heard, self.answered = heard, now  # replaced as a whole: the other thread may be reading
 
     def forgive(self, seconds: float) -> None:
-        """This process itself stood still, which says nothing about the others."""
+        """Discount seconds in which this process itself was stalled, which says nothing about the others."""
         self._since += seconds
         self.answered += seconds
         self.heard = {rank: (sign, when + seconds) for rank, (sign, when) in self.heard.items()}
 
     def find_lost(self, step: int, state: str, hurry: bool) -> dict[int, str]:
-        """Ranks that died, ended by an error or are silent, with the reason; else those that hold all up.
+        """Ranks that died, ended with an error or are silent, with the reason; else those that hold up the others.
 
         step, state: this rank's. hurry: a collective failed here.
         """
@@ -109,7 +110,7 @@ class Peers:
         return lost or ({0: STORE_SILENT} if now - self.answered > self.timeout else {})
 
     def _find_stuck(self, now: float, step: int, state: str) -> dict[int, str]:
-        """Those with the fewest steps, or among equals those that do not themselves wait for others."""
+        """Ranks with the fewest steps; of these, those that are not themselves waiting for others, if any."""
         signs = {rank: sign for rank, (sign, _) in self.heard.items()}
         states = {state, *(sign.state for sign in signs.values() if sign.state != LEFT)}
         if step != self._progress or not states <= {TRAINING, WAITING}:
@@ -122,7 +123,7 @@ class Peers:
         return {rank: f"stuck at {sign.place} for {now - self._since:.0f} s" for rank, sign in guilty.items()}
 
     def describe(self, rank: int, why: str, step: int) -> str:
-        """The loss of a rank in words. step: this rank's; who finished a step has seen all others in it."""
+        """Describe a lost rank. step: this rank's; a rank that finished a step has seen all others in it."""
         if rank not in self.heard:
             return f"rank {rank} was never seen: {why}"
         sign, when = self.heard[rank]
@@ -135,7 +136,8 @@ class Peers:
         return sign is None or not (sign.state == LEFT or sign.process.has_ended())
 
     def find_stopped(self, rank: int) -> int | None:
-        """Number of the process of a rank on this host that is surely it, alive, and silent for the whole timeout."""
+        """Pid of a rank's process on this host, if it is certainly that rank, alive, and silent for the whole
+        timeout."""
         sign, when = self.heard.get(rank, (None, 0))
         if sign is None or rank == self.rank or time.monotonic() - when <= self.timeout:
             return None

@@ -1,4 +1,4 @@
-"""Processes as the kernel shows them: which one a rank is, whether it still runs, where a thread of this one stands."""
+"""Processes as the kernel shows them: which one a rank is, whether it still runs, where a thread of this one is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LIBRARY = sysconfig.get_path("stdlib")
 
 @dataclass(frozen=True)
 class Process:
-    """Which process a rank is. Processes of one `namespace` see each other by their numbers; `began` tells a process
-    from a later one with the same number. Both are None where there is no /proc."""
+    """Which process a rank is. Processes of one `namespace` see each other's pids; `began` distinguishes a process from
+    a later one with the same pid. Both are None where there is no /proc."""
 
     host: str
     pid: int = ranged(minimum=0)
@@ -42,7 +42,7 @@ class Process:
 
 
 def own_namespace() -> str | None:
-    """A name that two processes share exactly when each can see the other by its process number; None without /proc."""
+    """A name that two processes share exactly when each can see the other's pid; None without /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -59,7 +59,7 @@ def start_time(pid: int) -> str | None:
 
 
 def is_rank(pid: int, rank: int) -> bool:
-    """Whether a process of this machine is recognizably that rank of this process's run: it is the same user's, and
+    """Whether a process on this machine is verifiably that rank of this process's run: it belongs to the same user, and
     either its environment says so or it was started by the same parent with the same command."""
     try:
         if os.stat(f"/proc/{pid}").st_uid != os.getuid():
@@ -75,15 +75,15 @@ def is_rank(pid: int, rank: int) -> bool:
 
 
 def _launch_of(pid: int) -> dict[str, str]:
-    """The place in a run that a process got from its environment when it began."""
+    """A process's place in a run, from the environment that it was started with."""
     environment = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
     pairs = dict(pair.partition("=")[::2] for pair in environment)
     return {key: pairs[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key in pairs}
 
 
 def place_of(thread: int | None) -> tuple[str, bool]:
-    """Where a thread of this process stands (folder, file and line, leaving out how Python's own library waits), and
-    whether that is in torch.distributed, where it waits for other ranks."""
+    """Where a thread of this process is (folder, file and line, skipping Python's standard library), and whether that
+    is in torch.distributed, where it waits for other ranks."""
     frame = innermost = sys._current_frames().get(thread)
     while frame and frame.f_code.co_filename.startswith(LIBRARY) and "-packages" not in frame.f_code.co_filename:
         frame = frame.f_back

@@ -1,9 +1,9 @@
-"""Signals: each ends a run after a step, with everything saved, so that the same command goes on.
+"""Signals: each ends a run after a step, with everything saved, so that the same command resumes it.
 
-A handler only notes the signal. It travels with the verdict of every step (`nonfinite.py`), or by `agree` where no step
-is under way, so all ranks stop at the same step, whichever of them received it. Python runs no handler while the main
-thread waits in a collective; there a thread hears of the signal (`listen`), and the watchdog (`watchdog.py`) passes it
-on to the rank that the others wait for.
+A handler only records the signal. It travels with the verdict of every step (`nonfinite.py`), or by `agree` between
+steps, so all ranks stop at the same step, whichever of them received it. Python runs no handler while the main thread
+waits in a collective; then a thread picks up the signal (`listen`), and the watchdog (`watchdog.py`) passes it on to
+the rank that the others wait for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rwkv_clip.dist import World, max_over_ranks
 from rwkv_clip.errors import STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# A cluster may signal every process, and torchrun passes on to its ranks what it gets: that is one signal, not two.
+# A cluster may signal every process, and torchrun forwards what it receives to its ranks: that is one signal, not two.
 ECHO = 1.0  # seconds
 
 
@@ -33,13 +33,13 @@ class Preempted(Exception):
 
 
 class Interrupted(Exception):
-    """A signal cut work short that the resumed run does again."""
+    """A signal interrupted work that the resumed run will repeat."""
 
 
 class Preemption:
-    """As a context: notes `SIGNALS`; a second one ends the process at once.
+    """As a context: records `SIGNALS`; a second one ends the process at once.
 
-    Outside of the main thread, where Python allows no handlers, nothing is noted. A SIGHUP that is ignored (nohup)
+    Outside the main thread, where Python allows no handlers, nothing is recorded. A SIGHUP that is ignored (nohup)
     stays ignored.
     """
 
@@ -47,7 +47,7 @@ class Preemption:
         self._noted = self._received = 0  # by the handler; from another thread
         self._noted_at = self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
-        self._wakeup: tuple[int, int, int] | None = None  # both ends of a pipe, and the one set before
+        self._wakeup: tuple[int, int, int] | None = None  # both ends of a pipe, and the previous descriptor
 
     @property
     def signal(self) -> int:
@@ -65,7 +65,7 @@ class Preemption:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._note)
-                signal.siginterrupt(number, False)  # libraries need not expect interrupted system calls
+                signal.siginterrupt(number, False)  # libraries may not expect interrupted system calls
             ours, theirs = os.pipe()
             os.set_blocking(ours, False)
             os.set_blocking(theirs, False)
@@ -84,7 +84,7 @@ class Preemption:
 
     def _note(self, number: int, _frame: object) -> None:
         if not self._noted:
-            self._noted_at, self._noted = time.monotonic(), number  # the time first: other threads look, too
+            self._noted_at, self._noted = time.monotonic(), number  # the time first: other threads read both
         elif time.monotonic() - self._noted_at > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -95,7 +95,7 @@ class Preemption:
             self._received_at, self._received = time.monotonic(), number
 
     def listen(self) -> None:
-        """Learn of a signal whose handler has not run yet. From any one thread, now and then."""
+        """Learn of a signal whose handler has not run yet. Call regularly, from any one thread."""
         if self._wakeup:
             with contextlib.suppress(OSError):  # nothing there
                 for number in os.read(self._wakeup[0], 512):
@@ -107,7 +107,7 @@ class Preemption:
         return int(max_over_ranks(torch.tensor(float(self.signal), device=world.device)).item())
 
     def interrupts(self, function: Callable) -> Callable:
-        """`function`, but once a signal is noted it raises Interrupted."""
+        """`function`, but once a signal is recorded it raises Interrupted."""
 
         def call(*arguments: Any) -> Any:
             if self.signal:
@@ -118,7 +118,7 @@ class Preemption:
 
 
 def ignore_signals() -> None:
-    """From here on the process only ends; a signal, such as torchrun's when the first rank has gone, would no more than
+    """From here on the process only exits; a signal, such as torchrun's once the first rank has exited, would only
     change its exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

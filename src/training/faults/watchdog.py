@@ -1,21 +1,21 @@
 """The watchdog: a dead, silent or stuck rank ends all ranks within seconds, and each says which rank it was.
 
 About once a second every rank publishes, through the store and not by a collective, what it is doing: its step, its
-process, where its main thread stands, a signal that it received. Two threads do it: one talks to the store, one judges
-(`peers.py`) and never waits for anything. A step costs nothing, and the loop knows nothing of it.
+process, where its main thread is, a signal that it received. Two threads do this: one talks to the store, the other
+judges (`peers.py`) and never waits for anything. It costs a step nothing, and the loop knows nothing of it.
 
     dead     the process is gone: seen in /proc by the ranks of its host, or by silence after torch reported an error
     silent   no sign of life for `timeout` seconds: stopped, or its host is gone
     stuck    alive, but in the same step for `timeout` seconds; waiting for data counts, too
 
-Starting (loading, compiling, the first step), validation and saving may take any time: then nobody is stuck, but a rank
-may still be dead or silent. So the collectives' own time limit is long (`COLLECTIVES`) and only the last resort.
+Starting (loading, compiling, the first step), validation and saving may take any time: meanwhile no rank is stuck, but
+one may still be dead or silent. So the collectives' own time limit is long (`COLLECTIVES`) and only the last resort.
 
-The peers of a lost rank have `GRACE` to end by an error of their own, then a thread ends the process with code 5: a
+The peers of a lost rank have `GRACE` to end with an error of their own, then a thread ends the process with code 5: a
 collective of NCCL that waits for a dead rank cannot be interrupted. A rank that is saving may finish that first.
 
-A single process has a thread that watches itself. A step of more than `timeout` seconds is stuck when the processor
-is idle, too; else it is a warning. (While it waits for data the loop itself looks at the clock, and saves.)
+A single process has a thread that watches it. A step of more than `timeout` seconds is stuck if the processor is idle
+as well; otherwise it is a warning. (While waiting for data, the loop itself watches the clock, and saves.)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .process import Process, place_of
 from .signals import Preempted, Preemption
 
 COLLECTIVES = timedelta(hours=2)  # of process groups in a watched run: while the main rank validates, the others wait
-GRACE = 3.0  # seconds that the main thread has to end by itself, with what it was about to say
+GRACE = 3.0  # seconds that the main thread has to end by itself, with the error that it was about to raise
 IDLE = 0.01  # fraction of a processor's time below which a process computes nothing
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class Watchdog:
 
     def __init__(self, timeout: float):
         self.timeout = timeout
-        self.tick = min(0.25, timeout / 8)  # seconds between two judgements
+        self.tick = min(0.25, timeout / 8)  # seconds between two checks
         self._step: Callable[[], int] = lambda: 0
-        self._first = 0  # step from which this start goes on
+        self._first = 0  # step from which this start resumes
         self._busy: list[str] = []
         self._waiting: Callable[[], str] | None = None  # what the main thread waits for, if it does
         self._main = threading.get_ident()
@@ -65,7 +65,7 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._run(self._watch_self)
 
     def _run(self, *works: Callable[[], None]) -> None:
@@ -74,14 +74,14 @@ class Watchdog:
             thread.start()
 
     def follow(self, step: Callable[[], int]) -> None:
-        """Take `step()`, the number of finished steps, for progress; the first one may take any time."""
+        """Measure progress by `step()`, the number of finished steps; the first one may take any time."""
         self._step, self._first = step, step()
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
         """Inside (validation, saving) time does not count: neither this rank nor those that wait for it are stuck.
 
-        A decorator, too.
+        Also a decorator.
         """
         self._busy.append(what)
         try:
@@ -91,7 +91,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, place: Callable[[], str]) -> Iterator[None]:
-        """Inside, the main thread waits for data, and `place()` says for which process."""
+        """Inside, the main thread waits for data, and `place()` says from which process."""
         self._waiting = place
         try:
             yield
@@ -100,12 +100,12 @@ class Watchdog:
 
     @property
     def is_starting(self) -> bool:
-        """Whether the first step is not done yet."""
+        """Whether the first step has not finished yet."""
         return self._step() == self._first
 
     @property
     def state(self) -> str:
-        """What the main thread does, in a word or two."""
+        """What the main thread is doing, in a word or two."""
         if self._busy:
             return self._busy[-1]
         if self.is_starting:
@@ -114,12 +114,12 @@ class Watchdog:
 
     @property
     def place(self) -> tuple[str, bool]:
-        """Where the main thread stands, or what it waits for; and whether it waits for other ranks."""
+        """Where the main thread is, or what it waits for; and whether it waits for other ranks."""
         waiting = self._waiting
         return (f"the wait for data, for {waiting()}", False) if waiting else place_of(self._main)
 
     def _ticks(self) -> Iterator[float]:
-        """At every tick, until the end: for how many seconds this process itself stood still."""
+        """At every tick, until the end: for how many seconds this process itself was stalled."""
         before = time.monotonic()
         while not self._end.wait(self.tick):
             now = time.monotonic()
@@ -139,12 +139,12 @@ class Watchdog:
             where = f"step {progress} has lasted {passed:.0f} s, at {self.place[0]}"
             if used < IDLE * self.timeout:
                 end_process(PeerLost(f"{where}, and computes nothing: stuck; --timeout {self.timeout:g} allows more"))
-            log.warning("%s; it computes, so the run goes on (--timeout %g)", where, self.timeout)
+            log.warning("%s; it is computing, so the run continues (--timeout %g)", where, self.timeout)
 
     def leave(self, error: BaseException | None) -> None:
-        """Watch no longer. error: by which the work ended."""
+        """Stop watching. error: what ended the work, if anything."""
         self._end.set()
-        for thread in self._threads:  # one that comes back from the store while Python ends would abort the process
+        for thread in self._threads:  # one that returns from the store while Python shuts down would abort the process
             thread.join(GRACE)
 
 
@@ -186,7 +186,7 @@ class PeerWatchdog(Watchdog):
         self._world.store.set(f"watchdog/{self._world.rank}", json.dumps(asdict(sign)))
 
     def _exchange(self) -> None:
-        """Publish and hear once."""
+        """Publish and receive once."""
         self._publish()
         keys = [f"watchdog/{rank}" for rank in range(self._world.size)]
         self.peers.hear(map(read_sign, self._world.store.multi_get(keys)))
@@ -201,7 +201,7 @@ class PeerWatchdog(Watchdog):
             try:
                 self._exchange()
             except dist.DistError:
-                # The store is gone, with rank 0 or with torchrun. That is how some runs end, so give ours the time.
+                # The store is gone, with rank 0 or with torchrun. Some runs end this way, so give ours the time.
                 if not self._end.wait(GRACE):
                     self.cause = self.cause or self.peers.describe(0, STORE_SILENT, self._step())
                 return
@@ -231,8 +231,8 @@ class PeerWatchdog(Watchdog):
         return self.peers.find_lost(self._step(), self.state, self._failed)
 
     def _look_again(self, lost: dict[int, str]) -> dict[int, str]:
-        """What is left of `lost` once the store has brought the news: a process that is gone may have said that it is
-        done, or why it ends; and ranks that die together are found together."""
+        """What is left of `lost` after another exchange with the store: a process that is gone may have published that
+        it is done, or why it ends; and ranks that die together are found together."""
         found, until = time.monotonic(), time.monotonic() + GRACE / 2
         self._hurry.set()
         time.sleep(self.tick)
@@ -241,8 +241,8 @@ class PeerWatchdog(Watchdog):
         return self._find_lost() if self.peers.answered > found else lost
 
     def _stop(self, lost: Iterable[int]) -> None:
-        """End this process unless its main thread does within the grace, or still saves."""
-        # A call that waits for a rank that is alive never fails, so it ends nobody; but the others have to hear why.
+        """End this process unless its main thread does within the grace period, or is still saving."""
+        # A collective that waits for a live rank never fails, so it ends no process; but the others must learn why.
         until = time.monotonic() + (2 * self.tick if any(map(self.peers.may_be_alive, lost)) else GRACE)
         for pid in filter(None, map(self.peers.find_stopped, lost)):  # they keep GPUs, and torchrun waiting for 30 s
             with contextlib.suppress(OSError):
@@ -255,7 +255,7 @@ class PeerWatchdog(Watchdog):
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def explain(self, error: BaseException) -> str:
-        """Why a collective failed; takes some intervals when the others must be listened to."""
+        """Why a collective failed; takes a few intervals if the others must be heard first."""
         self._failed = True
         until = time.monotonic() + (MISSED + 1) * self.peers.interval + 0.5
         while not self.cause and time.monotonic() < until:
@@ -263,8 +263,8 @@ class PeerWatchdog(Watchdog):
         return self.cause or f"a collective failed, although all ranks give signs of life: {first_line(error)}"
 
     def leave(self, error: BaseException | None) -> None:
-        """No more signs of life from here, and none expected. The others hear of an error. Only the first call does
-        anything."""
+        """Publish no more signs of life, and expect none. The others are told of an error. Only the first call has an
+        effect."""
         if self._left:
             return
         if isinstance(error, PeerLost):
@@ -281,7 +281,7 @@ class PeerWatchdog(Watchdog):
 
 
 def end_process(error: PeerLost) -> NoReturn:
-    """Print the error in one line and end at once, with the data workers: communicators that failed may never end."""
+    """Print the error in one line and end at once, with the data workers: failed communicators may never shut down."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -291,7 +291,8 @@ def end_process(error: PeerLost) -> NoReturn:
 
 
 def is_of_collective(error: BaseException) -> bool:
-    """Whether torch means that other ranks, or the way to them, failed. gloo's errors have no type of their own."""
+    """Whether torch reports that other ranks, or the connection to them, failed. gloo's errors have no type of their
+    own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
@@ -307,7 +308,7 @@ def watch_peers(world: World, timeout: float, preemption: Preemption | None = No
     watchdog.start()
     try:
         yield watchdog
-    except (NumericsError, Preempted):  # on all ranks at the same step: nobody is lost, however long one takes to end
+    except (NumericsError, Preempted):  # on all ranks at the same step: no rank is lost, however long one takes to end
         watchdog.leave(None)
         raise
     except BaseException as error:
