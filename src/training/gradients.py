@@ -106,7 +106,7 @@ class GradientStep:
             for number in numbers:
                 last = number == numbers[-1]
                 with synchronized(self.parallel, last):
-                    # Its graph ends with this turn.
+                    # Popped: its graph is freed with this iteration.
                     output = outputs.pop(number, None) or self._encode(step, inputs, number)
                     with self._autocast(False):
                         _differentiate(output, gradients, self.micro_batches.rows(number), last)

@@ -78,8 +78,8 @@ TRAINING = [
     Mutant(
         "ranks exchange gradients after every micro-batch",
         "training/parallel.py",
-        "waits = isinstance(parallel, DistributedDataParallel) and not last",
-        "waits = False",
+        "isinstance(parallel, DistributedDataParallel) and not last else",
+        "False else",
         "unit/test_step.py::test_two_ranks_with_accumulation",
     ),
     Mutant(
@@ -251,8 +251,8 @@ TRAINING = [
     Mutant(
         "ALIP's means are brought up to date with every micro-batch",
         "training/gradients.py",
-        "        features = {name: value.detach() for name, value in _join(outputs).items()}\n",
-        "        features = {name: value.detach() for name, value in _join(outputs).items()}\n"
+        "        features = {name: value.detach() for name, value in _join(list(outputs.values())).items()}\n",
+        "        features = {name: value.detach() for name, value in _join(list(outputs.values())).items()}\n"
         "        for own in [self.micro_batches.rows(number) for number in numbers[1:]]:\n"
         "            self.objective(**{k: v[own] if v.dim() else v for k, v in features.items()})\n",
         "dist/test_alip_ranks.py::test_runs_agree",
