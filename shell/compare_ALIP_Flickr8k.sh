@@ -6,7 +6,7 @@
 #   bash shell/compare_ALIP_Flickr8k.sh [--extras] [--share 0.3 --epochs 16 --repeats 3 --jobs 2]
 #
 # Table and numbers: tests/bench/results/noise-*.json; pictures: figure/alip_weights.png, figure/flickr8k_noise.png. The same
-# command goes on after an interruption. With --extras also two rows that explain the others.
+# command resumes after an interruption. With --extras also two rows that explain the others.
 set -euo pipefail
 source "$(dirname "$0")/needs.sh"
 need_file FLICKR8K "the folder that holds captions.jsonl"

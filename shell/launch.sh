@@ -4,7 +4,7 @@
 #   [MASTER_ADDR=127.0.0.1] [MASTER_PORT=29500] [MAX_RESTARTS=0] [EXTRAS=..] bash shell/train_NAME.sh [--setting value ..]
 #
 # TRAIN_DATA  .rec shards made by data2rec.py (or released ones): prefix, folder or glob. Without it: the demo
-# OUTPUT      run folder, logs/NAME by default; the same command goes on where the run stopped. Several nodes: the same command on
+# OUTPUT      run folder, logs/NAME by default; the same command continues where the run stopped. Several nodes: the same command on
 #             each, but for NODE_RANK, and OUTPUT on storage that all share. MAX_RESTARTS: how often torchrun starts failed ranks again
 # Arguments override the recipe, e.g. `--batch-size 256 --precision fp16`; all: `python -m rwkv_clip.training.main --help`.
 set -euo pipefail

@@ -21,7 +21,7 @@ if [ ! -e "$STAMP" ]; then
   fi
   echo "installing $PROJECT into .venv (some minutes, once) .."
   .venv/bin/python -m pip install --quiet --editable "$PROJECT" ||
-    setup_fails "$PROJECT could not be installed (pip says why above); the same command goes on"
+    setup_fails "$PROJECT could not be installed (pip says why above); the same command continues"
   touch "$STAMP"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -5,7 +5,7 @@
 #   TRAIN_DATA=prefix-or-glob OUTPUT=logs/b32 [RECIPE=train_RWKV_CLIP_B32_YFCC15M.sh] sbatch --nodes 4 shell/slurm_train.sh [--setting value ..]
 #
 # One torchrun per node. A lost rank ends all ranks, and they start again, MAX_RESTARTS times. Two minutes before the time
-# limit all ranks save, and the job goes back into the queue, where it goes on with the same bits.
+# limit all ranks save, and the job goes back into the queue, where it resumes with the same bits.
 #SBATCH --job-name=rwkv-clip --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
 #SBATCH --time=24:00:00 --signal=B:USR1@120 --requeue --open-mode=append --output=%x-%j.log
 set -euo pipefail

@@ -6,7 +6,7 @@
 #
 # DATASETS   benchmarks below DATA_ROOT, training and test split (a missing one is named and passed over), or `imagefolder`
 #            (default): DATA_ROOT holds train and test, each with a folder per class
-# Features are kept in LOGS/cache: a run that was killed goes on, and the next one starts with them.
+# Features are kept in LOGS/cache: a run that was killed resumes, and the next one starts with them.
 set -euo pipefail
 source "$(dirname "$0")/needs.sh"
 need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"

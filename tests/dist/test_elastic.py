@@ -102,7 +102,7 @@ def test_ranks_that_do_not_fit_are_refused():
         cut(3)
     with pytest.raises(ConfigError, match="8 ranks"):
         cut(8)
-    with pytest.raises(ConfigError, match=r"max_ranks: 4 micro-batches of 16 pairs, .* from 16 on"):
+    with pytest.raises(ConfigError, match=r"max_ranks: 4 micro-batches of 16 pairs, .* of at least 16"):
         cut(2, accum_freq=8)
     with pytest.raises(ConfigError, match="max_ranks: 3 is not a power of two"):
         cut(2, max_ranks=3)
