@@ -129,7 +129,7 @@ def _load_tensors(state: TrainState, path: Path, same_objective: bool) -> None:
         if same_objective:
             load_whole(state.objective, objective)
         unpack_state(state.optimizer, own, state.shards.cut_state(optim))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 
 

@@ -198,8 +198,18 @@ class Shards:
 
 @torch.no_grad()
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, one for each key of the module's state dict, into the module. KeyError for a missing one."""
-    for key, value in module.state_dict().items():
+    """Copy whole tensors, one for each key of the module's state dict, into the module. ValueError unless all fit."""
+    own = module.state_dict()
+    problems = [f"{key}: unexpected" for key in tensors if key not in own]
+    problems += [f"{key}: missing" for key in own if key not in tensors]
+    problems += [
+        f"{key}: shape {tuple(tensors[key].shape)}, should be {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    for key, value in own.items():
         (value.to_local() if isinstance(value, DTensor) else value).copy_(own_shard(tensors[key], value))
 
 
