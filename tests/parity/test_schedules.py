@@ -18,7 +18,8 @@ SEQUENCES = json.loads((Path(__file__).parent / "data" / "schedules.json").read_
 @pytest.mark.parametrize("name", sorted(SEQUENCES["onecycle"]))
 def test_one_cycle(name):
     expected = SEQUENCES["onecycle"][name]
-    schedule = Schedule("onecycle", expected["max_lr"], len(expected["lr_used"]), 0.1, 0.9, cycle_beta1=True)
+    total = len(expected["lr_used"])
+    schedule = Schedule("onecycle", expected["max_lr"], total, 0.1 * total, 0.9, cycle_beta1=True)
     for step, (lr, beta1) in enumerate(zip(expected["lr_used"], expected["beta1_used"])):
         assert schedule.lr(step) == pytest.approx(lr, rel=1e-9)
         assert schedule.beta1_at(step) == pytest.approx(beta1, rel=1e-9)
@@ -26,7 +27,7 @@ def test_one_cycle(name):
 
 def test_cosine_with_warm_up():
     expected = SEQUENCES["cn_cosine_lr"]
-    schedule = Schedule("cosine", expected["base_lr"], expected["steps"], expected["warmup"] / expected["steps"], 0.9)
+    schedule = Schedule("cosine", expected["base_lr"], expected["steps"], expected["warmup"], 0.9)
     assert [schedule.lr(step) for step in range(expected["steps"])] == pytest.approx(expected["lr"], rel=1e-9)
     assert schedule.beta1_at(3) == 0.9
 
@@ -34,7 +35,7 @@ def test_cosine_with_warm_up():
 @pytest.mark.parametrize("kind", ["onecycle", "cosine", "constant"])
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
 def test_short_runs_have_positive_finite_rates(kind, total):
-    schedule = Schedule(kind, 1.0, total, 0.1, 0.9)
+    schedule = Schedule(kind, 1.0, total, 0.1 * total, 0.9)
     assert all(0 < schedule.lr(step) <= 1.0 for step in range(total))
 
 
