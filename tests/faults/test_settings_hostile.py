@@ -63,7 +63,10 @@ COMMAND_LINE = [
     ("--text-choice two", "text-choice", "two", "first"),
     ("--texts 0", "texts", "0", "at least 1"),
     ("--max-steps none", "max-steps", "none", "INT"),
-    ("--warmup 1", "warmup", "1", "less than 1"),
+    ("--warmup -1", "warmup", "-1", "at least 0"),
+    ("--warmup 0.1", "warmup", "0.1", "--warmup-fraction"),
+    ("--warmup-fraction 1", "warmup_fraction", "1", "less than 1"),
+    ("--precision bf16", "precision", "bf16", "--precision amp_bf16"),
     ("--drop-path 1", "drop_path", "1", "less than 1"),
     ("--beta1 1", "beta1", "1", "less than 1"),
     ("--eps 0", "eps", "0", "more than 0"),
@@ -88,7 +91,7 @@ PRESETS = [
     ('{"report_to": "wandb"}', "report_to", "'wandb'", "list"),
     ('{"schedule": []}', "schedule", "[]", "cosine"),
     ('{"name": "a\\u0000b"}', "name", "NUL", "leave"),
-    ('{"image": {}}', "image", "unknown", "valid names"),
+    ('{"image": {}}', "image", "unknown", "did you mean"),
     ("[1]", "Settings", "[1]", "table of settings"),
     ("", "preset.json", "JSON", "char 0"),
     ('{"lr": 1', "preset.json", "JSON", "char"),
@@ -216,7 +219,7 @@ def test_contexts_of_released_files(tmp_path):
     assert "77 tokens" in said and "context is 52" in said
     assert "texts per image: 2 (raw, synthetic), --texts asks for 3" in said
     with pytest.raises(ConfigError, match="--texts asks for 3"):
-        check_records(records, model(context=77), "x", load_settings("rwkv-clip-b32-yfcc15m").texts)
+        check_records(records, model(context=77), "x", load_settings("rwkv-clip-b32-yfcc15m").data.texts)
     check_records(records, model(context=77), "x", None)
 
 

@@ -1,7 +1,6 @@
 """ALIP against its formulas (`alip_formulas.py`): three steps of the objective alone, and three of a training run."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from rwkv_clip.dist import World
 from rwkv_clip.losses import ALIP, GateSettings, InfoNCE, pairs
 from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.loop import Trainer
-from rwkv_clip.training.settings import Settings
+from rwkv_clip.training.settings import Settings, load_settings
 from rwkv_clip.training.state import TrainState
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -171,9 +170,8 @@ def test_training_run(spec):
     """In float64, where nothing but a mistake is larger than the tolerance (AdamW turns mere rounding into steps)."""
     gates = {"init": 0.375, "momentum": 0.8}
     changes = {"objective": "alip", "text_choice": "all", "texts": 2, "gates": gates, "batch_size": 8, "max_steps": 20}
-    recipe = Path(rwkv_clip.__file__).parent / "configs" / "recipes" / "alip-b32-yfcc15m.json"
     changes |= {"precision": "fp32", "lr": 3e-3, "device": "cpu", "model": "x", "epochs": 1}
-    settings = parse(Settings, changes, base=rwkv_clip.config.load_settings(str(recipe)))
+    settings = parse(Settings, changes, base=load_settings("alip-b32-yfcc15m"))
     models = []
     for _ in range(2):
         torch.manual_seed(0)

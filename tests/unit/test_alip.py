@@ -282,7 +282,9 @@ def test_another_objective_begins_with_its_own_means(data, whole):
     with pytest.raises(ConfigError) as error:
         branch_off(data | METHOD, plain, "refused", 5)
     differ = ["objective: 'infonce' -> 'alip'", "text_choice: 'first' -> 'all'", "texts: None -> 2"]
-    assert all(line in error.value.problems for line in differ) and "--allow-change text_choice texts objective" in str(error.value)
+    assert all(line in error.value.problems for line in differ) and "--allow-change text_choice texts objective" in str(
+        error.value
+    )
 
     allowed = {"allow_change": ["objective", "text_choice", "texts", "gates"]}
     line = logged(branch_off(data | METHOD, plain, "to alip", 5, **allowed))[5]
