@@ -12,8 +12,9 @@ from torch import Tensor
 
 import rwkv_clip
 from rwkv_clip.checkpoint import CheckpointError, read_tensors
-from rwkv_clip.config import ConfigError, to_dict
+from rwkv_clip.config import ConfigError, flat_names, to_dict
 from rwkv_clip.factory import read_fitting_weights, resolve_spec
+from rwkv_clip.models.freezing import FreezeSettings
 
 from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
@@ -96,7 +97,7 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
     if settings.parallel.deterministic and facts.get("arithmetic") != (own := describe_arithmetic(state)):
         began = facts.get("arithmetic")
         log.warning("deterministic: the bits will differ, the checkpoint was made on %s, this is %s", began, own)
-    _load_tensors(state, path, same_objective=all(key != "objective" for key, *_ in changes))
+    _load_tensors(state, path, {key for key, *_ in changes})
     try:
         if state.scaler.is_enabled() or facts["scaler"]:
             state.scaler.load_state_dict(facts["scaler"])
@@ -116,8 +117,10 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
     progress.changes = [*facts.get("changes", []), *new]
 
 
-def _load_tensors(state: TrainState, path: Path, same_objective: bool) -> None:
-    """Weights, optimizer and objective; an objective other than the checkpoint's starts with its own state."""
+def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
+    """Weights, optimizer and objective; an objective other than the checkpoint's starts with its own state, and so does
+    AdamW for parameters that were frozen then. changed: names of settings."""
+    same_objective, other_freezing = "objective" not in changed, bool(changed & set(flat_names(FreezeSettings)))
     load_whole(state.model, read_fitting_weights(state.model, path))
     optim = read_tensors(path / "optim.safetensors")
     objective = {key.removeprefix(OBJECTIVE): optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
@@ -128,7 +131,7 @@ def _load_tensors(state: TrainState, path: Path, same_objective: bool) -> None:
     try:
         if same_objective:
             load_whole(state.objective, objective)
-        unpack_state(state.optimizer, own, state.shards.cut_state(optim))
+        unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin=other_freezing)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 

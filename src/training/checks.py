@@ -17,7 +17,7 @@ from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World, gather, judge_all
 from rwkv_clip.losses import Objective
-from rwkv_clip.models.outputs import NAMES, SIDES
+from rwkv_clip.models.outputs import NAMES, SCALARS
 from rwkv_clip.models.specification import ModelSpec
 
 from .settings import ParallelSettings, Settings
@@ -65,9 +65,9 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
 
 def check_objective(name: str, objective: Objective) -> None:
     """ConfigError when the objective asks for features that no model has."""
-    unknown = [need for need in objective.needs if need not in NAMES and need.partition("_")[0] in SIDES]
-    if unknown:
-        raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(NAMES)}"])
+    names = (*NAMES, *SCALARS)
+    if unknown := [need for need in objective.needs if need not in names]:
+        raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(names)}"])
 
 
 def check_texts(records: RecordSet, settings: Settings, objective: Objective) -> None:

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rwkv_clip.config import ConfigError
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
+from rwkv_clip.models.outputs import SCALARS
 from rwkv_clip.models.specification import ContrastiveModel
 
 from .data.augment import hash64
@@ -81,6 +83,9 @@ class GradientStep:
         normalize: Callable[[Tensor], Tensor],
         seed: int,
     ):
+        lacking = [name for name in objective.needs if name in SCALARS and getattr(model, name, None) is None]
+        if lacking:
+            raise ConfigError([f"objective: needs {', '.join(lacking)}, which the model does not have; take another"])
         self.model, self.parallel, self.objective = model, parallel, objective
         self.seed, self.world, self.normalize = seed, world, normalize
         self.micro_batches = self.cut_batch(settings, world)
@@ -122,12 +127,11 @@ class GradientStep:
         image, text = inputs.image[rows], inputs.text[rows]
         rows_of = {"image": image.shape[:-3], "text": text.shape[:-1]}  # (B,) or (B, V)
         call = self._called()
-        side_of = {name: name.partition("_")[0] for name in self.objective.needs}
-        needs = [name for name, side in side_of.items() if side in rows_of]  # the others are scalars, always returned
+        needs = [name for name in self.objective.needs if name not in SCALARS]  # which are always there
         output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2), needs=needs)
         return {
-            name: output[name].unflatten(0, rows_of[side]) if side in rows_of else output[name]
-            for name, side in side_of.items()
+            name: value if name in SCALARS else value.unflatten(0, rows_of[name.partition("_")[0]])
+            for name, value in output.items()
         }
 
     def _called(self) -> nn.Module:
@@ -139,8 +143,14 @@ class GradientStep:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
         """Losses, report, and the gradients of this rank's features and of the scalars."""
         leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
-        losses, report = self.objective(**leaves)
+        losses, report = self.objective(**{name: leaves[name] for name in self.objective.needs})
+        _check_scalars(losses, report)
         scale_loss(torch.stack(list(losses.values())).sum()).backward()
+        # What an objective makes no use of has a gradient of zeros: every parameter that trains is reached, on all
+        # ranks, and has a state to resume with.
+        for parameter in self.objective.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         average_gradients(self.objective)
         # What an objective makes no use of has a gradient of zeros: every parameter of the towers is reached.
         gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
@@ -155,6 +165,15 @@ class GradientStep:
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, self.dtype, enabled, cache_enabled=self.caches_weights)
+
+
+def _check_scalars(losses: dict[str, Tensor], report: dict[str, Tensor]) -> None:
+    """ValueError unless an objective returned what it should."""
+    if not losses:
+        raise ValueError("objective: it returned no loss; at least one is needed")
+    for name, value in {**report, **losses}.items():
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"objective: {name!r} has shape {tuple(value.shape)}, should be a scalar; take its mean")
 
 
 def _join(outputs: list[Features]) -> Features:

@@ -123,9 +123,14 @@ def pack_state(optimizer: torch.optim.Optimizer, own: Mapping[str, nn.Parameter]
 
 
 def unpack_state(
-    optimizer: torch.optim.Optimizer, own: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    own: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    may_begin: bool = False,
 ) -> None:
-    """Inverse of `pack_state`. ValueError when the state of a parameter of `own` is missing or left over."""
+    """Inverse of `pack_state`. ValueError when the state of a parameter of `own` is missing or left over.
+
+    may_begin: parameters without any state begin to train now, as after another freezing."""
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
         if name not in own:
@@ -135,6 +140,9 @@ def unpack_state(
         dtype = torch.float32 if slot == "step" else parameter.dtype
         optimizer.state[parameter][slot] = value.to(parameter.device, dtype)
     wanted = [f"{name}/{slot}" for name, p in own.items() if p.requires_grad for slot in SLOTS]
+    if may_begin:
+        held = {key.rpartition("/")[0] for key in tensors}
+        wanted = [key for key in wanted if key.rpartition("/")[0] in held]
     lacking = [key for key in wanted if key not in tensors]
     if tensors and lacking:
         raise ValueError(f"optim.safetensors: {len(lacking)} tensors are missing, the first is {lacking[0]}")

@@ -238,13 +238,16 @@ AUTOCAST_BEFORE = {"bf16": "amp_bf16", "fp16": "amp"}  # values of `precision`
 
 def update_names(data: dict[str, Any]) -> dict[str, Any]:
     """Flat settings with current names and meanings. Before 0.6 `warmup` was a fraction and `precision` named the
-    autocast dtype."""
+    autocast dtype. ConfigError for an old name beside its new one."""
     if not isinstance(data, dict):
         return data
+    twice = [f"{old}: is called {new} since 0.6, which is set, too; leave it out" for old, new in RENAMED.items()]
+    if found := [problem for problem, (old, new) in zip(twice, RENAMED.items()) if old in data and new in data]:
+        raise ConfigError(found)
     data = {RENAMED.get(key, key): value for key, value in data.items()}
     if isinstance(data.get("warmup"), float) and "warmup_fraction" not in data:
         data["warmup_fraction"] = data.pop("warmup")
-    if "precision" in data:
+    if isinstance(data.get("precision"), str):
         data["precision"] = AUTOCAST_BEFORE.get(data["precision"], data["precision"])
     return data
 

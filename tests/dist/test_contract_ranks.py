@@ -4,7 +4,7 @@ import pytest
 
 from helpers.ranks import digest, run_ranks
 from helpers.tiny import make_smaller, make_tiny
-from helpers.toy_objective import Toy
+from helpers.toy_objective import ImageAlone, Toy
 from rwkv_clip import losses
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import parse
@@ -14,7 +14,7 @@ from rwkv_clip.training.settings import Settings
 
 
 def train(settings: dict) -> None:
-    losses.OBJECTIVES["toy"] = (Toy, None)
+    losses.OBJECTIVES["toy"], losses.OBJECTIVES["alone"] = (Toy, None), (ImageAlone, None)
     run(parse(Settings, settings))
     leave_world()
 
@@ -62,3 +62,10 @@ def test_fsdp_resumes_what_one_process_saved(runs):
     whole = runs(1, save_every_n_steps=2, name="whole")
     begun = whole.with_name("step-00000002")
     assert largest_gap(runs(2, parallel="fsdp", resume=str(begun), name="moved"), whole) < 1e-3
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_an_objective_does_not_use_holds_up_no_rank(runs, parallel):
+    state = read_tensors(runs(2, objective="alone", parallel=parallel) / "optim.safetensors")
+    for name in ("logit_scale", "text_model.emb.weight", "objective.unused.weight"):
+        assert state[f"{name}/step"] == 3 and not state[f"{name}/exp_avg"].any(), name

@@ -21,7 +21,7 @@ from rwkv_clip.models.rwkv import ImageTowerConfig, TextTowerConfig
 from rwkv_clip.models.two_tower import ModelConfig
 from rwkv_clip.training import main as training
 from rwkv_clip.training.main import check_records, read_command_line
-from rwkv_clip.training.settings import Settings, load_settings
+from rwkv_clip.training.settings import Settings, load_settings, parse_settings
 
 LONG = "9" * 30
 
@@ -250,3 +250,17 @@ def test_in_a_real_process(line, data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert line.split()[1].removesuffix(".json") in done.stderr or "vision_cfg" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"precision": ["bf16"]}, r"precision: \['bf16'\] is not one of 'auto'"),
+        ({"precision": {"bf16": 1}}, r"precision: \{'bf16': 1\} is not one of"),
+        ({"views": "all", "text_choice": "one"}, "views: is called text_choice since 0.6, which is set, too"),
+        ({"max_bad_fraction": 0.1, "max_bad_share": 0.1}, "max_bad_share: is called max_bad_fraction since 0.6"),
+    ],
+)
+def test_old_settings_are_checked_as_new_ones(data, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_settings(data)

@@ -36,3 +36,16 @@ class Toy(Objective):
         first, second = F.normalize(local - self.center, dim=-1).unbind(1)
         a, b = contrastive_losses(first.contiguous(), second.contiguous(), self.temperature.exp())
         return {"contrastive": contrastive, "local": (a.mean() + b.mean()) / 2}, {"center_norm": self.center.norm()}
+
+
+class ImageAlone(Objective):
+    """Asks for neither text nor temperature, and has a parameter that it does not use."""
+
+    needs = ("image",)
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"first": image[:, 0].mean()}, {}

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 import rwkv_clip
+from helpers.tiny import make_smaller, make_tiny
+from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import ConfigError, check, parse
 from rwkv_clip.models.freezing import FreezeSettings, freeze_parameters
+from rwkv_clip.training.main import run
+from rwkv_clip.training.settings import Settings
 
 VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 3}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
@@ -182,3 +186,22 @@ def test_without_settings_nothing_is_frozen():
     model, frozen = freeze(RWKV)
     assert frozen == [] and all(parameter.requires_grad for parameter in model.parameters())
     assert check(FreezeSettings()) == []
+
+
+def test_a_run_goes_on_with_other_freezing(tmp_path):
+    data = make_smaller(make_tiny(tmp_path)) | {"val_data": None, "batch_size": 4, "max_steps": 2, "name": "run"}
+    folder = run(parse(Settings, data | {"lock_image": True}))
+    locked = read_tensors(find_checkpoint(folder) / "model.safetensors")
+    names = ["lock_image", "max_steps", "total_steps"]
+    more = data | {"resume": "latest", "max_steps": 4}
+    with pytest.raises(ConfigError, match="lock_image: True -> False"):
+        run(parse(Settings, more))
+    run(parse(Settings, more | {"allow_change": names}))
+    checkpoint = find_checkpoint(folder)
+    state, weights = read_tensors(checkpoint / "optim.safetensors"), read_tensors(checkpoint / "model.safetensors")
+    assert state["image_model.ln1.weight/step"] == 2 and state["logit_scale/step"] == 4
+    assert not torch.equal(weights["image_model.ln1.weight"], locked["image_model.ln1.weight"])
+    run(parse(Settings, more | {"max_steps": 6, "lock_image": True, "allow_change": names}))
+    ended = read_tensors(find_checkpoint(folder) / "model.safetensors")
+    image = [name for name in weights if name.startswith("image_model.")]
+    assert image and all(torch.equal(ended[name], weights[name]) for name in image)

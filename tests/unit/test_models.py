@@ -332,6 +332,7 @@ def test_descriptions_are_written_as_ever():
             {"text": {"kind": "open_clip", "width": 50, "heads": 3}},
             r"text: open_clip cannot build \['heads', 'width'\]",
         ),
+        ({"image": {"kind": "open_clip", "patch_size": 0}}, r"image: open_clip cannot build \['patch_size'\]"),
         ({"image": {"kind": "open_clip", "width": "wide"}}, r"image\.width: 'wide' is not a positive whole number"),
         (
             {"text": {"kind": "open_clip", "context_length": 0}},

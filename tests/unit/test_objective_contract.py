@@ -9,7 +9,7 @@ import torch
 
 import rwkv_clip
 from helpers.tiny import MODEL, make_smaller, make_tiny
-from helpers.toy_objective import Toy
+from helpers.toy_objective import ImageAlone, Toy
 from rwkv_clip import losses
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
 from rwkv_clip.config import ConfigError, parse
@@ -146,3 +146,39 @@ def test_needs_that_a_model_lacks_are_named_before_training(data, monkeypatch):
     monkeypatch.setattr(Toy, "needs", ("image", "text", "image_depth", "logit_scale"))
     with pytest.raises(ConfigError, match=r"objective: toy needs 'image_depth'.*valid names: image, text"):
         run(parse(Settings, data | {"name": "lacking"}))
+
+
+def test_what_an_objective_does_not_use_resumes(data, monkeypatch):
+    monkeypatch.setitem(losses.OBJECTIVES, "toy", (ImageAlone, None))
+    whole = tensors_of(run(parse(Settings, data | {"name": "whole"})))
+    unused = ("logit_scale", "text_model.emb.weight", "objective.unused.weight")
+    assert all(whole[f"{name}/step"] == 6 and not whole[f"{name}/exp_avg"].any() for name in unused)
+    first = min((run(parse(Settings, data | {"name": "parts"})) / "checkpoints").iterdir())
+    assert same(tensors_of(run(parse(Settings, data | {"name": "again", "resume": str(first)}))), whole)
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (({}, {}), "objective: it returned no loss"),
+        (({"local": torch.zeros(4)}, {}), r"objective: 'local' has shape \(4,\), should be a scalar"),
+        (({"local": torch.zeros(())}, {"means": torch.zeros(2)}), r"objective: 'means' has shape \(2,\)"),
+    ],
+)
+def test_what_an_objective_must_not_return(data, monkeypatch, made, message):
+    monkeypatch.setattr(Toy, "forward", lambda self, **features: made)
+    with pytest.raises(ValueError, match=message):
+        run(parse(Settings, data))
+
+
+@pytest.mark.parametrize(
+    "need, message",
+    [
+        ("temperature", "objective: toy needs 'temperature', valid names: .*logit_scale"),
+        ("logit_bias", "objective: needs logit_bias, which the model does not have"),
+    ],
+)
+def test_scalars_that_a_model_lacks(data, monkeypatch, need, message):
+    monkeypatch.setattr(Toy, "needs", (*Toy.needs, need))
+    with pytest.raises(ConfigError, match=message):
+        run(parse(Settings, data))

@@ -232,7 +232,7 @@ def _build(where: str, settings: dict[str, Any], make: Callable[[], T]) -> T:
     """`make()`. ConfigError for an unknown or missing field, or a value of the wrong type."""
     try:
         return make()
-    except (TypeError, ValueError, AssertionError) as error:
+    except (ArithmeticError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError([f"{where}: open_clip cannot build {sorted(settings)}: {error}"]) from None
 
 

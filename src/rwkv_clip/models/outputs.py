@@ -11,6 +11,7 @@ from .specification import ContrastiveModel
 
 SIDES = ("image", "text")
 EXTRAS = ("pooled", "tokens")  # fields of Encoded
+SCALARS = ("logit_scale", "logit_bias")  # of the whole model, always given
 NAMES = (*SIDES, *(f"{side}_{extra}" for extra in EXTRAS for side in SIDES))
 
 
