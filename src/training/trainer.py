@@ -106,7 +106,7 @@ class Trainer:
             values |= losses
         progress.step += 1
         progress.samples_seen += state.global_batch
-        return values | computed.report
+        return {**values, **{name: value for name, value in computed.report.items() if name not in values}}
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copy on a separate stream, while the GPU still computes the previous step."""

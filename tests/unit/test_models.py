@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import rwkv_clip
-from helpers.tiny import make_tiny
+from helpers.tiny import MODEL, make_tiny
 from rwkv_clip.checkpoint import read_description, save_checkpoint
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.recordio import Header, RecordWriter, pack
@@ -377,3 +377,13 @@ def test_drop_path_is_for_towers_that_have_it():
     for name in ("open_clip image", "ViT"):
         with pytest.raises(ConfigError, match=r"drop_path: .*only RWKV towers take this setting"):
             rwkv_clip.create_model(MODELS[name], drop_path=0.25)
+
+
+def test_scalars_may_be_asked_for_and_a_name_may_stand_alone():
+    model = rwkv_clip.create_model(MODEL)
+    image, text = torch.randn(2, 3, 32, 32), torch.randint(1, 1000, (2, 8))
+    plain = model(image, text, needs=("image", "text"))
+    assert model(image, text, needs=("image", "text", "logit_scale")).keys() == plain.keys()
+    assert model(image, text, needs="image_tokens").keys() == plain.keys() | {"image_tokens"}
+    with pytest.raises(ValueError, match="needs: unknown 'image_depth'"):
+        model(image, text, needs="image_depth")

@@ -25,9 +25,10 @@ def name_features(
     exponentiated; `logit_bias` where the model has one. Each tower runs once. ValueError for a name that is not one of
     these, or that a tower cannot give.
     """
-    needs = set(needs)
-    if unknown := sorted(needs.difference(NAMES)):
-        raise ValueError(f"needs: unknown {', '.join(map(repr, unknown))}; valid names: {', '.join(NAMES)}")
+    valid = (*NAMES, *SCALARS)
+    needs = {needs} if isinstance(needs, str) else set(needs)
+    if unknown := sorted(needs.difference(valid)):
+        raise ValueError(f"needs: unknown {', '.join(map(repr, unknown))}; valid names: {', '.join(valid)}")
     found = {}
     for side, inputs in zip(SIDES, (image, text)):
         extras = [extra for extra in EXTRAS if f"{side}_{extra}" in needs]
