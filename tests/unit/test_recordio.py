@@ -511,3 +511,12 @@ def test_width_without_side_file(tmp_path):
     write(tmp_path / "x", {})
     with pytest.raises(RecordError, match="no record"):
         RecordSet(tmp_path / "x")
+
+
+def test_what_is_discarded_leaves_nothing_not_even_its_side_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt), RecordWriter(tmp_path / "x") as writer:
+        writer.write(0, b"abcd")
+        writer.flush({"schema": 1})
+        assert len(list(tmp_path.iterdir())) == 3
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())

@@ -162,6 +162,8 @@ class RecordWriter:
             with suppress(OSError):  # what is still to be written may find no room
                 file.close()
             Path(file.name).unlink(missing_ok=True)
+        if self._side_path is not None:
+            _unfinished(self._side_path).unlink(missing_ok=True)
 
     def __enter__(self) -> RecordWriter:
         return self
