@@ -106,7 +106,7 @@ def test_flags_that_are_named_exist(monkeypatch):
         own = set(re.findall(r"--[a-z][\w.-]*\w", help_of(command, monkeypatch)))
         assert len(own) > 1, command
         flags |= own
-    for bench in (ROOT / "tests" / "bench").glob("*.py"):
+    for bench in [*(ROOT / "tests" / "bench").glob("*.py"), ROOT / "tests" / "conftest.py"]:
         flags |= set(re.findall(r'"(--[a-z][\w-]*)"', bench.read_text()))
     for path in CURRENT:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", path.read_text()))
