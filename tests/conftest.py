@@ -49,7 +49,7 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
-    """A command that a test runs in this process may end by ignoring signals, and what is ignored is so in every process
+    """A command that a test runs in this process may end by ignoring signals, and what is ignored is so in each process
     that later tests start."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
