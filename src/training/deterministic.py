@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, gather, rank_and_size, single_process
 from rwkv_clip.models.freezing import depends_on_the_batch
+from rwkv_clip.models.outputs import SCALARS
 from rwkv_clip.models.specification import ContrastiveModel
 
 from .gradients import Features, GradientStep, MicroBatches
@@ -37,7 +38,7 @@ class DeterministicStep(GradientStep):
                 ]
             )
         # Gradients of the model's own scalars (logit_scale) come from the objective, computed in full on every rank.
-        self.tree = TreeSum([p for name, p in model.named_parameters() if p.requires_grad and (p.dim() or "." in name)])
+        self.tree = TreeSum([p for name, p in model.named_parameters() if p.requires_grad and name not in SCALARS])
 
     @staticmethod
     def cut_batch(settings: ParallelSettings, world: World) -> MicroBatches:
@@ -71,12 +72,12 @@ class DeterministicStep(GradientStep):
         self, features: Features, scale_loss: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
         """With the features of all ranks, as one process would hold them; nothing is exchanged afterwards."""
-        everybody = {name: gather(value) if value.dim() else value for name, value in features.items()}
+        everybody = {name: value if name in SCALARS else gather(value) for name, value in features.items()}
         with single_process():
             losses, report, gradients = super()._compare(everybody, scale_loss)
         rows = self.micro_batches.size * self.micro_batches.count
         own = slice(self.world.rank * rows, (self.world.rank + 1) * rows)
-        return losses, report, {name: value[own] if value.dim() else value for name, value in gradients.items()}
+        return losses, report, {name: value if name in SCALARS else value[own] for name, value in gradients.items()}
 
     def _finish(self) -> None:
         sum_in_order(self.tree.finish())

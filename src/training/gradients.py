@@ -146,13 +146,12 @@ class GradientStep:
         losses, report = self.objective(**{name: leaves[name] for name in self.objective.needs})
         _check_scalars(losses, report)
         scale_loss(torch.stack(list(losses.values())).sum()).backward()
-        # What an objective makes no use of has a gradient of zeros: every parameter that trains is reached, on all
-        # ranks, and has a state to resume with.
+        # What an objective does not use, parameters of its own or features, has a gradient of zeros: so all that trains
+        # is reached, on all ranks, and has a state to resume with.
         for parameter in self.objective.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         average_gradients(self.objective)
-        # What an objective makes no use of has a gradient of zeros: every parameter of the towers is reached.
         gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
         return losses, report, gradients
 
@@ -180,16 +179,16 @@ def _join(outputs: list[Features]) -> Features:
     if len(outputs) == 1:
         return outputs[0]
     return {
-        name: torch.cat([output[name] for output in outputs]) if value.dim() else value
+        name: value if name in SCALARS else torch.cat([output[name] for output in outputs])
         for name, value in outputs[-1].items()
     }
 
 
 def _differentiate(output: Features, gradients: Features, rows: slice, last: bool) -> None:
     """Backpropagate to the trained parameters; scalars once, with the last micro-batch."""
-    reached = {name: value for name, value in output.items() if value.requires_grad and (last or value.dim())}
+    reached = [name for name, value in output.items() if value.requires_grad and (last or name not in SCALARS)]
     if reached:
         torch.autograd.backward(
-            list(reached.values()),
-            [gradients[name][rows] if value.dim() else gradients[name] for name, value in reached.items()],
+            [output[name] for name in reached],
+            [gradients[name] if name in SCALARS else gradients[name][rows] for name in reached],
         )

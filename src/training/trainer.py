@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rwkv_clip.models.outputs import SCALARS
 from rwkv_clip.transform import normalize
 
 from .data.augment import draw_drops, draw_texts
@@ -136,7 +137,7 @@ class Trainer:
         self._update_scale()
         with torch.no_grad():
             state.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        features = [value for value in computed.features.values() if value.dim()]
+        features = [value for name, value in computed.features.items() if name not in SCALARS]
         epoch = state.progress.samples_seen // state.epoch_samples
         state.watch.report(state.progress.step, batch.ids, loss, grad_norm, norms, features, epoch)
         return grad_norm

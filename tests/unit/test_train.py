@@ -375,6 +375,21 @@ def test_open_clip_towers_train(data):
     assert loaded.model.encode_image(torch.randn(1, 3, 32, 32)).shape == (1, 32)
 
 
+@pytest.mark.parametrize("changes", [{"accum_freq": 2}, {"deterministic": True, "max_ranks": 2}], ids=str)
+def test_a_temperature_with_a_dimension_is_one_of_the_model(data, changes):
+    """open_clip's nonscalar_logit_scale: not a row per sample, however many micro-batches there are."""
+    model = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+        "nonscalar_logit_scale": True,
+    }
+    path = Path(data["model"]).with_name("nonscalar.json")
+    path.write_text(json.dumps(model))
+    weights = read_weights(run(settings(data, model=str(path), name=f"nonscalar {changes}", max_steps=2, **changes)))
+    assert weights["logit_scale"].shape == (1,)
+
+
 def test_records_of_a_longer_context_are_refused(data, tmp_path):
     model = json.loads(Path(data["model"]).read_text())
     model["text"]["context"] = 6

@@ -42,7 +42,7 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tens
         )
     with torch.autocast(image.device.type, enabled=False):
         dtype, first = comparison_dtype(image), rank_and_size()[0] * len(image)
-        image, scale, everybody = image.to(dtype), scale.to(dtype), gather(text.to(dtype))
+        image, scale, everybody = image.to(dtype), scale.to(dtype).reshape(()), gather(text.to(dtype))
         if text.dim() == 2:
             return pair_losses(image, everybody, scale, first)[:2]
         parts = [pair_losses(image, one.contiguous(), scale, first)[:2] for one in everybody.unbind(1)]

@@ -29,7 +29,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         return load_library(build_library("block_cpu", sources, flags=host_flags(), compiler="c++", depends=headers))
     except BuildError as error:
-        warnings.warn(f"RWKV blocks run as plain torch operations, up to 1.5 times slower: {error}", stacklevel=2)
+        warnings.warn(f"RWKV blocks run as plain torch operations, which are slower: {error}", stacklevel=2)
         return None
 
 

@@ -5,11 +5,9 @@ specification, and on a GPU it is what torch.compile fuses. On a CPU, where ever
 float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`native.py`), except
 for calls that PyTorch watches (`ops/watched.py`).
 
-Why kernels of our own: measured for a block of B/32 on one thread of an AMD EPYC with AVX512-BF16, as multiples of the
-time with them (Intel AMX: not measured). The eager formulas take 1.11 to 1.20 in bfloat16, 1.06 to 1.15 with backward,
-and 1.01 to 1.06 in float32; a small model encodes a single picture in up to 1.5 times the time. Compiled by inductor
-one by one they take 0.99 to 1.14, a whole block 0.87 to 1.06; but each shape costs 12 seconds or more at its first call
-in a process, so nothing is compiled unless asked for.
+Why kernels of our own, although inductor makes a compiled block as fast (`tests/bench/block.py --compile`; figures in
+shell/README.md): compiling takes seconds to minutes per shape and process, so nothing is compiled unless asked for, and
+eager formulas are slower.
 """
 
 from __future__ import annotations
