@@ -71,8 +71,8 @@ TRAINING = [
     Mutant(
         "the temperature's gradient once per micro-batch",
         "training/gradients.py",
-        "if value.requires_grad and (last or value.dim())}",
-        "if value.requires_grad}",
+        "if value.requires_grad and (last or name not in SCALARS)]",
+        "if value.requires_grad]",
         "unit/test_step.py::test_accumulation_in_float64",
     ),
     Mutant(
