@@ -271,7 +271,8 @@ SCRIPT = """
     from helpers.loading import make
     from rwkv_clip.data.records import RecordSet
 
-    loader = make(RecordSet(sys.argv[1]), image_size=32, global_batch=8, steps=40, workers=2)
+    # More pixels than the pipes hold: no worker is done before the event.
+    loader = make(RecordSet(sys.argv[1]), image_size=96, global_batch=8, steps=40, workers=2)
     if __name__ == "__main__":
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)

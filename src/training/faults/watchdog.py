@@ -196,15 +196,15 @@ class PeerWatchdog(Watchdog):
 
     def _talk(self) -> None:
         while not self._end.is_set():
-            self._hurry.wait(0.1 if self._failed or self.cause else self.peers.interval)
-            self._hurry.clear()
             try:
-                self._exchange()
+                self._exchange()  # at once: a rank that takes the store with it at its first steps was heard before
             except dist.DistError:
                 # The store is gone, with rank 0 or with torchrun. Some runs end this way, so give ours the time.
                 if not self._end.wait(GRACE):
                     self.cause = self.cause or self.peers.describe(0, STORE_SILENT, self._step())
                 return
+            self._hurry.wait(0.1 if self._failed or self.cause else self.peers.interval)
+            self._hurry.clear()
 
     # ---- the other one judges ----------------------------------------------------------------------------------------
 
