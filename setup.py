@@ -21,12 +21,13 @@ def found(name: str, folder: str) -> list[str]:
 
 
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
+CHINESE = ["transformers>=4.48", "lmdb>=1.4"]  # BERT's tower and tokenizer, and Chinese-CLIP's data folders
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
 DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 
 setup(
     name="rwkv_clip",
-    version="0.6.0",
+    version="0.7.0",
     description="Contrastive image-text training with RWKV-6 towers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -34,7 +35,7 @@ setup(
     python_requires=">=3.10",
     package_dir=HOMES,
     packages=[package for name, folder in HOMES.items() for package in found(name, folder)],
-    package_data={"": ["*.json"], "rwkv_clip": ["py.typed", "configs/**/*.json"], "rwkv_clip.ops": ["csrc/**/*"]},
+    package_data={"": ["*.json"], "rwkv_clip": ["py.typed", "configs/**/*.json", "bert-chinese/*"], "rwkv_clip.ops": ["csrc/**/*"]},
     entry_points={
         "console_scripts": [
             "rwkv-clip-train = rwkv_clip.training.main:main",
@@ -47,11 +48,12 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.51"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.43"],
         "parquet": ["pyarrow>=15"],
+        "chinese": CHINESE,
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "clip-benchmark": CLIP_BENCHMARK,
         "faiss": ["faiss-cpu>=1.8"],
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
-        "dev": DEVELOPMENT + CLIP_BENCHMARK,
+        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE,
     },
 )

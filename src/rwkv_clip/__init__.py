@@ -19,4 +19,4 @@ __all__ = [
     "load_checkpoint",
     "load_for_inference",
 ]
-__version__ = "0.6.0"
+__version__ = "0.7.0"

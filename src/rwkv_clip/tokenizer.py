@@ -23,11 +23,20 @@ class Tokenizer:
     characters only the beginning is read, enough to fill the context: a tokenizer takes a second per megabyte.
     ValueError for what is not a text, or has more than MAX_CHARACTERS characters. Picklable and copyable where
     `encode`, (list of str, context) -> ids, is: for workers that are spawned.
+
+    prepare: what the texts of data sets go through first, see `prepare_texts`; None for nothing.
     """
 
-    def __init__(self, name: str, encode: Callable[[list[str], int], torch.Tensor], vocab_size: int, context: int):
+    def __init__(
+        self,
+        name: str,
+        encode: Callable[[list[str], int], torch.Tensor],
+        vocab_size: int,
+        context: int,
+        prepare: Callable[[str], str] | None = None,
+    ):
         self.name, self.vocab_size, self.context = name, vocab_size, context
-        self._encode = encode
+        self._encode, self.prepare = encode, prepare
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
         if not isinstance(texts, (str, list, tuple)):
@@ -39,6 +48,12 @@ class Tokenizer:
         if not texts:
             return torch.zeros(0, context, dtype=torch.int64)
         return self._encode([_check_text(text, READ * context) for text in texts], context)
+
+
+def prepare_texts(tokenizer: Callable, texts: Sequence[str]) -> list[str]:
+    """The texts of a data set as the tokenizer's training had them; unchanged for most tokenizers."""
+    prepare = tokenizer.prepare if isinstance(tokenizer, Tokenizer) else None
+    return [prepare(text) for text in texts] if prepare else list(texts)
 
 
 def _check_text(text: str, most: int) -> str:

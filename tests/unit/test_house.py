@@ -117,8 +117,9 @@ OPTIONAL = {
     "pyarrow": {"parquet.py"},
     "wandb": {"log.py"},
     "faiss": {"search.py"},
-    "lmdb": set(),
-    "transformers": set(),
+    "lmdb": {"lmdb.py"},
+    "transformers": {"bert.py"},
+    "tokenizers": {"tokenizer.py"},
 }
 
 

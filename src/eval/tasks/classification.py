@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_clip.metrics import accuracy, target_ranks
-from rwkv_clip.tokenizer import count_cut
+from rwkv_clip.tokenizer import count_cut, prepare_texts
 
 from .. import upstream
 from ..cache import cached, model_key
@@ -57,7 +57,8 @@ def class_weights(encoder: Encoder, data: ClassificationSet) -> Tensor:
 
     Kept in the encoder's cache for the same weights, tokens, precision and device. All ranks call it.
     """
-    tokens = encoder.loaded.tokenizer(prompts_of(data.class_names, data.templates))
+    tokenizer = encoder.loaded.tokenizer
+    tokens = tokenizer(prepare_texts(tokenizer, prompts_of(data.class_names, data.templates)))
 
     def encode() -> Tensor:
         features = encoder.extractor.encode_tokens(tokens)
@@ -104,7 +105,7 @@ def run(settings: ClassificationSettings, sets: list[Asked], encoder: Encoder) -
 
 def describe_prompts(data: ClassificationSet, tokenizer: Callable) -> str:
     """What a reader of the figures should know about the set and its prompts."""
-    texts = prompts_of(data.class_names, data.templates)
+    texts = prepare_texts(tokenizer, prompts_of(data.class_names, data.templates))
     tokens = tokenizer(texts)
     notes = [data.note] if data.note else []
     if cut := count_cut(texts, tokens, tokenizer):

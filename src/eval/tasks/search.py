@@ -24,7 +24,7 @@ from rwkv_clip.data.image import open_picture
 from rwkv_clip.dist import choose_device
 from rwkv_clip.files import new_folder, write_whole
 from rwkv_clip.metrics import nearest_items
-from rwkv_clip.tokenizer import count_cut
+from rwkv_clip.tokenizer import count_cut, prepare_texts
 
 from ..encoder import Encoder
 from ..feature_files import KINDS, Features, json_line, read_about, read_features
@@ -144,7 +144,8 @@ def _own_queries(
     encoder = _load_encoder(settings, about, device)
     if settings.query:
         tokenizer, prefix = encoder.loaded.tokenizer, settings.prefix
-        texts = [(about.get("prefix", "") if prefix is None else prefix) + text for text in settings.query]
+        before = about.get("prefix", "") if prefix is None else prefix
+        texts = prepare_texts(tokenizer, [before + text for text in settings.query])
         tokens = tokenizer(texts)
         if cut := count_cut(texts, tokens, tokenizer):
             print(f"{cut} queries are longer than the context of {tokens.shape[1]} tokens: cut", file=sys.stderr)

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from ..files import OutsideError, find_below, read_bytes
-from ..tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer
+from ..tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer, prepare_texts
 from .fields import IMAGE_FIELDS, Choice, find_field, find_tokens, first_text
 from .image import MAX_BYTES, ImageError, inspect_image, open_image
 from .recordio import Header, pack
@@ -166,6 +166,7 @@ class Encoder:
         A text that is cut keeps EOT as its last token, so the ids follow from those of one more place. Texts so long
         that the tokenizer reads only their beginning, which depends on the context, are tokenized again.
         """
+        texts = prepare_texts(self.tokenize, texts)
         longer = self.tokenize(texts, self.context + 1)
         cut = longer[:, -1] != 0
         if any(len(text) > READ * self.context for text in texts):

@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 
 from ..files import OutsideError, find_below
-from ..tokenizer import count_cut
+from ..tokenizer import count_cut, prepare_texts
 from .captions import ENDINGS, Captioned, read_captions
 from .image import open_picture
 from .records import RecordSet
@@ -53,7 +53,7 @@ class RetrievalSet:
         tokens do not fit the tokenizer.
         """
         if self.captions is not None:
-            texts = [prefix + caption for caption in self.captions]
+            texts = prepare_texts(tokenizer, [prefix + caption for caption in self.captions])
             tokens = tokenizer(texts)
             return tokens, count_cut(texts, tokens, tokenizer)
         if prefix:
