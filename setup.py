@@ -20,6 +20,7 @@ def found(name: str, folder: str) -> list[str]:
     return [name, *(f"{name}.{inner}" for inner in find_packages(ROOT / folder))]
 
 
+FILES = ["py.typed", "configs/**/*.json", "bert-chinese/*"]
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
 CHINESE = ["transformers>=4.48", "lmdb>=1.4"]  # BERT's tower and tokenizer, and Chinese-CLIP's data folders
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
@@ -35,7 +36,11 @@ setup(
     python_requires=">=3.10",
     package_dir=HOMES,
     packages=[package for name, folder in HOMES.items() for package in found(name, folder)],
-    package_data={"": ["*.json"], "rwkv_clip": ["py.typed", "configs/**/*.json", "bert-chinese/*"], "rwkv_clip.ops": ["csrc/**/*"]},
+    package_data={
+        "": ["*.json"],
+        "rwkv_clip": ["py.typed", "configs/**/*.json", "bert-chinese/*"],
+        "rwkv_clip.ops": ["csrc/**/*"],
+    },
     entry_points={
         "console_scripts": [
             "rwkv-clip-train = rwkv_clip.training.main:main",
