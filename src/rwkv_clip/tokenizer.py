@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
 CLIP_BPE = "clip-bpe"
+BERT_CHINESE = "bert-chinese"
 MAX_CHARACTERS = 1 << 20  # of a text; more is refused
 READ = 64  # characters per token of context that are read: no token is much longer than that
 
