@@ -146,7 +146,9 @@ def _choose(settings: BuildSettings, source: Source, conditions: tuple[Condition
         check_image_field(sample, settings.image_field)
         return choose_fields(sample, settings.texts, settings.token_field, settings.context)
 
-    return survey(iter(tqdm(source.rows(), unit="row", disable=None, desc="looking at fields", delay=2)), conditions, choose)
+    return survey(
+        iter(tqdm(source.rows(), unit="row", disable=None, desc="looking at fields", delay=2)), conditions, choose
+    )
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Source:
         """
         if self.kind == PAIRS:
             return [_fingerprint_folder(folder) for folder in self.files]
-        return [_fingerprint(file) for file in self._list_files()]
+        return [fingerprint(file) for file in self._list_files()]
 
     def _list_files(self) -> list[Path]:
         files = self.files + ([self.images] if self.kind == "npy" else [])
@@ -92,6 +92,7 @@ class Source:
             inside = any(file.resolve().is_relative_to(folder.resolve()) for folder in self.files)
             return inside and any(is_picture(ending) for ending, _ in group)
         return any(os.path.samestat(file.stat(), own.stat()) for own in self._list_files())
+
 
 # ---- what a spec names -----------------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ def _one_kind(spec: str, found: list[tuple[str, Path]]) -> str:
 # ---- what it held ----------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(file: Path) -> list:
+def fingerprint(file: Path) -> list:
     about, span = file.stat(), 1 << 16
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
