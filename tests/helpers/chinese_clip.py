@@ -52,6 +52,9 @@ def dump(folder: Path) -> dict[str, list[tuple[bytes, bytes]]]:
     """All items of `imgs` and `pairs`, in the order of their keys."""
     found = {}
     for name in ("imgs", "pairs"):
-        with lmdb.open(str(folder / name), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        with (
+            lmdb.open(str(folder / name), readonly=True, lock=False) as environment,
+            environment.begin() as transaction,
+        ):
             found[name] = list(transaction.cursor())
     return found
