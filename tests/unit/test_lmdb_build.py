@@ -20,7 +20,8 @@ TEXTS = [(1, "一只猫", [3]), (2, "“狗”", [11, 5]), (9, "鸟", [3, 11])]
 
 
 def build(folder, **more):
-    return [report for report in build_lmdb(LmdbSettings(str(folder), "train", **more))][0]
+    (report,) = build_lmdb(LmdbSettings(str(folder), "train", **more))
+    return report
 
 
 def pairs_of(folder) -> list:
@@ -144,7 +145,7 @@ def test_files_that_are_mostly_bad_end_the_build(source):
     assert not (source / "lmdb/train").exists()
     assert build(source, max_bad_fraction=0.6).images == 3
     write_files(source, "valid", IMAGES, [(1, "x", [99])])
-    with pytest.raises(SourceError, match="valid_texts.jsonl: 1 of 1 lines are of no use"):
+    with pytest.raises(SourceError, match=r"valid_texts\.jsonl: 1 of 1 lines are of no use"):
         list(build_lmdb(LmdbSettings(str(source), "valid")))
     with pytest.raises(SourceError, match="no text belongs to a picture"):
         list(build_lmdb(LmdbSettings(str(source), "valid", max_bad_fraction=1)))
