@@ -16,7 +16,7 @@ from rwkv_clip.config import ConfigError, to_dict
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World, gather, judge_all
-from rwkv_clip.losses import Objective
+from rwkv_clip.losses import FACTS, Objective
 from rwkv_clip.models.outputs import NAMES, SCALARS
 from rwkv_clip.models.specification import ModelSpec
 
@@ -64,8 +64,8 @@ def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | N
 
 
 def check_objective(name: str, objective: Objective) -> None:
-    """ConfigError when the objective asks for features that no model has."""
-    names = (*NAMES, *SCALARS)
+    """ConfigError when the objective asks for what no model and no batch has."""
+    names = (*NAMES, *SCALARS, *FACTS)
     if unknown := [need for need in objective.needs if need not in names]:
         raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(names)}"])
 

@@ -221,6 +221,7 @@ def _open_loader(work: Work, state: TrainState) -> Loader:
         work.settings.data,
         seed=work.settings.run.seed,
         views=work.objective.image_views,
+        keys="image_keys" in work.objective.needs,
         device=work.world.device,
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rwkv_clip.models.outputs import SCALARS
 from rwkv_clip.transform import normalize
 
-from .data.augment import draw_drops, draw_texts
+from .data.augment import draw_drops, draw_texts, hash_rows
 from .data.batch import Batch
 from .deterministic import DeterministicStep
 from .faults.nonfinite import Statistics
@@ -67,6 +67,16 @@ class Trainer:
         numbers = torch.from_numpy(drawn.astype(np.float32))
         return numbers.unflatten(0, (*views, branches)).permute(1, 2, 0) if views else numbers
 
+    def find_facts(self, batch: Batch, text: Tensor) -> dict[str, Tensor]:
+        """The facts of the batch that the objective needs, by name; text: what `choose_texts` returns."""
+        facts = {}
+        if "image_keys" in self.state.objective.needs:
+            assert batch.image_keys is not None, "the loader is asked for them"
+            facts["image_keys"] = batch.image_keys
+        if "text_keys" in self.state.objective.needs:
+            facts["text_keys"] = torch.from_numpy(hash_rows(text.numpy()))
+        return facts
+
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
 
@@ -90,8 +100,10 @@ class Trainer:
     def _step(self, batch: Batch, void: bool) -> dict[str, Tensor | float]:
         state, progress = self.state, self.state.progress
         set_step(state.optimizer, self.schedule, progress.step)
-        image, text = self._to_device(batch.image, self.choose_texts(batch))
-        inputs = Inputs(image, text, self.draw_drops(batch))
+        text = self.choose_texts(batch)
+        facts = self.find_facts(batch, text)
+        image, text, *found = self._to_device(batch.image, text, *facts.values())
+        inputs = Inputs(image, text, self.draw_drops(batch), dict(zip(facts, found)))
         state.shards.zero_gradients()
         statistics = Statistics(state.model, state.objective)
         computed = self.gradients.run(progress.step, inputs, state.scaler.scale)

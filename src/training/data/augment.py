@@ -7,6 +7,8 @@ views: view 0 is what a run with one view sees, each further view has draws of i
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from ..settings import DataSettings
@@ -55,6 +57,20 @@ def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray, probability: floa
 def draw_texts(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
     """Which of its `count` texts a sample shows, uniform: int64 (B,)."""
     return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)
+
+
+def hash_rows(rows: np.ndarray) -> np.ndarray:
+    """Keys of rows of token ids: int (.., T), each id in [0, 2^32) and T at most 2^16 -> int64 (..), at least 0.
+
+    A sum over the places of 64 random bits for (id, place), mixed once more (Zobrist 1970): equal rows have equal keys,
+    and two others have so by a chance of 2^-63, unless they are made to."""
+    places = (rows.astype(np.uint64) << np.uint64(16)) | np.arange(rows.shape[-1], dtype=np.uint64)
+    return (mix64(mix64((places + np.uint64(1)) * GAMMA).sum(-1, dtype=np.uint64)) >> np.uint64(1)).astype(np.int64)
+
+
+def hash_bytes(data: bytes) -> int:
+    """The key of an encoded image: 63 bits of its BLAKE2b, at least 0."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def draw_drops(seed: int, epochs: np.ndarray, ids: np.ndarray, branches: int) -> np.ndarray:

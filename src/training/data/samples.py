@@ -20,7 +20,7 @@ from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image,
 from rwkv_clip.data.records import RecordError, RecordSet
 
 from ..settings import DataSettings
-from .augment import crop_windows, draw_flips
+from .augment import crop_windows, draw_flips, hash_bytes
 from .order import Order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
@@ -73,12 +73,13 @@ class Sample:
     name: str
     crops: tuple[Crop, ...] = ()
     fault: Fault | None = None  # of the record that this one replaces
+    key: int | None = None  # of the encoded image (`hash_bytes`), where keys are asked for
 
 
 class SampleReader:
     """Reads and decodes samples by their position in `Order(len(records), seed)`.
 
-    image_size: (height, width) of a view. views: random crops taken of each image.
+    image_size: (height, width) of a view. views: random crops taken of each image. keys: whether samples have keys.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class SampleReader:
         image_size: tuple[int, int],
         settings: DataSettings = DataSettings(),
         views: int = 1,
+        keys: bool = False,
     ):
         if views < 1:
             raise ValueError(f"views: {views}; an image needs at least one")
         self.records, self.seed, self.image_size = records, seed, image_size
-        self.settings, self.views = settings, views
+        self.settings, self.views, self.keys = settings, views, keys
         self.order = Order(len(records), seed)
 
     @property
@@ -134,7 +136,8 @@ class SampleReader:
         data, tokens = self.records.sample(index)
         name = self.records.name(index)
         info = inspect_image(data, name)
-        return Sample(position, index, position // self.order.count, data, info, tokens, name)
+        key = hash_bytes(data) if self.keys else None
+        return Sample(position, index, position // self.order.count, data, info, tokens, name, key=key)
 
     def _next_good(self, fault: Fault) -> Sample:
         """The first sample after the fault's position whose header is good; carries the fault."""
