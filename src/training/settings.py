@@ -74,6 +74,8 @@ class DataSettings:
     """Use only the entries of --val-data that belong to this split."""
     val_prefix: str = ""
     """Prepended to every caption in validation."""
+    val_batch_size: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Pairs that the validation loss compares with each other; default: --batch-size."""
     text_choice: Literal["one", "first", "all"] = "one"
     """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
     texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
@@ -189,9 +191,15 @@ class LogSettings:
     """What a run writes, and how often."""
 
     log_every_n_steps: int = ranged(10, minimum=1)
+    report_training_batch_acc: bool = False
+    """Log how often an image of the batch scores highest with its own text, and a text with its own image."""
     val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Steps between validations; default: only at the end."""
+    val_frequency: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Epochs between validations, besides --val-every-n-steps: after the step that completes the epoch."""
     save_every_n_steps: int = ranged(1000, minimum=1)
+    save_frequency: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Epochs between checkpoints, besides --save-every-n-steps."""
     keep_checkpoints: int = ranged(2, minimum=2)
     """Newest checkpoints kept; at least 2, so that a good one exists while the next is written."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()

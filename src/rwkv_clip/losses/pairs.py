@@ -63,6 +63,55 @@ def contrastive_losses(
         return of_images, of_texts
 
 
+@torch.no_grad()
+def rank_own_first(
+    image: Tensor, text: Tensor, image_keys: Tensor | None = None, text_keys: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Whether each own image scores higher with its own text than with any other rank's or its own rank's, and each own
+    text with its own image: bool, shaped as the losses of `contrastive_losses`, whose arguments these are.
+
+    A tie counts against. With keys, what they leave out of the loss is left out here."""
+    texts = text.unsqueeze(1) if text.dim() == 2 else text
+    with torch.autocast(image.device.type, enabled=False):
+        dtype, first = comparison_dtype(image), rank_and_size()[0] * len(image)
+        image, texts = image.detach().to(dtype), texts.detach().to(dtype)
+        images, keys = gather(image), _gather_keys(texts, image_keys, text_keys)
+        found = [
+            (_compare_own(image, gather(one), first, key), _compare_own(one, images, first, key))
+            for one, key in zip((x.contiguous() for x in texts.unbind(1)), keys)
+        ]
+    of_images, of_texts = (torch.stack(part, 1) for part in zip(*found))
+    return of_images.view(text.shape[:-1]), of_texts.view(text.shape[:-1])
+
+
+def _compare_own(rows: Tensor, columns: Tensor, first: int, keys: Tensor | None) -> Tensor:
+    """Whether the score of row i (B, D) with column first + i is larger than that with any other column (N, D)."""
+    found = rows.new_empty(len(rows), dtype=torch.bool)
+    for chunk, _, scores, _ in _score_chunks(rows, columns, rows.new_ones(()), first, keys):
+        diagonal = scores.diagonal(first + chunk.start)
+        own = diagonal.clone()
+        diagonal.fill_(float("-inf"))
+        found[chunk] = own > scores.amax(1)
+    return found
+
+
+@torch.no_grad()
+def measure_duplicates(image_keys: Tensor | None, text_keys: Tensor) -> Tensor:
+    """Fraction of the pairs of all ranks whose text, or image where its keys (B,) are known, is another pair's, too.
+
+    text_keys: (B,) or (B, V), the v-th texts among themselves. -> float scalar."""
+    keys = gather(text_keys.reshape(len(text_keys), -1))
+    repeated = torch.stack([_occurs_again(column) for column in keys.unbind(1)], 1)
+    if image_keys is not None:
+        repeated |= _occurs_again(gather(image_keys))[:, None]
+    return repeated.float().mean()
+
+
+def _occurs_again(keys: Tensor) -> Tensor:
+    _, places, counts = keys.unique(return_inverse=True, return_counts=True)
+    return counts[places] > 1
+
+
 def _gather_keys(texts: Tensor, image_keys: Tensor | None, text_keys: Tensor | None) -> list[Tensor | None]:
     """For each of the V texts (B, V, D) of an image: the keys of all ranks' images and texts, int64 (1 or 2, N)."""
     found = []
