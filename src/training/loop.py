@@ -130,7 +130,7 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
             log.advance()
         if _is_due(progress.step, every.log_every_n_steps) or progress.step == state.total_steps:
             trainer.check()
-            numbers = mean_over_ranks(values | trainer.measure(), world.device)
+            numbers = mean_over_ranks({**values, **trainer.measure()}, world.device)
             _write(trainer, log, meter, numbers, loader.skipped)
             meter.reset()
         signal = state.watch.signal
