@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,8 @@ OWN = {"train_data", "model", "logs", "device", "workers", "loader", "report_to"
 PLACES = {"pretrained", "val_data", "resume"}  # the location may differ, but must be given
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 NAMED = 5  # differences that an error lists
+
+log = logging.getLogger(__name__)
 
 
 def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | None = None) -> None:
@@ -100,6 +103,22 @@ def check_batch(settings: ParallelSettings, world: World, count: int) -> None:
                 f"batch_size: {step} is {pairs} pairs per step, but there are {count} records: a pair would be its own "
                 f"negative; use a smaller --batch-size, at most {count} pairs per step, or more records"
             ]
+        )
+
+
+def warn_of_rate(settings: Settings, world: World) -> None:
+    """Warn on the main rank where the batch is at most a quarter of the recipe's, and the learning rate is not at all
+    lower in proportion: fine-tuning then may end below where it began (users of Chinese-CLIP report it)."""
+    recipe, parallel, lr = settings.optimizer.published, settings.parallel, settings.optimizer.lr
+    pairs = parallel.batch_size * parallel.accum_freq * world.size
+    if recipe.lr is None or recipe.batch is None or 4 * pairs > recipe.batch:
+        return
+    proposed = recipe.lr * pairs / recipe.batch
+    if lr > 2 * proposed and world.is_main:
+        log.warning(
+            "lr: %g was published for %d pairs a step, this run has %d with lr %g; in proportion that is --lr %.1e, or "
+            "take the published batch with a larger --accum-freq",
+            *(recipe.lr, recipe.batch, pairs, lr, proposed),
         )
 
 

@@ -36,7 +36,7 @@ from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights
+from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights, warn_of_rate
 from .data import make_loader
 from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
@@ -148,6 +148,7 @@ def prepare(settings: Settings) -> Work:
     world = join_world(settings.parallel.device, COLLECTIVES)
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
+    warn_of_rate(settings, world)
     return Work(settings, name, spec, records, objective, world)
 
 

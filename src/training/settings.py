@@ -162,6 +162,20 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class PublishedSettings:
+    """What a recipe's learning rate was published with."""
+
+    lr: float | None = field(default=None, metadata={"limits": {"above": 0}})
+    batch: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Pairs in a step."""
+
+    def problems(self) -> list[str]:
+        if (self.lr is None) != (self.batch is None):
+            return [f"published: lr {self.lr} and batch {self.batch}; set both or neither"]
+        return []
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW and its schedule."""
 
@@ -170,6 +184,8 @@ class OptimizerSettings:
     max_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Stop (and complete the schedule) after this many steps instead of after --epochs."""
     lr: float = ranged(1e-3, above=0)
+    published: PublishedSettings = field(default=PublishedSettings())
+    """Of a recipe: a run with a quarter of its batch or less, but not a lower --lr, is warned."""
     wd: float = ranged(0.2, minimum=0)
     decay: Literal["all", "matrices"] = "matrices"
     """Weight decay on every parameter (as released) or only on tensors of two or more dimensions."""
