@@ -305,7 +305,7 @@ TRAINING = [
         "rwkv_clip/losses/pairs.py",
         "return list(gather(torch.stack(found, 1)).permute(2, 1, 0).contiguous())",
         "own = torch.stack(found, 1)\n"
-        "    everybody = torch.arange(1, 1 + len(gather(own)))[:, None, None].expand(-1, *own.shape[1:]).clone().neg()\n"
+        "    everybody = -1 - torch.arange(len(gather(own)))[:, None, None].repeat(1, *own.shape[1:])\n"
         "    first = rank_and_size()[0] * len(own)\n"
         "    everybody[first : first + len(own)] = own\n"
         "    return list(everybody.permute(2, 1, 0).contiguous())",
