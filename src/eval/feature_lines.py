@@ -86,18 +86,22 @@ def _read_quickly(lines: list[bytes], prefix: re.Pattern[bytes]) -> tuple[list[I
             return None
         ids.append(int(start[1]))
         bodies.append(line[start.end() : -2])
-    counts = {body.count(b",") for body in bodies}
-    values = _parse_numbers(b", ".join(bodies)) if len(counts) == 1 else None
-    return None if values is None else (ids, values.reshape(len(ids), -1))
+    # Each line has as many numbers as any other if the same shares of all commas end the bodies.
+    values, ends = _parse_numbers(b", ".join(bodies))
+    lengths = np.cumsum([len(body) + 2 for body in bodies]) - 2
+    width, rest = divmod(len(ends), len(ids))
+    if values is None or rest or (ends[width - 1 :: width] != lengths).any():
+        return None
+    return ids, values.reshape(len(ids), width)
 
 
-def _parse_numbers(text: bytes) -> np.ndarray | None:
-    """Numbers (n,) float32 of a text "0.1, -0.2, .."; None where one is no finite JSON number."""
+def _parse_numbers(text: bytes) -> tuple[np.ndarray | None, np.ndarray]:
+    """Numbers (n,) float32 of a text "0.1, -0.2, .." and where each ends; None where one is no finite JSON number."""
     characters = np.frombuffer(b" " * _WINDOW + text + b", ", np.uint8)
     ends = np.flatnonzero(characters == ord(","))
     starts = np.concatenate([[_WINDOW], ends[:-1] + 2])
     if (characters[ends + 1] != ord(" ")).any() or (starts >= ends).any():
-        return None
+        return None, ends
     negative = characters[starts] == ord("-")
     whole = starts + negative  # place of the one digit before the point
     lead = characters[whole].astype(np.int64) - ord("0")
@@ -117,10 +121,10 @@ def _parse_numbers(text: bytes) -> np.ndarray | None:
     for place in np.flatnonzero(~plain).tolist():
         token = characters[starts[place] : ends[place]].tobytes()
         if not _NUMBER.fullmatch(token):
-            return None
+            return None, ends
         with np.errstate(over="ignore"):
             result[place] = float(token)
-    return result if np.isfinite(result).all() else None
+    return result if np.isfinite(result).all() else None, ends - _WINDOW
 
 
 def _eight_digits(words: np.ndarray) -> np.ndarray:

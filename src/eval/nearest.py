@@ -33,16 +33,15 @@ class _Vectors:
 
     grid: np.ndarray  # int32
     rounded: Tensor
-    lost: Tensor  # float64 (n,): the length of what rounding took away
+    lost: Tensor  # float64 (n,): no shorter than what rounding to either took away, but for float32's own errors
 
     @classmethod
     def of(cls, vectors: Tensor, dtype: torch.dtype) -> _Vectors:
         grids, rounded, lost = [], [], []
-        for part in vectors.split(4096):
-            exact = torch.round(part.double() * _GRID)
-            grids.append(exact.int())
+        for part in vectors.split(1024):
+            grids.append((part * _GRID).round_().int())  # exact: a power of two
             rounded.append(part.to(dtype))
-            lost.append((exact / _GRID - rounded[-1]).norm(dim=1))
+            lost.append((part - rounded[-1]).norm(dim=1).double() + part.shape[1] ** 0.5 / (2 * _GRID))
         return cls(torch.cat(grids).numpy(), torch.cat(rounded), torch.cat(lost))
 
 
@@ -146,7 +145,7 @@ def _find_candidates(
 
 def _shortened(vectors: Tensor, each: bool) -> Tensor:
     """Vectors divided by powers of two, which is exact, so that none is longer than 1; each: one for every vector."""
-    lengths = vectors.double().norm(dim=1, keepdim=True)
+    lengths = torch.cat([part.double().norm(dim=1, keepdim=True) for part in vectors.split(1024)])
     longest = (lengths if each else lengths.max()).clamp(min=2.0**-100)
     # Lengths just above 1 are unit vectors whose rounding went up; metrics allows for these.
     powers = torch.log2(longest / 1.005).ceil()
