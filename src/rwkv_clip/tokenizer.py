@@ -1,9 +1,17 @@
-"""Text -> token ids. CLIP's byte-pair tokenizer comes from open_clip; a tokenizer here is a callable with a name."""
+"""Text -> token ids. A tokenizer here is a callable with a name.
+
+CLIP's byte-pair tokenizer comes from open_clip. BERT's WordPiece for Chinese is written here from its definition: the
+`tokenizers` library (0.23) gives other ids around 138,227 code points: it drops private ones, knows an older Unicode
+and less of ideograph extension E.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +20,8 @@ if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
 CLIP_BPE = "clip-bpe"
+BERT_CHINESE = "bert-chinese"
+NAMES = (CLIP_BPE, BERT_CHINESE)
 MAX_CHARACTERS = 1 << 20  # of a text; more is refused
 READ = 64  # characters per token of context that are read: no token is much longer than that
 
@@ -24,7 +34,8 @@ class Tokenizer:
     ValueError for what is not a text, or has more than MAX_CHARACTERS characters. Picklable and copyable where
     `encode`, (list of str, context) -> ids, is: for workers that are spawned.
 
-    prepare: what the texts of data sets go through first, see `prepare_texts`; None for nothing.
+    prepare: what the texts of data sets go through first, see `prepare_texts`; None for nothing. whole: `encode` gets
+    all of a text, because a token of this tokenizer may stand for any number of characters.
     """
 
     def __init__(
@@ -34,9 +45,10 @@ class Tokenizer:
         vocab_size: int,
         context: int,
         prepare: Callable[[str], str] | None = None,
+        whole: bool = False,
     ):
         self.name, self.vocab_size, self.context = name, vocab_size, context
-        self._encode, self.prepare = encode, prepare
+        self._encode, self.prepare, self._whole = encode, prepare, whole
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
         if not isinstance(texts, (str, list, tuple)):
@@ -47,7 +59,8 @@ class Tokenizer:
         context = context_length or self.context
         if not texts:
             return torch.zeros(0, context, dtype=torch.int64)
-        return self._encode([_check_text(text, READ * context) for text in texts], context)
+        most = MAX_CHARACTERS if self._whole else READ * context
+        return self._encode([_check_text(text, most) for text in texts], context)
 
 
 def prepare_texts(tokenizer: Callable, texts: Sequence[str]) -> list[str]:
@@ -80,8 +93,12 @@ def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
     """Build the tokenizer called `name` for sequences of `context` tokens. ValueError for an unknown name."""
     if context < 2:
         raise ValueError(f"context: {context} leaves no room for start and end of text; use at least 2")
+    if name == BERT_CHINESE:
+        if context > MOST_POSITIONS:
+            raise ValueError(f"context: {context} is more than BERT's {MOST_POSITIONS} positions; use at most those")
+        return Tokenizer(name, _encode_bert, len(_bert_chinese()), context, _prepare_chinese, whole=True)
     if name != CLIP_BPE:
-        raise ValueError(f"tokenizer: {name!r} is not known; valid names: {CLIP_BPE!r}")
+        raise ValueError(f"tokenizer: {name!r} is not known; valid names: {', '.join(map(repr, NAMES))}")
     return Tokenizer(name, _encode_clip, _clip_bpe().vocab_size, context)
 
 
@@ -96,3 +113,108 @@ def count_cut(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -
     padding = tokenizer("", longer)[0, -1]
     full = torch.nonzero(tokens[:, -1] != padding).flatten().tolist()
     return int((tokenizer([texts[i] for i in full], longer)[:, -1] != padding).sum())
+
+
+# ---- BERT's WordPiece ------------------------------------------------------------------------------------------------
+#
+# From the definition of BERT's tokenizer (Devlin et al. 2018, arXiv 1810.04805, and Google's code): characters are
+# cleaned and ideographs set apart, a text is split at white space, each word is lower-cased, freed of accents and split
+# at punctuation, and each part becomes the longest pieces of the vocabulary, from the left.
+
+PAD, UNKNOWN, START, END = 0, 100, 101, 102  # [PAD], [UNK], [CLS], [SEP]: lines of vocab.txt
+MOST_POSITIONS = 512  # of every released BERT
+_LONGEST_WORD = 200  # characters; a longer word is unknown
+# BERT's own idea of CJK: ideographs and their extensions A to E, and the compatibility ideographs.
+_IDEOGRAPHS = (
+    *((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F)),
+    *((0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)),
+)
+
+
+class _Cleaned(dict):
+    """Table for str.translate, filled on demand: control characters go, white space becomes a space, an ideograph a
+    word of its own."""
+
+    def __missing__(self, code: int) -> str | None:
+        character, category = chr(code), unicodedata.category(chr(code))
+        if character in "\t\n\r" or category == "Zs":
+            self[code] = " "
+        elif code in (0, 0xFFFD) or category in ("Cc", "Cf"):
+            self[code] = None
+        else:
+            self[code] = f" {character} " if any(a <= code <= b for a, b in _IDEOGRAPHS) else character
+        return self[code]
+
+
+class _Separated(dict):
+    """The same for a lower-case word: decomposed, accents go, punctuation becomes a word of its own.
+
+    Canonical decomposition (NFD) also sorts marks, in a time that grows with the square of their number. That is left
+    out: most of them go, and a word with one of the others is unknown in any order.
+    """
+
+    def __missing__(self, code: int) -> str:
+        self[code] = "".join(map(self._separate, unicodedata.normalize("NFD", chr(code))))
+        return self[code]
+
+    @staticmethod
+    def _separate(character: str) -> str:
+        category = unicodedata.category(character)
+        # ASCII's symbols count as punctuation, also those that Unicode calls symbols, such as $ and ^.
+        symbol = "!" <= character <= "~" and not character.isalnum()
+        if category == "Mn":
+            return ""
+        return f" {character} " if symbol or category.startswith("P") else character
+
+
+_cleaned, _separated = _Cleaned(), _Separated()
+
+
+@lru_cache(maxsize=1)
+def _bert_chinese() -> dict[str, int]:
+    """Word piece -> id, of the list that is shipped."""
+    text = (Path(__file__).parent / "bert-chinese" / "vocab.txt").read_bytes().decode()
+    return {piece.strip(): i for i, piece in enumerate(text.removesuffix("\n").split("\n"))}
+
+
+def _encode_bert(texts: list[str], context: int) -> torch.Tensor:
+    ids = torch.full((len(texts), context), PAD)
+    rows = ids.numpy()
+    for row, text in zip(rows, texts):
+        pieces = [START, *islice(_find_pieces(text), context - 2), END]
+        row[: len(pieces)] = pieces
+    return ids
+
+
+def _find_pieces(text: str) -> Iterator[int]:
+    for word in text.translate(_cleaned).split():
+        yield from _split_word(word) if len(word) <= _LONGEST_WORD else _split(word)
+
+
+def _split(word: str) -> list[int]:
+    """Ids of the pieces of a word without white space and control characters."""
+    return [i for part in word.lower().translate(_separated).split() for i in _find_longest(part)]
+
+
+_split_word = lru_cache(maxsize=1 << 15)(_split)  # a few MB; ideographs and common words
+
+
+def _find_longest(word: str) -> list[int]:
+    """Longest pieces first, greedily; one unknown piece where that does not work out."""
+    if len(word) > _LONGEST_WORD:
+        return [UNKNOWN]
+    vocabulary, found, begin = _bert_chinese(), [], 0
+    while begin < len(word):
+        prefix = "##" if begin else ""
+        ends = range(len(word), begin, -1)
+        end = next((end for end in ends if prefix + word[begin:end] in vocabulary), None)
+        if end is None:
+            return [UNKNOWN]
+        found.append(vocabulary[prefix + word[begin:end]])
+        begin = end
+    return found
+
+
+def _prepare_chinese(text: str) -> str:
+    """What Chinese-CLIP does to the texts of its data sets: its vocabulary has no curly quotes."""
+    return text.lower().replace("“", '"').replace("”", '"')

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError, to_dict
-from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.records import Records
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World, gather, judge_all
 from rwkv_clip.losses import Objective
@@ -30,7 +30,7 @@ SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 NAMED = 5  # differences that an error lists
 
 
-def check_records(records: RecordSet, spec: ModelSpec, path: str, texts: int | None = None) -> None:
+def check_records(records: Records, spec: ModelSpec, path: str, texts: int | None = None) -> None:
     """ConfigError when the records' tokens were not made for the model's text tower.
 
     Judged by the side file and some records; each record read later is checked against the same vocabulary."""
@@ -70,7 +70,7 @@ def check_objective(name: str, objective: Objective) -> None:
         raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(names)}"])
 
 
-def check_texts(records: RecordSet, settings: Settings, objective: Objective) -> None:
+def check_texts(records: Records, settings: Settings, objective: Objective) -> None:
     """ConfigError when the objective compares a different number of texts per image than it would get."""
     names, choice = records.text_names[: settings.data.texts], settings.data.text_choice
     given = len(names) if choice == "all" else 1
@@ -106,7 +106,7 @@ def check_batch(settings: ParallelSettings, world: World, count: int) -> None:
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def check_ranks(settings: Settings, spec: ModelSpec, records: RecordSet, world: World) -> None:
+def check_ranks(settings: Settings, spec: ModelSpec, records: Records, world: World) -> None:
     """ConfigError on the main rank, and its message and exit code on the others (MainRankFailed), unless all ranks have
     the same settings, model, records, version and code. It names rank and setting with both values."""
     if world.size == 1:
@@ -115,7 +115,7 @@ def check_ranks(settings: Settings, spec: ModelSpec, records: RecordSet, world: 
     judge_all(world, "plan", plan, compare_plans)
 
 
-def describe_plan(settings: Settings, spec: ModelSpec, records: RecordSet, world: World) -> dict[str, Any]:
+def describe_plan(settings: Settings, spec: ModelSpec, records: Records, world: World) -> dict[str, Any]:
     """What must be the same on all ranks, by name; JSON data."""
     chosen = {key: value for key, value in to_dict(settings).items() if key not in OWN}
     for key in PLACES:

@@ -22,7 +22,7 @@ import tyro
 
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
-from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.records import Records, open_records
 from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_process
@@ -125,7 +125,7 @@ class Work:
     settings: Settings
     name: str  # of the model
     spec: ModelSpec
-    records: RecordSet
+    records: Records
     objective: Objective
     world: World
 
@@ -135,7 +135,7 @@ def prepare(settings: Settings) -> Work:
     name, spec = resolve_spec(settings.model.model)
     path = settings.data.train_data
     assert path is not None, "read_command_line asks for it"
-    records = RecordSet(path)
+    records = open_records(path, spec.tokenizer())
     check_records(records, spec, path, settings.data.texts)
     torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
     objective = make_objective(settings.loss)

@@ -23,13 +23,14 @@ import tyro
 
 from rwkv_clip.config import ConfigError, check, ranged
 from rwkv_clip.data.image import ImageError
-from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.records import open_records
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
 from rwkv_clip.errors import run_command
 from rwkv_clip.factory import create_model, resolve_spec
 from rwkv_clip.losses import make_objective
 from rwkv_clip.models.specification import ContrastiveModel
+from rwkv_clip.tokenizer import make_tokenizer
 from rwkv_clip.transform import normalize
 
 from .checks import check_records
@@ -49,7 +50,7 @@ class ProfileSettings:
     """The training settings that determine data throughput, under the same names."""
 
     train_data: str
-    """Records: prefix, .rec file, folder, glob or comma-separated list."""
+    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB."""
     model: str | None = None
     """Preset, model JSON or open_clip name: also times its training step, and uses its image size."""
     image_size: int = ranged(224, minimum=1)
@@ -206,14 +207,14 @@ def _wait(device: torch.device) -> None:
 
 def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
     """Measure every stage, print each result at once, then the conclusion."""
-    records = RecordSet(settings.train_data)
+    spec = resolve_spec(settings.model)[1] if settings.model is not None else None
+    records = open_records(settings.train_data, spec.tokenizer() if spec else make_tokenizer())
     model = None
     world = join_world(settings.device)
     if world.device.type == "cpu":
         keep_freed_memory()
     size = (settings.image_size, settings.image_size)
-    if settings.model is not None:
-        _, spec = resolve_spec(settings.model)
+    if spec is not None:
         check_records(records, spec, settings.train_data)
         model = create_model(spec, device=world.device)
         size = model.spec.image_size

@@ -67,7 +67,7 @@ class DataSettings:
     """What is read, and how samples are made from it."""
 
     train_data: str | None = None
-    """Records: prefix, .rec file, folder, glob or comma-separated list."""
+    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB."""
     val_data: str | None = None
     """Retrieval set for validation during the run: JSONL, JSON or records."""
     val_split: str | None = None

@@ -46,7 +46,9 @@ class BuildSettings:
 
     Args:
         source: manifest (.jsonl .json .csv .tsv), webdataset .tar, .parquet, .npy of token ids; a folder,
-            glob, shard-{000..011}.tar range or comma list of these.
+            glob, shard-{000..011}.tar range or comma list of these. Of Chinese-CLIP: NAME_imgs.tsv (a record for each
+            picture, its texts are captions.0, captions.1 ..), or NAME_texts.jsonl or an LMDB folder lmdb/NAME (a record
+            for each text of a picture).
         prefix: output name; PREFIX.rec, or PREFIX-00000.rec and so on with --shard-size.
         images: folder of the images (default: that of the manifest, or images/ in it); for an .npy the file
             that lists the images in order.
@@ -56,7 +58,7 @@ class BuildSettings:
         where: rows to take, for example split=train, license!=unknown or score>=0.3 (also > <= <); all must hold.
         image_field: field with the image or its path, if it has none of the usual names.
         token_field: field with ready token ids, if it is not tokens or texts.
-        tokenizer: name of the tokenizer.
+        tokenizer: name of the tokenizer: clip-bpe, or bert-chinese with --context 52 for Chinese-CLIP.
         context: tokens per text.
         shard_size: records per shard; 0 writes one file.
         max_side: scale larger pictures down to this many pixels; 0 keeps their size.
@@ -146,7 +148,9 @@ def _choose(settings: BuildSettings, source: Source, conditions: tuple[Condition
         check_image_field(sample, settings.image_field)
         return choose_fields(sample, settings.texts, settings.token_field, settings.context)
 
-    return survey(iter(tqdm(source.rows(), unit="row", disable=None, desc="looking at fields", delay=2)), conditions, choose)
+    return survey(
+        iter(tqdm(source.rows(), unit="row", disable=None, desc="looking at fields", delay=2)), conditions, choose
+    )
 
 
 @contextmanager

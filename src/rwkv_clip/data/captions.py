@@ -57,7 +57,9 @@ def _read_entry(file: Path, row: Row, may_lack: bool = False) -> Captioned:
         raise SourceError(f"{where}: field {name!r} is empty; give at least one text or remove the entry")
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
-            raise SourceError(f"{where}: field {name!r} holds {caption!r:.80}; every caption is a text that is not empty")
+            raise SourceError(
+                f"{where}: field {name!r} holds {caption!r:.80}; every caption is a text that is not empty"
+            )
     split = fields.get("split")
     if split is not None and not isinstance(split, str):
         raise SourceError(f"{where}: field 'split' is {split!r:.80}; give a name such as 'test'")

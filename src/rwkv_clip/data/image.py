@@ -58,6 +58,7 @@ TURNS = {  # orientation tag -> what makes the stored pixels upright
 SIDEWAYS = tuple(TURNS[number] for number in (5, 6, 7, 8))  # width and height change places
 PNG_TAGS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold an orientation
 
+
 class ImageError(ValueError):
     """A picture cannot be used. `reason`: "image too large" or "image unreadable", for counting."""
 

@@ -14,16 +14,21 @@ import json
 import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..files import allow_open_files, parse_json, read_bytes
 from .recordio import HEADER, Header, RecordError, RecordFile, RecordWriter, beside, pack, split_path, spread, unpack
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
 
 __all__ = [
     "Header",
@@ -32,7 +37,9 @@ __all__ = [
     "RecordFile",
     "RecordSet",
     "RecordWriter",
+    "Records",
     "find_record_files",
+    "open_records",
     "pack",
     "read_layout",
     "unpack",
@@ -81,9 +88,7 @@ def find_record_files(spec: str | Path | list[str]) -> list[Path]:
     a list only where there are no records of that name. ValueError if one of the names matches nothing, or if
     shards that the builder wrote are missing.
     """
-    names = [str(name) for name in spec] if isinstance(spec, list) else [str(spec)]
-    if len(names) == 1 and "," in names[0] and not _names_records(names[0]):
-        names = [name.strip() for name in names[0].split(",") if name.strip()]
+    names = split_names(spec, _names_records)
     found: set[Path] = set()
     for name in names:
         files = _expand(name)
@@ -97,6 +102,14 @@ def find_record_files(spec: str | Path | list[str]) -> list[Path]:
         if not beside(split_path(file), ".idx").is_file():
             raise ValueError(f"records: {file} has no .idx beside it")
     return files
+
+
+def split_names(spec: str | Path | list[str], is_one: Callable[[str], bool]) -> list[str]:
+    """The names of a comma list; a name with a comma in it that `is_one` accepts is no list."""
+    names = [str(name) for name in spec] if isinstance(spec, list) else [str(spec)]
+    if len(names) == 1 and "," in names[0] and not is_one(names[0]):
+        return [name.strip() for name in names[0].split(",") if name.strip()]
+    return names
 
 
 def _names_records(name: str) -> bool:
@@ -185,7 +198,58 @@ def read_layout(file: RecordFile) -> Layout:
     return Layout(tuple(names), context, tokenizer, vocab, side.get("checksum") == CHECKSUM, content)
 
 
-class RecordSet:
+class Records:
+    """What training reads: numbered samples of an encoded image and the token ids of its texts.
+
+    Picklable; give one to every worker. layout: what the token ids mean. files: those that hold them.
+    """
+
+    layout: Layout
+    files: list[Any]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """Names of the texts, raw first."""
+        return self.layout.text_names
+
+    @property
+    def context(self) -> int:
+        """Tokens per text."""
+        return self.layout.context
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Name of the tokenizer that made the ids; None if the files do not say."""
+        return self.layout.tokenizer
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Ids are below this; None if the files do not say."""
+        return self.layout.vocab_size
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal sha256 that identifies these records, whatever their folder and time of writing."""
+        raise NotImplementedError
+
+    def limit_vocab(self, vocab: int) -> int:
+        """Treat records with a token id of `vocab` or more as damaged from now on. Looks at some records of every file
+        first and returns the largest such id in them, 0 if there is none."""
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """How messages name record `i`."""
+        raise NotImplementedError
+
+    def sample(self, i: int) -> tuple[bytes, np.ndarray]:
+        """(encoded image, token ids int64 (texts, context)) of record `i`. RecordError if it holds anything else."""
+        raise NotImplementedError
+
+
+class RecordSet(Records):
     """All records of the files that a spec names, one after the other; every file must have the same layout.
 
     Attributes: files (list of RecordFile), layout. Picklable; give one to every worker.
@@ -210,26 +274,6 @@ class RecordSet:
 
     def __len__(self) -> int:
         return self._ends[-1]
-
-    @property
-    def text_names(self) -> tuple[str, ...]:
-        """Names of the texts, raw first."""
-        return self.layout.text_names
-
-    @property
-    def context(self) -> int:
-        """Tokens per text."""
-        return self.layout.context
-
-    @property
-    def tokenizer(self) -> str | None:
-        """Name of the tokenizer that made the ids; None if the files do not say."""
-        return self.layout.tokenizer
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Ids are below this; None if the files do not say."""
-        return self.layout.vocab_size
 
     @cached_property
     def digest(self) -> str:
@@ -294,3 +338,29 @@ class RecordSet:
             raise IndexError(f"record {i} of {self._ends[-1]}")
         number = bisect_right(self._ends, i)
         return self.files[number], i - (self._ends[number - 1] if number else 0)
+
+
+# ---- records of any kind ---------------------------------------------------------------------------------------------
+
+
+def open_records(spec: str | Path | list[str], tokenizer: Tokenizer) -> Records:
+    """The records that `spec` names: .rec files (`find_record_files`), or folders of Chinese-CLIP's LMDB, alone, as a
+    glob or as a comma list, whose texts `tokenizer` turns into ids as they are read.
+
+    ValueError, RecordError, OSError; ImportError where LMDB is not installed.
+    """
+    if names_lmdb(spec):
+        from .lmdb import LmdbSet
+
+        return LmdbSet(spec, tokenizer)
+    return RecordSet(spec)
+
+
+LMDB_PLACES = ("data.mdb", "*/data.mdb", "*/pairs/data.mdb", "*/*/pairs/data.mdb")  # from what a user may name
+
+
+def names_lmdb(spec: str | Path | list[str]) -> bool:
+    """Whether one of the names is a folder that Chinese-CLIP's LMDB is in, at most three levels below."""
+    names = split_names(spec, os.path.exists)
+    places = [Path(found) for name in names for found in (glob.glob(name) if glob.has_magic(name) else [name])]
+    return any(next(place.glob(pattern), None) for place in places if place.is_dir() for pattern in LMDB_PLACES)

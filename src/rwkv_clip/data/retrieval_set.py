@@ -152,9 +152,7 @@ def _choose_split(source: Path, entries: list[Captioned], split: str | None) -> 
     return [entry for entry in entries if entry.split == split], split
 
 
-def _find_images(
-    source: Path, entries: list[Captioned], image_root: Path | None, outside: bool
-) -> dict[str, Path]:
+def _find_images(source: Path, entries: list[Captioned], image_root: Path | None, outside: bool) -> dict[str, Path]:
     """File of every picture. ValueError that counts those that lead out, or are missing, and names the first."""
     roots = [source.parent, source.parent / "images"] if image_root is None else [image_root]
     found: dict[str, Path | None] = {}

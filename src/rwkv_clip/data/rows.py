@@ -136,7 +136,9 @@ def take_pictures(row: Row) -> Row:
     found = {field: picture for field in long if (picture := decode_picture(row.fields[field])) is not None}
     if not found:
         return row
-    named = any(type(value) is str and len(value) < 4096 and PICTURE_PATH.search(value) for value in row.fields.values())
+    named = any(
+        type(value) is str and len(value) < 4096 and PICTURE_PATH.search(value) for value in row.fields.values()
+    )
     own = next(iter(found.values())) if len(found) == 1 and not named else None
     return row._replace(fields={**row.fields, **found}, image=own)
 

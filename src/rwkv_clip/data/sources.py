@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .chinese_clip import TEXTS_ENDING, count_pairs, find_pair, read_lmdb_rows, read_text_rows
 from .manifests import count_lines, find_texts, read_json, read_jsonl, read_table
 from .parquet import count_parquet, read_parquet
 from .rows import MAX_TEXT_BYTES, Row, Skip
@@ -31,7 +32,9 @@ class Kind(NamedTuple):
 
 
 PAIRS = "pictures with texts"  # the kind of a folder
+LMDB = "lmdb"  # of another
 KINDS = {
+    "texts.jsonl": Kind((TEXTS_ENDING,), read_text_rows),  # where NAME_imgs.tsv is beside it
     "jsonl": Kind((".jsonl", ".ndjson"), read_jsonl, count_lines),
     "json": Kind((".json",), read_json),
     "csv": Kind((".csv", ".tsv"), read_table),
@@ -39,8 +42,9 @@ KINDS = {
     "parquet": Kind((".parquet",), read_parquet, count_parquet),
     "npy": Kind((".npy",), read_ids, count_ids, needs="images"),
     PAIRS: Kind((), read_pairs, needs="outside"),
+    LMDB: Kind((), read_lmdb_rows, count_pairs),
 }
-ENDINGS = " ".join(ending for kind in KINDS.values() for ending in kind.endings)
+ENDINGS = " ".join(ending for kind in KINDS.values() for ending in kind.endings if ending != TEXTS_ENDING)
 
 MAX_RANGE = 1_000_000  # files that {000..999} may stand for
 WHOLE = 1 << 26  # bytes of a file that is hashed as a whole
@@ -79,10 +83,14 @@ class Source:
         """
         if self.kind == PAIRS:
             return [_fingerprint_folder(folder) for folder in self.files]
-        return [_fingerprint(file) for file in self._list_files()]
+        return [fingerprint(file) for file in self._list_files()]
 
     def _list_files(self) -> list[Path]:
+        if self.kind == LMDB:
+            return [folder / name / "data.mdb" for folder in self.files for name in ("imgs", "pairs")]
         files = self.files + ([self.images] if self.kind == "npy" else [])
+        if self.kind == "texts.jsonl":
+            return files + [find_pair(file)[0] for file in files]
         return files + [texts for file in files if (texts := find_texts(file))]
 
     def holds(self, file: Path) -> bool:
@@ -92,6 +100,7 @@ class Source:
             inside = any(file.resolve().is_relative_to(folder.resolve()) for folder in self.files)
             return inside and any(is_picture(ending) for ending, _ in group)
         return any(os.path.samestat(file.stat(), own.stat()) for own in self._list_files())
+
 
 # ---- what a spec names -----------------------------------------------------------------------------------------------
 
@@ -142,7 +151,8 @@ def _expand_braces(text: str) -> list[str]:
 def _find(name: str) -> list[tuple[str, Path]]:
     """(kind, path) of a file, or of all in a folder."""
     if os.path.isdir(name):
-        return _look_into(Path(name))
+        split = all(os.path.isfile(os.path.join(name, half, "data.mdb")) for half in ("imgs", "pairs"))
+        return [(LMDB, Path(name))] if split else _look_into(Path(name))
     if not os.path.isfile(name):
         raise ValueError(f"source: {name!r} names no file; give a manifest, tar, parquet, npy or a folder of them")
     kind = _kind(name)
@@ -152,6 +162,9 @@ def _find(name: str) -> list[tuple[str, Path]]:
 
 
 def _kind(name: str) -> str | None:
+    """Of a file, from its name and for Chinese-CLIP's texts from what lies beside it."""
+    if name.endswith(TEXTS_ENDING) and not find_pair(Path(name))[0].is_file():
+        return "jsonl"
     return next((kind for kind, about in KINDS.items() if name.lower().endswith(about.endings)), None)
 
 
@@ -168,7 +181,7 @@ def _look_into(folder: Path) -> list[tuple[str, Path]]:
             pictures += has_picture
             pairs += has_picture and any(is_text(ending) for ending, _ in files)
             loose += [Path(place, name) for ending, name in files if ending == "json" and not has_picture]
-        found += [(kind, Path(place, name)) for name in names if (kind := _kind(name)) not in (None, "json")]
+        found += [(kind, Path(place, name)) for name in names if (kind := _kind(os.path.join(place, name))) not in (None, "json")]
     about = {str(file.parent / file.name.partition(".")[0]) for kind, file in found if kind == "tar"}
     if pairs:
         about |= places
@@ -206,7 +219,7 @@ def _one_kind(spec: str, found: list[tuple[str, Path]]) -> str:
 # ---- what it held ----------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(file: Path) -> list:
+def fingerprint(file: Path) -> list:
     about, span = file.stat(), 1 << 16
     digest = hashlib.sha256()
     with open(file, "rb") as stream:

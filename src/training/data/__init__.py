@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from rwkv_clip.config import ConfigError, check
-from rwkv_clip.data.records import RecordSet
+from rwkv_clip.data.records import Records
 
 from ..settings import DataSettings
 from .batch import Loader, Plan, Tally
@@ -18,7 +18,7 @@ LOADERS = ("auto", "dali", "torch")
 
 
 def make_loader(
-    records: RecordSet,
+    records: Records,
     plan: Plan,
     image_size: int | tuple[int, int],
     settings: DataSettings,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from rwkv_clip.errors import DATA
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
-from rwkv_clip.data.records import RecordError, RecordSet
+from rwkv_clip.data.records import RecordError, Records
 
 from ..settings import DataSettings
 from .augment import crop_windows, draw_flips
@@ -83,7 +83,7 @@ class SampleReader:
 
     def __init__(
         self,
-        records: RecordSet,
+        records: Records,
         seed: int,
         image_size: tuple[int, int],
         settings: DataSettings = DataSettings(),
