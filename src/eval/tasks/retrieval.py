@@ -33,7 +33,8 @@ class RetrievalSettings(CaptionedSettings):
     split: str | None = None
     """Use only entries of this split ("all": every one); needed where the file holds several."""
     dataset: str | None = None
-    """Name in the report; flickr30k and coco add the published rows. Default: from the file."""
+    """Name in the report; flickr30k, coco, muge, flickr30k-cn and coco-cn add the published rows. Default: from the
+    file."""
     gallery: int = ranged(8, minimum=0)
     """Queries shown in retrieval.png with their five best pictures; 0: none."""
     legacy: bool = False
