@@ -48,7 +48,7 @@ RECALLS = [f"{way}_R{k}" for way in WAYS.values() for k in (1, 5, 10)]
 
 # What a shared sentence names: the first of these found in the sentences of a picture.
 WHO = {"狗": "一只狗", "女孩": "一个女孩", "男孩": "一个男孩", "孩": "一个小孩", "女": "一个女人", "男": "一个男人"}
-WHERE = {"雪": "在雪地上", "草": "在草地上", "水": "在水里", "海": "在海边", "山": "在山上", "街": "在街上", "路": "在路上"}
+WHERE = {"雪": "雪地上", "草": "草地上", "水": "水里", "海": "海边", "山": "山上", "街": "街上", "路": "路上"}
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def name_kind(sentences: list[str]) -> str:
     """The sentence that a picture shares with others: who, where."""
     text = "".join(sentences)
     who = next((words for key, words in WHO.items() if key in text), "有人")
-    where = next((words for key, words in WHERE.items() if key in text), "")
+    where = next((f"在{words}" for key, words in WHERE.items() if key in text), "")
     return f"{who}{where}。"
 
 
@@ -146,7 +146,7 @@ def test_files(args: argparse.Namespace, folder: Path, split: str, log: Path) ->
     images, texts = out / "imgs.jsonl", out / "texts.jsonl"
     run(
         *("rwkv_clip.eval.main", "features", "--checkpoint", folder, "--data", data / f"{split}_texts.jsonl"),
-        *("--format", "jsonl", "--image-feat-output-path", images, "--text-feat-output-path", texts),
+        *("--to", "chinese-clip", "--image-feat-output-path", images, "--text-feat-output-path", texts),
         *("--logs", out, "--name", "features"),
         log=log,
     )
