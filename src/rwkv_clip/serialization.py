@@ -38,7 +38,8 @@ def encode_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = No
     Large tensors are not copied: their chunks are views of their memory. about: texts beside them, see `read_about`.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, end = {"__metadata__": about} if about else {}, 0
+    header: dict[str, Any] = {"__metadata__": about} if about else {}
+    end = 0
     for key in order:
         tensor, begin = tensors[key], end
         end += tensor.numel() * tensor.element_size()

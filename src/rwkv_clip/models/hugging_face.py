@@ -41,14 +41,11 @@ def convert_configuration(data: dict[str, Any], where: str) -> ModelConfig:
     """The content of config.json -> model. ConfigError, with `where`, for another model or what is not supported."""
     if data.get("model_type") != MODEL_TYPE:
         raise ConfigError([f"{where}: model_type is {data.get('model_type')!r}; only {MODEL_TYPE!r} is known"])
-    text, vision = (
-        ({}, {})
-        if not all(isinstance(data.get(f"{side}_config"), dict) for side in ("text", "vision"))
-        else (
-            data["text_config"],
-            data["vision_config"],
+    text, vision = (data.get(f"{side}_config") for side in ("text", "vision"))
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise ConfigError(
+            [f"{where}: text_config and vision_config are tables in a {MODEL_TYPE} model; one is missing"]
         )
-    )
     vision = {key: vision.get(key, default) for key, default in _VISION.items()}
     width, heads = vision["hidden_size"], vision["num_attention_heads"]
     problems = []
@@ -80,12 +77,8 @@ def write_configuration(spec: ModelConfig) -> dict[str, Any]:
     """Model -> the content of config.json. ConfigError for what transformers does not have."""
     image, text = spec.image.to_json(), spec.text.to_json()
     known = {"kind", "image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "quick_gelu"}
-    if (
-        image["kind"] != "open_clip"
-        or text["kind"] != "bert"
-        or not isinstance(image.get("layers"), int)
-        or image.keys() - known
-    ):
+    plain = isinstance(image.get("layers"), int) and not image.keys() - known
+    if (image.get("kind"), text.get("kind")) != ("open_clip", "bert") or not plain:
         raise ConfigError(["to: transformers has Chinese-CLIP with a plain ViT and BERT only; write safetensors"])
     width = image["width"]
     size = image.get("image_size", 224)
