@@ -14,12 +14,17 @@ need_file() {
 
 # need_records NAME WHAT: .. and each part of the comma list is a file, folder, glob or prefix of records or manifests.
 need_records() {
-  local part parts
-  need "$1" "$2"
+  local part parts; need "$1" "$2"
   [ ! -e "${!1}" ] || return 0
   IFS=, read -ra parts <<< "${!1}"
   for part in "${parts[@]}"; do
     compgen -G "$part" > /dev/null || compgen -G "$part*.rec" > /dev/null ||
       { echo "error: $1=${!1}: $part names no file; set it to $2" >&2; exit 2; }
   done
+}
+
+# demo_data: DEMO_DATA, or the demo set that the run CHECKPOINT was trained on.
+demo_data() {
+  local own; own=$(sed -n 's|^ *"train_data": "\(.*\)/train",*$|\1|p' "$CHECKPOINT/settings.json" 2>/dev/null || true)
+  [ -e "$own/retrieval.jsonl" ] || own=data/demo; echo "${DEMO_DATA:-$own}"
 }

@@ -5,6 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${EXTRAS+set}" ] && command -v nvidia-smi >/dev/null; then
   EXTRAS=$(nvidia-smi | grep -q 'CUDA Version: 1[3-9]' && echo dali || echo dali-cuda12)
 fi
+# NEEDED: an extra that the recipe cannot do without.
+[[ -z "${NEEDED:-}" || ",${EXTRAS:-}," == *",${NEEDED:-},"* ]] || EXTRAS=${EXTRAS:+$EXTRAS,}$NEEDED
 PROJECT=".${EXTRAS:+[$EXTRAS]}" PYTHON=${PYTHON:-python3}
 STAMP=".venv/installed-$( (cat requirements.txt setup.py; echo "$PROJECT $PWD") | cksum | cut -d' ' -f1)"
 setup_fails() { echo "error: $1" >&2; exit 2; }

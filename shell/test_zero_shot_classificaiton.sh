@@ -11,9 +11,9 @@ set -euo pipefail
 source "$(dirname "$0")/needs.sh"
 SETS=("${DATA_ROOT:-}")
 if [ -z "${DATA_ROOT:-}" ]; then
-  SETS=("${DEMO_DATA:-data/demo}"/classification/*)
   CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA_ROOT" >&2; exit 2; }
+  SETS=("$(demo_data)"/classification/*)
 fi
 need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"
 [ -z "${DATA_ROOT:-}" ] || need_file DATA_ROOT "the folder of the data sets"

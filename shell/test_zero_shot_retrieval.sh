@@ -10,9 +10,9 @@
 set -euo pipefail
 source "$(dirname "$0")/needs.sh"
 if [ -z "${DATA:-}" ]; then
-  DATA=${DEMO_DATA:-data/demo}/retrieval.jsonl PREFIX=${PREFIX-}
   CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA" >&2; exit 2; }
+  DATA=$(demo_data)/retrieval.jsonl PREFIX=${PREFIX-}
 fi
 need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"
 need_records DATA "a JSON, JSONL or Karpathy file, or records"

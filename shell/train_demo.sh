@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The whole way in three minutes on 2 CPU cores: make the demo set, train a tiny RWKV-CLIP on it, evaluate it twice.
-# Needs no settings and no download. [DEMO_DATA=data/demo] [OUTPUT=logs/demo-rwkv-clip-TIME] bash shell/train_demo.sh [--setting value ..]
+# Needs no settings and no download. [DEMO_LANGUAGE=en|zh] [DEMO_DATA=data/demo] [OUTPUT=logs/demo-rwkv-clip-TIME] bash shell/train_demo.sh [--setting value ..]
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-DEMO_DATA=${DEMO_DATA:-data/demo}
+LANGUAGE=${DEMO_LANGUAGE:-en}
+export DEMO_DATA=${DEMO_DATA:-data/demo${DEMO_LANGUAGE:+-$DEMO_LANGUAGE}}
 OUTPUT=${OUTPUT:-logs/demo-rwkv-clip-$(date +%Y%m%d-%H%M%S)}
-python -m rwkv_clip.demo --output "$DEMO_DATA"
+python -m rwkv_clip.demo --output "$DEMO_DATA" --language "$LANGUAGE"
 python -m rwkv_clip.training.main --preset demo --train-data "$DEMO_DATA/train" --val-data "$DEMO_DATA/retrieval.jsonl" \
   --logs "$(dirname "$OUTPUT")" --name "$(basename "$OUTPUT")" --resume latest "$@"
 export CHECKPOINT=$OUTPUT

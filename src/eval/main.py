@@ -5,6 +5,9 @@
     python -m rwkv_clip.eval.main linear-probe --checkpoint logs/my-run --dataset cifar10 --data data
     python -m rwkv_clip.eval.main features --checkpoint logs/my-run --data flickr8k/captions.jsonl --name mine
     python -m rwkv_clip.eval.main search --features logs/eval/mine --query "a dog in the snow"
+    python -m rwkv_clip.eval.main knn --image-feats I.img_feat.jsonl --text-feats T.txt_feat.jsonl --output P.jsonl
+    python -m rwkv_clip.eval.main recall test_texts.jsonl P.jsonl recall.json
+    python -m rwkv_clip.eval.main invert --input test_texts.jsonl
     python -m rwkv_clip.eval.main report logs/eval/run-1 logs/eval/run-2 --output logs/eval/comparison
 
 Exit codes: 0 done, 2 a user's mistake or nothing evaluated, 3 damaged records, 76 results cannot be written (one line

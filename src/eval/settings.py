@@ -67,5 +67,5 @@ class ClassesSettings(EvalSettings):
     """Which sets of classes are evaluated."""
 
     dataset: tuple[str, ...] = ("imagefolder",)
-    """imagefolder (a folder per class) or benchmarks (cifar10 cifar100 food101 ...), one after the other; all: the
-    eleven benchmarks."""
+    """imagefolder (a folder per class), elevater (label_cn.txt, label.txt and test/000, ..) or benchmarks (cifar10
+    cifar100 food101 ...), one after the other; all: the eleven benchmarks."""

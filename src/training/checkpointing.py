@@ -33,6 +33,8 @@ FREE_ON_RESUME = {
     *("report_to", "device", "workers", "loader", "torchcompile", "grad_checkpointing", "parallel", "timeout"),
     *("batch_size", "accum_freq", "on_nonfinite", "max_nonfinite", "max_bad", "max_bad_fraction"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
+    *("report_training_batch_acc", "val_batch_size", "val_frequency", "save_frequency"),
+    "published",
 }
 WHOLE = ("global_batch", "total_steps")  # not settings, but derived from them
 NEEDED = ("step", "samples_seen", "settings", "scaler", *WHOLE)

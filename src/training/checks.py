@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from rwkv_clip.config import ConfigError, to_dict
 from rwkv_clip.data.records import Records
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World, gather, judge_all
-from rwkv_clip.losses import Objective
+from rwkv_clip.losses import FACTS, Objective
 from rwkv_clip.models.outputs import NAMES, SCALARS
 from rwkv_clip.models.specification import ModelSpec
 
@@ -28,6 +29,8 @@ OWN = {"train_data", "model", "logs", "device", "workers", "loader", "report_to"
 PLACES = {"pretrained", "val_data", "resume"}  # the location may differ, but must be given
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 NAMED = 5  # differences that an error lists
+
+log = logging.getLogger(__name__)
 
 
 def check_records(records: Records, spec: ModelSpec, path: str, texts: int | None = None) -> None:
@@ -64,8 +67,8 @@ def check_records(records: Records, spec: ModelSpec, path: str, texts: int | Non
 
 
 def check_objective(name: str, objective: Objective) -> None:
-    """ConfigError when the objective asks for features that no model has."""
-    names = (*NAMES, *SCALARS)
+    """ConfigError when the objective asks for what no model and no batch has."""
+    names = (*NAMES, *SCALARS, *FACTS)
     if unknown := [need for need in objective.needs if need not in names]:
         raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(names)}"])
 
@@ -100,6 +103,22 @@ def check_batch(settings: ParallelSettings, world: World, count: int) -> None:
                 f"batch_size: {step} is {pairs} pairs per step, but there are {count} records: a pair would be its own "
                 f"negative; use a smaller --batch-size, at most {count} pairs per step, or more records"
             ]
+        )
+
+
+def warn_of_rate(settings: Settings, world: World) -> None:
+    """Warn on the main rank where the batch is at most a quarter of the recipe's, and the learning rate is not at all
+    lower in proportion: fine-tuning then may end below where it began (users of Chinese-CLIP report it)."""
+    recipe, parallel, lr = settings.optimizer.published, settings.parallel, settings.optimizer.lr
+    pairs = parallel.batch_size * parallel.accum_freq * world.size
+    if recipe.lr is None or recipe.batch is None or 4 * pairs > recipe.batch:
+        return
+    proposed = recipe.lr * pairs / recipe.batch
+    if lr > 2 * proposed and world.is_main:
+        log.warning(
+            "lr: %g was published for %d pairs a step, this run has %d with lr %g; in proportion that is --lr %.1e, or "
+            "take the published batch with a larger --accum-freq",
+            *(recipe.lr, recipe.batch, pairs, lr, proposed),
         )
 
 

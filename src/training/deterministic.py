@@ -69,12 +69,13 @@ class DeterministicStep(GradientStep):
         return self.model
 
     def _compare(
-        self, features: Features, scale_loss: Callable[[Tensor], Tensor]
+        self, features: Features, facts: dict[str, Tensor], scale_loss: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
         """With the features of all ranks, as one process would hold them; nothing is exchanged afterwards."""
         everybody = {name: value if name in SCALARS else gather(value) for name, value in features.items()}
+        facts = {name: gather(value) for name, value in facts.items()}
         with single_process():
-            losses, report, gradients = super()._compare(everybody, scale_loss)
+            losses, report, gradients = super()._compare(everybody, facts, scale_loss)
         rows = self.micro_batches.size * self.micro_batches.count
         own = slice(self.world.rank * rows, (self.world.rank + 1) * rows)
         return losses, report, {name: value if name in SCALARS else value[own] for name, value in gradients.items()}

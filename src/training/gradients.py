@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rwkv_clip.config import ConfigError
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World
-from rwkv_clip.losses import Objective
+from rwkv_clip.losses import FACTS, Objective
 from rwkv_clip.models.outputs import SCALARS
 from rwkv_clip.models.specification import ContrastiveModel
 
@@ -50,11 +50,12 @@ class MicroBatches:
 class Inputs:
     """A rank's rows of a global batch on its device. image: uint8 (B, 3, h, w), or (B, V, 3, h, w) for V views of each;
     text: int64 (B, T), or (B, V, T) for V texts; drop_numbers: float32 (branches, B), or (branches, B, V) for V image
-    views, on the CPU, or None."""
+    views, on the CPU, or None; facts: those of `losses.FACTS` that the objective needs, one row per sample."""
 
     image: Tensor
     text: Tensor
     drop_numbers: Tensor | None
+    facts: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,7 +107,7 @@ class GradientStep:
         features = {name: value.detach() for name, value in _join(list(outputs.values())).items()}
         if not self.keeps_graphs:
             outputs.clear()
-        losses, report, gradients = self._compare(features, scale_loss)
+        losses, report, gradients = self._compare(features, inputs.facts, scale_loss)
         with self._autocast():  # one for all micro-batches: weights are converted once
             for number in numbers:
                 last = number == numbers[-1]
@@ -127,7 +128,7 @@ class GradientStep:
         image, text = inputs.image[rows], inputs.text[rows]
         rows_of = {"image": image.shape[:-3], "text": text.shape[:-1]}  # (B,) or (B, V)
         call = self._called()
-        needs = [name for name in self.objective.needs if name not in SCALARS]  # which are always there
+        needs = [name for name in self.objective.needs if name not in (*SCALARS, *FACTS)]  # scalars are always there
         output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2), needs=needs)
         return {
             name: value if name in SCALARS else value.unflatten(0, rows_of[name.partition("_")[0]])
@@ -139,11 +140,11 @@ class GradientStep:
         return self.parallel if torch.is_grad_enabled() else self.model
 
     def _compare(
-        self, features: Features, scale_loss: Callable[[Tensor], Tensor]
+        self, features: Features, facts: dict[str, Tensor], scale_loss: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Features]:
         """Losses, report, and the gradients of this rank's features and of the scalars."""
         leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
-        losses, report = self.objective(**{name: leaves[name] for name in self.objective.needs})
+        losses, report = self.objective(**{name: {**leaves, **facts}[name] for name in self.objective.needs})
         _check_scalars(losses, report)
         scale_loss(torch.stack(list(losses.values())).sum()).backward()
         # What an objective does not use, parameters of its own or features, has a gradient of zeros: so all that trains

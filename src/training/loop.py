@@ -23,7 +23,7 @@ from .faults.signals import Interrupted, Preempted, Preemption
 from .faults.watchdog import Watchdog
 from .log import RunLog
 from .saver import Saver
-from .state import Progress
+from .state import Progress, TrainState
 from .trainer import Trainer
 
 SLICE = 0.1  # seconds between checks of what may end the wait for data
@@ -100,8 +100,10 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
     while not signal:
         step, last = progress.step, progress.step == state.total_steps
         # First what is due after the previous step, which a resumed run may still have to do.
-        validates = progress.validated < step and (last or _is_due(step, every.val_every_n_steps))
-        saves = saved < step and (last or _is_due(step, every.save_every_n_steps))
+        validates = _is_due(step, every.val_every_n_steps) or _completes_epochs(state, every.val_frequency)
+        validates = progress.validated < step and (last or validates)
+        saves = _is_due(step, every.save_every_n_steps) or _completes_epochs(state, every.save_frequency)
+        saves = saved < step and (last or saves)
         if (validates or saves) and (signal := trainer.check()):
             break
         if validates:
@@ -128,7 +130,8 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
             log.advance()
         if _is_due(progress.step, every.log_every_n_steps) or progress.step == state.total_steps:
             trainer.check()
-            _write(trainer, log, meter, mean_over_ranks(values, world.device), loader.skipped)
+            numbers = mean_over_ranks({**values, **trainer.measure()}, world.device)
+            _write(trainer, log, meter, numbers, loader.skipped)
             meter.reset()
         signal = state.watch.signal
     if signal or stuck:
@@ -165,6 +168,15 @@ def _wait_for_data(batches: Batches, loader: Loader, world: World, preemption: P
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _completes_epochs(state: TrainState, every: int | None) -> bool:
+    """Whether the last step reached the end of an epoch whose number is a multiple of `every`. An epoch may end inside
+    a batch: the step that takes it completes the epoch."""
+    if every is None:
+        return False
+    seen, samples = state.progress.samples_seen, every * state.epoch_samples
+    return seen // samples > (seen - state.global_batch) // samples
 
 
 def _write(trainer: Trainer, log: RunLog | None, meter: Meter, numbers: dict[str, float], skipped: dict) -> None:

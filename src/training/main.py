@@ -36,7 +36,7 @@ from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights
+from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights, warn_of_rate
 from .data import make_loader
 from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
@@ -50,6 +50,7 @@ from .saver import Saver
 from .settings import Settings, load_settings, update_flags
 from .state import TrainState
 from .trainer import Trainer
+from .validation import measure_batches
 
 # The remedy when host or GPU memory runs out.
 MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives), --grad-checkpointing, fewer --workers"
@@ -93,7 +94,8 @@ def parse_flags(arguments: list[str], default: Settings, description: str) -> Se
 def make_validator(
     settings: Settings, model: ContrastiveModel, world: World, preemption: Preemption
 ) -> Callable[[], dict[str, float]]:
-    """Retrieval on --val-data by the main rank; reads the set now, so that a wrong path fails before training.
+    """Retrieval, loss and in-batch accuracies on --val-data by the main rank; reads the set now, so that a wrong path
+    fails before training.
 
     Call before the model is distributed; all ranks call the result. A signal ends it at the next image (Interrupted):
     the time left until the process is killed is for saving.
@@ -112,8 +114,10 @@ def make_validator(
             with single_process():
                 autocast = autocast_dtype(parallel.precision, world.device)
                 extractor = FeatureExtractor(net, preprocess, tokenizer, world.device, parallel.batch_size, autocast)
-                metrics = evaluate_retrieval(extractor, pairs, data.val_prefix).metrics
-        return {key: value for key, value in metrics.items() if isinstance(value, float)}
+                found = evaluate_retrieval(extractor, pairs, data.val_prefix)
+                size = data.val_batch_size or parallel.batch_size
+                batches = measure_batches(found, pairs.image_of_caption, net.logit_scale, size, settings.run.seed)
+        return {key: value for key, value in (found.metrics | batches).items() if isinstance(value, float)}
 
     return validate
 
@@ -144,6 +148,7 @@ def prepare(settings: Settings) -> Work:
     world = join_world(settings.parallel.device, COLLECTIVES)
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
+    warn_of_rate(settings, world)
     return Work(settings, name, spec, records, objective, world)
 
 
@@ -221,6 +226,7 @@ def _open_loader(work: Work, state: TrainState) -> Loader:
         work.settings.data,
         seed=work.settings.run.seed,
         views=work.objective.image_views,
+        keys="image_keys" in work.objective.needs,
         device=work.world.device,
     )
 

@@ -16,6 +16,8 @@ from rwkv_clip.config import ConfigError, flat, flat_names, load_preset, parse, 
 from rwkv_clip.losses import LossSettings
 from rwkv_clip.models.freezing import FreezeSettings
 
+from .policy import build_policy
+
 log = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "amp", "amp_bf16"]
 
@@ -74,6 +76,8 @@ class DataSettings:
     """Use only the entries of --val-data that belong to this split."""
     val_prefix: str = ""
     """Prepended to every caption in validation."""
+    val_batch_size: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Pairs that the validation loss compares with each other; default: --batch-size."""
     text_choice: Literal["one", "first", "all"] = "one"
     """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
     texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
@@ -81,13 +85,19 @@ class DataSettings:
     workers: int = ranged(4, minimum=0)
     """Decoding processes (torch) or threads (DALI) per rank; 0 decodes in the training process."""
     loader: Literal["auto", "dali", "torch"] = "auto"
-    """auto: DALI where it is installed and a GPU is present, else torch."""
+    """auto: DALI where it is installed, a GPU is present and the settings are nothing beyond it, else torch."""
+    crop: Literal["random", "whole"] = "random"
+    """What an image shows: a random crop, or all of it, squashed to the model's size."""
     crop_area: tuple[float, float] = (0.7, 1.0)
     """Fraction of the image that a random crop keeps."""
     crop_aspect: tuple[float, float] = (0.8, 1.25)
     """Width / height of a random crop, relative to the image's pixels."""
     flip: float = ranged(0.5, minimum=0, maximum=1)
     """Probability of mirroring an image."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized, in either case antialiased; bicubic needs the torch loader."""
+    auto_augment: str | None = None
+    """timm's policy applied to each crop: original (AutoAugment), rand-m9-mstd0.5, ..; needs the torch loader."""
     max_bad: int = ranged(100, minimum=0)
     """Up to this many damaged records are always tolerated, each replaced by the next good one."""
     max_bad_fraction: float = ranged(0.001, minimum=0, maximum=1)
@@ -99,7 +109,20 @@ class DataSettings:
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):
                 found.append(f"{name}: ({low}, {high}) is not an increasing range of positive numbers up to 1 (area)")
+        if self.loader == "dali" and (unable := self.beyond_dali()):
+            found.append(f"{unable} is nothing that the loader dali does; use --loader torch")
+        if self.auto_augment is not None:
+            try:
+                build_policy(self.auto_augment, (224, 224), self.interpolation)
+            except ValueError as error:
+                found.append(str(error))
         return found
+
+    def beyond_dali(self) -> str:
+        """The setting, with its value, that only the torch loader can do; "" without one."""
+        if self.auto_augment is not None:
+            return f"auto_augment: {self.auto_augment!r}"
+        return "" if self.interpolation == "bilinear" else f"interpolation: {self.interpolation}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +162,20 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class PublishedSettings:
+    """What a recipe's learning rate was published with."""
+
+    lr: float | None = field(default=None, metadata={"limits": {"above": 0}})
+    batch: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Pairs in a step."""
+
+    def problems(self) -> list[str]:
+        if (self.lr is None) != (self.batch is None):
+            return [f"published: lr {self.lr} and batch {self.batch}; set both or neither"]
+        return []
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW and its schedule."""
 
@@ -147,6 +184,8 @@ class OptimizerSettings:
     max_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Stop (and complete the schedule) after this many steps instead of after --epochs."""
     lr: float = ranged(1e-3, above=0)
+    published: PublishedSettings = field(default=PublishedSettings())
+    """Of a recipe: a run with a quarter of its batch or less, but not a lower --lr, is warned."""
     wd: float = ranged(0.2, minimum=0)
     decay: Literal["all", "matrices"] = "matrices"
     """Weight decay on every parameter (as released) or only on tensors of two or more dimensions."""
@@ -189,9 +228,15 @@ class LogSettings:
     """What a run writes, and how often."""
 
     log_every_n_steps: int = ranged(10, minimum=1)
+    report_training_batch_acc: bool = False
+    """Log how often an image of the batch scores highest with its own text, and a text with its own image."""
     val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Steps between validations; default: only at the end."""
+    val_frequency: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Epochs between validations, besides --val-every-n-steps: after the step that completes the epoch."""
     save_every_n_steps: int = ranged(1000, minimum=1)
+    save_frequency: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Epochs between checkpoints, besides --save-every-n-steps."""
     keep_checkpoints: int = ranged(2, minimum=2)
     """Newest checkpoints kept; at least 2, so that a good one exists while the next is written."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()

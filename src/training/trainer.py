@@ -9,15 +9,18 @@ A step only queues work: nothing in it waits for a GPU, which computes one step 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rwkv_clip.models.outputs import SCALARS
+from rwkv_clip.losses import FACTS
+from rwkv_clip.losses.pairs import measure_duplicates, rank_own_first
+from rwkv_clip.models.outputs import SCALARS, SIDES
 from rwkv_clip.transform import normalize
 
-from .data.augment import draw_drops, draw_texts
+from .data.augment import draw_drops, draw_texts, hash_rows
 from .data.batch import Batch
 from .deterministic import DeterministicStep
 from .faults.nonfinite import Statistics
@@ -26,6 +29,7 @@ from .optim import Schedule, set_step, update_weights
 from .state import TrainState
 
 MAX_LOGIT_SCALE = math.log(100)
+ACCURACIES = ("image_to_text_acc", "text_to_image_acc")  # in log.jsonl, after val_ those of the validation
 
 
 class Trainer:
@@ -39,6 +43,7 @@ class Trainer:
         self.gradients = step(model, state.parallel, state.objective, settings, world, self.normalize, self.seed)
         # On the device from the start: a constant made inside a step would be a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in model.spec.pixels]
+        self._last: tuple[dict[str, Tensor], Batch, Tensor] | None = None  # features, batch and texts of the last step
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -67,12 +72,39 @@ class Trainer:
         numbers = torch.from_numpy(drawn.astype(np.float32))
         return numbers.unflatten(0, (*views, branches)).permute(1, 2, 0) if views else numbers
 
+    def find_facts(self, batch: Batch, text: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those of the named facts that the batch has, by name; text: what `choose_texts` returns."""
+        facts = {}
+        if "image_keys" in names and batch.image_keys is not None:
+            facts["image_keys"] = batch.image_keys
+        if "text_keys" in names:
+            facts["text_keys"] = torch.from_numpy(hash_rows(text.numpy()))
+        return facts
+
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
 
         NumericsError when the previous step was not finite; for this one `check` raises it.
         """
         return self._step(batch, void=False)
+
+    def measure(self) -> dict[str, Tensor]:
+        """What the log shows of the last step's batch, and too costly for every step; all ranks call this.
+
+        `duplicates`: see `measure_duplicates`; with --report-training-batch-acc the fractions of own images and texts
+        that score highest with their own, by the features before the update: `image_to_text_acc`, `text_to_image_acc`.
+        What the objective leaves out of the negatives is left out here."""
+        assert self._last is not None, "called after a step"
+        features, batch, text = self._last
+        facts = self.find_facts(batch, text, FACTS)
+        facts = dict(zip(facts, self._to_device(*facts.values())))
+        found = {"duplicates": measure_duplicates(facts.get("image_keys"), facts["text_keys"])}
+        if self.state.settings.log.report_training_batch_acc:
+            image = features["image"] if features["image"].dim() == 2 else features["image"][:, 0]
+            masked = {name: value for name, value in facts.items() if name in self.state.objective.needs}
+            hits = rank_own_first(image.contiguous(), features["text"], **masked)
+            found |= {name: hit.float().mean() for name, hit in zip(ACCURACIES, hits)}
+        return found
 
     def sit_out(self, blank: Batch) -> dict[str, Tensor | float]:
         """Take part in a step for which this rank, having received a signal, has no data: it is void on all ranks."""
@@ -90,11 +122,14 @@ class Trainer:
     def _step(self, batch: Batch, void: bool) -> dict[str, Tensor | float]:
         state, progress = self.state, self.state.progress
         set_step(state.optimizer, self.schedule, progress.step)
-        image, text = self._to_device(batch.image, self.choose_texts(batch))
-        inputs = Inputs(image, text, self.draw_drops(batch))
+        text = self.choose_texts(batch)
+        facts = self.find_facts(batch, text, state.objective.needs)
+        image, tokens, *found = self._to_device(batch.image, text, *facts.values())
+        inputs = Inputs(image, tokens, self.draw_drops(batch), dict(zip(facts, found)))
         state.shards.zero_gradients()
         statistics = Statistics(state.model, state.objective)
         computed = self.gradients.run(progress.step, inputs, state.scaler.scale)
+        self._last = {name: computed.features[name] for name in SIDES}, batch, text
         losses = {name: value.detach() for name, value in computed.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         values: dict[str, Tensor | float] = {

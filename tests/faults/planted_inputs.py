@@ -296,6 +296,48 @@ EVALUATION = [
         "return False",
         "unit/test_class_folders.py::test_what_is_hidden_never_counts",
     ),
+    Mutant(
+        "equal items come in any order",
+        "eval/nearest.py",
+        'best = np.argsort(-every, kind="stable")[:count]',
+        "best = np.argsort(-every[::-1], kind='stable')[:count]; best = len(every) - 1 - best",
+        "parity/test_chinese_clip_files.py::test_predictions_are_the_released_bytes",
+    ),
+    Mutant(
+        "candidates are chosen without room for rounding",
+        "eval/nearest.py",
+        "    enough = (enough - lost - unit * (enough.abs() + lost))[:, None]",
+        "    enough = (enough + lost + unit * (enough.abs() + lost))[:, None]",
+        "unit/test_knn.py::test_the_order_is_exact",
+    ),
+    Mutant(
+        "numbers in the middle of two float32 are rounded twice",
+        "eval/feature_lines.py",
+        "    plain &= abs(missing - _MIDDLE) > _CLOSE\n",
+        "",
+        "unit/test_knn.py::test_numbers_are_those_of_python",
+    ),
+    Mutant(
+        "any text counts as digits",
+        "eval/feature_lines.py",
+        "& _HIGH_BITS == 0",
+        "& _HIGH_BITS < 2**64 - 1",
+        "unit/test_knn.py::test_wrong_lines_are_named",
+    ),
+    Mutant(
+        "predictions may repeat an item",
+        "eval/recall_files.py",
+        "    if len(set(ids)) != PREDICTED:",
+        "    if len(ids) != PREDICTED:",
+        "faults/test_prediction_files.py::test_wrong_lines",
+    ),
+    Mutant(
+        "a query without right items is left out of recall",
+        "eval/recall_files.py",
+        "        reference[row[way.query]] = set(right)",
+        "        if right:\n            reference[row[way.query]] = set(right)",
+        "faults/test_prediction_files.py::test_what_is_allowed",
+    ),
 ]
 CORE = [
     Mutant(

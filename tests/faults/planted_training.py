@@ -17,6 +17,7 @@ class Mutant:
 
 
 ELASTIC = "dist/test_elastic.py"
+POSITIVES, POLICIES = "unit/test_positives.py", "unit/test_policies.py"
 CRASH, STORAGE = "faults/test_crash_points.py", "faults/test_storage.py"
 TRAINING = [
     Mutant(
@@ -57,10 +58,10 @@ TRAINING = [
     Mutant(
         "negatives of the own micro-batch only",
         "training/gradients.py",
-        "        losses, report, gradients = self._compare(features, scale_loss)\n",
+        "        losses, report, gradients = self._compare(features, inputs.facts, scale_loss)\n",
         "        rows = [self.micro_batches.rows(number) for number in numbers]\n"
         "        cut = [{k: v[own] if v.dim() else v for k, v in features.items()} for own in rows]\n"
-        "        parts = [self._compare(part, scale_loss) for part in cut]\n"
+        "        parts = [self._compare(part, {}, scale_loss) for part in cut]\n"
         "        losses, report, found = *parts[0][:2], [part[2] for part in parts]\n"
         "        gradients = {\n"
         "            k: (torch.cat if v.dim() else sum)([x[k] / len(parts) for x in found])\n"
@@ -270,5 +271,93 @@ TRAINING = [
         "statistics = Statistics(state.model, state.objective)",
         "statistics = Statistics(state.model)",
         "unit/test_alip.py::test_a_skipped_step_leaves_the_means",
+    ),
+    Mutant(
+        "repeats stay negatives of the texts",
+        "rwkv_clip/losses/pairs.py",
+        "for row in keys:\n",
+        "for row in keys[:1]:\n",
+        f"{POSITIVES}::test_every_chunk_height_is_the_dense_formula",
+    ),
+    Mutant(
+        "a pair that repeats another is no pair either",
+        "rwkv_clip/losses/pairs.py",
+        "    found.diagonal(first).fill_(False)\n",
+        "",
+        f"{POSITIVES}::test_without_repeats_the_bits_are_those_of_pairs",
+    ),
+    Mutant(
+        "repeats are left out of the loss but not of its gradient",
+        "rwkv_clip/losses/pairs.py",
+        "for chunk, scaled, scores, work in _score_chunks(image, texts, scale, first, keys):",
+        "for chunk, scaled, scores, work in _score_chunks(image, texts, scale, first, None):",
+        f"{POSITIVES}::test_every_chunk_height_is_the_dense_formula",
+    ),
+    Mutant(
+        "what is left out is minus infinity",
+        "rwkv_clip/losses/pairs.py",
+        "torch.finfo(scores.dtype).min)",
+        'float("-inf"))',
+        f"{POSITIVES}::test_every_chunk_height_is_the_dense_formula",
+    ),
+    Mutant(
+        "a rank knows the keys of its own pairs only",
+        "rwkv_clip/losses/pairs.py",
+        "return list(gather(torch.stack(found, 1)).permute(2, 1, 0).contiguous())",
+        "own = torch.stack(found, 1)\n"
+        "    everybody = -1 - torch.arange(len(gather(own)))[:, None, None].repeat(1, *own.shape[1:])\n"
+        "    first = rank_and_size()[0] * len(own)\n"
+        "    everybody[first : first + len(own)] = own\n"
+        "    return list(everybody.permute(2, 1, 0).contiguous())",
+        "dist/test_positives_ranks.py::test_ranks_are_one_process",
+    ),
+    Mutant(
+        "with --deterministic every rank has its own keys",
+        "training/deterministic.py",
+        "facts = {name: gather(value) for name, value in facts.items()}",
+        "facts = {name: value.repeat(self.world.size, *[1] * (value.dim() - 1)) for name, value in facts.items()}",
+        "dist/test_positives_ranks.py::test_deterministic_runs_have_the_same_bits",
+    ),
+    Mutant(
+        "a text's key forgets the order of its tokens",
+        "training/data/augment.py",
+        "| np.arange(rows.shape[-1], dtype=np.uint64)",
+        "| np.uint64(1)",
+        f"{POSITIVES}::test_keys_of_texts",
+    ),
+    Mutant(
+        "an image's key is that of its record",
+        "training/data/samples.py",
+        "key = hash_bytes(data) if self.keys else None",
+        "key = index if self.keys else None",
+        f"{POSITIVES}::test_keys_of_images_are_of_their_bytes",
+    ),
+    Mutant(
+        "a policy draws what the module `random` gives next",
+        "training/policy.py",
+        "        random.seed(seed)\n",
+        "",
+        f"{POLICIES}::test_pixels_do_not_depend_on_workers_ranks_or_start",
+    ),
+    Mutant(
+        "a policy leaves the generators as it used them",
+        "training/policy.py",
+        "            random.setstate(before[0])\n",
+        "            pass\n",
+        f"{POLICIES}::test_global_generators_stay_as_they_were_and_do_not_matter",
+    ),
+    Mutant(
+        "all views of an image have the same policy",
+        "training/data/augment.py",
+        "hash64(seed, epoch, sample, POLICY + view * NEXT_VIEW)",
+        "hash64(seed, epoch, sample, POLICY)",
+        f"{POLICIES}::test_epochs_and_views_differ_and_view_0_is_a_run_with_one",
+    ),
+    Mutant(
+        "the captions of an image stand together in the validation loss",
+        "training/validation.py",
+        'np.argsort(hash64(seed, np.arange(len(image_of_caption))), kind="stable")',
+        "np.arange(len(image_of_caption))",
+        "unit/test_batch_measures.py::test_validation_is_the_plain_formula_batch_by_batch",
     ),
 ]

@@ -71,6 +71,36 @@ def test_batches_without_negatives(batch, accum, ranks, count, words):
     assert words in str(caught.value) and len(caught.value.problems) == 1
 
 
+PUBLISHED = {"published": {"lr": 5e-5, "batch": 1024}}
+
+
+@pytest.mark.parametrize(
+    "settings, ranks, proposed",
+    [
+        (PUBLISHED | {"lr": 5e-5, "batch_size": 48}, 2, "--lr 4.7e-06"),
+        (PUBLISHED | {"lr": 5e-5, "batch_size": 64, "accum_freq": 4}, 1, "--lr 1.3e-05"),
+        (PUBLISHED | {"lr": 2e-5, "batch_size": 48}, 2, "--lr 4.7e-06"),
+        (PUBLISHED | {"lr": 4e-6, "batch_size": 48}, 2, None),  # lower in proportion
+        (PUBLISHED | {"lr": 5e-5, "batch_size": 257}, 1, None),  # more than a quarter
+        ({"lr": 5e-5, "batch_size": 2}, 1, None),  # no recipe says anything
+    ],
+    ids=str,
+)
+def test_a_rate_for_another_batch_is_warned_of(settings, ranks, proposed, caplog):
+    settings = parse(Settings, settings)
+    for rank in range(ranks):
+        checks.warn_of_rate(settings, World(rank, ranks, CPU))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (proposed is not None), "the main rank says it"
+    if proposed:
+        assert proposed in said[0] and said[0].startswith("lr: 5e-05 was published for 1024 pairs a step")
+
+
+def test_half_a_publication_is_refused():
+    with pytest.raises(ConfigError, match=r"published: lr 0\.001 and batch None; set both or neither"):
+        parse(Settings, {"published": {"lr": 1e-3}})
+
+
 def test_a_run_of_too_few_records_leaves_no_folder(data):
     with pytest.raises(ConfigError, match="is 64 pairs per step, but there are 60 records"):
         run(parse(Settings, data | {"batch_size": 64, "name": "few"}))

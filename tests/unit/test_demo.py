@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from rwkv_clip.data.records import RecordFile, unpack
-from rwkv_clip.demo.captions import TEXT_NAMES, write_texts
-from rwkv_clip.demo.dataset import DemoPaths, draw_contact_sheet, list_templates, make_demo
+from rwkv_clip.demo.captions import TEXT_NAMES, list_templates, write_texts
+from rwkv_clip.demo.dataset import DemoPaths, draw_contact_sheet, make_demo
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import (
     COLORS,

@@ -125,21 +125,23 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_matrix_of_all_scores(monkeypatch):
+@pytest.mark.parametrize("keys", [(), (torch.arange(256) // 2, torch.arange(256))], ids=["pairs", "mask"])
+def test_no_matrix_of_all_scores(monkeypatch, keys):
     monkeypatch.setattr(pairs, "CPU_ROWS", 16)
     leaves = features(256)
     with Largest() as largest:
-        value_and_gradients(ours, leaves)
+        value_and_gradients(lambda *x: ours(*x, *keys), leaves)
     assert largest.numbers == 2 * 16 * 256, "two buffers of one chunk"
     with Largest() as largest:
         value_and_gradients(plain, leaves)
     assert largest.numbers == 256 * 256, "the plain form is seen to have it"
 
 
-def test_whole_graph_compiles():
+@pytest.mark.parametrize("keys", [(), (torch.arange(BATCH),) * 2], ids=["pairs", "mask"])
+def test_whole_graph_compiles(keys):
     torch._dynamo.reset()
     leaves = features()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *x: ours(*x, *keys), fullgraph=True, backend="aot_eager")
     for found, expected in zip(value_and_gradients(compiled, leaves), value_and_gradients(plain, leaves)):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 

@@ -100,6 +100,11 @@ METHODS = {  # recipe -> preset, default run folder, beginning of its demo's, an
     "train_ALIP_B32_YFCC15M.sh": ("alip-b32-yfcc15m", "ALIP_B32_YFCC15M", "alip", {"raw_loss", "caption_loss"}),
     "train_CLIP_B32_YFCC15M.sh": ("clip-b32-yfcc15m", "CLIP_B32_YFCC15M", "clip", set()),
 }
+FINETUNES = {  # the same of fine-tuning, with the records' model and published numbers
+    "finetune_CN_CLIP_B16_MUGE.sh": ("cn-clip-b16-muge", "CN_CLIP_B16_MUGE", 5e-5, 128, 3),
+    "finetune_CN_CLIP_B16_Flickr30k_CN.sh": ("cn-clip-b16-flickr30k-cn", "CN_CLIP_B16_Flickr30k_CN", 5e-5, 128, 3),
+    "finetune_CN_CLIP_B16_COCO_CN.sh": ("cn-clip-b16-coco-cn", "CN_CLIP_B16_COCO_CN", 3e-5, 1024, 20),
+}
 VIT = {  # for the records of `make_tiny`
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
@@ -166,6 +171,81 @@ def test_defaults_of_a_recipe(clone, recipe):
     assert re.fullmatch(rf"logs/demo-{demo}-\d{{8}}-\d{{6}}", call[0]) and call[-2:] == ["--seed", "3"]
     (call,) = called(clone, recipe, OUTPUT="mine")
     assert call[0] == "mine"
+
+
+@pytest.mark.parametrize("recipe", FINETUNES)
+def test_defaults_of_fine_tuning(clone, recipe):
+    preset, folder, lr, batch, epochs = FINETUNES[recipe]
+    own = {"TRAIN_DATA": "x", "VAL_DATA": "x.rec", "CHECKPOINT": "x.rec", "NPROC_PER_NODE": "8"}
+    (call,) = called(clone, recipe, "--seed", "3", **own)
+    settings = read_command_line(call[call.index("--") + 1 :])
+    changes = {"train_data": "x", "val_data": "x.rec", "pretrained": "x.rec"}
+    changes |= {"name": folder, "resume": "latest", "seed": 3}
+    assert settings == parse(Settings, to_dict(load_settings(preset)) | changes)
+    found = settings.optimizer
+    assert (found.lr, settings.parallel.batch_size, found.epochs) == (lr, batch, epochs)
+    assert (found.published.lr, found.published.batch) == (lr, 8 * batch)
+    assert (found.wd, found.beta1, found.beta2, found.eps, found.grad_clip_norm) == (1e-3, 0.9, 0.98, 1e-6, None)
+    assert (found.schedule, found.warmup) == ("cosine", 6 if "COCO" in recipe else 100)
+    assert (settings.data.auto_augment, settings.data.interpolation) == ("original", "bicubic")
+    assert settings.parallel.grad_checkpointing == ("COCO" in recipe) and settings.log.val_every_n_steps == 150
+
+    (clone / "shell" / "train_demo.sh").write_text('set -u\npython "$OUTPUT" "$DEMO_LANGUAGE" "$NEEDED" "$@"\n')
+    (call,) = called(clone, recipe, "--seed", "3", CHECKPOINT="not used")
+    assert re.fullmatch(r"logs/demo-cn-clip-\d{8}-\d{6}", call[0])
+    assert call[1:] == ["zh", "chinese", "--model", "CN-CLIP-Ti-8", "--seed", "3"]
+
+
+@pytest.mark.parametrize("language", [None, "zh"])
+def test_the_demo_speaks_the_language_of_its_recipe(clone, language):
+    """Its set, its run and its evaluation; evaluated again alone, a run meets the set that it was trained on."""
+    run = clone / "logs" / "demo-cn-clip-1"
+    (run / "eval" / "retrieval").mkdir(parents=True)
+    for path in (run / "eval" / "retrieval" / "retrieval.png", run / "log.jsonl"):
+        path.touch()
+    data = "data/demo" if language is None else "data/demo-zh"
+    for name in ("retrieval.jsonl", "classification/shape/x"):
+        (clone / data / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / data / name).touch()
+    environment = {} if language is None else {"DEMO_LANGUAGE": language}
+    made, trained, *evaluated = called(clone, "train_demo.sh", OUTPUT="logs/demo-cn-clip-1", **environment)
+    assert made[-4:] == ["--output", data, "--language", language or "en"]
+    assert trained[trained.index("--train-data") + 1] == f"{data}/train"
+    assert [call[call.index("--data") + 1] for call in evaluated] == [
+        f"{data}/retrieval.jsonl",
+        f"{data}/classification/shape",
+    ]
+    (run / "settings.json").write_text(json.dumps({"train_data": f"{data}/train", "model": "x"}, indent=1))
+    alone = called(clone, "test_zero_shot_retrieval.sh") + called(clone, "test_zero_shot_classificaiton.sh")
+    assert alone[0][alone[0].index("--data") + 1] == f"{data}/retrieval.jsonl"
+    assert alone[1][alone[1].index("--data") + 1] == f"{data}/classification/shape"
+
+
+@pytest.mark.parametrize(
+    "extras, needed, project",
+    [
+        (None, "", "."),
+        (None, "chinese", ".[chinese]"),
+        ("", "chinese", ".[chinese]"),
+        ("dev", "", ".[dev]"),
+        ("dev,dali", "chinese", ".[dev,dali,chinese]"),
+        ("chinese", "chinese", ".[chinese]"),
+    ],
+)
+def test_what_a_recipe_needs_is_installed(tmp_path, extras, needed, project):
+    for name in ("requirements.txt", "setup.py"):
+        (tmp_path / name).touch()
+    shutil.copytree(ROOT / "shell", tmp_path / "shell")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\n[ "$2" != pip ] || echo "${@: -1}"\n')
+    python.chmod(0o755)
+    own = {k: v for k, v in os.environ.items() if k != "EXTRAS"} | {"NEEDED": needed}
+    own |= {} if extras is None else {"EXTRAS": extras}
+    command = ["bash", "-euc", f"source {tmp_path}/shell/setup.sh; source {tmp_path}/shell/setup.sh"]
+    done = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == [project], "once"
 
 
 @pytest.mark.parametrize("recipe", list(METHODS)[1:])
@@ -281,6 +361,8 @@ MISTAKES = [
     ("compare_ALIP_Flickr8k.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
     ("train_RWKV_CLIP_B32_YFCC15M.sh", {"TRAIN_DATA": "x,none"}, "TRAIN_DATA=x,none: none names no file"),
     ("train_CLIP_B32_YFCC15M.sh", {"TRAIN_DATA": "x", "VAL_DATA": "none"}, "VAL_DATA=none"),
+    ("finetune_CN_CLIP_B16_MUGE.sh", {"TRAIN_DATA": "x"}, "CHECKPOINT is not set; set it to the weights to start from"),
+    ("finetune_CN_CLIP_B16_MUGE.sh", {"TRAIN_DATA": "x", "CHECKPOINT": "none"}, "CHECKPOINT=none: no such file"),
 ]
 
 

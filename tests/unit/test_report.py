@@ -124,6 +124,25 @@ def test_published_recall_stands_beside_the_whole_set_only():
     assert table.published == set(range(theirs)) and [row[1] for row in table.rows[theirs:]] == ["ours"] * 3
 
 
+@pytest.mark.parametrize("name, recalls", [("MUGE", ["-"] * 3 + ["52.1", "76.7", "84.4", "-"]), ("coco-cn", None)])
+def test_rows_of_chinese_sets(name, recalls):
+    """For any number of pictures, as theirs is not printed, so nothing is called the best; MUGE has one direction."""
+    table = tables.compare("retrieval", [run_of("retrieval", pair_result(name, images=7))])
+    theirs = {row[1]: row[5:] for row in table.rows[:-1]}
+    assert table.rows[-1][1] == "ours" and len(table.published) == len(theirs) >= 11 and not table.best
+    assert recalls is None or theirs["CN-CLIP ViT-B/16 (published)"] == recalls
+    assert any("31863c7" in note for note in table.notes) and any("number of pictures" in note for note in table.notes)
+    assert not any("ALIP" in note for note in table.notes)
+
+
+def test_recalls_of_chinese_sets_rise_with_k():
+    for row in published.chinese_rows():
+        assert "arXiv" in row.source and row.retrieval.keys() <= published.chinese_sets()
+        for recalls in row.retrieval.values():
+            known = [r for r in recalls if r is not None]
+            assert len(recalls) == 6 and known[-3:] == sorted(known[-3:]) and known[:3] == sorted(known[:3])
+
+
 def test_legacy_rows_and_their_defects_are_named():
     defects = [{"name": "odd", "says": "one thing", "reproduced": True, "effect": "did this"}]
     defects.append({"name": "even", "says": "other", "reproduced": False, "effect": "no seed"})

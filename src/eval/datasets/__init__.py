@@ -16,13 +16,23 @@ import torch
 from ..encoder import on_all_ranks
 from .benchmarks import BENCHMARKS, TEST
 from .class_folders import load_benchmark_folder, load_image_folder
+from .elevater import ELEVATER, load_elevater
 from .imagenet import load_imagenet_records
 from .labelled import ClassificationSet, MissingData
 from .names import rename_classes
 from .sun397 import load_sun397
 from .torchvision_sets import load_torchvision
 
-__all__ = ["IMAGEFOLDER", "Asked", "ClassificationSet", "MissingData", "load_classification", "load_each", "on_each"]
+__all__ = [
+    "ELEVATER",
+    "IMAGEFOLDER",
+    "Asked",
+    "ClassificationSet",
+    "MissingData",
+    "load_classification",
+    "load_each",
+    "on_each",
+]
 IMAGEFOLDER = "imagefolder"
 # The name of a requested set, and what was made of it, or its result, a dict: why it is not evaluated.
 Asked = tuple[str, Any]
@@ -33,16 +43,22 @@ def load_classification(
 ) -> ClassificationSet:
     """A set by name, every label checked. ValueError for a user's mistake, MissingData where a benchmark is absent.
 
-    dataset: "imagefolder" or a key of BENCHMARKS; data: its folder of class folders (for a benchmark also one that
-    holds NAME or NAME/test), or torchvision's root; names: JSON file with class names and templates, see `read_names`;
+    dataset: "imagefolder", "elevater" (see `elevater`) or a key of BENCHMARKS; data: its folder, for a benchmark also
+    one that holds NAME or NAME/test, or torchvision's root; names: JSON file with class names and templates, see
+    `read_names`;
     default names.json in the folder of class folders, where that exists. split: test, train or (flowers, dtd, aircraft)
-    val. language: en, or zh for imagenet.
+    val. language: en, or zh for imagenet and elevater.
     """
     folder = Path(data)
     if dataset == IMAGEFOLDER:
         return load_image_folder(folder, names)
+    if dataset == ELEVATER:
+        if names is not None:
+            raise ValueError(f"names: {names} given, but {ELEVATER} has its own labels; leave names out")
+        return load_elevater(folder, language, split)
     if dataset not in BENCHMARKS:
-        raise ValueError(f"dataset: {dataset!r} is not known; valid names: {IMAGEFOLDER}, {', '.join(BENCHMARKS)}")
+        known = ", ".join((IMAGEFOLDER, ELEVATER, *BENCHMARKS))
+        raise ValueError(f"dataset: {dataset!r} is not known; valid names: {known}")
     benchmark = BENCHMARKS[dataset]
     if split not in benchmark.splits:
         raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(benchmark.splits)}")

@@ -31,6 +31,7 @@ class ClassificationSet:
     headline: str = "top1"  # or mean_per_class
     note: str = ""
     files: Sequence[Path] = ()  # all files that hold the pictures
+    submission: Sequence[int] | None = None  # the pictures that a file of predictions lists, in order; None: all
 
     @property
     def count(self) -> int:

@@ -56,6 +56,17 @@ def read_names_file(path: str | Path) -> dict:
     return {"names": content["classes"]} | content if "classes" in content else content
 
 
+def read_templates(path: str | Path) -> tuple[str, ...]:
+    """Templates from a text file, one a line, with {} for the class name. ValueError names the line that has none."""
+    lines = Path(path).read_bytes().decode("utf-8-sig", "replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip() and ("{}" not in line or "\ufffd" in line):
+            raise ValueError(f"{path}:{number}: a template needs {{}} for the class name, and UTF-8")
+    if not (templates := tuple(line.strip() for line in lines if line.strip())):
+        raise ValueError(f"{path}: holds no template; write one a line, with {{}} for the class name")
+    return templates
+
+
 def rename_classes(data: ClassificationSet, classes: Sequence[str], names: str | Path | None) -> ClassificationSet:
     """A set whose classes are originally called `classes`, with the names, order and templates of a names file (None:
     unchanged)."""

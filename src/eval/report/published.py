@@ -15,12 +15,13 @@ RECALLS = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One method: percent. `retrieval` has, for each set, six recalls in the order of RECALLS."""
+    """One method: percent. `retrieval` has, for each set, six recalls in the order of RECALLS, None where none was
+    printed."""
 
     method: str
     model: str  # its name in tables
     source: str
-    retrieval: dict[str, list[float]]
+    retrieval: dict[str, list[float | None]]
     classification: dict[str, float]
     average: float | None = None  # of the eleven classification sets, as printed
 
@@ -34,6 +35,19 @@ def _content() -> dict:
 def published_rows() -> tuple[PublishedRow, ...]:
     """Every published row, newest method last."""
     return tuple(PublishedRow(**row) for row in _content()["rows"])
+
+
+@cache
+def chinese_rows() -> tuple[PublishedRow, ...]:
+    """Published rows of Chinese retrieval sets (MUGE's validation set, the test sets of Flickr30K-CN and COCO-CN),
+    zero-shot and fine-tuned. Their sources do not print how many pictures a set has."""
+    return tuple(PublishedRow(**row) for row in _content()["chinese"])
+
+
+@cache
+def chinese_sets() -> frozenset[str]:
+    """Names of the sets that `chinese_rows` are about."""
+    return frozenset(name for row in chinese_rows() for name in row.retrieval)
 
 
 def published_samples(task: str) -> dict[str, int]:

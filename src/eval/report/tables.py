@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .published import RECALLS, not_at_hand, published_rows, published_samples
+from .published import RECALLS, chinese_rows, chinese_sets, not_at_hand, published_rows, published_samples
 
 PUBLISHED_MODEL = published_rows()[-1].model
 NOTHING = "-"
@@ -106,10 +106,12 @@ def _compare_retrieval(runs: Sequence[dict]) -> Table:
         start = len(rows)
         published |= set(range(start, start + len(theirs)))
         group = theirs + [row for label, result in ours for row in _recalls(label, result)]
-        best |= {(start + row, column) for row, column in _best(group, range(5, 12))}
+        if ours[0][1]["dataset"].lower() not in chinese_sets():  # those may be of other pictures
+            best |= {(start + row, column) for row, column in _best(group, range(5, 12))}
         rows += group
     sets = published_samples("retrieval")
     notes = _sources("retrieval") if any(r["dataset"].lower() in sets for _, r in results) else []
+    notes += _chinese_sources({r["dataset"].lower() for _, r in results})
     prefixes = {r.get("prefix", "") for _, r in results}
     notes.append("Caption prefix: " + ", ".join(repr(prefix) for prefix in sorted(prefixes)))
     notes += dict.fromkeys(f"{r['dataset']}: {r['note']}" for _, r in results if r.get("note"))
@@ -132,10 +134,11 @@ def _recalls(label: str, result: dict) -> list[list[str]]:
 def _published_recalls(result: dict) -> list[list[str]]:
     """Published rows of the set of a result, if it has the published number of pictures."""
     name = result["dataset"].lower()
-    if published_samples("retrieval").get(name) != result["images"]:
+    rows = chinese_rows() if name in chinese_sets() else published_rows()
+    if rows is published_rows() and published_samples("retrieval").get(name) != result["images"]:
         return []
-    found = [(row.model, row.retrieval[name]) for row in published_rows() if name in row.retrieval]
-    return [[*_place(result, model), *map(_figure, (*r, sum(r) / len(r)))] for model, r in found]
+    found = [(row.model, row.retrieval[name]) for row in rows if name in row.retrieval]
+    return [[*_place(result, model), *map(_figure, (*r, None if None in r else sum(r) / len(r)))] for model, r in found]
 
 
 def _place(result: dict, model: str) -> list[str]:
@@ -232,6 +235,14 @@ def _sources(task: str) -> list[str]:
     notes = [f"Published row of {', '.join(methods)}: {source}" for source, methods in by_source.items()]
     absent = not_at_hand(task)
     return notes + ([f"Published rows that are not available, left out: {', '.join(absent)}"] if absent else [])
+
+
+def _chinese_sources(sets: set[str]) -> list[str]:
+    """Where the published rows of Chinese sets come from, and what is not known of them."""
+    sources = dict.fromkeys(row.source for row in chinese_rows() if row.retrieval.keys() & sets)
+    warning = "Published rows of Chinese sets: official split (MUGE: validation, else test), zero-shot unless it says "
+    warning += "fine-tuned; their sources do not print the number of pictures, so compare only if yours is that split"
+    return [f"Published row of Chinese-CLIP: {source}" for source in sources] + ([warning] if sources else [])
 
 
 def _defects(runs: Sequence[dict]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import classification, features, linear_probe, report, retrieval, search
+from . import classification, features, invert, knn, linear_probe, recall, report, retrieval, search
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,8 @@ TASKS = {
     "linear-probe": Task(linear_probe.LinearProbeSettings, linear_probe.run, linear_probe.load),
     "features": Task(features.FeaturesSettings, features.run, features.load),
     "search": Task(search.SearchSettings, search.run),
+    "knn": Task(knn.KnnSettings, knn.run),
+    "recall": Task(recall.RecallSettings, recall.run),
+    "invert": Task(invert.InvertSettings, invert.run),
     "report": Task(report.ReportSettings, report.run),
 }

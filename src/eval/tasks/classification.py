@@ -9,22 +9,27 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy, target_ranks
 from rwkv_clip.tokenizer import count_cut, prepare_texts
 
 from .. import upstream
 from ..cache import cached, model_key
-from ..datasets import Asked, ClassificationSet, load_classification, load_each, on_each
+from ..datasets import ELEVATER, Asked, ClassificationSet, load_classification, load_each, on_each
+from ..datasets.names import read_templates
 from ..encoder import Encoder
 from ..report.confusion import worst_classes
+from ..report.files import safe_name
 from ..report.run import start_report
 from ..settings import ClassesSettings
+from ..submission import write_submission
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +39,16 @@ class ClassificationSettings(ClassesSettings):
     data: str = "data"
     """Folder of class folders; for a benchmark also the root folder in which torchvision looks for it."""
     language: Literal["en", "zh"] = "en"
-    """Language of ImageNet's names and templates; zh needs the extra clip-benchmark. Other sets: a file for `names`."""
+    """Language of ImageNet's names and templates (zh needs the extra clip-benchmark) and of elevater's. Other sets: a
+    file for `names`."""
     names: str | None = None
     """JSON {"names": {folder: name}, "templates": ["a photo of a {}."]}; "names" may be a list in the order of the
     sorted folders, by number where all are numbers. Default: names.json in the data folder, else the folders and its
     own templates."""
+    templates: str | None = None
+    """Text file of prompt templates, one a line, with {} for the class name, in place of a set's own."""
+    save_dir: str | None = None
+    """Folder for SET.json: probabilities of every picture and class, as ELEVATER's server takes them."""
     legacy: bool = False
     """Also count as the released code does, with its defects named; the exact figures stay the result."""
 
@@ -90,7 +100,8 @@ def load(settings: ClassificationSettings, device: torch.device) -> list[Asked]:
     """Every requested set, or why it is missing. ValueError where there is none at all."""
 
     def make(dataset: str) -> ClassificationSet:
-        return load_classification(dataset, settings.data, settings.names, language=settings.language)
+        found = load_classification(dataset, settings.data, settings.names, language=settings.language)
+        return replace(found, templates=read_templates(settings.templates)) if settings.templates else found
 
     return load_each(settings.dataset, make, device)
 
@@ -98,8 +109,10 @@ def load(settings: ClassificationSettings, device: torch.device) -> list[Asked]:
 def run(settings: ClassificationSettings, sets: list[Asked], encoder: Encoder) -> int:
     """Evaluate every set of `load`. One that is missing is reported as skipped, one that fails as failed."""
     report = start_report("classification", settings, encoder)
-    for _, result in on_each(sets, lambda data: _evaluate(data, encoder, settings.legacy)):
+    for name, result in on_each(sets, lambda data: _evaluate(data, encoder, settings)):
         report.add(result)
+        if name == ELEVATER and result["status"] == "done" and rank_and_size()[0] == 0:
+            print(f"Result:\nzeroshot-top1: {result['metrics']['top1']}")
     return report.finish()
 
 
@@ -122,12 +135,17 @@ def describe_prompts(data: ClassificationSet, tokenizer: Callable) -> str:
     return "; ".join(notes)
 
 
-def _evaluate(data: ClassificationSet, encoder: Encoder, legacy: bool) -> dict:
+def _evaluate(data: ClassificationSet, encoder: Encoder, settings: ClassificationSettings) -> dict:
     started = time.monotonic()
     result = evaluate_classification(encoder, data)
     pictures = result.features, result.weights, data.labels
     details: dict = {"confusion": worst_classes(*pictures, data.class_names)}
-    if legacy:
+    if settings.save_dir and rank_and_size()[0] == 0:
+        cosines = result.features @ result.weights.cpu().T
+        about = safe_name(data.name.rpartition("/")[2]), encoder.loaded.model, encoder.loaded.name
+        path = write_submission(Path(settings.save_dir), *about, cosines, data.submission)
+        print(f"predictions: {path}")
+    if settings.legacy:
         details["legacy"] = upstream.count_classification(*pictures, data.name, len(data.class_names))
     return {
         "dataset": data.name,

@@ -1,4 +1,5 @@
-"""Features of a set of pictures, with or without captions, written into a folder (see `feature_files`)."""
+"""Features of a set of pictures, with or without captions, written into a folder (see `feature_files`), or as
+Chinese-CLIP's files beside its data (see `chinese_features`)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from rwkv_clip.dist import rank_and_size
 from rwkv_clip.files import new_folder
 
 from ..cache import data_key, encode_cached, encode_labelled
+from ..chinese_features import write_chinese_features
 from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
 from ..datasets.benchmarks import TEST
+from ..datasets.chinese_clip import ChineseClipSet, Sides, load_chinese_clip
 from ..encoder import Encoder, on_all_ranks
 from ..feature_files import Features, write_about, write_features
 from ..report.files import place_of
@@ -28,7 +31,8 @@ class FeaturesSettings(CaptionedSettings):
     """Write normalised features of pictures and texts, with their ids, into a folder."""
 
     data: str
-    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records; with `dataset` a folder as in classification."""
+    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records; with `dataset` a folder as in classification; with
+    `to` chinese-clip X_texts.jsonl or an LMDB's folder of a split."""
     dataset: str | None = None
     """imagefolder or a benchmark (cifar10 ..): its pictures with their labels, and no texts."""
     split: str | None = None
@@ -36,16 +40,26 @@ class FeaturesSettings(CaptionedSettings):
     (default), train or val."""
     form: Literal["safetensors", "npy", "jsonl"] = "safetensors"
     """How features are written; jsonl is Chinese-CLIP's (images.img_feat.jsonl, texts.txt_feat.jsonl)."""
+    to: Literal["folder", "chinese-clip"] = "folder"
+    """folder: all into a new folder. chinese-clip: X_texts.txt_feat.jsonl and X_imgs.img_feat.jsonl beside the data, as
+    its extract_features.py writes them; the next four settings belong to it."""
+    sides: Sides = "both"
+    """Which side is encoded."""
+    image_data: str | None = None
+    """LMDB's folder of a split, its `imgs` folder, or X_imgs.tsv; default: lmdb/X beside the texts, else the TSV."""
+    image_feat_output_path: str | None = None
+    """Another name for the file of image features."""
+    text_feat_output_path: str | None = None
+    """Another name for the file of text features."""
 
 
-def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | ClassificationSet:
+def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | ClassificationSet | ChineseClipSet:
     """The set that `settings` name; all ranks call it."""
+    _refuse_idle(settings)
+    if settings.to == "chinese-clip":
+        return on_all_ranks(lambda: load_chinese_clip(settings.data, settings.image_data, settings.sides), device)
     if not settings.dataset:
         return retrieval.load(settings, device)
-    inapplicable = [name for name in ("image_root", "texts", "allow_outside", "prefix") if getattr(settings, name)]
-    inapplicable += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
-    if inapplicable:
-        raise ValueError(f"{', '.join(inapplicable)}: not allowed with dataset {settings.dataset}; leave it out")
     split = settings.split or TEST
     try:
         return on_all_ranks(lambda: load_classification(settings.dataset, settings.data, split=split), device)
@@ -53,8 +67,32 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
         raise ValueError(f"dataset: {settings.dataset}: {error}") from None
 
 
-def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet, encoder: Encoder) -> int:
-    """Encode the set and write it into a new folder."""
+def _refuse_idle(settings: FeaturesSettings) -> None:
+    """ValueError for settings that have no meaning with the others."""
+    chinese = ("image_data", "image_feat_output_path", "text_feat_output_path")
+    captioned = ("image_root", "texts", "allow_outside")
+    if settings.to == "chinese-clip":
+        where, names = "to chinese-clip", ("dataset", "split", *captioned)
+        idle = [name for name in names if getattr(settings, name)]
+    else:
+        where, idle = "to folder", [name for name in chinese if getattr(settings, name)]
+        idle += ["sides"] if settings.sides != "both" else []
+        if settings.dataset and not idle:
+            where = f"dataset {settings.dataset}"
+            idle = [name for name in (*captioned, "prefix") if getattr(settings, name)]
+            idle += ["split"] if settings.split and settings.dataset == IMAGEFOLDER else []
+    if idle:
+        raise ValueError(f"{', '.join(idle)}: not allowed with {where}; leave it out")
+
+
+def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet | ChineseClipSet, encoder: Encoder) -> int:
+    """Encode the set and write it into a new folder, or Chinese-CLIP's files."""
+    if isinstance(data, ChineseClipSet):
+        names = settings.image_feat_output_path, settings.text_feat_output_path
+        for path in write_chinese_features(encoder, data, settings.prefix, *names):
+            if rank_and_size()[0] == 0:
+                print(f"features: {path}")
+        return 0
     started, loaded = time.monotonic(), encoder.loaded
     if isinstance(data, ClassificationSet):
         about, found = _encode_classes(data, encoder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 
 from rwkv_clip.config import ranged
 from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
+from rwkv_clip.fonts import find_fonts, wrap_text
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 
@@ -33,7 +33,8 @@ class RetrievalSettings(CaptionedSettings):
     split: str | None = None
     """Use only entries of this split ("all": every one); needed where the file holds several."""
     dataset: str | None = None
-    """Name in the report; flickr30k and coco add the published rows. Default: from the file."""
+    """Name in the report; flickr30k, coco, muge, flickr30k-cn and coco-cn add the published rows. Default: from the
+    file."""
     gallery: int = ranged(8, minimum=0)
     """Queries shown in retrieval.png with their five best pictures; 0: none."""
     legacy: bool = False
@@ -106,9 +107,12 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
+    fonts, lacking = find_fonts("".join(map(data.caption_text, chosen.tolist())))
+    if lacking:
+        figure.suptitle(f"captions: {lacking}", fontsize=9)
     for row, caption, owner, found, rank in zip(grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()):
-        text = textwrap.fill(textwrap.shorten(data.caption_text(caption), 180), 28)
-        row[0].text(0, 0.5, drawable(text), va="center", fontsize=9, transform=row[0].transAxes)
+        text = drawable(wrap_text(data.caption_text(caption), 28, 180))
+        row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes, family=fonts)
         right = data.images_of(caption)
         for axes, image in zip(row[1:], found):
             _show(axes, data.open(image), "tab:green" if image in right else None)

@@ -18,6 +18,18 @@ _AFTER = ("wallpaper", "clip art", "sticker", "for kids", "vector", "print", "fr
 _TAGS = ("#art", "#shapes", "#design", "#love", "#photo", "#fun", "#instagood", "#decor")
 
 
+def name_classes(attribute: str) -> dict[str, str]:
+    """Class of "shape" or "color" -> its name in prompts."""
+    return {name: name for name in (SHAPES if attribute == "shape" else COLORS)}
+
+
+def list_templates(attribute: str) -> list[str]:
+    """Prompts for the classes of "shape" or "color": `{}` takes the class, the other attribute varies."""
+    if attribute == "shape":
+        return [f"a large plain {color} {{}} in the middle" for color in COLORS]
+    return [f"a large plain {{}} {shape} in the middle" for shape in SHAPES]
+
+
 def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -30,7 +42,7 @@ def _name_fully(thing: Thing) -> str:
     return _with_article(f"{thing.size} {thing.texture} {thing.color} {thing.shape}")
 
 
-def _relate(a: Thing, b: Thing) -> str:
+def relate(a: Thing, b: Thing) -> str:
     """Where a is as seen from b, as a preposition; rows come before columns."""
     if a.place[0] != b.place[0]:
         return "above" if a.place[0] < b.place[0] else "below"
@@ -43,7 +55,7 @@ def _name_place(thing: Thing) -> str:
     return f"at the {_ROWS[thing.place[0]]} {_COLUMNS[thing.place[1]]}"
 
 
-def _order_three(things: tuple[Thing, ...]) -> tuple[Thing, Thing, Thing]:
+def order_three(things: tuple[Thing, ...]) -> tuple[Thing, Thing, Thing]:
     """(pivot, its neighbour in the row, its neighbour in the column) of three things in three quarters."""
     pivot = next(
         t
@@ -69,10 +81,10 @@ def write_synthetic(scene: Scene, rng: Random) -> str:
         return f"{_name_kind(things[0], colored)}{ground}"
     if len(things) == 2:
         a, b = things
-        return f"{_name_kind(a, colored)} {_relate(a, b)} {_name_kind(b, colored)}{ground}"
+        return f"{_name_kind(a, colored)} {relate(a, b)} {_name_kind(b, colored)}{ground}"
     if rng.random() < 0.5:
-        a, b, c = _order_three(scene.things)
-        near, far = f"{_name_kind(b, colored)} {_relate(b, a)}", f"{_name_kind(c, colored)} {_relate(c, a)}"
+        a, b, c = order_three(scene.things)
+        near, far = f"{_name_kind(b, colored)} {relate(b, a)}", f"{_name_kind(c, colored)} {relate(c, a)}"
         return f"{near} {_name_kind(a, colored)} and {far} it{ground}"
     a, b, c = (_name_kind(thing, colored) for thing in things)
     return f"{a}, {b} and {c}{ground}"
@@ -92,10 +104,10 @@ def write_generated(scene: Scene, rng: Random) -> str:
             side = f"on the {_COLUMNS[a.place[1]]}"
         else:
             return f"{_name_fully(a)} {_name_place(a)} and {_name_fully(b)} {_name_place(b)}, {ground}"
-        return f"{_name_fully(a)} {_relate(a, b)} {_name_fully(b)} {side}, {ground}"
-    a, b, c = _order_three(scene.things)
-    first = f"{_name_fully(b)} {_relate(b, a)} {_name_fully(a)}"
-    return f"{first} with {_name_fully(c)} {_relate(c, a)} it, {ground}"
+        return f"{_name_fully(a)} {relate(a, b)} {_name_fully(b)} {side}, {ground}"
+    a, b, c = order_three(scene.things)
+    first = f"{_name_fully(b)} {relate(b, a)} {_name_fully(a)}"
+    return f"{first} with {_name_fully(c)} {relate(c, a)} it, {ground}"
 
 
 def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:

@@ -7,6 +7,8 @@
     OUTPUT/classification/shape color  a folder of pictures per class, names.json with the templates
     OUTPUT/demo.json                   the settings; written last, so it marks a finished set
 
+With `--language zh` the same scenes have Chinese texts, tokenized for Chinese-CLIP.
+
 Pictures of a test or classification set are PNG; training pictures are JPEG, as in real shards.
 """
 
@@ -20,16 +22,31 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from .captions import TEXT_NAMES, write_texts
+from ..tokenizer import BERT_CHINESE, CLIP_BPE
+from . import captions, chinese
+from .captions import TEXT_NAMES
 from .pictures import draw_picture, encode_picture
-from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw_class_scenes, draw_test_scenes, draw_train_scene
+from .scenes import BACKGROUNDS, Scene, draw_class_scenes, draw_test_scenes, draw_train_scene
 
 SCHEMA = 2  # of the generator: raise it when the same settings give different images or texts
 STAMP = "demo.json"
 ATTRIBUTES = ("shape", "color")
+
+
+class Language(NamedTuple):
+    """What differs between the languages of the set."""
+
+    words: ModuleType  # writes the texts, names the classes, lists the templates
+    tokenizer: str
+    context: int
+
+
+LANGUAGES = {"en": Language(captions, CLIP_BPE, 32), "zh": Language(chinese, BERT_CHINESE, 48)}
 
 
 @dataclass(frozen=True)
@@ -46,15 +63,32 @@ class DemoSettings:
     """Pictures per class of the classification sets."""
     size: int = 48
     """Pixels on a side."""
-    context: int = 32
-    """Tokens per text; all texts fit in 32, with room for "a photo of "."""
-    tokenizer: str = "clip-bpe"
-    """Tokenizer of the training records."""
+    language: Literal["en", "zh"] = "en"
+    """Of the texts: English or Chinese."""
+    context: int | None = None
+    """Tokens per text; by default 32 in English, 48 in Chinese: all texts fit, with room for "a photo of "."""
+    tokenizer: str | None = None
+    """Tokenizer of the training records; by default clip-bpe in English, bert-chinese in Chinese."""
 
     def __post_init__(self):
+        if self.language not in LANGUAGES:
+            raise ValueError(f"language: {self.language!r} is not one of {', '.join(LANGUAGES)}")
+        language = LANGUAGES[self.language]
+        for name in ("context", "tokenizer"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(language, name))
         for name, least in (("train", 1), ("test", 1), ("per_class", 1), ("size", 16), ("context", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small for a demo set; use at least {least}")
+
+    @property
+    def words(self) -> ModuleType:
+        """The module that writes the texts."""
+        return LANGUAGES[self.language].words
+
+    def to_json(self) -> dict[str, object]:
+        """As the stamp has them; without the language where it is English, as before there were others."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("language", "en")}
 
 
 @dataclass(frozen=True)
@@ -77,13 +111,6 @@ class DemoPaths:
         return {name: self.output / "classification" / name for name in ATTRIBUTES}
 
 
-def list_templates(attribute: str) -> list[str]:
-    """Prompts for the classes of "shape" or "color": `{}` takes the class, the other attribute varies."""
-    if attribute == "shape":
-        return [f"a large plain {color} {{}} in the middle" for color in COLORS]
-    return [f"a large plain {{}} {shape} in the middle" for shape in SHAPES]
-
-
 def _build_train(staging: Path, settings: DemoSettings) -> None:
     """Draw the training scenes and pack them with the same builder as users' data."""
     from ..data.build import build_records
@@ -96,7 +123,7 @@ def _build_train(staging: Path, settings: DemoSettings) -> None:
             scene, name = draw_train_scene(settings.seed, index), f"{index:06d}.jpg"
             (folder / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "jpeg"))
             os.utime(folder / name, (0, 0))  # the records' .json depends on it
-            file.write(json.dumps({"image": name, **write_texts(scene)}) + "\n")
+            file.write(json.dumps({"image": name, **settings.words.write_texts(scene)}, ensure_ascii=False) + "\n")
     # One process draws and packs: starting more, each with its own torch, takes longer than the work.
     build_records(
         str(listing),
@@ -114,18 +141,20 @@ def _write_retrieval(staging: Path, settings: DemoSettings) -> None:
         for index, scene in enumerate(draw_test_scenes(settings.seed, settings.test)):
             name = f"images/{index:04d}.png"
             (staging / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "png"))
-            file.write(json.dumps({"image": name, "caption": write_texts(scene)["generated"]}) + "\n")
+            caption = settings.words.write_texts(scene)["generated"]
+            file.write(json.dumps({"image": name, "caption": caption}, ensure_ascii=False) + "\n")
 
 
 def _write_classes(folder: Path, attribute: str, settings: DemoSettings) -> None:
     names: dict[str, str] = {}
+    named = settings.words.name_classes(attribute)
     for index, (name, scene) in enumerate(draw_class_scenes(settings.seed, attribute, settings.per_class)):
         path = folder / name / f"{index % settings.per_class:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_picture(draw_picture(scene, settings.size), "png"))
-        names[name] = name
-    about = {"names": names, "templates": list_templates(attribute)}
-    (folder / "names.json").write_text(json.dumps(about, indent=1) + "\n")
+        names[name] = named[name]
+    about = {"names": names, "templates": settings.words.list_templates(attribute)}
+    (folder / "names.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_finished(output: Path, settings: DemoSettings) -> bool:
@@ -139,7 +168,8 @@ def _is_finished(output: Path, settings: DemoSettings) -> bool:
         raise ValueError(
             f"output: {output} exists and is not a finished demo set; name a new or empty folder"
         ) from None
-    wanted = asdict(settings)
+    wanted = {"language": "en", **settings.to_json()}
+    made.setdefault("language", "en")
     changes = [f"{key} {made.get(key)!r} -> {value!r}" for key, value in wanted.items() if made.get(key) != value]
     if found.get("schema") != SCHEMA:
         changes.append(f"schema {found.get('schema')!r} -> {SCHEMA!r}")
@@ -168,7 +198,7 @@ def make_demo(output: str | Path, **settings) -> DemoPaths:
         for attribute, folder in DemoPaths(staging).classification.items():
             _write_classes(folder, attribute, chosen)
         _build_train(staging, chosen)
-        stamp = {"schema": SCHEMA, "settings": asdict(chosen), "views": TEXT_NAMES}
+        stamp = {"schema": SCHEMA, "settings": chosen.to_json(), "views": TEXT_NAMES}
         (staging / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
         if output.exists():
             output.rmdir()  # empty, or _is_finished would have complained
@@ -186,12 +216,23 @@ def choose_varied(scenes: list[Scene], count: int) -> list[Scene]:
     return [scene for turn in zip_longest(*found.values()) for scene in turn if scene is not None][:count]
 
 
-def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64, columns: int = 2) -> Path:
-    """Save a picture of scenes with their three texts, as seen in training: `size` pixels, enlarged."""
+def draw_contact_sheet(
+    scenes: list[Scene], path: str | Path, *, size: int = 64, columns: int = 2, language: str = "en"
+) -> Path:
+    """Save a picture of scenes with their three texts, as seen in training: `size` pixels, enlarged. ValueError where
+    no installed font has the characters of the language."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, wide, gap, line = 192, 380, 24, 20
     bold, plain = ImageFont.load_default(13), ImageFont.load_default(15)
+    texts = [LANGUAGES[language].words.write_texts(scene) for scene in scenes]
+    if language != "en":
+        from ..fonts import REMEDY, find_font_file
+
+        file = find_font_file("".join(text for several in texts for text in several.values()))
+        if file is None:
+            raise ValueError(f"contact_sheet: {REMEDY}")
+        plain = ImageFont.truetype(file, 15)
     rows = -(-len(scenes) // columns)
     cell = side + gap + wide + gap
     sheet = Image.new("RGB", (gap + columns * cell, gap + rows * (side + gap)), "white")
@@ -200,7 +241,7 @@ def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64,
         x, y = gap + index % columns * cell, gap + index // columns * (side + gap)
         sheet.paste(draw_picture(scene, size).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         left, at = x + side + gap // 2 + 4, y
-        for name, text in write_texts(scene).items():
+        for name, text in texts[index].items():
             draw.text((left, at), name, font=bold, fill=(46, 110, 170))
             at += line - 2
             for part in _wrap(text, lambda words: draw.textlength(words, font=plain) <= wide):
@@ -214,9 +255,9 @@ def draw_contact_sheet(scenes: list[Scene], path: str | Path, *, size: int = 64,
 
 
 def _wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+    lines, joint = [""], " " if text.isascii() else ""
+    for word in text.split() if joint else text:
+        longer = f"{lines[-1]}{joint}{word}".lstrip()
         if fits(longer) or not lines[-1]:
             lines[-1] = longer
         else:
@@ -238,7 +279,8 @@ def run(output: Path, settings: DemoSettings, contact_sheet: Path | None = None)
     print(f"  classes in {' and '.join(map(str, paths.classification.values()))}")
     if contact_sheet is not None:
         scenes = choose_varied([draw_train_scene(settings.seed, index) for index in range(60)], 8)
-        print(f"contact sheet: {draw_contact_sheet(scenes, contact_sheet, size=settings.size)}")
+        sheet = draw_contact_sheet(scenes, contact_sheet, size=settings.size, language=settings.language)
+        print(f"contact sheet: {sheet}")
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from typing import Literal
 
 from .alip import ALIP, GateSettings
 from .infonce import InfoNCE
-from .objective import Objective
+from .objective import FACTS, Objective
 
-__all__ = ["ALIP", "OBJECTIVES", "GateSettings", "InfoNCE", "LossSettings", "Objective", "make_objective"]
+__all__ = ["ALIP", "FACTS", "OBJECTIVES", "GateSettings", "InfoNCE", "LossSettings", "Objective", "make_objective"]
 
 # Name -> class, and the name of the table in LossSettings that it is made with, if it has settings.
 OBJECTIVES: dict[str, tuple[type[Objective], str | None]] = {"infonce": (InfoNCE, None), "alip": (ALIP, "gates")}
@@ -21,19 +21,30 @@ class LossSettings:
 
     objective: Literal[tuple(OBJECTIVES)] = "infonce"  # type: ignore[valid-type]
     """What the towers are trained with."""
+    positives: Literal["pairs", "mask"] = "pairs"
+    """Which texts of a batch are negatives: all but the image's own (pairs), or of those only the ones that differ from
+    it and belong to other images (mask); so repeated texts and images are no false negatives."""
     gates: GateSettings = field(default=GateSettings())
     """--objective alip: weights of samples and pairs."""
 
     def problems(self) -> list[str]:
         defaults = {f.name: f.default for f in fields(self)}
-        return [
+        found = [
             f"{table}: need objective {name}, not {self.objective}"
             for name, (_, table) in OBJECTIVES.items()
             if table and name != self.objective and getattr(self, table) != defaults[table]
         ]
+        if self.positives != "pairs" and self.objective != "infonce":
+            found.append(
+                f"positives: {self.positives} needs objective infonce, not {self.objective}, which weighs all pairs; "
+                f"leave the flag out"
+            )
+        return found
 
 
 def make_objective(settings: LossSettings) -> Objective:
     """The objective that the settings name."""
     kind, table = OBJECTIVES[settings.objective]
+    if kind is InfoNCE:
+        return InfoNCE(settings.positives)
     return kind(getattr(settings, table)) if table else kind()

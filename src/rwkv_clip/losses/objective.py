@@ -7,6 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+FACTS = ("image_keys", "text_keys")
+"""What an objective may ask for that the batch knows: int64 (B,), a number for each image's encoded bytes; and (B,), or
+(B, V) for V texts, a number for each text's token ids. Equal numbers mean equal images or texts (63-bit hashes: in a
+batch of 65,536 pairs one wrong equality in four billion batches). They are passed whole, as the features are, and never
+differentiated."""
+
 
 class Objective(nn.Module):
     """Called with this rank's features by name, it gathers those of other ranks as it needs them.
@@ -16,13 +22,14 @@ class Objective(nn.Module):
     It is called once per step, however many micro-batches the towers need.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("image", "text", "logit_scale")
-    """Names of the model's outputs that `forward` takes (`rwkv_clip.models.two_tower`)."""
+    needs: tuple[str, ...] = ("image", "text", "logit_scale")
+    """Names of what `forward` takes: the model's outputs (`rwkv_clip.models.two_tower`) and facts of the batch."""
     texts: ClassVar[int | None] = None
     """Texts per image; None for any number."""
     image_views: ClassVar[int] = 1
     """Augmented views of each image in a batch."""
 
     forward: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
-    """Features by name -> (losses, report): scalars by name. The losses are summed and differentiated, the report is
-    logged as it is. Features have one row per sample, (B, ..); (B, V, ..) where a sample has several views or texts."""
+    """Features and facts by name -> (losses, report): scalars by name. The losses are summed and differentiated, the
+    report is logged as it is. Features have one row per sample, (B, ..); (B, V, ..) where a sample has several views or
+    texts."""

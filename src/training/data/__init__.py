@@ -25,11 +25,14 @@ def make_loader(
     *,
     seed: int = 0,
     views: int = 1,
+    keys: bool = False,
     device: str | torch.device = "cpu",
 ) -> Loader:
-    """Iterable of the plan's batches, with `views` random crops of each image, (height, width) or a square.
+    """Iterable of the plan's batches, with `views` random crops of each image, (height, width) or a square. keys: whether
+    batches have `image_keys`.
 
-    settings.loader: "torch" (worker processes), "dali", or "auto": DALI where it is installed and `device` is a GPU.
+    settings.loader: "torch" (worker processes), "dali", or "auto": DALI where it is installed, `device` is a GPU and
+    the settings are nothing that only torch does.
     settings.workers: processes (torch) or threads (DALI). With DALI on a GPU the images arrive there, else on the CPU.
     Iterating raises DataError when more than settings.max_bad records and more than the fraction
     settings.max_bad_fraction are bad, WorkerLost when a process dies. ConfigError or ValueError for invalid settings.
@@ -44,8 +47,9 @@ def make_loader(
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"image_size: {image_size} is not a size; use a positive number or (height, width)")
     tally = Tally(plan.world, settings.max_bad, settings.max_bad_fraction)
-    reader = SampleReader(records, seed, size, settings, views)
-    if settings.loader == "torch" or (settings.loader == "auto" and not (device.type == "cuda" and _has_dali())):
+    reader = SampleReader(records, seed, size, settings, views, keys)
+    can_dali = device.type == "cuda" and not settings.beyond_dali() and _has_dali()
+    if settings.loader == "torch" or (settings.loader == "auto" and not can_dali):
         return TorchLoader(reader, plan, tally, settings.workers, device)
     from .dali_loader import DaliLoader
 

@@ -7,6 +7,8 @@ views: view 0 is what a run with one view sees, each further view has draws of i
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from ..settings import DataSettings
@@ -17,7 +19,7 @@ MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 ATTEMPTS = 10
 
 # Which draw of a sample serves which purpose. A new purpose takes a new number, so that resumed runs see no change.
-FLIP, TEXT, CROP_X, CROP_Y, CROP_SHAPE = 0, 1, 2, 3, 16
+FLIP, TEXT, CROP_X, CROP_Y, POLICY, CROP_SHAPE = 0, 1, 2, 3, 4, 16
 DROP_PATH = 1 << 20  # and the following: one for every residual branch that may be dropped
 NEXT_VIEW = 1 << 32  # from a draw for one view of an image to the same draw for the next
 
@@ -57,6 +59,25 @@ def draw_texts(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np
     return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)
 
 
+def hash_rows(rows: np.ndarray) -> np.ndarray:
+    """Keys of rows of token ids: int (.., T), each id in [0, 2^32) and T at most 2^16 -> int64 (..), at least 0.
+
+    A sum over the places of 64 random bits for (id, place), mixed once more (Zobrist 1970): equal rows have equal keys,
+    and two others have so by a chance of 2^-63, unless they are made to."""
+    places = (rows.astype(np.uint64) << np.uint64(16)) | np.arange(rows.shape[-1], dtype=np.uint64)
+    return (mix64(mix64((places + np.uint64(1)) * GAMMA).sum(-1, dtype=np.uint64)) >> np.uint64(1)).astype(np.int64)
+
+
+def hash_bytes(data: bytes) -> int:
+    """The key of an encoded image: 63 bits of its BLAKE2b, at least 0."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def draw_policy_seed(seed: int, epoch: int, sample: int, view: int = 0) -> int:
+    """The seed of a view's augmentation policy: 64 bits."""
+    return int(hash64(seed, epoch, sample, POLICY + view * NEXT_VIEW)[0])
+
+
 def draw_drops(seed: int, epochs: np.ndarray, ids: np.ndarray, branches: int) -> np.ndarray:
     """Uniform numbers by which stochastic depth drops branches: float64 (branches, B)."""
     return uniforms(seed, epochs, ids, DROP_PATH + np.arange(branches)[:, None])
@@ -76,10 +97,12 @@ def crop_windows(
 
     The fraction of the image's area is uniform in `crop_area` of the settings, width / height is log-uniform in
     `crop_aspect`; the first of ten attempts that fits is taken. An image too wide or too tall for any of them gets the
-    largest window of an allowed shape. The position is uniform.
+    largest window of an allowed shape. The position is uniform. With `crop` "whole" the window is the image.
     """
     area, aspect, draw = settings.crop_area, settings.crop_aspect, view * NEXT_VIEW
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    if settings.crop == "whole":
+        return np.stack([np.zeros_like(widths), np.zeros_like(widths), widths, heights], 1)
     draws = draw + CROP_SHAPE + np.arange(2 * ATTEMPTS)[:, None]
     first, second = np.split(uniforms(seed, np.asarray(epochs)[None], np.asarray(ids)[None], draws), 2)
     target = (area[0] + (area[1] - area[0]) * first) * (widths * heights)

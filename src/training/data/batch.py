@@ -32,7 +32,8 @@ AHEAD = 2  # batches made ahead of the training step
 NAMED = 10  # bad records that are named
 PATIENCE = 5.0  # seconds to wait for the thread of a closed loader; one that hangs in the kernel may never end
 
-Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, list[Fault]]  # what a batch holds for some samples besides pixels
+# What a batch holds for some samples besides pixels.
+Chunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[Fault]]
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Batch:
     ids: Tensor  # int64 (B,), record indices
     epochs: Tensor  # int64 (B,)
     position: int
+    image_keys: Tensor | None = None  # int64 (B,), of the encoded images, where the loader was asked for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +119,12 @@ class Tally:
 
 
 def stack_samples(samples: list[Sample]) -> Chunk:
-    """Token ids (B, N, T), record ids (B,) and epochs (B,), all int64, and the faults of replaced records."""
+    """Token ids (B, N, T), record ids (B,), epochs (B,) and keys of the images (B,), or (0,) where there are none, all
+    int64; and the faults of replaced records."""
     text = np.stack([sample.tokens for sample in samples])
     ids, epochs = (np.array(column, np.int64) for column in zip(*((sample.id, sample.epoch) for sample in samples)))
-    return text, ids, epochs, [sample.fault for sample in samples if sample.fault]
+    keys = np.array([sample.key for sample in samples if sample.key is not None], np.int64)
+    return text, ids, epochs, keys, [sample.fault for sample in samples if sample.fault]
 
 
 # ---- what all loaders are --------------------------------------------------------------------------------------------
@@ -178,8 +182,9 @@ class Loader:
     def assemble(self, step: int, image: Tensor, chunks: list[Chunk]) -> tuple[Batch, list[Fault]]:
         """What `run` yields, from pixels (B, V, 3, h, w) and the rest of the samples, chunk after chunk."""
         *columns, faults = zip(*chunks)
-        text, ids, epochs = (torch.from_numpy(np.concatenate(column)) for column in columns)
-        return Batch(image.squeeze(1), text, ids, epochs, self.plan.first(step)), list(chain(*faults))
+        text, ids, epochs, keys = (torch.from_numpy(np.concatenate(column)) for column in columns)
+        known = keys if self.reader.keys else None
+        return Batch(image.squeeze(1), text, ids, epochs, self.plan.first(step), known), list(chain(*faults))
 
     def interrupt(self) -> None:
         """Wake up whatever waits inside `run`."""
@@ -190,12 +195,14 @@ class Loader:
         return f"the loader at {place_of(thread.ident if thread else None)[0]}"
 
     def blank(self) -> Batch:
-        """A batch of the right shape, all zeros."""
+        """A batch of the right shape, all zeros; its images have keys of their own, as no image has (below 0)."""
         rows, layout = self.plan.local_batch, self.reader.records.layout
         ids = torch.zeros(rows, dtype=torch.int64)
         image = torch.zeros(rows, *self.reader.shape, dtype=torch.uint8)
         text = torch.zeros(rows, layout.width // layout.context, layout.context, dtype=torch.int64)
-        return Batch(image.squeeze(1), text, ids, ids, self.plan.start)
+        first = self.plan.rank * rows
+        keys = -1 - torch.arange(first, first + rows) if self.reader.keys else None
+        return Batch(image.squeeze(1), text, ids, ids, self.plan.start, keys)
 
     def close(self) -> None:
         """End processes and threads; iterating again starts from the beginning of the plan."""

@@ -19,8 +19,9 @@ from rwkv_clip.errors import DATA
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.data.records import RecordError, Records
 
+from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
-from .augment import crop_windows, draw_flips
+from .augment import crop_windows, draw_flips, draw_policy_seed, hash_bytes
 from .order import Order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
@@ -73,12 +74,13 @@ class Sample:
     name: str
     crops: tuple[Crop, ...] = ()
     fault: Fault | None = None  # of the record that this one replaces
+    key: int | None = None  # of the encoded image (`hash_bytes`), where keys are asked for
 
 
 class SampleReader:
     """Reads and decodes samples by their position in `Order(len(records), seed)`.
 
-    image_size: (height, width) of a view. views: random crops taken of each image.
+    image_size: (height, width) of a view. views: random crops taken of each image. keys: whether samples have keys.
     """
 
     def __init__(
@@ -88,12 +90,15 @@ class SampleReader:
         image_size: tuple[int, int],
         settings: DataSettings = DataSettings(),
         views: int = 1,
+        keys: bool = False,
     ):
         if views < 1:
             raise ValueError(f"views: {views}; an image needs at least one")
         self.records, self.seed, self.image_size = records, seed, image_size
-        self.settings, self.views = settings, views
+        self.settings, self.views, self.keys = settings, views, keys
         self.order = Order(len(records), seed)
+        name = settings.auto_augment
+        self.policy = None if name is None else Policy(name, image_size, settings.interpolation)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -116,7 +121,8 @@ class SampleReader:
         one in order, which is decoded instead."""
         for _ in range(SEARCH):
             try:
-                decode_views(sample, image)
+                decode_views(sample, image, self.settings.interpolation)
+                self._transform(sample, image)
                 return sample
             except ImageError as error:
                 fault = _fault(sample.position, error)
@@ -126,6 +132,14 @@ class SampleReader:
             self._draw([sample])
         raise _hopeless(fault)
 
+    def _transform(self, sample: Sample, image: torch.Tensor) -> None:
+        """Apply the augmentation policy, if there is one, to all views in place."""
+        if self.policy is None:
+            return
+        for view, pixels in enumerate(image):
+            seed = draw_policy_seed(self.seed, sample.epoch, sample.id, view)
+            pixels.copy_(self.policy.apply(pixels, seed))
+
     def decode_all(self, samples: list[Sample], image: torch.Tensor) -> list[Sample]:
         """`decode` of each sample into its row of `image`, uint8 (B, V, 3, h, w)."""
         return [self.decode(sample, row) for sample, row in zip(samples, image)]
@@ -134,7 +148,8 @@ class SampleReader:
         data, tokens = self.records.sample(index)
         name = self.records.name(index)
         info = inspect_image(data, name)
-        return Sample(position, index, position // self.order.count, data, info, tokens, name)
+        key = hash_bytes(data) if self.keys else None
+        return Sample(position, index, position // self.order.count, data, info, tokens, name, key=key)
 
     def _next_good(self, fault: Fault) -> Sample:
         """The first sample after the fault's position whose header is good; carries the fault."""
@@ -170,15 +185,15 @@ def _hopeless(fault: Fault) -> DataError:
     )
 
 
-def decode_views(sample: Sample, image: torch.Tensor) -> None:
-    """Decode, crop, resize (linear, antialiased) and flip all views of a sample into `image`, uint8 (V, 3, h, w).
+def decode_views(sample: Sample, image: torch.Tensor, interpolation: str = "bilinear") -> None:
+    """Decode, crop, resize (antialiased) and flip all views of a sample into `image`, uint8 (V, 3, h, w).
     ImageError if it is damaged."""
     size = tuple(image.shape[2:])
-    for view, window, crop in zip(image, decode_windows(sample, size), sample.crops):
-        view.copy_(fit_pixels(window, size, crop.flip))
+    for view, window, crop in zip(image, decode_windows(sample, size, interpolation), sample.crops):
+        view.copy_(fit_pixels(window, size, crop.flip, interpolation))
 
 
-def decode_windows(sample: Sample, size: tuple[int, int]) -> list[torch.Tensor]:
+def decode_windows(sample: Sample, size: tuple[int, int], interpolation: str = "bilinear") -> list[torch.Tensor]:
     """The pixels in each crop's window, uint8 (3, H, W), any strides; of `size` already where the image is so large
     that it was decoded at a fraction of its size. ImageError if it is damaged.
 
@@ -190,19 +205,21 @@ def decode_windows(sample: Sample, size: tuple[int, int]) -> list[torch.Tensor]:
         if plain is None and decode_jpeg and sample.info.plain and not _halves(sample.info, enough):
             plain = _decode_jpeg(sample.data)
         if plain is None or _halves(sample.info, enough):
-            windows.append(_decode_with_pil(sample, crop, size, enough, by_size))
+            windows.append(_decode_with_pil(sample, crop, size, enough, by_size, interpolation))
         else:
             windows.append(plain[:, crop.y : crop.y + crop.height, crop.x : crop.x + crop.width])
     return windows
 
 
-def fit_pixels(pixels: torch.Tensor, size: tuple[int, int], flip: bool) -> torch.Tensor:
-    """Resize (linear, antialiased) and flip: uint8 (3, H, W), any strides -> contiguous uint8 (3, h, w).
+def fit_pixels(
+    pixels: torch.Tensor, size: tuple[int, int], flip: bool, interpolation: str = "bilinear"
+) -> torch.Tensor:
+    """Resize (antialiased) and flip: uint8 (3, H, W), any strides -> contiguous uint8 (3, h, w).
 
     torch resizes as PIL does, measured 1.3 to 2 times as fast (to 224 and 500 px), and 8 times as fast as DALI's CPU.
     """
     if pixels.shape[1:] != size:
-        pixels = torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+        pixels = torch.nn.functional.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
     return (pixels.flip(2) if flip else pixels).contiguous()
 
 
@@ -232,6 +249,7 @@ def _decode_with_pil(
     size: tuple[int, int],
     enough: tuple[int, int],
     decoded: dict[tuple[int, int], Image.Image],
+    interpolation: str,
 ) -> torch.Tensor:
     """decoded: whole images by the size at which they were decoded; one that is missing is added."""
     image, turn = open_header(io.BytesIO(sample.data), sample.name), sample.info.turn
@@ -244,7 +262,7 @@ def _decode_with_pil(
     across, down = image.width / sample.info.width, image.height / sample.info.height
     if across < 1:
         box = (x * across, y * down, (x + width) * across, (y + height) * down)
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
+        image = image.resize((size[1], size[0]), RESAMPLING[interpolation], box=box)
     else:
         image = image.crop((x, y, x + width, y + height))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

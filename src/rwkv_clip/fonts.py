@@ -1,0 +1,87 @@
+"""Text in pictures: a font that has its characters, and lines that fit, for writing without spaces, too."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from contextlib import suppress
+from functools import lru_cache
+
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+
+DEFAULT = "DejaVu Sans"  # comes with matplotlib
+PREFERRED = ("CJK", "Han", "WenQuanYi", "PingFang", "YaHei", "SimHei", "Heiti")  # in names of complete Chinese fonts
+REMEDY = "no installed font has these characters; on Debian: apt-get install fonts-noto-cjk"
+
+
+def find_fonts(text: str) -> tuple[list[str], str]:
+    """(font families for matplotlib, in the order in which a character is looked up; what is missing, "" if nothing).
+
+    An installed font is added where matplotlib's own lacks a character of `text`.
+    """
+    missing = frozenset(c for c in text if not c.isspace() and not _has(font_manager.findfont(DEFAULT), c))
+    if not missing:
+        return [DEFAULT], ""
+    found = _find_font(missing)
+    return ([DEFAULT, found[0]], "") if found else ([DEFAULT], REMEDY)
+
+
+def find_font_file(text: str) -> str | None:
+    """Path of an installed font that has all characters of `text` which matplotlib's own lacks, else None."""
+    missing = frozenset(c for c in text if not c.isspace() and not _has(font_manager.findfont(DEFAULT), c))
+    found = _find_font(missing) if missing else None
+    return found[1] if found else None
+
+
+@lru_cache(maxsize=256)
+def _find_font(characters: frozenset[str]) -> tuple[str, str] | None:
+    """(family, file) of an installed font with all of the characters."""
+    return _search(characters) or (_search(characters) if _add_new_fonts() else None)
+
+
+def _search(characters: frozenset[str]) -> tuple[str, str] | None:
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+    for font in sorted(fonts, key=lambda f: (not any(word in f.name for word in PREFERRED), f.weight != 400, f.name)):
+        if all(_has(font.fname, c) for c in characters):
+            return font.name, font.fname
+    return None
+
+
+def _add_new_fonts() -> int:
+    """Add the fonts that were installed after matplotlib made its list of them. Returns their number."""
+    listed, added = {font.fname for font in font_manager.fontManager.ttflist}, 0
+    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+        with suppress(OSError, RuntimeError):
+            font_manager.fontManager.addfont(path)
+            added += 1
+    return added
+
+
+@lru_cache(maxsize=64)
+def _open(path: str) -> FT2Font:
+    return FT2Font(path)
+
+
+def _has(path: str, character: str) -> bool:
+    try:
+        return bool(_open(path).get_char_index(ord(character)))
+    except (OSError, RuntimeError):
+        return False
+
+
+def wrap_text(text: str, columns: int, most: int) -> str:
+    """Text in lines of up to `columns` columns, shortened to `most`; a Chinese character takes two columns."""
+    if not any(unicodedata.east_asian_width(c) in "WF" for c in text):
+        return textwrap.fill(textwrap.shorten(text, most), columns)
+    lines, used, total = [""], 0, 0
+    for character in text:
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if total + width > most - 4:
+            return "\n".join(lines) + ".."
+        closing = unicodedata.category(character) in ("Po", "Pe", "Pf")  # never starts a line
+        if used + width > columns and not closing:
+            lines, used = [*lines, ""], 0
+        lines[-1] += character
+        used, total = used + width, total + width
+    return "\n".join(line.strip() for line in lines)
