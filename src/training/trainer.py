@@ -43,7 +43,7 @@ class Trainer:
         self.gradients = step(model, state.parallel, state.objective, settings, world, self.normalize, self.seed)
         # On the device from the start: a constant made inside a step would be a copy that the host waits for.
         self.pixel_statistics = [torch.tensor(values, device=world.device) for values in model.spec.pixels]
-        self._last: tuple[dict[str, Tensor], Batch, Tensor] | None = None  # features, batch and texts of the last step
+        self._last: tuple[dict[str, Tensor], Tensor | None, Tensor] | None = None  # features, image keys and texts
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -72,15 +72,6 @@ class Trainer:
         numbers = torch.from_numpy(drawn.astype(np.float32))
         return numbers.unflatten(0, (*views, branches)).permute(1, 2, 0) if views else numbers
 
-    def find_facts(self, batch: Batch, text: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Those of the named facts that the batch has, by name; text: what `choose_texts` returns."""
-        facts = {}
-        if "image_keys" in names and batch.image_keys is not None:
-            facts["image_keys"] = batch.image_keys
-        if "text_keys" in names:
-            facts["text_keys"] = torch.from_numpy(hash_rows(text.numpy()))
-        return facts
-
     def step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step. Returns what the log shows; tensors stay on the device.
 
@@ -95,8 +86,8 @@ class Trainer:
         that score highest with their own, by the features before the update: `image_to_text_acc`, `text_to_image_acc`.
         What the objective leaves out of the negatives is left out here."""
         assert self._last is not None, "called after a step"
-        features, batch, text = self._last
-        facts = self.find_facts(batch, text, FACTS)
+        features, image_keys, text = self._last
+        facts = find_facts(image_keys, text, FACTS)
         facts = dict(zip(facts, self._to_device(*facts.values())))
         found = {"duplicates": measure_duplicates(facts.get("image_keys"), facts["text_keys"])}
         if self.state.settings.log.report_training_batch_acc:
@@ -123,13 +114,13 @@ class Trainer:
         state, progress = self.state, self.state.progress
         set_step(state.optimizer, self.schedule, progress.step)
         text = self.choose_texts(batch)
-        facts = self.find_facts(batch, text, state.objective.needs)
+        facts = find_facts(batch.image_keys, text, state.objective.needs)
         image, tokens, *found = self._to_device(batch.image, text, *facts.values())
         inputs = Inputs(image, tokens, self.draw_drops(batch), dict(zip(facts, found)))
         state.shards.zero_gradients()
         statistics = Statistics(state.model, state.objective)
         computed = self.gradients.run(progress.step, inputs, state.scaler.scale)
-        self._last = {name: computed.features[name] for name in SIDES}, batch, text
+        self._last = {name: computed.features[name] for name in SIDES}, batch.image_keys, text  # not the pixels
         losses = {name: value.detach() for name, value in computed.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         values: dict[str, Tensor | float] = {
@@ -187,3 +178,13 @@ class Trainer:
             scaler.update()
             for tensor, before in kept:
                 tensor.copy_(torch.where(void > 0, before, tensor))
+
+
+def find_facts(image_keys: Tensor | None, text: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the named facts that a batch has, by name. text: token ids as `choose_texts` returns them."""
+    facts = {}
+    if "image_keys" in names and image_keys is not None:
+        facts["image_keys"] = image_keys
+    if "text_keys" in names:
+        facts["text_keys"] = torch.from_numpy(hash_rows(text.numpy()))
+    return facts

@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from helpers.ranks import run_ranks
 from helpers.recipes import ROOT, needs_installation, script
 from helpers.tiny import make_tiny
+from rwkv_clip.checkpoint import read_weights
 from rwkv_clip.config import parse, to_dict
 from rwkv_clip.data.build import build_records
 from rwkv_clip.dist import leave_world
 from rwkv_clip.eval.main import main as evaluate
+from rwkv_clip.factory import create_model
 from rwkv_clip.training.main import read_command_line, run
 from rwkv_clip.training.settings import Settings, load_settings
 
@@ -194,6 +198,50 @@ def test_defaults_of_fine_tuning(clone, recipe):
     (call,) = called(clone, recipe, "--seed", "3", CHECKPOINT="not used")
     assert re.fullmatch(r"logs/demo-cn-clip-\d{8}-\d{6}", call[0])
     assert call[1:] == ["zh", "chinese", "--model", "CN-CLIP-Ti-8", "--seed", "3"]
+
+
+TINY_CHINESE = {  # an image tower of CLIP's kind and a BERT, as small as the pictures of `make_tiny`
+    "embed_dim": 32,
+    "resize_mode": "squash",
+    "image": {"kind": "open_clip", "image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "quick_gelu": True},
+    "text": {"kind": "bert", "context": 12, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64},
+}
+
+
+@pytest.mark.parametrize("recipe", FINETUNES)
+def test_fine_tuning_starts_from_weights_trains_resumes_and_warns(clone, tmp_path, recipe, caplog):
+    """By its preset, on a CPU, with a smaller model and batch."""
+    pytest.importorskip("tokenizers", reason="needs the extra `chinese`")
+    make_tiny(tmp_path)
+    folder = tmp_path / "logs" / "run"
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    rows = [{"image": row["image"], "caption": f"条纹 {i % 7} 的图片"} for i, row in enumerate(rows)]
+    (tmp_path / "chinese.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_records(str(tmp_path / "chinese.jsonl"), str(tmp_path / "chinese"), tokenizer="bert-chinese", context=12)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CHINESE))
+    torch.manual_seed(1)
+    weights = create_model(TINY_CHINESE).state_dict()
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "weights.safetensors")
+
+    own = {"TRAIN_DATA": str(tmp_path / "chinese"), "VAL_DATA": str(tmp_path / "chinese.jsonl"), "OUTPUT": str(folder)}
+    own |= {"CHECKPOINT": str(tmp_path / "weights.safetensors")}
+    changes = ["--model", str(tmp_path / "tiny.json"), "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+    (call,) = called(clone, recipe, *changes, "--max-steps", "6", "--positives", "mask", **own)
+    settings = call[call.index("--") + 1 :]
+    train(settings)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {"val_loss", "val_image_to_text_acc", "val_mean_recall"} <= log[-1].keys()
+    assert [record["step"] for record in log if "val_loss" in record] == [4, 6], "where the epoch of 60 ends, and last"
+    assert {"duplicates", "image_to_text_acc", "text_to_image_acc"} <= log[-2].keys() and log[-2]["duplicates"] > 0.9
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    assert "was published for" in caplog.text and "16 with lr" in caplog.text
+    trained = read_weights(folder / "checkpoints" / "step-00000006")
+    moved = max(float((trained[key] - value).abs().max()) for key, value in weights.items())
+    assert 0 < moved < 0.01, "it began where the weights are"
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    train(settings)
+    again = read_weights(folder / "checkpoints" / "step-00000006")
+    assert all(torch.equal(again[key], value) for key, value in trained.items())
 
 
 @pytest.mark.parametrize("language", [None, "zh"])
