@@ -18,6 +18,7 @@ RECALL_AT = (1, 5, 10)
 _GRID = 2.0**26
 COLUMNS = 16  # images of a tile, for each of its captions
 _LARGEST_NORM = 1.01  # exactness needs sums below 2, i.e. unit vectors
+NEVER = torch.iinfo(torch.int64).max  # the rank of a caption without a right image: among no first k
 
 
 def exact_features(features: Tensor, name: str = "features") -> Tensor:
@@ -95,35 +96,53 @@ def retrieval_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Ranks (from 0) in both directions: (image -> text, text -> image), int64, on the CPU.
 
-    image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs
-    to. An image may have any number of captions and ranks as the best of them does among the captions of others. An
-    image without a caption is a candidate for text -> image but not a query: the first result has one entry per image
-    that has captions, in order. Only a tile of `chunk` captions x 16 `chunk` images of the similarity matrix exists at
-    a time.
+    image (n, d), text (m, d): normalised features; image_of_caption (m,): the image that each caption belongs to, or
+    where captions have several right images or none, (pairs, 2): a caption and an image that belongs to it. An image
+    may have any number of captions and ranks as the best of them does among the captions of others, and so does a
+    caption among images. An image without a caption is a candidate for text -> image but not a query: the first result
+    has one entry per image that has captions, in order. A caption without an image is a query that finds nothing, of
+    rank NEVER.
+    Only a tile of `chunk` captions x 16 `chunk` images of the similarity matrix exists at a time.
 
     NOTE(parity): two images with the same caption tie on it, so neither finds it at rank 0; clip_benchmark leaves the
     order of equal captions to torch.topk.
     """
     _check_chunk(chunk)
-    owner = torch.as_tensor(image_of_caption, dtype=torch.int64).cpu()
-    if len(owner) != len(text):
-        raise ValueError(f"image_of_caption: {len(owner)} entries for {len(text)} captions; give one per caption")
-    _check_indices("image_of_caption", owner, len(image))
+    caption, owner = _right_pairs(image_of_caption, len(text), len(image))
     image, text = exact_features(image, "image"), exact_features(text, "text")
     _check_widths(text, image, "captions", "images")
-    owner, text = owner.to(image.device), text.to(image.device)
-    own = _own_similarity(image, text, owner)
-    best = own.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")
-    # Below, right items count as well, so they are taken off first: an image's best captions, a caption's one image.
-    of_image = -torch.bincount(owner[own == best[owner]], minlength=len(image))
-    of_text = torch.full_like(owner, -1)
+    caption, owner, text = caption.to(image.device), owner.to(image.device), text.to(image.device)
+    own = _own_similarity(image, text, caption, owner)
+    best_text = own.new_full((len(image),), -torch.inf).scatter_reduce(0, owner, own, "amax")
+    best_image = own.new_full((len(text),), -torch.inf).scatter_reduce(0, caption, own, "amax")
+    # Below, right items count as well, so the best of them are taken off first.
+    of_image = -torch.bincount(owner[own == best_text[owner]], minlength=len(image))
+    of_text = -torch.bincount(caption[own == best_image[caption]], minlength=len(text))
     # Each tile of the similarity matrix exists once and serves both directions.
     for rows in _slices(len(text), chunk):
         for columns in _slices(len(image), COLUMNS * chunk):
             tile = text[rows] @ image[columns].T
-            of_text[rows] += (tile >= own[rows, None]).sum(1)
-            of_image[columns] += (tile >= best[columns]).sum(0)
+            of_text[rows] += (tile >= best_image[rows, None]).sum(1)
+            of_image[columns] += (tile >= best_text[columns]).sum(0)
+    of_text[torch.isneginf(best_image)] = NEVER
     return of_image[torch.bincount(owner, minlength=len(image)) > 0].cpu(), of_text.cpu()
+
+
+def _right_pairs(image_of_caption: Tensor | Sequence[int], captions: int, images: int) -> tuple[Tensor, Tensor]:
+    """(captions, images) int64 (pairs,): which belong together, none twice."""
+    given = torch.as_tensor(image_of_caption, dtype=torch.int64).cpu()
+    if given.ndim == 2 and given.shape[1] == 2:
+        caption, owner = given.unique(dim=0).unbind(1)
+    elif given.ndim == 1 and len(given) == captions:
+        caption, owner = torch.arange(captions), given
+    else:
+        raise ValueError(
+            f"image_of_caption: {len(given)} entries for {captions} captions; give one per caption, or pairs of a "
+            f"caption and an image, shape (pairs, 2)"
+        )
+    _check_indices("image_of_caption", caption, captions)
+    _check_indices("image_of_caption", owner, images)
+    return caption, owner
 
 
 def recall_hits(ranks: Tensor, ks: Sequence[int] = RECALL_AT) -> dict[int, int]:
@@ -143,12 +162,16 @@ def recall_at_k(
 ) -> dict[str, float | int]:
     """Recall in both directions from normalised features; arguments as in `retrieval_ranks`.
 
+    Where captions have several right images, finding any of them counts, as Chinese-CLIP's evaluation has it.
+
     Returns fractions `image_to_text_R@k`, `text_to_image_R@k` and `mean_recall` (their plain mean), the underlying
     integer counts `image_to_text_hits@k`, `text_to_image_hits@k`, and `images`, `captions`, `image_queries`. ValueError
     when there is nothing to rank.
     """
     if not len(image) or not len(text):
         raise ValueError(f"{len(image)} images and {len(text)} captions: recall needs at least one of each")
+    if not torch.as_tensor(image_of_caption).numel():
+        raise ValueError("image_of_caption: no caption belongs to an image, so nothing can be found")
     by_direction = dict(zip(("image_to_text", "text_to_image"), retrieval_ranks(image, text, image_of_caption, chunk)))
     hits = {name: recall_hits(ranks, ks) for name, ranks in by_direction.items()}
     recalls = {
@@ -209,9 +232,10 @@ def _best_columns(scores: Tensor, count: int) -> Tensor:
     return found[:, 1].view(len(scores), count)
 
 
-def _own_similarity(image: Tensor, text: Tensor, owner: Tensor) -> Tensor:
-    """Similarity of every caption with its own image, in slices: all owners at once would double the features."""
-    return torch.cat([(image[o] * t).sum(1) for o, t in zip(owner.split(4096), text.split(4096))])
+def _own_similarity(image: Tensor, text: Tensor, caption: Tensor, owner: Tensor) -> Tensor:
+    """Similarity of every caption with its own image, in slices: all pairs at once would double the features."""
+    pairs = zip(caption.split(4096), owner.split(4096))
+    return torch.cat([(image[o] * text[c]).sum(1) for c, o in pairs])
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -30,5 +30,5 @@ def evaluate_retrieval(extractor: FeatureExtractor, data: RetrievalSet, prefix: 
     tokens, cut = data.tokenize(extractor.tokenizer, prefix)
     images = extractor.encode_images(data.open, len(data.image_names))
     texts = extractor.encode_tokens(tokens)
-    metrics = recall_at_k(images, texts, torch.from_numpy(data.image_of_caption))
+    metrics = recall_at_k(images, texts, torch.from_numpy(data.right_images))
     return RetrievalResult(metrics, images, texts, cut)

@@ -5,16 +5,19 @@
 
 import base64
 import io
+import json
 import pickle
 from pathlib import Path
 
 import lmdb
 import pytest
+import torch
 from PIL import Image
 
 from helpers.chinese_clip import RELEASED, dump
 from rwkv_clip.data.lmdb import LmdbSet
 from rwkv_clip.data.lmdb_build import LmdbSettings, build_lmdb
+from rwkv_clip.metrics import recall_at_k
 from rwkv_clip.tokenizer import make_tokenizer
 
 SPLITS = ("train", "valid")
@@ -61,3 +64,37 @@ def test_the_released_readers_read_ours_and_we_read_theirs(split, built):
             data, tokens = records.sample(i)
             assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == image.tobytes()
             assert tokens.tolist() == tokenizer([text]).tolist()
+
+
+EVAL = RELEASED.parent / "eval"
+
+
+def read_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (EVAL / name).read_text().splitlines()]
+
+
+def test_recall_in_this_process_is_that_of_the_released_scripts():
+    """From the released feature files; texts have several images, and any of them counts.
+
+    NOTE(parity): two images tie. There the released scripts take the one that comes first in the file; ours count the
+    tie against the model, and equal the released figures once the later one is a millionth shorter.
+    """
+    images, texts, gold = (read_rows(f"test_{n}.jsonl") for n in ("imgs.img_feat", "texts.txt_feat", "texts"))
+    places = {row["image_id"]: place for place, row in enumerate(images)}
+    numbers = {row["text_id"]: place for place, row in enumerate(texts)}
+    pairs = torch.tensor([(numbers[row["text_id"]], places[i]) for row in gold for i in row["image_ids"]])
+    image, text = (
+        torch.nn.functional.normalize(torch.tensor([row["feature"] for row in rows], dtype=torch.float64), dim=1)
+        for rows in (images, texts)
+    )
+    assert len(pairs) > len(gold), "several right images"
+    tied = [(i, j) for i in range(len(image)) for j in range(i) if image[i].equal(image[j])]
+    assert len(tied) == 1
+    strict, apart = recall_at_k(image, text, pairs), image.clone()
+    apart[tied[0][0]] *= 1 - 1e-6
+    found = recall_at_k(apart, text, pairs)
+    for way, name in (("text_to_image", "expected.json"), ("image_to_text", "expected_tr.json")):
+        expected = json.loads((EVAL / name).read_text())["scoreJson"]
+        for k in (1, 5, 10):
+            assert 100 * found[f"{way}_R@{k}"] == pytest.approx(expected[f"r{k}"], rel=1e-12)
+            assert strict[f"{way}_R@{k}"] <= found[f"{way}_R@{k}"]

@@ -132,10 +132,11 @@ def _encode_captioned(data: RetrievalSet, encoder: Encoder, prefix: str) -> tupl
     items = [*names, *data.files]
     images = encode_cached(encoder, lambda: data_key(data.name, data.split, len(names), data.open, items), data.open)
     texts = encoder.extractor.encode_tokens(tokens)
-    owners = data.image_of_caption.tolist()
+    owners = [data.images_of(i) for i in range(len(data.image_of_caption))]
     image_rows = [{"image_id": name} for name in names]
     text_rows = [
-        {"text_id": i, "text": data.caption_text(i), "image_ids": [names[owner]]} for i, owner in enumerate(owners)
+        {"text_id": i, "text": data.caption_text(i), "image_ids": [names[image] for image in own]}
+        for i, own in enumerate(owners)
     ]
     note = "; ".join(filter(None, [data.note, retrieval.note_cut(data, cut, tokenizer)]))
     about = {"dataset": data.name, "path": data.path, "split": data.split, "prefix": prefix}

@@ -28,7 +28,8 @@ class RetrievalSettings(CaptionedSettings):
     """Zero-shot retrieval, image to text and text to image: recall at 1, 5 and 10."""
 
     data: str
-    """JSON list, JSON lines, Karpathy's or COCO's JSON, or records (prefix, .rec, glob, comma list)."""
+    """JSON list, JSON lines, Karpathy's or COCO's JSON, Chinese-CLIP's NAME_texts.jsonl or LMDB folder, or records
+    (prefix, .rec, glob, comma list)."""
     split: str | None = None
     """Use only entries of this split ("all": every one); needed where the file holds several."""
     dataset: str | None = None
@@ -52,6 +53,8 @@ def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> in
     result = evaluate_retrieval(encoder.extractor, data, settings.prefix)
     name, legacy = settings.dataset or data.name, {}
     if settings.legacy:
+        if data.pairs is not None:
+            raise ValueError(f"legacy: the released RWKV-CLIP code does not read {data.path}; leave --legacy out")
         features = result.image_features, result.text_features
         legacy["legacy"] = upstream.count_retrieval(*features, data.image_of_caption, name.lower())
     report.add(
@@ -93,8 +96,9 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     """
     from matplotlib.figure import Figure
 
-    total = len(data.image_of_caption)
-    chosen = torch.linspace(0, total - 1, min(queries, total)).round().long().unique()
+    owned = torch.from_numpy(data.image_of_caption >= 0).nonzero().flatten()
+    total = len(owned)
+    chosen = owned[torch.linspace(0, total - 1, min(queries, total)).round().long().unique()]
     texts, owners = result.text_features[chosen], torch.from_numpy(data.image_of_caption)[chosen]
     best, _ = nearest_items(texts, result.image_features, SHOWN)
     ranks = target_ranks(texts, result.image_features, owners)
@@ -106,9 +110,10 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     for row, caption, owner, found, rank in zip(grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()):
         text = textwrap.fill(textwrap.shorten(data.caption_text(caption), 180), 28)
         row[0].text(0, 0.5, drawable(text), va="center", fontsize=9, transform=row[0].transAxes)
+        right = data.images_of(caption)
         for axes, image in zip(row[1:], found):
-            _show(axes, data.open(image), "tab:green" if image == owner else None)
-        if owner not in found:
+            _show(axes, data.open(image), "tab:green" if image in right else None)
+        if not set(right) & set(found):
             _show(row[-1], data.open(owner), "tab:orange", f"rank {rank + 1} of {len(data.image_names)}")
     return png_of(figure, dpi=90)
 

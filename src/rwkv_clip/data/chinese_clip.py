@@ -57,6 +57,11 @@ def find_pair(file: Path) -> tuple[Path, Path]:
     return file.with_name(name + IMAGES_ENDING), file.with_name(name + TEXTS_ENDING)
 
 
+def is_texts_file(file: Path) -> bool:
+    """Whether this is NAME_texts.jsonl with NAME_imgs.tsv beside it."""
+    return file.name.endswith(TEXTS_ENDING) and file.is_file() and find_pair(file)[0].is_file()
+
+
 def read_images(file: Path, start: int = 0, number: int = 0) -> Iterator[ImageLine]:
     """The lines of a TSV from byte `start`, before which there are `number` lines; blank lines are none."""
     with open(file, "rb") as stream:

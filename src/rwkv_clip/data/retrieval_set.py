@@ -16,18 +16,27 @@ from PIL.Image import Image
 from ..files import OutsideError, find_below
 from ..tokenizer import count_cut, prepare_texts
 from .captions import ENDINGS, Captioned, read_captions
+from .chinese_clip import ImageFile, find_pair, is_texts_file, read_texts
 from .image import open_picture
-from .records import RecordSet
+from .lmdb import find_splits, open_split
+from .records import RecordSet, names_lmdb
+from .rows import SourceError
 
 EVERY_SPLIT = "all"
-FORMS = "JSON lines (.jsonl), a JSON list, Karpathy's or COCO's JSON (.json), or records (.rec) that data2rec.py made"
+FORMS = (
+    "JSON lines (.jsonl), a JSON list, Karpathy's or COCO's JSON (.json), Chinese-CLIP's NAME_texts.jsonl or LMDB folder, "
+    "or records (.rec) that data2rec.py made"
+)
 
 
 @dataclass(frozen=True)
 class RetrievalSet:
     """Pictures and their captions, as text or (from records) as token rows.
 
-    `open(i)` gives picture i as PIL RGB. `image_of_caption` (captions,) int64: the picture of each caption.
+    `open(i)` gives picture i as PIL RGB. `image_of_caption` (captions,) int64: the picture of each caption, where
+    `pairs` is given the first of its pictures, or -1. `pairs` (pairs, 2) int64: a caption and one of its pictures, in
+    the order of the captions, for sets whose captions have several or none. `image_ids`, `text_ids`: the numbers that
+    Chinese-CLIP's files give them.
     """
 
     name: str  # what a report calls the set: "flickr30k", or the name of its file
@@ -41,6 +50,21 @@ class RetrievalSet:
     tokenizer: str | None = None  # name of the tokenizer that made `tokens`, if known
     files: Sequence[Path] = ()  # all files that hold the pictures
     note: str = ""  # what a reader of the results should know about the set
+    pairs: np.ndarray | None = None
+    image_ids: list[int] | None = None
+    text_ids: list[int] | None = None
+
+    @property
+    def right_images(self) -> np.ndarray:
+        """What belongs together, as `metrics.retrieval_ranks` takes it."""
+        return self.image_of_caption if self.pairs is None else self.pairs
+
+    def images_of(self, index: int) -> list[int]:
+        """The pictures of a caption."""
+        if self.pairs is None:
+            return [int(self.image_of_caption[index])]
+        start, end = np.searchsorted(self.pairs[:, 0], (index, index + 1))
+        return self.pairs[start:end, 1].tolist()
 
     def caption_text(self, index: int) -> str:
         """A caption for people to read; a token row has no text and is called by its number."""
@@ -80,7 +104,7 @@ def load_retrieval(
 ) -> RetrievalSet:
     """Read a retrieval set.
 
-    path: a JSON list or JSON lines of {"image": path, "caption" | "captions": text or list, "split": optional} (other
+    path: Chinese-CLIP's NAME_texts.jsonl with NAME_imgs.tsv beside it, or a split folder of its LMDB; a JSON list or JSON lines of {"image": path, "caption" | "captions": text or list, "split": optional} (other
     names: IMAGE_FIELDS and CAPTION_FIELDS of `fields`); a Karpathy file {"images": [{"filename", "filepath", "split",
     "sentences": [{"raw"}]}]}; COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; or
     .rec shards (prefix, file, glob, comma list). Entries that name the same file are one picture, and so are records
@@ -91,6 +115,10 @@ def load_retrieval(
     FileNotFoundError if there is no such file.
     """
     source = Path(path)
+    if is_texts_file(source) or names_lmdb(path):
+        if split not in (None, EVERY_SPLIT) or image_root is not None or texts is not None:
+            raise ValueError(f"{path}: Chinese-CLIP's files are of one split; leave split, image_root and texts out")
+        return _from_text_file(source) if is_texts_file(source) else _from_lmdb(source)
     if source.suffix.lower() in ENDINGS:
         if texts is not None:
             raise ValueError(f"texts: {list(texts)} given, but {source} is no .rec; leave texts out")
@@ -229,3 +257,65 @@ def _from_records(spec: str, texts: Sequence[str] | None) -> RetrievalSet:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+# ---- Chinese-CLIP's files --------------------------------------------------------------------------------------------
+
+
+def _from_text_file(file: Path) -> RetrievalSet:
+    images, texts = ImageFile(find_pair(file)[0]), []
+    for line in read_texts(file):
+        if line.problem:
+            raise SourceError(f"{file}: line {line.number}: {line.problem}; repair it: an evaluation leaves nothing out")
+        texts.append((line.text_id, line.text, line.image_ids))
+    name = file.name.removesuffix("_texts.jsonl")
+    return _number(images.ids, texts, images.picture, f"{file.resolve().parent.name}/{name}", [images.file, file])
+
+
+def _from_lmdb(spec: Path) -> RetrievalSet:
+    """NOTE(parity): a text that belongs to no image is in no pair; evaluate NAME_texts.jsonl where that matters."""
+    folders = find_splits(spec)
+    if len(folders) > 1:
+        raise ValueError(f"{spec}: names {len(folders)} LMDB folders; an evaluation is of one")
+    split, texts = open_split(folders[0]), {}
+    for i in range(split.count):
+        image_id, text_id, text = split.pair(i)
+        texts.setdefault((text_id, text), []).append(image_id)
+    ids = [image_id for image_id, _ in split.image_ids()]
+    found = [(text_id, text, image_ids) for (text_id, text), image_ids in texts.items()]
+    files = [folders[0] / half / "data.mdb" for half in ("imgs", "pairs")]
+    return _number(ids, found, split.picture, f"{folders[0].resolve().parent.name}/{folders[0].name}", files)
+
+
+def _number(
+    ids: list[str], texts: list[tuple], read: Callable[[str], bytes], name: str, files: list[Path]
+) -> RetrievalSet:
+    """A set of the pictures with these ids, in the order of an LMDB's keys, and texts (id, text, ids of its images)."""
+    ids = sorted(ids, key=lambda image_id: image_id.encode("utf-8", "surrogatepass"))
+    places = {image_id: place for place, image_id in enumerate(ids)}
+    right = [list(dict.fromkeys(places[str(i)] for i in image_ids if str(i) in places)) for _, _, image_ids in texts]
+    pairs = [(caption, image) for caption, images in enumerate(right) for image in images]
+    if not pairs and any(image_ids for _, _, image_ids in texts):
+        raise SourceError(f"{files[-1]}: no text belongs to a picture of {files[0]}; are the ids the same?")
+    numbered = all(isinstance(text_id, int) for text_id, _, _ in texts) and all(i.lstrip("-").isdecimal() for i in ids)
+    notes = []
+    if absent := sum(str(i) not in places for _, _, image_ids in texts for i in image_ids):
+        notes.append(f"{absent} ids of images are not among the pictures, and cannot be found")
+    if alone := sum(not images for images in right):
+        notes.append(f"{alone} of {len(texts)} texts belong to no picture: queries that find nothing")
+    if repeated := len(texts) - len({text_id for text_id, _, _ in texts}):
+        notes.append(f"{repeated} text_ids come again with another text")
+    return RetrievalSet(
+        name=name,
+        path=str(files[-1] if files[-1].suffix == ".jsonl" else files[-1].parent.parent),
+        split=None,
+        image_names=ids,
+        open=lambda index: open_picture(read(ids[index]), f"{files[0]} image {ids[index]}"),
+        image_of_caption=np.asarray([images[0] if images else -1 for images in right], np.int64),
+        captions=[text for _, text, _ in texts],
+        files=files,
+        note="; ".join(notes),
+        pairs=np.asarray(pairs, np.int64).reshape(-1, 2),
+        image_ids=[int(i) for i in ids] if numbered else None,
+        text_ids=[text_id for text_id, _, _ in texts] if numbered else None,
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .chinese_clip import TEXTS_ENDING, count_pairs, find_pair, read_lmdb_rows, read_text_rows
+from .chinese_clip import TEXTS_ENDING, count_pairs, find_pair, is_texts_file, read_lmdb_rows, read_text_rows
 from .manifests import count_lines, find_texts, read_json, read_jsonl, read_table
 from .parquet import count_parquet, read_parquet
 from .rows import MAX_TEXT_BYTES, Row, Skip
@@ -163,7 +163,7 @@ def _find(name: str) -> list[tuple[str, Path]]:
 
 def _kind(name: str) -> str | None:
     """Of a file, from its name and for Chinese-CLIP's texts from what lies beside it."""
-    if name.endswith(TEXTS_ENDING) and not find_pair(Path(name))[0].is_file():
+    if name.endswith(TEXTS_ENDING) and not is_texts_file(Path(name)):
         return "jsonl"
     return next((kind for kind, about in KINDS.items() if name.lower().endswith(about.endings)), None)
 
