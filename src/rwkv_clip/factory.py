@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
+from .models import chinese_clip
 from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
 from .models.specification import CLIP_PIXELS, ContrastiveModel, ModelSpec, load_family
 from .models.two_tower import ModelConfig
@@ -46,6 +47,8 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
     name = str(model).replace("/", "-")
     if name in list_models():
         return name, parse_spec(load_json(CONFIGS / "models" / f"{name}.json"))
+    if chinese_clip.is_structure(str(model)):
+        return str(model), chinese_clip.parse_structure(str(model))
     if str(model).endswith(".json"):
         data = load_json(model)
         if not isinstance(data, dict):
@@ -61,7 +64,9 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
 
 
 def parse_spec(data: dict[str, Any]) -> ModelSpec:
-    """A model from JSON data in one of three forms: open_clip's, the released one, or ours with two towers."""
+    """A model from JSON data: two towers of ours, open_clip's, or that of released RWKV-CLIP or Chinese-CLIP files."""
+    if chinese_clip.is_configuration(data):
+        return chinese_clip.convert_configuration(data)
     if "open_clip" in data or ("embed_dim" in data and not {"image", "text"} & data.keys()):
         return load_family("open_clip").OpenClipConfig.parse(data)
     return convert_config(data) if is_released_config(data) else ModelConfig.parse(data)
@@ -122,7 +127,7 @@ def preprocess_of(model: ContrastiveModel) -> Callable:
     """Evaluation transform of a model from `create_model`: PIL image of any mode -> float (3, h, w)."""
     size, (mean, std) = model.spec.image_size, model.spec.pixels
     if (mean, std) == CLIP_PIXELS:
-        return val_transform(size)
+        return val_transform(size, getattr(model.spec, "resize_mode", "shortest"))
     import open_clip
 
     theirs = open_clip.image_transform(size, is_train=False, mean=mean, std=std)
@@ -141,8 +146,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
-    state = strip_prefixes(read_weights(path))
-    own = model.state_dict()
+    state, own = strip_prefixes(read_weights(path)), model.state_dict()
+    if chinese_clip.is_released_state(state) and not chinese_clip.is_released_state(own):
+        state = chinese_clip.from_released(state)
+    positions = chinese_clip.POSITIONS
+    if {positions} <= state.keys() & own.keys() and state[positions].shape[1:] == own[positions].shape[1:]:
+        state[positions] = chinese_clip.fit_positions(state[positions], len(own[positions]))
     marks = [state.pop(key) for key in OPENAI_ENTRIES if key in state and key not in own]
     if marks and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
         log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (NAME-quickgelu)", path)

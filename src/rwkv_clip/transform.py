@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -12,18 +13,26 @@ from .data.image import to_rgb
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+ResizeMode = Literal["shortest", "squash"]  # open_clip's words: the short side, then cropped; or all of it, distorted
 THIN = 32  # long side / short side beyond which the ends of an image are cut off before it is resized
 
 
-def val_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
-    """Evaluation: PIL image of any mode -> float32 (3, h, w), bicubic centre crop, normalised with CLIP's statistics.
+def val_transform(
+    size: int | tuple[int, int], resize_mode: ResizeMode = "shortest"
+) -> Callable[[Image.Image], torch.Tensor]:
+    """Evaluation: PIL image of any mode -> float32 (3, h, w), bicubic, normalised with CLIP's statistics.
 
-    The same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized image
-    just covers the frame before it is cropped.
+    shortest: the same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized
+    image just covers the frame before its centre is cropped. squash: resized to the frame, whatever its aspect.
     """
     from torchvision import transforms as T
 
     height, width = _pair(size)
+    if resize_mode == "squash":
+        # NOTE(parity): the released Chinese-CLIP code makes an image RGB after it was resized, which matters for
+        # palettes and transparency only, and does not turn it upright.
+        resize = T.Resize((height, width), T.InterpolationMode.BICUBIC)
+        return T.Compose([to_rgb, resize, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
     cover = T.Resize(height, T.InterpolationMode.BICUBIC) if height == width else _Cover((height, width))
     crop = T.CenterCrop((height, width))
     return T.Compose([*prepare(size), cover, crop, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])

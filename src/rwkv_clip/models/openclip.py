@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..config import ConfigError
 from ..errors import is_out_of_memory
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
+from ..transform import ResizeMode
 from .outputs import name_features
 from .specification import CLIP_PIXELS, ContrastiveModel, Encoded, Pixels, suggest
 
@@ -135,6 +136,7 @@ class OpenClipConfig:
 
     source: str | dict[str, Any]
     pixels: Pixels = CLIP_PIXELS  # of the weights that it was made from
+    resize_mode: ClassVar[ResizeMode] = "shortest"
 
     def __repr__(self) -> str:
         """Unchanged since version 0.2: it is part of the key of cached features."""

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..tokenizer import Tokenizer
-from ..transform import CLIP_MEAN, CLIP_STD
+from ..transform import CLIP_MEAN, CLIP_STD, ResizeMode
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
 CLIP_PIXELS: Pixels = (CLIP_MEAN, CLIP_STD)
 
-FAMILIES = {"rwkv": "rwkv", "open_clip": "openclip"}  # `kind` of a tower -> file
+FAMILIES = {"rwkv": "rwkv", "open_clip": "openclip", "bert": "bert"}  # `kind` of a tower -> file
 DEFAULT_KIND = "rwkv"
 MOST_NAMES = 40  # that an error lists
 
@@ -131,6 +131,9 @@ class ModelSpec(Protocol):
 
     @property
     def pixels(self) -> Pixels: ...
+
+    @property
+    def resize_mode(self) -> ResizeMode: ...
 
     @property
     def vocabulary(self) -> int | None: ...

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, parse, ranged
 from ..tokenizer import CLIP_BPE, Tokenizer
+from ..transform import ResizeMode
 from .outputs import SIDES, name_features
 from .rwkv import ImageTowerConfig, TextTowerConfig
 from .specification import ContrastiveModel, Encoded, ImageSpec, Pixels, TextSpec, parse_tower
@@ -26,6 +27,7 @@ class _Description:
     text: object = None
     tokenizer: str | None = None
     embed_dim: int | None = ranged(None, minimum=1)
+    resize_mode: ResizeMode = "shortest"
 
     def problems(self) -> list[str]:
         return []
@@ -41,11 +43,13 @@ class ModelConfig:
     text: TextSpec = field(default_factory=TextTowerConfig)
     tokenizer_name: str = CLIP_BPE
     embed_dim: int | None = None
+    resize_mode: ResizeMode = "shortest"
 
     def __repr__(self) -> str:
         """Unchanged since version 0.2: it is part of the key of cached features."""
-        projection = "" if self.embed_dim is None else f", embed_dim={self.embed_dim}"
-        return f"ModelConfig(image={self.image!r}, text={self.text!r}, tokenizer={self.tokenizer_name!r}{projection})"
+        more = "" if self.embed_dim is None else f", embed_dim={self.embed_dim}"
+        more += "" if self.resize_mode == "shortest" else f", resize_mode={self.resize_mode!r}"
+        return f"ModelConfig(image={self.image!r}, text={self.text!r}, tokenizer={self.tokenizer_name!r}{more})"
 
     def problems(self) -> list[str]:
         """What is wrong with the towers together."""
@@ -75,17 +79,18 @@ class ModelConfig:
         top = attempt(parse, _Description, data)
         image, text = (attempt(parse_tower, side, data.get(side, {})) for side in SIDES)
         if not problems:
-            spec = cls(image, text, top.tokenizer or text.default_tokenizer, top.embed_dim)
+            spec = cls(image, text, top.tokenizer or text.default_tokenizer, top.embed_dim, top.resize_mode)
             problems = spec.problems()
         if problems:
             raise ConfigError(problems)
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """JSON data; `embed_dim` only where it is set, as before it existed."""
+        """JSON data; `embed_dim` and `resize_mode` only where they are set, as before they existed."""
         towers = {"image": self.image.to_json(), "text": self.text.to_json()}
         projection = {} if self.embed_dim is None else {"embed_dim": self.embed_dim}
-        return {**towers, "tokenizer": self.tokenizer_name, **projection}
+        resize = {} if self.resize_mode == "shortest" else {"resize_mode": self.resize_mode}
+        return {**towers, "tokenizer": self.tokenizer_name, **projection, **resize}
 
     def build(self, tag: str | None = None) -> RWKVCLIP:
         assert tag is None, "find_tag knows none"
