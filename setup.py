@@ -22,7 +22,11 @@ def found(name: str, folder: str) -> list[str]:
 
 FILES = ["py.typed", "configs/**/*.json", "bert-chinese/*"]
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
-CHINESE = ["transformers>=4.48", "lmdb>=1.4"]  # BERT's tower and tokenizer, and Chinese-CLIP's data folders
+CHINESE = [
+    "transformers>=4.48",
+    "lmdb>=1.4",
+    "pybase64>=1.3",
+]  # BERT's tower and tokenizer, and Chinese-CLIP's data folders
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
 DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 

@@ -15,13 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+from planted_chinese_data import CHINESE_DATA
 from planted_inputs import INPUTS
 from planted_training import TRAINING, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS]
+MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:

@@ -278,8 +278,8 @@ EVALUATION = [
     Mutant(
         "ties of captions count for the model",
         "rwkv_clip/metrics.py",
-        "(tile >= best[columns])",
-        "(tile > best[columns])",
+        "(tile >= best_text[columns])",
+        "(tile > best_text[columns])",
         "unit/test_metrics.py::test_captions_that_pictures_share_are_found_by_none_of_them",
     ),
     Mutant(

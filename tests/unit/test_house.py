@@ -118,6 +118,7 @@ OPTIONAL = {
     "wandb": {"log.py"},
     "faiss": {"search.py"},
     "lmdb": {"lmdb.py"},
+    "pybase64": {"lmdb.py"},
     "transformers": {"bert.py"},
     "tokenizers": {"tokenizer.py"},
 }

@@ -9,6 +9,7 @@ import pytest
 from helpers.chinese_clip import RELEASED, dump, write_files, write_split
 from helpers.pictures import picture
 from rwkv_clip.data import lmdb_build
+from rwkv_clip.data.chinese_clip import ImageFile
 from rwkv_clip.data.lmdb import LmdbSet
 from rwkv_clip.data.lmdb_build import LmdbSettings, build_lmdb
 from rwkv_clip.data.rows import SourceError
@@ -94,6 +95,14 @@ def test_lines_of_texts_that_are_of_no_use(line, words, source):
     assert (report.images, report.pairs, report.texts) == (3, 5, 4)
     assert [words in what for what in report.remarks] == [True] and "train_texts.jsonl line 2" in report.examples[0]
     assert pairs_of(source / "lmdb/train") == [(i, number, text) for number, text, ids in TEXTS for i in ids]
+
+
+def test_marks_of_utf8_are_no_part_of_the_first_line(source):
+    for name in ("train_imgs.tsv", "train_texts.jsonl"):
+        (source / name).write_bytes(b"\xef\xbb\xbf" + (source / name).read_bytes())
+    report = build(source)
+    assert (report.images, report.pairs) == (3, 5) and not report.remarks
+    assert ImageFile(source / "train_imgs.tsv").ids == ["5", "3", "11"]
 
 
 def test_ids_that_come_twice(source):

@@ -15,6 +15,7 @@ from .recordio import RecordError
 from .rows import MISSING, Problem, Row, Skip, SourceError, iterate_lines, load_json
 
 IMAGES_ENDING, TEXTS_ENDING = "_imgs.tsv", "_texts.jsonl"
+BOM = b"\xef\xbb\xbf"  # which some editors put at the beginning of UTF-8
 _ID = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 
 NO_ID = Problem("the image id is not a whole number")
@@ -68,7 +69,7 @@ def read_images(file: Path, start: int = 0, number: int = 0) -> Iterator[ImageLi
         stream.seek(start)
         for more, line in iterate_lines(stream, file):
             start += len(line)
-            if content := line.strip():
+            if content := (line if number + more > 1 else line.removeprefix(BOM)).strip():
                 yield _read_image(content, ImageLine(number + more, start))
 
 
@@ -133,7 +134,7 @@ class ImageFile:
             for _, line in iterate_lines(stream, file):
                 image_id, tab, _ = line.partition(b"\t")
                 if tab:
-                    self._places[image_id.strip().decode("utf-8", "replace")] = at + len(image_id) + 1, len(line)
+                    self._places[image_id.removeprefix(b"" if at else BOM).strip().decode("utf-8", "replace")] = at + len(image_id) + 1, len(line)
                 at += len(line)
 
     @property
