@@ -32,13 +32,14 @@ class CheckpointError(ValueError):
     """A checkpoint that is absent, incomplete, damaged or of another kind; names the file."""
 
 
-def encode_tensors(tensors: dict[str, Tensor]) -> Iterator[Bytes]:
+def encode_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> Iterator[Bytes]:
     """A safetensors file (8 bytes length, JSON header, data without gaps, wide types first) in chunks of about CHUNK.
 
-    Large tensors are not copied: their chunks are views of their memory.
+    Large tensors are not copied: their chunks are views of their memory. about: texts beside them, see `read_about`.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": about} if about else {}
+    end = 0
     for key in order:
         tensor, begin = tensors[key], end
         end += tensor.numel() * tensor.element_size()
@@ -70,6 +71,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: claims a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
         return load_file(path)
     except (SafetensorError, OSError, KeyError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: is not a readable safetensors file ({error})") from None
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """The texts that a .safetensors file holds beside its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: is not a readable safetensors file ({error})") from None
 
 

@@ -122,6 +122,7 @@ def count_cut(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -
 # at punctuation, and each part becomes the longest pieces of the vocabulary, from the left.
 
 PAD, UNKNOWN, START, END = 0, 100, 101, 102  # [PAD], [UNK], [CLS], [SEP]: lines of vocab.txt
+VOCABULARY = Path(__file__).parent / "bert-chinese" / "vocab.txt"
 MOST_POSITIONS = 512  # of every released BERT
 _LONGEST_WORD = 200  # characters; a longer word is unknown
 # BERT's own idea of CJK: ideographs and their extensions A to E, and the compatibility ideographs.
@@ -173,7 +174,7 @@ _cleaned, _separated = _Cleaned(), _Separated()
 @lru_cache(maxsize=1)
 def _bert_chinese() -> dict[str, int]:
     """Word piece -> id, of the list that is shipped."""
-    text = (Path(__file__).parent / "bert-chinese" / "vocab.txt").read_bytes().decode()
+    text = VOCABULARY.read_bytes().decode()
     return {piece.strip(): i for i, piece in enumerate(text.removesuffix("\n").split("\n"))}
 
 

@@ -29,7 +29,19 @@ OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers amon
 # (--batch-size, --accum-freq, ranks) as long as the global batch is the same. Of the records the content counts, not
 # the location.
 FREE_ON_RESUME = {
-    *("train_data", "val_data", "val_split", "val_prefix", "pretrained", "logs", "name", "resume", "allow_change"),
+    *(
+        "train_data",
+        "val_data",
+        "val_split",
+        "val_prefix",
+        "pretrained",
+        "pretrained_image",
+        "pretrained_text",
+        "logs",
+        "name",
+        "resume",
+        "allow_change",
+    ),
     *("report_to", "device", "workers", "loader", "torchcompile", "grad_checkpointing", "parallel", "timeout"),
     *("batch_size", "accum_freq", "on_nonfinite", "max_nonfinite", "max_bad", "max_bad_fraction"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),

@@ -200,7 +200,8 @@ def _make_model(work: Work) -> ContrastiveModel:
     settings, world = work.settings, work.world
     torch.manual_seed(settings.run.seed)
     device = "cpu" if is_sharded(settings.parallel, world) else world.device  # sharding moves it
-    model = create_model(work.spec, settings.model.pretrained, device=device, drop_path=settings.model.drop_path)
+    weights = {key: value for key, value in to_dict(settings.model).items() if key != "model"}
+    model = create_model(work.spec, device=device, **weights)
     freeze_parameters(model, settings.freezing)
     return model
 

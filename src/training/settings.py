@@ -55,11 +55,19 @@ class ModelSettings:
     """Preset name, path of a model JSON, or an open_clip model name."""
     pretrained: str | None = None
     """Weights to start from: checkpoint folder, .safetensors or released .pt; an open_clip tag for its models."""
+    pretrained_image: str | None = None
+    """Weights of the image tower alone: a CLIP's with OpenAI's keys, of which visual.* and logit_scale are taken."""
+    pretrained_text: str | None = None
+    """Weights of a BERT text tower alone: a BERT's, without its pooler and heads; the projection starts anew."""
     drop_path: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
     """Stochastic depth of the image tower; default: the model preset's."""
+    force_patch_dropout: float = ranged(0.0, minimum=0, below=1)
+    """Fraction of the patches that a ViT leaves out in training, others for each image and step (FLIP: arXiv
+    2212.00794)."""
 
     def problems(self) -> list[str]:
-        return not_utf8("pretrained", self.pretrained)
+        names = ("pretrained", "pretrained_image", "pretrained_text")
+        return [problem for name in names for problem in not_utf8(name, getattr(self, name))]
 
 
 @dataclass(frozen=True)

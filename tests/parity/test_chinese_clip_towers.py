@@ -164,3 +164,19 @@ def test_structures(image, text):
 def test_unknown_structures():
     with pytest.raises(ConfigError, match=r"(?s)'ViT-B-15'.*did you mean 'ViT-B-16'.*'RBT4-chinese'.*'RBT3-chinese'"):
         resolve_spec("ViT-B-15@RBT4-chinese")
+
+
+@pytest.mark.parametrize("ratio", ["0.25", "0.5"])
+def test_patches_are_masked_by_the_given_noise(numbers, tmp_path, monkeypatch, ratio):
+    given = numbers["vit"]
+    masked = {str(key): value for key, value in given["masked"].items()}[ratio]
+    torch.save(given["state_dict"], tmp_path / "plain.pt")
+    model = rwkv_clip.create_model(given["config"], tmp_path / "plain.pt", force_patch_dropout=float(ratio))
+    whole = model.encode_image(given["image"])
+    torch.testing.assert_close(whole, given["encode_image"], **CLOSE)
+    monkeypatch.setattr(torch, "rand", lambda *size, device: masked["noise"])
+    found = model.train().encode_image(given["image"])
+    wanted = masked["image_features"]
+    if wanted.norm(dim=-1).allclose(torch.ones(len(wanted))):
+        found = F.normalize(found, dim=-1)
+    torch.testing.assert_close(found, wanted, **CLOSE)

@@ -25,7 +25,7 @@ ROOMS = [
     {"transform"},
     {"models"},
     {"factory", "features", "demo"},
-    {"retrieval"},
+    {"retrieval", "convert"},
     {"__init__"},
 ]
 

@@ -154,7 +154,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(N, W) -> (N, W)."""
-        maps = self.attention["self"]
+        maps: Any = self.attention["self"]
         query, key, value = (
             layout.spread(maps[name](x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
@@ -175,6 +175,10 @@ class BertTower(Tower):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.depth))})
         self._init_values()
         self._add_projection()
+
+    @property
+    def _layers(self) -> Any:
+        return self.encoder["layer"]
 
     @torch.no_grad()
     def _init_values(self) -> None:
@@ -206,7 +210,7 @@ class BertTower(Tower):
         text = text[:, : layout.shape[1]]
         positions = torch.arange(text.shape[1], device=text.device).expand(text.shape)
         x = self.embeddings(layout.pack(text), layout.pack(positions))
-        for layer in self.encoder["layer"]:
+        for layer in self._layers:
             if self.recompute and self.training:
                 x = checkpoint(layer, x, layout, use_reentrant=False)
             else:
@@ -220,7 +224,7 @@ class BertTower(Tower):
         return hidden[(layout.places % layout.shape[1] == 0).nonzero().flatten()]
 
     def groups(self) -> list[list[Any]]:
-        return [[self.embeddings], *([layer] for layer in self.encoder["layer"])]
+        return [[self.embeddings], *([layer] for layer in self._layers)]
 
 
 TOWERS = {"text": BertConfig}

@@ -147,6 +147,25 @@ def to_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name(key): value for key, value in state.items()}
 
 
+def image_tower_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Of the weights of OpenAI's CLIP, or of any model with its keys: the image tower, under `prefix`, and the
+    temperature; nothing else."""
+    tower = {prefix + key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    return tower | {key: state[key] for key in ("logit_scale",) if key in state and tower}
+
+
+def text_tower_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Of the weights of a BERT, with or without `bert.` before its keys: embeddings and layers, under `prefix`.
+
+    The pooler and the heads of its training are left out; `gamma` and `beta`, as early files call the parameters of
+    norms, get their names of today."""
+    plain = {key.removeprefix("bert."): value for key, value in state.items()}
+    tower = {key: value for key, value in plain.items() if key.startswith(("embeddings.", "encoder."))}
+    tower.pop("embeddings.position_ids", None)
+    names = {key: re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", key)) for key in tower}
+    return {prefix + names[key]: value for key, value in tower.items()}
+
+
 POSITIONS = "image_model.positional_embedding"
 
 
@@ -163,14 +182,16 @@ def fit_positions(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table[:1], grid.flatten(2)[0].T.to(table.dtype)])
 
 
-def infer_configuration(state: dict[str, Tensor]) -> ModelConfig:
-    """The released model that a state dict of released keys belongs to, by its shapes. (The number of heads leaves no
-    trace in shapes, so nothing else can be told.) ConfigError where it is none of them."""
+def infer_configuration(state: dict[str, Tensor]) -> tuple[str, ModelConfig]:
+    """Name and description of the released model that a state dict of released keys belongs to, by its shapes.
+
+    The number of heads leaves no trace in them, so nothing else can be told. ConfigError where it is none of them.
+    """
     for image in IMAGE_TOWERS:
         for text in TEXT_TOWERS:
             spec = parse_structure(f"{image}@{text}")
             if _shapes_of(spec) == _shapes_in(state):
-                return spec
+                return f"{image}@{text}", spec
     raise ConfigError(
         ["model: the weights have Chinese-CLIP's keys, but not the shapes of a released model; name theirs (--model)"]
     )

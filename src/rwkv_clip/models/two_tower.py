@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ConfigError, parse, ranged
-from ..tokenizer import CLIP_BPE, Tokenizer
+from ..tokenizer import BERT_CHINESE, CLIP_BPE, END, Tokenizer
 from ..transform import ResizeMode
 from .outputs import SIDES, name_features
 from .rwkv import ImageTowerConfig, TextTowerConfig
@@ -77,7 +77,7 @@ class ModelConfig:
                 problems.extend(error.problems)
 
         top = attempt(parse, _Description, data)
-        image, text = (attempt(parse_tower, side, data.get(side, {})) for side in SIDES)
+        image, text = (attempt(parse_tower, side, _add_pooling(side, data)) for side in SIDES)
         if not problems:
             spec = cls(image, text, top.tokenizer or text.default_tokenizer, top.embed_dim, top.resize_mode)
             problems = spec.problems()
@@ -116,6 +116,16 @@ class ModelConfig:
     @property
     def pixels(self) -> Pixels:
         return self.image.pixels
+
+
+def _add_pooling(side: str, data: dict[str, Any]) -> Any:
+    """The table of a tower. open_clip's text towers pool at the largest id, CLIP's end of text; BERT's end is another,
+    by name."""
+    table = data.get(side, {})
+    chinese = side == "text" and data.get("tokenizer") == BERT_CHINESE
+    if chinese and isinstance(table, dict) and table.get("kind") == "open_clip" and "pool_type" not in table:
+        return {**table, "pool_type": "eos", "eos_id": END}
+    return table
 
 
 class RWKVCLIP(ContrastiveModel):
