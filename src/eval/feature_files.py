@@ -25,6 +25,8 @@ from torch import Tensor
 from rwkv_clip.files import DamagedError, parse_json, write_whole
 from rwkv_clip.serialization import encode_tensors, read_tensors
 
+from .feature_lines import read_feature_lines
+
 SCHEMA = 1
 KINDS = {"images": "image_id", "texts": "text_id"}
 CHINESE_CLIP = {"images": "img_feat", "texts": "txt_feat"}
@@ -94,7 +96,8 @@ def read_features(folder: Path, kind: str) -> Features | None:
         if not paths:
             return None
         path = paths[0]
-        ids, vectors = _read_lines(path, key)
+        ids, numbers = read_feature_lines(path, key)
+        vectors = torch.from_numpy(numbers)
         rows = [{key: i} for i in ids]
     if rows is None or (folder / f"{kind}.jsonl").is_file():
         rows = list(_rows(folder / f"{kind}.jsonl", key))
@@ -108,21 +111,6 @@ def _read_npy(path: Path) -> Tensor:
         raise
     except Exception as error:  # numpy reads the header as Python, which has many errors
         raise DamagedError(f"{path}: is not a readable .npy file ({error}); write the features again") from None
-
-
-def _read_lines(path: Path, key: str) -> tuple[list, Tensor]:
-    """Ids and vectors of Chinese-CLIP's lines {key, "feature"}."""
-    ids, vectors = [], []
-    for row in _rows(path, key):
-        feature = row.get("feature")
-        if not isinstance(feature, list) or (vectors and len(feature) != len(vectors[0])):
-            raise ValueError(f"{path}:{len(ids) + 1}: `feature` must be a list of numbers, as many in every line")
-        try:
-            vectors.append(np.asarray(feature, np.float32))
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}:{len(ids) + 1}: `feature` holds something that is not a number") from None
-        ids.append(row[key])
-    return ids, torch.from_numpy(np.stack(vectors)) if vectors else torch.zeros(0, 0)
 
 
 def _rows(path: Path, key: str) -> Iterator[dict]:

@@ -170,3 +170,42 @@ def test_recall_of_files_is_that_of_the_process(tmp_path, seed):
         scores = json.loads(out.read_text())["scoreJson"]
         assert {k: scores[f"r{k}"] for k in (1, 5, 10)} == {k: metrics[f"{name}_R@{k}"] * 100 for k in (1, 5, 10)}
         assert 0 < scores["r1"] < scores["r10"]
+
+
+@pytest.mark.parametrize("source", ["tsv", "lmdb"])
+def test_commands_on_files_find_what_the_retrieval_command_finds(tmp_path, model, source):
+    """Texts with one image, with two and with none; images without text; no ties."""
+    rng = np.random.default_rng(0)
+    images = {}
+    for number in rng.permutation(40).tolist():
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8), tuple(rng.integers(0, 256, 3).tolist())).save(content, "png")
+        images[number] = content.getvalue()
+    words = [*COLORS, *(f"{a} {b}" for i, a in enumerate(COLORS) for b in list(COLORS)[i + 1 :])]
+    texts = [(100 + i, text, rng.choice(40, i % 3, replace=False).tolist()) for i, text in enumerate(words)]
+    write_files(tmp_path, "test", images, texts)
+    if source == "lmdb":
+        texts = [row for row in texts if row[2]]  # those without images are not in an LMDB
+        write_files(tmp_path, "test", images, texts)
+        pairs = [(image, number, text) for number, text, ids in texts for image in ids]
+        encoded_images = {i: base64.b64encode(content).decode() for i, content in images.items()}
+        write_split(tmp_path / "lmdb" / "test", encoded_images, pairs)
+    data = "test_texts.jsonl" if source == "tsv" else "lmdb/test"
+    logs = ["--logs", str(tmp_path / "logs"), "--name", "run", "--device", "cpu", "--gallery", "0"]
+    assert main(["retrieval", "--checkpoint", "run", "--data", str(tmp_path / data), *logs]) == 0
+    metrics = json.loads((tmp_path / "logs" / "run" / "result.json").read_text())["results"][0]["metrics"]
+    assert features(tmp_path) == 0
+    feats = ["--image-feats", str(tmp_path / "test_imgs.img_feat.jsonl")]
+    feats += ["--text-feats", str(tmp_path / "test_texts.txt_feat.jsonl")]
+    gold = tmp_path / "test_texts.jsonl"  # a text without image is a miss
+    assert main(["invert", "--input", str(gold)]) == 0
+    for way, name, annotated in (
+        ("t2i", "text_to_image", gold),
+        ("i2t", "image_to_text", tmp_path / "test_texts.tr.jsonl"),
+    ):
+        found, out = str(tmp_path / f"{way}.jsonl"), tmp_path / "out.json"
+        assert main(["knn", *feats, "--direction", way, "--output", found]) == 0
+        assert main(["recall", str(annotated), found, str(out), "--strict"]) == 0
+        scores = json.loads(out.read_text())["scoreJson"]
+        assert {k: scores[f"r{k}"] for k in (1, 5, 10)} == {k: metrics[f"{name}_R@{k}"] * 100 for k in (1, 5, 10)}
+        assert scores["r10"] > 0
