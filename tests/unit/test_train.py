@@ -413,10 +413,12 @@ def test_command_line(data):
 
 FLAGS = """
 accum-freq allow-change batch-size beta1 beta2 crop-area crop-aspect cycle-beta1 decay deterministic device
-drop-path epochs eps flip freeze gates grad-checkpointing grad-clip-norm keep-checkpoints loader lock-image
+drop-path epochs eps flip force-patch-dropout freeze gates grad-checkpointing grad-clip-norm keep-checkpoints loader
+lock-image
 lock-image-freeze-bn-stats lock-image-unlocked-groups lock-text lock-text-freeze-layer-norm lock-text-unlocked-layers
 log-every-n-steps logs lr max-bad max-bad-fraction max-nonfinite max-ranks max-steps model name objective on-nonfinite
-parallel precision pretrained report-to resume save-every-n-steps schedule seed text-choice texts timeout torchcompile
+parallel precision pretrained pretrained-image pretrained-text report-to resume save-every-n-steps schedule seed
+text-choice texts timeout torchcompile
 train-data val-data val-every-n-steps val-prefix val-split warmup warmup-fraction wd workers
 """
 
