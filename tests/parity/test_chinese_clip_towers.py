@@ -143,6 +143,18 @@ def test_sizes_of_the_released_models():
     assert text == {"ViT-H-14": 326, "RN50": 39}
 
 
+@pytest.mark.parametrize("name", IMAGE_TOWERS)
+def test_every_preset_runs(name):
+    """Without numbers: shapes only, the large ones have 4 GB of weights."""
+    with torch.device("meta"):
+        model = resolve_spec(PREFIX + name)[1].build()
+        inputs = torch.zeros(2, 3, *model.spec.image_size), torch.zeros(2, 52, dtype=torch.int64)
+        image, text, _ = model(*inputs)
+    assert image.shape == text.shape == (2, model.spec.embed_dim)
+    assert model.spec.image_size == ((336, 336) if name.endswith("336") else (224, 224))
+    assert model.spec.tokenizer()("好")[0, :4].tolist() == [101, 1962, 102, 0]
+
+
 def test_heads():
     with torch.device("meta"):
         heads = {}

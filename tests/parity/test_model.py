@@ -274,7 +274,8 @@ def test_open_clip_surface():
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
 
 
-@pytest.mark.parametrize("name", rwkv_clip.list_models())
+# Chinese-CLIP's, of up to 4 GB, run without numbers in test_chinese_clip_towers.py.
+@pytest.mark.parametrize("name", [name for name in rwkv_clip.list_models() if not name.startswith("CN-CLIP-")])
 def test_every_preset_runs(name):
     model = rwkv_clip.create_model(name)
     size, context = model.spec.image_size, rwkv_clip.get_tokenizer(name).context

@@ -8,7 +8,7 @@ import torch
 import rwkv_clip
 from rwkv_clip.config import ConfigError
 from rwkv_clip.factory import create_model, load_for_inference, resolve_spec
-from rwkv_clip.models import chinese_clip, hugging_face
+from rwkv_clip.models import bert, chinese_clip, hugging_face
 from rwkv_clip.models.bert import BertConfig, find_layout
 from rwkv_clip.models.freezing import FreezeSettings, freeze_parameters
 from rwkv_clip.models.patch_dropout import PatchDropout
@@ -84,6 +84,15 @@ def test_packed_is_padded(rows, monkeypatch):
     padded = tower.encode(text)
     for a, b in zip(packed, padded):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_padding_is_read_whole(monkeypatch):
+    """The released mask is finite, so that nothing is hidden where all would be."""
+    tower = BertConfig(vocab=9, width=16, depth=2, heads=2, ffn_width=20, context=4, positions=4).build(8).eval()
+    nothing, beside = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 0, 0], [5, 6, 0]])
+    found = tower(beside)[:1]
+    monkeypatch.setattr(bert, "find_layout", lambda text: bert.Layout((1, 3), None, None))
+    torch.testing.assert_close(found, tower(nothing), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_follows_torch():
