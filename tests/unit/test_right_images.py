@@ -112,7 +112,7 @@ def test_texts_and_pictures_with_their_ids(tmp_path):
 def test_an_lmdb_is_the_same_set(tmp_path):
     for split in ("train", "valid"):
         texts, pairs = load_retrieval(RELEASED / f"{split}_texts.jsonl"), load_retrieval(RELEASED / "lmdb" / split)
-        for name in ("image_names", "image_ids", "text_ids", "captions", "note", "split"):
+        for name in ("name", "image_names", "image_ids", "text_ids", "captions", "note"):
             assert getattr(texts, name) == getattr(pairs, name), name
         assert (texts.pairs == pairs.pairs).all() and (texts.image_of_caption == pairs.image_of_caption).all()
         for i in range(len(texts.image_names)):

@@ -3,7 +3,8 @@
 A split is a folder of two LMDB environments, `imgs` and `pairs`. `pairs` has the keys "0", "1", .. and "num_samples";
 its values are pickled tuples, which `pair_pickle` reads without unpickling. `imgs` has the picture in base64 under its
 id, and "num_images". They are opened read-only, without locks, so that a folder may lie on read-only storage and be
-read by any number of processes; each process opens its own, also after a fork.
+read by any number of processes; each process opens its own, also after a fork. LMDB has no checksums: a file that was
+cut is found when it is opened, but a flipped bit in the header of a page can kill the process that reads it.
 """
 
 from __future__ import annotations

@@ -284,7 +284,9 @@ def _from_lmdb(spec: Path) -> RetrievalSet:
     ids = [image_id for image_id, _ in split.image_ids()]
     found = [(text_id, text, image_ids) for (text_id, text), image_ids in texts.items()]
     files = [folders[0] / half / "data.mdb" for half in ("imgs", "pairs")]
-    return _number(ids, found, split.picture, f"{folders[0].resolve().parent.name}/{folders[0].name}", files)
+    above = folders[0].resolve().parent
+    above = above.parent if above.name == "lmdb" else above  # where the builder puts it, in the folder of the TSV
+    return _number(ids, found, split.picture, f"{above.name}/{folders[0].resolve().name}", files)
 
 
 def _number(
