@@ -334,8 +334,8 @@ EVALUATION = [
     Mutant(
         "candidates are chosen without room for rounding",
         "eval/nearest.py",
-        "    enough = (enough - lost - unit * (enough.abs() + lost))[:, None]",
-        "    enough = (enough + lost + unit * (enough.abs() + lost))[:, None]",
+        "return (enough - lost - unit * (enough.abs() + lost))[:, None]",
+        "return (enough + lost + unit * (enough.abs() + lost))[:, None]",
         "unit/test_knn.py::test_the_order_is_exact",
     ),
     Mutant(

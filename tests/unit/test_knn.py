@@ -138,6 +138,7 @@ SETS = {
     "nearly equal": torch.nn.functional.normalize(unit(1, 16, 1) + 1e-6 * unit(2000, 16, 2)),
     "all equal": unit(1, 16, 1).repeat(2000, 1),
     "few": unit(7, 16, 1),
+    "opposite": -torch.nn.functional.normalize(unit(2000, 16, 1) + 50 * unit(1, 16)),  # every similarity is negative
 }
 
 
@@ -146,6 +147,7 @@ SETS = {
 def test_the_order_is_exact(monkeypatch, name, dtype):
     monkeypatch.setattr(nearest, "fastest_type", lambda: dtype)
     queries, items = torch.cat([unit(20, 16), SETS[name][:3]]), SETS[name]
+    queries = unit(1, 16).repeat(3, 1) if name == "opposite" else queries
     expected = exact_order(queries, items, 10)
     for chunk in ((256, 32768), (7, 700), (23, 1999), (1, 64)):
         assert (find_nearest(queries, items, 10, chunk=chunk) == expected).all(), chunk
