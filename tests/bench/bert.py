@@ -4,7 +4,7 @@ python tests/bench/bert.py [--batch 16 --context 52 --depth 12 --padding 0.64]
 
 "plain": the definition as the released code computes it, every position of the context, attention written out.
 "transformers": its BertModel with scaled_dot_product_attention, where it is installed. "ours": the tower as it runs.
-padding: fraction of the context that is padding, on average; captions of Flickr8k-CN leave more of 52 tokens empty.
+padding: fraction of the context that is padding, on average.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 From the paper (Devlin et al. 2018, arXiv 1810.04805); names and shapes of parameters are those of its released weights,
 without the pooler. Written here, not taken from transformers, to leave padding out: on a CPU the products of a layer
-read only tokens that are there, often a third of the context (`tests/bench/bert.py`).
+read only tokens that are there (`tests/bench/bert.py`).
 """
 
 from __future__ import annotations
