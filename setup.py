@@ -20,13 +20,8 @@ def found(name: str, folder: str) -> list[str]:
     return [name, *(f"{name}.{inner}" for inner in find_packages(ROOT / folder))]
 
 
-FILES = ["py.typed", "configs/**/*.json", "bert-chinese/*"]
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
-CHINESE = [
-    "transformers>=4.48",
-    "lmdb>=1.4",
-    "pybase64>=1.3",
-]  # BERT's tower and tokenizer, and Chinese-CLIP's data folders
+CHINESE = ["lmdb>=1.4", "pybase64>=1.3"]  # Chinese-CLIP's data folders
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
 DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 
@@ -63,6 +58,6 @@ setup(
         "clip-benchmark": CLIP_BENCHMARK,
         "faiss": ["faiss-cpu>=1.8"],
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
-        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE,
+        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE + ["transformers>=4.48"],
     },
 )

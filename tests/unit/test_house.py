@@ -119,8 +119,8 @@ OPTIONAL = {
     "faiss": {"search.py"},
     "lmdb": {"lmdb.py"},
     "pybase64": {"lmdb.py"},
-    "transformers": {"bert.py"},
-    "tokenizers": {"tokenizer.py"},
+    "transformers": set(),
+    "tokenizers": set(),
 }
 
 
