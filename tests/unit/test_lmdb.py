@@ -7,6 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from helpers.loading import make
 from helpers.pictures import picture
 from helpers.tiny import STEPS, make_tiny, to_arguments
 from rwkv_clip.checkpoint import find_checkpoint, read_weights
+from rwkv_clip.data import lmdb as lmdb_file
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.lmdb import LmdbSet, find_splits
 from rwkv_clip.data.pair_pickle import parse_pair, write_pair
@@ -146,6 +149,19 @@ def test_what_is_no_lmdb_is_a_record(tmp_path):
     with pytest.raises(ValueError, match=r"names no \.rec file"):
         open_records(tmp_path, TOKENIZER)
     assert find_splits(RELEASED / "lmdb/train") == [RELEASED / "lmdb/train"]
+
+
+def test_threads_open_it_once(split, monkeypatch):
+    original = lmdb_file.Split.__init__
+
+    def slowly(self, folder):
+        time.sleep(0.05)  # so that all threads are in there
+        original(self, folder)
+
+    monkeypatch.setattr(lmdb_file.Split, "__init__", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: lmdb_file.open_split(split), range(8)))
+    assert len({id(one) for one in found}) == 1
 
 
 def test_copies_and_forks_open_their_own(split):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -50,6 +51,16 @@ AGAIN = "build it again: python -m rwkv_clip.data.lmdb --data_dir FOLDER --split
 
 # By process and folder: LMDB forbids to open an environment twice in a process.
 _opened: WeakValueDictionary[tuple[int, str], Split] = WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked process, whose parent may have been opening a split in another thread."""
+    global _opening
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def import_lmdb() -> Any:
@@ -195,14 +206,15 @@ def decode_base64(value: bytes | memoryview, where: str) -> bytes:
 
 def open_split(folder: Path) -> Split:
     """The split in `folder`, opened once in a process. RecordError, OSError, ImportError."""
-    for (process, _), split in list(_opened.items()):
-        if process != os.getpid():  # inherited by a fork
-            split.close()
-    key = os.getpid(), os.path.realpath(folder)
-    split = _opened.get(key)
-    if split is None:
-        split = _opened[key] = Split(folder)
-    return split
+    with _opening:
+        for (process, _), split in list(_opened.items()):
+            if process != os.getpid():  # inherited by a fork
+                split.close()
+        key = os.getpid(), os.path.realpath(folder)
+        split = _opened.get(key)
+        if split is None:
+            split = _opened[key] = Split(folder)
+        return split
 
 
 def find_splits(spec: str | Path | list[str]) -> list[Path]:
