@@ -8,6 +8,6 @@
 #   bash shell/finetune_CN_CLIP_B16_COCO_CN.sh [--setting value ..]     (launch.sh says the rest: several nodes, restarts)
 set -euo pipefail
 PRESET=cn-clip-b16-coco-cn WARM=1
-DEMO=(--model CN-CLIP-Ti-8)
+DEMO=(--model CN-CLIP-Ti-8 --lr 1e-3)
 export NEEDED=chinese DEMO_LANGUAGE=zh
 source "$(dirname "$0")/launch.sh"

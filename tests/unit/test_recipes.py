@@ -197,7 +197,7 @@ def test_defaults_of_fine_tuning(clone, recipe):
     (clone / "shell" / "train_demo.sh").write_text('set -u\npython "$OUTPUT" "$DEMO_LANGUAGE" "$NEEDED" "$@"\n')
     (call,) = called(clone, recipe, "--seed", "3", CHECKPOINT="not used")
     assert re.fullmatch(r"logs/demo-cn-clip-\d{8}-\d{6}", call[0])
-    assert call[1:] == ["zh", "chinese", "--model", "CN-CLIP-Ti-8", "--seed", "3"]
+    assert call[1:] == ["zh", "chinese", "--model", "CN-CLIP-Ti-8", "--lr", "1e-3", "--seed", "3"]
 
 
 TINY_CHINESE = {  # an image tower of CLIP's kind and a BERT, as small as the pictures of `make_tiny`
