@@ -6,7 +6,7 @@
 # demo_set.png              drawn by the demo set itself
 # demo_training.png, demo_retrieval.png  copied from RUN; left as they are where there is no demo run (shell/train_demo.sh)
 # flickr8k.png              recalls of logs/flickr8k-* (shell/train_Flickr8k_small.sh), or those in figure/flickr8k.json
-# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, bench.png  from tests/bench/results
+# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, bench.png  from tests/bench/results
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png

@@ -1,11 +1,11 @@
 """The pictures of the documents, drawn from the results that are in the repository.
 
-python tests/bench/figures.py [architecture] [resolution] [flickr8k] [noise] [alip] [--output figure]
+python tests/bench/figures.py [architecture] [resolution] [flickr8k] [noise] [alip] [chinese] [--output figure]
 python tests/bench/figures.py flickr8k --runs logs/flickr8k-*    # keeps the recalls of these runs, draws them
 
-Without names all of them. No model runs: `resolution`, `noise` and `alip` read the newest result of their bench in
-tests/bench/results, `flickr8k` reads figure/flickr8k.json. `bash shell/make_figures.sh` makes these and the pictures of
-a demo run.
+Without names all of them. No model runs: `resolution`, `noise`, `alip` and `chinese` read the newest result of their
+bench in tests/bench/results, `flickr8k` reads figure/flickr8k.json. `bash shell/make_figures.sh` makes these and the
+pictures of a demo run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ METHODS = {  # of tests/bench/noise.py: what a reader calls them, color, line
     "ALIP": ("ViT towers, ALIP", BLUE, "--"),
     "CLIP, one of two": ("ViT towers, one of two texts", BLUE, "-"),
     "CLIP, raw": ("ViT towers, raw text (CLIP)", GREY, "-"),
+}
+CHINESE = {  # of tests/bench/chinese.py
+    "RWKV both ways": ("RWKV image and text towers", RED, "-"),
+    "RWKV + BERT": ("RWKV image tower, BERT", ORANGE, "-"),
+    "ViT + BERT": ("ViT, BERT", BLUE, "-"),
+    "fine-tuned": ("ViT, BERT, fine-tuned", GREY, "--"),
+    "fine-tuned, --positives mask": ("the same with --positives mask", GREEN, "--"),
 }
 WAYS_SHORT = {"text_to_image": "t2i", "image_to_text": "i2t"}
 CUTS = (1, 5, 10)
@@ -141,6 +148,14 @@ def draw_noise(path: Path, result: dict | None = None) -> None:
     seeds = count(len({run["seed"] for run in runs}), "seed")
     title = f"Flickr8k, 30 % of the raw texts swapped, {runs[0]['images']} test images: {seeds} (dots) and their means"
     draw_recall(path, title, {name: look for name, look in METHODS.items() if name in names_of(runs)}, runs)
+
+
+def draw_chinese(path: Path, result: dict | None = None) -> None:
+    """The towers of tests/bench/chinese.py, every seed."""
+    runs = (result or newest("chinese"))["runs"]
+    seeds = count(len({run["seed"] for run in runs}), "seed")
+    title = f"Flickr8k in Chinese, from scratch, {runs[0]['images']} test images: {seeds} (dots) and their means"
+    draw_recall(path, title, {name: look for name, look in CHINESE.items() if name in names_of(runs)}, runs)
 
 
 def draw_flickr8k(path: Path) -> None:
@@ -275,6 +290,7 @@ FIGURES_BY_NAME: dict[str, tuple[str, Callable[[Path], None]]] = {
     "flickr8k": ("flickr8k.png", draw_flickr8k),
     "noise": ("flickr8k_noise.png", draw_noise),
     "alip": ("alip_weights.png", draw_alip),
+    "chinese": ("flickr8k_chinese.png", draw_chinese),
 }
 
 

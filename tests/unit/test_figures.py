@@ -32,7 +32,14 @@ def make_run(folder: Path, model: str, seed: int, recall: float) -> Path:
 def test_every_figure_is_drawn_on_opaque_white(tmp_path):
     draw("--output", str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"architecture.png", "resolution.png", "flickr8k.png", "flickr8k_noise.png", "alip_weights.png"}
+    assert names == {
+        "architecture.png",
+        "resolution.png",
+        "flickr8k.png",
+        "flickr8k_noise.png",
+        "alip_weights.png",
+        "flickr8k_chinese.png",
+    }
     for name in names:
         picture = Image.open(tmp_path / name).convert("RGBA")
         corners = [picture.getpixel((x, y)) for x in (0, picture.width - 1) for y in (0, picture.height - 1)]
