@@ -78,6 +78,8 @@ def write_data(data: Path, work: Path) -> None:
     folder, root = work / "data", data.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for split, entries in splits.items():
+        if (folder / f"{split}_texts.jsonl").exists():
+            continue
         source = work / f"{split}.jsonl"
         lines = [json.dumps({"image": image, "captions": texts}, ensure_ascii=False) for image, texts in entries]
         source.write_text("\n".join(lines) + "\n", encoding="utf-8")
