@@ -2,10 +2,10 @@
 than by a JSON parser.
 
 A number means what Python makes of it: the nearest float64, then the nearest float32. Numbers as Python's json writes
-them (0.0123, -0.5) are read all at once: their digits, as they stand in the file, are integers of 8 digits each
-(arithmetic on 8 bytes of a 64-bit word), and the float64 made of these is within a few units of the last place. That
-decides the float32 unless it lies that close to the middle of two; then, and for every other way to write a number,
-Python decides. Lines of any other form go through the JSON parser, which says what is wrong with them.
+them (0.0123, -0.5) are read all at once: the first 16 digits behind the point, as they stand in the file, are two
+integers (arithmetic on 8 bytes of a 64-bit word), and the float64 made of these is close to the number. That decides
+the float32 unless it lies too close to the middle of two; then, and for every other way to write a number, Python
+decides. Lines of any other form go through the JSON parser, which says what is wrong with them.
 """
 
 from __future__ import annotations
@@ -15,30 +15,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from rwkv_clip.files import DamagedError, parse_json
 
 Id = int | str
 Piece = tuple[int, list[bytes]]  # number of the first line, and lines
 _LINES = 32
-_WINDOW = 24  # bytes that hold the digits of a fraction
-_MOST_DIGITS = 22  # of a fraction: 10^22 is the last power of ten that a float64 holds exactly
+_MOST_DIGITS, _USED_DIGITS = 24, 16  # of a fraction: those that are checked, those that are read
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _ZEROS, _TENS = np.uint64(0x3030303030303030), np.uint64(0x7676767676767676)
 _HIGH_BITS = np.uint64(0x8080808080808080)
-# For each of the three words of a window: the bytes that belong to a fraction of n digits, n from 0 on.
+# For each of three words: the bytes, from the lowest on, that belong to a fraction of n digits, n from 0 on.
 _DIGITS = np.array(
-    [
-        [(2**64 - 1) ^ ((1 << 8 * (8 - min(8, max(0, n - skipped)))) - 1) for n in range(_MOST_DIGITS + 1)]
-        for skipped in (16, 8, 0)
-    ],
+    [[(1 << 8 * min(8, max(0, n - skipped))) - 1 for n in range(_MOST_DIGITS + 1)] for skipped in (0, 8, 16)],
     np.uint64,
 )
 _STEPS = [(10, 8, 0x00FF00FF00FF00FF), (100, 16, 0x0000FFFF0000FFFF), (10000, 32, 0xFFFFFFFF)]
 _FACTORS = [tuple(map(np.uint64, step)) for step in _STEPS]
-_POWERS = 10.0 ** np.arange(_MOST_DIGITS + 1)
-_MIDDLE, _CLOSE = 1 << 28, 16  # of the 29 bits that float32 lacks; how close to it Python decides
+# Of the 29 bits that float32 lacks: the middle, and how close to it Python decides. From 2^-16 on the digits that are
+# not read, 10^-16, are less than 29600 units of a float64's last place, and roundings a few.
+_MIDDLE, _CLOSE, _LEAST = 1 << 28, 1 << 15, 2.0**-16
 
 
 def read_feature_lines(path: Path, key: str) -> tuple[list[Id], np.ndarray]:
@@ -97,34 +93,36 @@ def _read_quickly(lines: list[bytes], prefix: re.Pattern[bytes]) -> tuple[list[I
 
 def _parse_numbers(text: bytes) -> tuple[np.ndarray | None, np.ndarray]:
     """Numbers (n,) float32 of a text "0.1, -0.2, .." and where each ends; None where one is no finite JSON number."""
-    characters = np.frombuffer(b" " * _WINDOW + text + b", ", np.uint8)
+    characters = np.frombuffer(text + b", " + b" " * _MOST_DIGITS, np.uint8)
     ends = np.flatnonzero(characters == ord(","))
-    starts = np.concatenate([[_WINDOW], ends[:-1] + 2])
+    starts = np.concatenate([[0], ends[:-1] + 2])
     if (characters[ends + 1] != ord(" ")).any() or (starts >= ends).any():
         return None, ends
     negative = characters[starts] == ord("-")
     whole = starts + negative  # place of the one digit before the point
-    lead = characters[whole].astype(np.int64) - ord("0")
+    lead = characters[whole] - np.uint8(ord("0"))
     count = ends - whole - 2  # digits of the fraction
-    plain = (lead >= 0) & (lead <= 9) & (count >= 1) & (count <= _MOST_DIGITS) & (characters[whole + 1] == ord("."))
+    plain = (lead <= 9) & (count >= 1) & (count <= _MOST_DIGITS) & (characters[whole + 1] == ord("."))
     count = np.where(plain, count, 1)
-    windows = sliding_window_view(characters, _WINDOW)[ends - _WINDOW].view("<u8")
-    words = [(windows[:, i] ^ _ZEROS) & masks[count] for i, masks in enumerate(_DIGITS)]
+    # From every byte on, the next 24: rows of a sliding window, which numpy copies one by one, take thrice as long.
+    windows = np.ndarray(len(text), f"V{_MOST_DIGITS}", characters, offset=2, strides=(1,))
+    fractions = windows[np.where(plain, whole, 0)].view("<u8").reshape(-1, 3)
+    words = [(fractions[:, i] ^ _ZEROS) & masks.take(count) for i, masks in enumerate(_DIGITS)]
     wrong = [(word + _TENS) | word for word in words]
     plain &= (wrong[0] | wrong[1] | wrong[2]) & _HIGH_BITS == 0  # every character is a digit
-    high, middle, low = map(_eight_digits, words)
-    # Errors: 2^-53 for each sum and the quotient. 10^16 times a number below 10^6 and 10^count are exact.
-    values = lead + (high * 1e16 + (middle * 1e8 + low)) / _POWERS[count]
+    values = lead + (_eight_digits(words[0]) * 1e8 + _eight_digits(words[1])) / 10.0**_USED_DIGITS
+    plain &= (values >= _LEAST) | (count <= _USED_DIGITS)
     missing = values.view(np.int64) & (2 * _MIDDLE - 1)
     plain &= abs(missing - _MIDDLE) > _CLOSE
-    result = np.where(negative, -values, values).astype(np.float32)
-    for place in np.flatnonzero(~plain).tolist():
-        token = characters[starts[place] : ends[place]].tobytes()
-        if not _NUMBER.fullmatch(token):
-            return None, ends
-        with np.errstate(over="ignore"):
+    signs = negative.astype(np.uint32) << np.uint32(31)
+    result = (values.astype(np.float32).view(np.uint32) | signs).view(np.float32)
+    with np.errstate(over="ignore"):
+        for place in np.flatnonzero(~plain).tolist():
+            token = text[starts[place] : ends[place]]
+            if not _NUMBER.fullmatch(token):
+                return None, ends
             result[place] = float(token)
-    return result if np.isfinite(result).all() else None, ends - _WINDOW
+    return result if np.isfinite(result).all() else None, ends
 
 
 def _eight_digits(words: np.ndarray) -> np.ndarray:

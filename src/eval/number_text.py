@@ -38,13 +38,16 @@ def join_numbers(rows: np.ndarray) -> list[bytes]:
     decade = np.uint64(17) + ((size < 0.1).astype(np.uint64) + (size < 0.01) + (size < 0.001)) * plain
     values, _, tied = _round(mantissa, places, decade)
     decimals = decade.astype(np.int64)
+    left = np.arange(len(numbers))  # that the decimal so far gives back: a shorter one may as well
     for fewer in (1, 2, 3):
-        fewest = decade - np.uint64(fewer)
-        shorter, far, also_tied = _round(mantissa, places, fewest)
-        enough = far << np.uint64(30) <= _FIVES[fewest]  # a shorter decimal gives the number back
-        values, tied = np.where(enough, shorter, values), np.where(enough, also_tied, tied)
-        decimals -= enough
-    plain &= ~enough & ~tied
+        fewest = decade[left] - np.uint64(fewer)
+        shorter, far, also_tied = _round(mantissa[left], places[left], fewest)
+        enough = far << np.uint64(30) <= _FIVES[fewest]
+        left = left[enough]
+        values[left], tied[left] = shorter[enough], also_tied[enough]
+        decimals[left] -= 1
+    plain &= ~tied
+    plain[left] = False
     return _join(numbers, plain, _write(values), decimals, rows.shape)
 
 
@@ -78,11 +81,13 @@ def _join(
     shown = np.ones((len(numbers), _COLUMNS), bool)
     shown[:: shape[1], :2] = False
     shown[:, 2] = np.signbit(numbers)
-    shown[:, 5:] = _SHOWN[decimals]
-    for place in np.flatnonzero(~plain).tolist():
-        text = repr(float(numbers[place])).encode()
-        characters[place, 2 : 2 + len(text)] = np.frombuffer(text, np.uint8)
-        shown[place, 2:] = np.arange(_COLUMNS - 2) < len(text)
-    text = characters.reshape(-1).take(np.flatnonzero(shown)).tobytes()  # far quicker than characters[shown]
-    ends = np.cumsum(shown.reshape(shape[0], -1).sum(axis=1)).tolist()
+    shown[:, 5:] = _SHOWN.take(decimals, axis=0)
+    if (odd := np.flatnonzero(~plain)).size:
+        texts = np.array([repr(number).encode() for number in numbers[odd].tolist()], f"S{_COLUMNS - 2}")
+        characters[odd, 2:] = texts.view(np.uint8).reshape(len(odd), -1)
+        shown[odd, 2:] = characters[odd, 2:] != 0
+    places = np.flatnonzero(shown)
+    text = characters.reshape(-1).take(places).tobytes()  # far quicker than characters[shown]
+    rows = np.arange(1, shape[0] + 1) * shape[1] * _COLUMNS
+    ends = np.searchsorted(places, rows).tolist()
     return [text[start:end] for start, end in zip([0, *ends], ends)]

@@ -22,13 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import ROOT, Report, argument_parser
+from harness import ROOT, Report, argument_parser, clock
 from PIL import Image
 
 from rwkv_clip.eval.main import main as evaluate
@@ -180,15 +179,14 @@ def on_cpu() -> Iterator[None]:
         torch.Tensor.cuda, torch.nn.Module.cuda, torch.cuda.set_device = before
 
 
-def time_steps(steps: Steps) -> dict[str, float]:
+def time_steps(steps: Steps) -> dict[str, np.ndarray]:
+    """Seconds and CPU seconds of each step and of all."""
     seconds = {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         for name, step in steps.items():
             gc.collect()  # the scripts leave their LMDB open
-            start = time.perf_counter()
-            step()
-            seconds[name] = time.perf_counter() - start
-    return seconds
+            seconds[name] = np.array(clock(step))
+    return seconds | {"all": sum(seconds.values())}
 
 
 def compare(report: Report, folder: Path, case: str) -> None:
@@ -204,7 +202,7 @@ def measure(report: Report, args, folder: Path) -> None:
     prepare_code(args.cn_clip, folder, args.width)
     ours, theirs = our_steps(folder), released_steps(folder)
     case = f"{f'{Path(args.data).parent.name} {args.split}' if args.data else 'drawn set'}, width {args.width}"
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "released": []}
+    runs: dict[str, list[dict[str, np.ndarray]]] = {"ours": [], "released": []}
     import_all()
     for turn in range(args.repeats):
         for name, steps in (("ours", ours), ("released", theirs)):
@@ -214,11 +212,16 @@ def measure(report: Report, args, folder: Path) -> None:
         if not turn:
             compare(report, folder, case)
     for step in [*ours, "all"]:
+        cpu = {}
         for name in ("released", "ours"):
-            seconds = [sum(run.values()) if step == "all" else run[step] for run in runs[name]]
-            own = name == "ours"
+            seconds, own = np.array([run[step] for run in runs[name]]), name == "ours"
+            cpu[name] = float(np.median(seconds[:, 1]))
             goal = GOAL if own and step == "all" else None
-            report.add(f"{case}: {step}", name, seconds=seconds, baseline="released" if own else None, goal=goal)
+            base = "released" if own else None
+            report.add(
+                f"{case}: {step}", name, seconds=seconds[:, 0].tolist(), baseline=base, goal=goal, cpu_s=cpu[name]
+            )
+    report.ratio(f"{case}: {step}", "CPU seconds, released / ours", cpu["released"] / cpu["ours"], goal=GOAL)
 
 
 def main() -> None:

@@ -114,6 +114,13 @@ def _time_cuda(call: Callable[[], object], flush: torch.Tensor) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def clock(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call, and those that all threads of this process spent on CPUs (other processes matter less)."""
+    start, busy = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - start, time.process_time() - busy
+
+
 def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments, device: torch.device) -> float:
     """Peak MiB that one call of `prepare(*arguments)()` adds to what was there before, in a fresh process.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import all as everything
 import harness
+import knn
 import pytest
 import summary
 import torch
@@ -149,3 +150,11 @@ def test_words_behind_options_are_no_names(monkeypatch, arguments, names, option
     monkeypatch.setattr("sys.argv", ["all.py", *arguments.split()])
     assert everything.main() == 0
     assert seen[0][:2] == (names or everything.find_benches(), options)
+
+
+def test_queries_not_timed_lie_on_the_line_through_the_least_disturbed_samples():
+    taken = {10: [(1.5, 1.2), (1.0, 1.1)], 110: [(2.0, 2.1), (9.0, 2.2)]}
+    assert knn.extrapolate(taken, 1010).tolist() == pytest.approx([11.0, 11.1])
+    assert knn.extrapolate(taken, 110).tolist() == pytest.approx([2.0, 2.1])
+    with pytest.raises(SystemExit, match=r"took no longer than 10.*more --queries"):  # and never a negative time
+        knn.extrapolate({10: [(1.0, 1.0)], 110: [(2.0, 1.0)]}, 1010)

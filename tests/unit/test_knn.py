@@ -57,13 +57,18 @@ def test_numbers_are_those_of_python(tmp_path, kind):
     assert (features.view(np.int32) == expected.view(np.int32)).all()
 
 
-@pytest.mark.parametrize(
-    "text", ["0.12345678901234567890", "0.1234567890123456789012", "0.123456789012345678901234567"]
-)
-def test_long_fractions(tmp_path, text):
-    (tmp_path / "f.jsonl").write_text(f'{{"image_id": 3, "feature": [{text}, -{text}]}}\n')
-    value = np.float32(float(text))
-    assert read_feature_lines(tmp_path / "f.jsonl", "image_id")[1].tolist() == [[value, -value]]
+LONG = [
+    *("0.12345678901234567890", "0.1234567890123456789012", "0.123456789012345678901234567"),
+    *("0.000000000123456789012345", "0.000000000000000000000001", "9.999999999999999999999999"),
+    *(f"{abs(x):.{digits}f}" for x in middles(200) for digits in (16, 17, 20, 24, 25)),
+]
+
+
+def test_long_fractions(tmp_path):
+    numbers = ", ".join(f"{text}, -{text}" for text in LONG)
+    (tmp_path / "f.jsonl").write_text(f'{{"image_id": 3, "feature": [{numbers}]}}\n')
+    values = [np.float32(sign * float(text)) for text in LONG for sign in (1, -1)]
+    assert read_feature_lines(tmp_path / "f.jsonl", "image_id")[1].tolist() == [values]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from rwkv_clip.config import ranged
+from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.files import DamagedError, write_whole
 
 from ..feature_lines import Id, read_feature_lines
@@ -43,6 +44,7 @@ class KnnSettings:
 
 def run(settings: KnnSettings) -> int:
     """Find, write, and say where."""
+    keep_freed_memory()
     files = {"image": Path(settings.image_feats), "text": Path(settings.text_feats)}
     query, item = ("text", "image") if settings.direction == "t2i" else ("image", "text")
     found = {kind: read_feature_lines(path, f"{kind}_id") for kind, path in files.items()}
