@@ -35,11 +35,7 @@ from .chinese_clip import (
     NO_BASE64,
     NO_COLUMNS,
     NO_ID,
-    NO_IMAGE_IDS,
-    NO_OBJECT,
     NO_PICTURE,
-    NO_TEXT,
-    NO_TEXT_ID,
     TEXTS_ENDING,
     read_images,
     read_texts,
@@ -185,7 +181,7 @@ class _Builder:
             self._check(self.texts, self.report.texts, useless)
             if not self.report.images:
                 raise SourceError(f"{self.images}: holds no picture; give a TSV that does")
-            if not self.report.pairs and not self.report.remarks[NO_IMAGES]:  # a hidden test set has images and no pairs
+            if not self.report.pairs and not self.report.remarks[NO_IMAGES]:  # as a hidden test set has them
                 raise SourceError(f"{self.texts}: no text belongs to a picture of {self.images.name}; are the ids the same?")
             images.put([(IMAGES, b"%d" % self.report.images)], removed=[PROGRESS])
         write_json(self.part / NOTE, {"made_of": self.made_of, "report": {**vars(self.report), "kept": True}})
