@@ -189,6 +189,11 @@ def find_weights(path: str | Path) -> Path:
         return path
     files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
     found = next((file for file in files if file.is_file()), None)
+    if found is None and any(path.glob("*.index.json")):
+        raise CheckpointError(
+            f"{path}: its weights are in several files, which are not read; save it whole with transformers: "
+            "ChineseCLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size='100GB')"
+        )
     if found is None:
         raise CheckpointError(f"{path}: has a config.json, but neither {files[0].name} nor {files[1].name}")
     return found

@@ -63,6 +63,15 @@ def write_whole(path: Path, pieces: Iterable[Bytes]) -> None:
         part.unlink(missing_ok=True)
 
 
+def check_output(setting: str, path: Path, inputs: Iterable[Path] = ()) -> None:
+    """ValueError, before any work is done, where `write_whole` could not write this file or would replace an input."""
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "is a folder" if path.is_dir() else f"is to be in {path.parent}, which is no folder"
+        raise ValueError(f"{setting}: {path} {wrong}; give the name of a file in a folder that exists")
+    if path.exists() and any(path.samefile(file) for file in inputs if file.exists()):
+        raise ValueError(f"{setting}: {path} is an input, which would be replaced; give another name")
+
+
 def write_json(path: Path, content: Any) -> None:
     """`write_whole` of JSON for people: indented, in UTF-8."""
     write_whole(path, [json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"])

@@ -94,6 +94,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a dict of tensors, with or without a `state_dict` key")
     size = path.stat().st_size
     for key, value in state.items():
+        odd = value.is_quantized or value.is_meta or value.is_nested or value.is_complex()
+        if odd or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: {key} is no plain tensor of real numbers; save the weights of such a model")
         if value.numel() * value.element_size() > size:  # a few bytes, repeated by strides of 0
             raise CheckpointError(f"{path}: {key} of shape {tuple(value.shape)} is larger than the file")
     return state

@@ -10,8 +10,10 @@ from helpers.chinese_clip import RELEASED, dump, write_files, write_split
 from helpers.pictures import picture
 from rwkv_clip.data import lmdb_build
 from rwkv_clip.data.chinese_clip import ImageFile
-from rwkv_clip.data.lmdb import LmdbSet
+from rwkv_clip.data.lmdb import LmdbSet, open_split
 from rwkv_clip.data.lmdb_build import LmdbSettings, build_lmdb
+from rwkv_clip.data.recordio import RecordError
+from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.data.rows import SourceError
 from rwkv_clip.errors import run_command
 from rwkv_clip.tokenizer import make_tokenizer
@@ -180,3 +182,24 @@ def test_the_command(tmp_path):
         done = subprocess.run([*command, "--lmdb_dir", str(tmp_path)], capture_output=True, text=True)
         assert done.returncode == 0 and words in done.stdout and "valid: 3 images and 6 pairs" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "valid"]
+
+
+def test_a_hidden_test_set_has_pictures_and_no_pairs(source):
+    write_files(source, "test", IMAGES, [(1, "x", []), (2, "y", [])])
+    (report,) = build_lmdb(LmdbSettings(str(source), "test"))
+    assert (report.images, report.pairs) == (3, 0) and "without image_ids" in str(report)
+    found = dump(source / "lmdb/test")
+    assert dict(found["pairs"]) == {b"num_samples": b"0"} and dict(found["imgs"])[b"num_images"] == b"3"
+    assert [name for name, _ in open_split(source / "lmdb/test").image_ids()] == ["11", "3", "5"]
+    with pytest.raises(RecordError, match="num_samples is 0: no text has an image"):
+        LmdbSet(source / "lmdb/test", make_tokenizer(context=8))
+    with pytest.raises(SourceError, match="has no pairs, as hidden test sets"):
+        load_retrieval(source / "lmdb/test")
+
+
+def test_a_text_with_a_pair_is_of_use(source):
+    write_files(source, "train", IMAGES, [(1, "x", [3, 3, 99]), (2, "y", [98, 5]), (3, "z", [97])])
+    report = build(source)
+    assert report.pairs == 2 and sum(report.remarks.values()) == 4
+    with pytest.raises(SourceError, match="1 of 3 lines are of no use"):
+        build(source, lmdb_dir=str(source / "new"), max_bad_fraction=0.3)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from rwkv_clip.data.retrieval_set import RetrievalSet
 from rwkv_clip.dist import rank_and_size
-from rwkv_clip.files import new_folder
+from rwkv_clip.files import check_output, new_folder
 
 from ..cache import data_key, encode_cached, encode_labelled
 from ..chinese_features import write_chinese_features
@@ -57,6 +58,9 @@ def load(settings: FeaturesSettings, device: torch.device) -> RetrievalSet | Cla
     """The set that `settings` name; all ranks call it."""
     _refuse_idle(settings)
     if settings.to == "chinese-clip":
+        for name in ("image_feat_output_path", "text_feat_output_path"):
+            if place := getattr(settings, name):
+                check_output(name, Path(place), map(Path, filter(None, (settings.data, settings.image_data))))
         return on_all_ranks(lambda: load_chinese_clip(settings.data, settings.image_data, settings.sides), device)
     if not settings.dataset:
         return retrieval.load(settings, device)

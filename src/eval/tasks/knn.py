@@ -17,7 +17,7 @@ import torch
 
 from rwkv_clip.config import ranged
 from rwkv_clip.device import keep_freed_memory
-from rwkv_clip.files import DamagedError, write_whole
+from rwkv_clip.files import DamagedError, check_output, write_whole
 
 from ..feature_lines import Id, read_feature_lines
 from ..nearest import find_nearest
@@ -46,6 +46,8 @@ def run(settings: KnnSettings) -> int:
     """Find, write, and say where."""
     keep_freed_memory()
     files = {"image": Path(settings.image_feats), "text": Path(settings.text_feats)}
+    output = Path(settings.output)
+    check_output("output", output, files.values())
     query, item = ("text", "image") if settings.direction == "t2i" else ("image", "text")
     found = {kind: read_feature_lines(path, f"{kind}_id") for kind, path in files.items()}
     for kind, (ids, _) in found.items():
@@ -57,7 +59,6 @@ def run(settings: KnnSettings) -> int:
         raise DamagedError(f"features of one model have one width, but {widths}; write them again")
     _say_oddities(ids, item, files[item], settings.top_k)
     nearest = find_nearest(torch.from_numpy(queries), torch.from_numpy(items), settings.top_k)
-    output = Path(settings.output)
     write_whole(output, (_line(query, asked[row], item, [ids[i] for i in best]) for row, best in enumerate(nearest)))
     print(f"top-{nearest.shape[1]} predictions: {output}")
     return 0

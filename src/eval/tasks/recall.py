@@ -10,7 +10,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from rwkv_clip.errors import DATA
-from rwkv_clip.files import write_whole
+from rwkv_clip.files import check_output, write_whole
 
 from ..recall_files import Refused, count_recall, direction_of, failure
 
@@ -34,7 +34,8 @@ class RecallSettings:
 
 def run(settings: RecallSettings) -> int:
     """Check, count, write the JSON, and print as the released scripts do."""
-    gold, predictions = Path(settings.gold), Path(settings.predictions)
+    gold, predictions, output = Path(settings.gold), Path(settings.predictions), Path(settings.output)
+    check_output("output", output, (gold, predictions))
     print(f"Read standard from {gold}")
     print(f"Read user submit file from {predictions}")
     try:
@@ -42,7 +43,7 @@ def run(settings: RecallSettings) -> int:
     except (Refused, OSError) as error:
         message = str(error)
         result = failure(message)
-    write_whole(Path(settings.output), [json.dumps(result).encode()])
+    write_whole(output, [json.dumps(result).encode()])
     if not message:
         print("The evaluation finished successfully.")
         return 0

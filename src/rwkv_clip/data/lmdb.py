@@ -134,7 +134,7 @@ class Split:
             self.count = _read_count(self._pairs, folder / "pairs", SAMPLES)
             self.listed = _read_count(self._images, folder / "imgs", IMAGES)
             stored = self._pairs.stat()["entries"] - 1
-        if not 0 < self.count <= stored:
+        if not self.count <= stored:
             raise RecordError(f"{folder}: num_samples is {self.count:,}, but there are {stored:,} pairs; {AGAIN}")
 
     def close(self) -> None:
@@ -262,6 +262,9 @@ class LmdbSet(Records):
         allow_open_files(2 * len(folders))
         self._folders, self._tokenizer, self._process = folders, tokenizer, -1
         self._splits: list[Split] = []
+        for split in self._open():
+            if not split.count:  # texts without images, as hidden test sets have them, are no records
+                raise RecordError(f"{split.folder}: num_samples is 0: no text has an image; name another split")
         self._ends = list(accumulate(split.count for split in self._open()))
         self.files = [folder / name / "data.mdb" for folder in folders for name in ("imgs", "pairs")]
         self.layout = Layout(("raw",), tokenizer.context, tokenizer.name, tokenizer.vocab_size)

@@ -278,6 +278,8 @@ def _from_lmdb(spec: Path) -> RetrievalSet:
     if len(folders) > 1:
         raise ValueError(f"{spec}: names {len(folders)} LMDB folders; an evaluation is of one")
     split, texts = open_split(folders[0]), {}
+    if not split.count:
+        raise SourceError(f"{folders[0]}: has no pairs, as hidden test sets have none; give another split")
     for i in range(split.count):
         image_id, text_id, text = split.pair(i)
         texts.setdefault((text_id, text), []).append(image_id)

@@ -94,10 +94,16 @@ def convert_configuration(data: dict[str, Any]) -> ModelConfig:
             if re.fullmatch(r"[\[(][\d, ]+[\])]", layers)
             else None
         )
-    if not isinstance(layers, (int, list, tuple)):
-        problems.append(
-            f"vision_layers: {data.get('vision_layers')!r} is neither a number nor a list such as [3,4,6,3]"
-        )
+    stages = isinstance(layers, (list, tuple)) and len(layers) == 4 and all(map(_is_count, layers))
+    if not stages and not _is_count(layers) and "vision_layers" in data:
+        problems.append(f"vision_layers: {data['vision_layers']!r} is neither a number nor a list such as [3,4,6,3]")
+    sizes = ["image_resolution", "vision_width", *([] if stages else ["vision_patch_size", "vision_head_width"])]
+    problems += [
+        f"{key}: {data[key]!r} is not a positive whole number" for key in sizes if not _is_count(data.get(key, 1))
+    ]
+    head, width = data.get("vision_head_width", 64), data.get("vision_width")
+    if not stages and not problems and width % head:
+        problems.append(f"vision_head_width: {head} does not divide vision_width {width}")
     if problems:
         raise ConfigError(problems)
     text = {ours: data[theirs] for theirs, ours in _TEXT_KEYS.items()}
@@ -109,6 +115,10 @@ def convert_configuration(data: dict[str, Any]) -> ModelConfig:
         **({"head_width": data["vision_head_width"]} if data.get("vision_head_width", 64) != 64 else {}),
     }
     return ModelConfig.parse({"image": image, "text": text, "embed_dim": data["embed_dim"], "resize_mode": "squash"})
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -174,8 +184,8 @@ def fit_positions(table: Tensor, rows: int) -> Tensor:
     corners aligned), as the released code does; unchanged where it fits. ValueError unless both grids are square."""
     if len(table) == rows:
         return table
-    old, new = math.isqrt(len(table) - 1), math.isqrt(rows - 1)
-    if old * old != len(table) - 1 or new * new != rows - 1:
+    old, new = (math.isqrt(max(count - 1, 0)) for count in (len(table), rows))
+    if not 0 < old * old == len(table) - 1 or not 0 < new * new == rows - 1:
         raise ValueError(f"positional_embedding: {len(table)} and {rows} rows are not 1 + a square grid; cannot resize")
     grid = table[1:].float().T.reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
@@ -202,18 +212,18 @@ def _shapes_of(spec: ModelConfig) -> tuple[Any, ...]:
     width, layers, patch = image["width"], image["layers"], image["patch_size"]
     conv, blocks = ((width, 3, patch, patch), layers) if patch else ((width // 2, 3, 3, 3), layers[0])
     rows = (image["image_size"] // (patch or 32)) ** 2 + 1
-    return spec.embed_dim, conv, blocks, rows, text["vocab"], text["width"], text["depth"]
+    return (spec.embed_dim,), conv, blocks, (rows,), (text["vocab"], text["width"]), text["depth"]
 
 
 def _shapes_in(state: dict[str, Tensor]) -> tuple[Any, ...]:
     def shape(key: str) -> tuple[int, ...]:
-        return tuple(state[key].shape) if key in state else (0,)
+        return tuple(state[key].shape) if key in state else ()
 
     def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, key) is not None for key in state)
 
-    rows = shape("visual.positional_embedding")[0] or shape("visual.attnpool.positional_embedding")[0]
+    rows = (shape("visual.positional_embedding") or shape("visual.attnpool.positional_embedding"))[:1]
     blocks = count(r"visual\.transformer\.resblocks\.\d+\.ln_1\.weight") or count(r"visual\.layer1\.\d+\.bn1\.weight")
-    vocab, width = shape("bert.embeddings.word_embeddings.weight")
+    words = shape("bert.embeddings.word_embeddings.weight")
     depth = count(r"bert\.encoder\.layer\.\d+\.output\.dense\.weight")
-    return shape(_PROJECTION)[-1], shape("visual.conv1.weight"), blocks, rows, vocab, width, depth
+    return shape(_PROJECTION)[-1:], shape("visual.conv1.weight"), blocks, rows, words, depth

@@ -49,7 +49,7 @@ def convert_configuration(data: dict[str, Any], where: str) -> ModelConfig:
     vision = {key: vision.get(key, default) for key, default in _VISION.items()}
     width, heads = vision["hidden_size"], vision["num_attention_heads"]
     problems = []
-    if vision["hidden_act"] not in _ACTIVATIONS or text.get("hidden_act", "gelu") != "gelu":
+    if vision["hidden_act"] not in list(_ACTIVATIONS) or text.get("hidden_act", "gelu") != "gelu":
         problems.append(f"{where}: hidden_act is not one of {', '.join(_ACTIVATIONS)} (text: gelu)")
     if vision["num_channels"] != 3 or vision["layer_norm_eps"] != 1e-5:
         problems.append(f"{where}: vision_config with num_channels other than 3 or layer_norm_eps other than 1e-5")
@@ -135,7 +135,7 @@ def from_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             found[f"image_model.transformer.resblocks.{block[1]}.{_PARTS[block[2]]}.{block[3]}"] = value
         elif block and block[2] == "self_attn.q_proj":
             parts = [key.replace("q_proj", f"{name}_proj") for name in "qkv"]
-            if all(part in state for part in parts):
+            if all(part in state and state[part].shape == value.shape for part in parts) and value.ndim:
                 whole = torch.cat([state[part] for part in parts])
                 found[f"image_model.transformer.resblocks.{block[1]}.attn.in_proj_{block[3]}"] = whole
         elif not (block and block[2] in ("self_attn.k_proj", "self_attn.v_proj")):

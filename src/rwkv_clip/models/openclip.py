@@ -234,7 +234,7 @@ def _build(where: str, settings: dict[str, Any], make: Callable[[], T]) -> T:
     """`make()`. ConfigError for an unknown or missing field, or a value of the wrong type."""
     try:
         return make()
-    except (ArithmeticError, TypeError, ValueError, AssertionError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError([f"{where}: open_clip cannot build {sorted(settings)}: {error}"]) from None
 
 
