@@ -1,8 +1,8 @@
 """Builds training records: rows of a source -> shards of .rec/.idx with a .json that says what they hold.
 
-The output depends on the input and the settings only, not on the number of workers or on interruptions: rows are encoded
-in parallel but written in order, and a shard appears under its name when it is complete. A later run keeps the shards
-that are there (`plan`) and goes on after them. One process at a time writes a prefix.
+The output depends on the input and the settings only, not on the number of workers or on interruptions: rows are
+encoded in parallel but written in order, and a shard appears under its name when it is complete. A later run keeps the
+shards that are there (`plan`) and goes on after them. One process at a time writes a prefix.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Chinese-CLIP's files, NAME_imgs.tsv (id, picture in base64) and NAME_texts.jsonl (text_id, text, image_ids): what a line
-holds, or why it is of no use; and its data sets as rows of a source: a row for each text and picture, as in the LMDB.
+"""Chinese-CLIP's files, NAME_imgs.tsv (id, picture in base64) and NAME_texts.jsonl (text_id, text, image_ids): what a
+line holds, or why it is of no use; and its data sets as rows of a source: a row for each text and picture, as in the
+LMDB.
 """
 
 from __future__ import annotations
@@ -120,8 +121,6 @@ def _is_id(value: object) -> bool:
     return type(value) is int and abs(value) < 10**19
 
 
-
-
 # ---- pictures at random ----------------------------------------------------------------------------------------------
 
 
@@ -134,7 +133,10 @@ class ImageFile:
             for _, line in iterate_lines(stream, file):
                 image_id, tab, _ = line.partition(b"\t")
                 if tab:
-                    self._places[image_id.removeprefix(b"" if at else BOM).strip().decode("utf-8", "replace")] = at + len(image_id) + 1, len(line)
+                    self._places[image_id.removeprefix(b"" if at else BOM).strip().decode("utf-8", "replace")] = (
+                        at + len(image_id) + 1,
+                        len(line),
+                    )
                 at += len(line)
 
     @property

@@ -38,8 +38,8 @@ class Record(NamedTuple):
     """A row that became a record.
 
     labels: float32 (texts * context,). fallbacks: texts that were missing and are the raw text instead. cut: texts
-    longer than the context. unused: fields with texts that are not taken, once for each text. reencoded: whether `image`
-    is a new JPEG. seen: as `Picture` has it.
+    longer than the context. unused: fields with texts that are not taken, once for each text. reencoded: whether
+    `image` is a new JPEG. seen: as `Picture` has it.
     """
 
     name: str

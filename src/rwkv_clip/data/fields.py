@@ -110,8 +110,8 @@ def name_text(place: int) -> str:
 
 
 class Choice(NamedTuple):
-    """What is taken from every row: the ready token ids of `token_field`, or else `texts`. `aside`: fields that look like
-    more of either, but are not taken."""
+    """What is taken from every row: the ready token ids of `token_field`, or else `texts`. `aside`: fields that look
+    like more of either, but are not taken."""
 
     texts: Texts
     token_field: str | None = None

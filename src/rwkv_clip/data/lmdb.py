@@ -364,7 +364,8 @@ class Store:
             raise RecordError(f"{self.folder}: {error}; remove the folder and start again") from None
 
     def put(self, items: Iterable[tuple[bytes, bytes]], removed: Iterable[bytes] = ()) -> None:
-        """Store all items, or none of them if this process dies meanwhile. items: taken again where the map was full."""
+        """Store all items, or none of them if this process dies meanwhile. items: taken again where the map was
+        full."""
         items, removed = list(items), list(removed)
         while True:
             try:

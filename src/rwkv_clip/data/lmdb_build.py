@@ -182,7 +182,9 @@ class _Builder:
             if not self.report.images:
                 raise SourceError(f"{self.images}: holds no picture; give a TSV that does")
             if not self.report.pairs and not self.report.remarks[NO_IMAGES]:  # as a hidden test set has them
-                raise SourceError(f"{self.texts}: no text belongs to a picture of {self.images.name}; are the ids the same?")
+                raise SourceError(
+                    f"{self.texts}: no text belongs to a picture of {self.images.name}; are the ids the same?"
+                )
             images.put([(IMAGES, b"%d" % self.report.images)], removed=[PROGRESS])
         write_json(self.part / NOTE, {"made_of": self.made_of, "report": {**vars(self.report), "kept": True}})
 

@@ -50,7 +50,8 @@ def read_json(file: Path, skip: Skip) -> Iterator[Row]:
 
 
 class JsonFile(NamedTuple):
-    """A .json that is parsed: its form, (fields, problem of the picture) of every entry, and the name it gives itself."""
+    """A .json that is parsed: its form, (fields, problem of the picture) of every entry, and the name it gives
+    itself."""
 
     file: Path
     form: str  # "list", "coco" or "karpathy"

@@ -4,9 +4,9 @@
     python -m rwkv_clip.data.pairs captions.jsonl OUT --split valid --where split=dev --texts captions_zh
     python -m rwkv_clip.data.lmdb --data_dir OUT --splits train,valid
 
-Writes OUT/{split}_imgs.tsv, OUT/{split}_texts.jsonl, and OUT/{split}_names.jsonl, which says what each picture was called.
-A table has a line for each picture and text; both may come again. Equal pictures (byte for byte) get one id; texts that are
-equal once they are prepared (case, curly quotes) are one text with several image_ids.
+Writes OUT/{split}_imgs.tsv, OUT/{split}_texts.jsonl, and OUT/{split}_names.jsonl, which says what each picture was
+called. A table has a line for each picture and text; both may come again. Equal pictures (byte for byte) get one id;
+texts that are equal once they are prepared (case, curly quotes) are one text with several image_ids.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .chinese_clip import IMAGES_ENDING, TEXTS_ENDING
 from .encode import Encoder, RowError
 from .fields import (
     CAPTION_FIELDS,
+    IMAGE_FIELDS,
     Choice,
     Condition,
-    IMAGE_FIELDS,
     FieldError,
     Texts,
     check_image_field,
@@ -54,8 +54,8 @@ class PairsSettings:
     """What is converted.
 
     Args:
-        source: what data2rec.py reads: a manifest (.csv .tsv .json .jsonl), .tar, .parquet, or a folder of pictures with
-            texts of the same name.
+        source: what data2rec.py reads: a manifest (.csv .tsv .json .jsonl), .tar, .parquet, or a folder of pictures
+            with texts of the same name.
         output: folder for the files.
         split: name of the split: train, valid, test.
         images: folder of the pictures (default: that of the manifest, or images/ in it).
@@ -80,7 +80,8 @@ class PairsSettings:
 
 @dataclass
 class Pairs:
-    """What was found: texts by what they are once prepared, names of the pictures by their bytes, and what was left out."""
+    """What was found: texts by what they are once prepared, names of the pictures by their bytes, and what was left
+    out."""
 
     texts: dict[str, tuple[str, dict[int, None]]] = field(default_factory=dict)
     images: dict[bytes, int] = field(default_factory=dict)
@@ -116,7 +117,9 @@ def convert(settings: PairsSettings) -> Pairs:
     if (there := [file for file in files if file.exists()]) and not settings.overwrite:
         raise ValueError(f"{there[0]}: exists; give --overwrite to replace it, or another folder or --split")
     if settings.images is not None and not Path(settings.images).is_dir():
-        raise ValueError(f"--images: {settings.images!r} is no folder; name the one that the names of the images start from")
+        raise ValueError(
+            f"--images: {settings.images!r} is no folder; name the one that the names of the images start from"
+        )
     source = Source(settings.source, settings.images, settings.allow_outside)
     if own := [file for file in there if source.holds(file)]:
         raise ValueError(f"{own[0]}: a file of the input, which the output would replace; give another folder")
@@ -126,7 +129,9 @@ def convert(settings: PairsSettings) -> Pairs:
         where = f" that meets {', '.join(settings.where)}" if settings.where else ""
         raise SourceError(f"{settings.source}: has no row{where}")
     folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder / f".{split}{IMAGES_ENDING}.lock", str(files[0]), "wait until it has ended, or give another folder"):
+    with hold(
+        folder / f".{split}{IMAGES_ENDING}.lock", str(files[0]), "wait until it has ended, or give another folder"
+    ):
         return _write(settings, source, conditions, fields, files)
 
 

@@ -134,7 +134,8 @@ class Stage(NamedTuple):
 def find_progress(plan: Plan, overwrite: bool) -> Progress:
     """What an earlier run has finished. Removes what it left half written.
 
-    ValueError where files that are not of this build are in the way, or were made of other pictures, unless `overwrite`.
+    ValueError where files that are not of this build are in the way, or were made of other pictures, unless
+    `overwrite`.
     """
     _remove_unfinished(plan.prefix)
     progress = Progress(BuildReport(plan.encoder.choice.texts, plan.encoder.context))

@@ -26,10 +26,10 @@ REMEDIES = {
 class BuildReport:
     """What a build did with its rows, or one shard of it with some of them.
 
-    count: records. skipped: reason -> rows. fallbacks: text -> records in which it is the raw text instead. cut: text ->
-    those longer than the context. unused: field -> texts that were not taken. where: condition without an answer ->
-    rows. examples: the first rows that were skipped. first: the first row of whatever else is counted. kept: files of an
-    earlier run; damaged: those of them that had to be built again.
+    count: records. skipped: reason -> rows. fallbacks: text -> records in which it is the raw text instead. cut: text
+    -> those longer than the context. unused: field -> texts that were not taken. where: condition without an answer ->
+    rows. examples: the first rows that were skipped. first: the first row of whatever else is counted. kept: files of
+    an earlier run; damaged: those of them that had to be built again.
     """
 
     texts: Texts = Texts((), ())

@@ -1,4 +1,5 @@
-"""Sets for retrieval: pictures with their captions, from caption files or records. Pictures stay on disk until needed."""
+"""Sets for retrieval: pictures with their captions, from caption files or records. Pictures stay on disk until
+needed."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from .rows import SourceError
 
 EVERY_SPLIT = "all"
 FORMS = (
-    "JSON lines (.jsonl), a JSON list, Karpathy's or COCO's JSON (.json), Chinese-CLIP's NAME_texts.jsonl or LMDB folder, "
-    "or records (.rec) that data2rec.py made"
+    "JSON lines (.jsonl), a JSON list, Karpathy's or COCO's JSON (.json), Chinese-CLIP's NAME_texts.jsonl or "
+    "LMDB folder, or records (.rec) that data2rec.py made"
 )
 
 
@@ -104,7 +105,8 @@ def load_retrieval(
 ) -> RetrievalSet:
     """Read a retrieval set.
 
-    path: Chinese-CLIP's NAME_texts.jsonl with NAME_imgs.tsv beside it, or a split folder of its LMDB; a JSON list or JSON lines of {"image": path, "caption" | "captions": text or list, "split": optional} (other
+    path: Chinese-CLIP's NAME_texts.jsonl with NAME_imgs.tsv beside it, or a split folder of its LMDB; a JSON list or
+    JSON lines of {"image": path, "caption" | "captions": text or list, "split": optional} (other
     names: IMAGE_FIELDS and CAPTION_FIELDS of `fields`); a Karpathy file {"images": [{"filename", "filepath", "split",
     "sentences": [{"raw"}]}]}; COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; or
     .rec shards (prefix, file, glob, comma list). Entries that name the same file are one picture, and so are records
@@ -266,7 +268,9 @@ def _from_text_file(file: Path) -> RetrievalSet:
     images, texts = ImageFile(find_pair(file)[0]), []
     for line in read_texts(file):
         if line.problem:
-            raise SourceError(f"{file}: line {line.number}: {line.problem}; repair it: an evaluation leaves nothing out")
+            raise SourceError(
+                f"{file}: line {line.number}: {line.problem}; repair it: an evaluation leaves nothing out"
+            )
         texts.append((line.text_id, line.text, line.image_ids))
     name = file.name.removesuffix("_texts.jsonl")
     return _number(images.ids, texts, images.picture, f"{file.resolve().parent.name}/{name}", [images.file, file])

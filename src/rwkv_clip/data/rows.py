@@ -1,7 +1,8 @@
 """Rows: what every reader of a source yields, and what they share.
 
 A reader takes a file and a `Skip`, and yields a `Row` for each entry, in the file's order. Whether a picture or text is
-of use is judged later: here a row is complete, or holds a `Problem` in place of a value, or SourceError names the place.
+of use is judged later: here a row is complete, or holds a `Problem` in place of a value, or SourceError names the
+place.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..files import OutsideError, find_below, read_bytes
 from .image import MAX_BYTES
-from .rows import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, SourceError, load_json
+from .rows import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, load_json
 from .tar import Tar
 
 MAX_APART = 1 << 18  # samples without picture or text that are remembered
@@ -81,7 +81,8 @@ class Sample:
             self.texts[name] = Problem("text is not UTF-8 or JSON")
 
     def row(self, name: str) -> Row:
-        """The row of all files; a file replaces a field of the JSON. The picture is x.jpg; x.mask.png is a field only."""
+        """The row of all files; a file replaces a field of the JSON. The picture is x.jpg; x.mask.png is a field
+        only."""
         plain = [content for ending, content in self.pictures.items() if "." not in ending]
         image = MISSING if not plain else plain[0] if len(plain) == 1 else SEVERAL
         return Row(name, {**self.meta, **self.texts, **self.pictures}, None, self.fault or image)

@@ -181,7 +181,11 @@ def _look_into(folder: Path) -> list[tuple[str, Path]]:
             pictures += has_picture
             pairs += has_picture and any(is_text(ending) for ending, _ in files)
             loose += [Path(place, name) for ending, name in files if ending == "json" and not has_picture]
-        found += [(kind, Path(place, name)) for name in names if (kind := _kind(os.path.join(place, name))) not in (None, "json")]
+        found += [
+            (kind, Path(place, name))
+            for name in names
+            if (kind := _kind(os.path.join(place, name))) not in (None, "json")
+        ]
     about = {str(file.parent / file.name.partition(".")[0]) for kind, file in found if kind == "tar"}
     if pairs:
         about |= places
@@ -191,8 +195,8 @@ def _look_into(folder: Path) -> list[tuple[str, Path]]:
     found += [("json", file) for file in loose]
     if not found:
         raise ValueError(
-            f"source: {str(folder)!r} names no file of a known kind, but {pictures} pictures, none with a .txt or .json "
-            f"of its name; known endings: {ENDINGS}"
+            f"source: {str(folder)!r} names no file of a known kind, but {pictures} pictures, none with a .txt or "
+            f".json of its name; known endings: {ENDINGS}"
         )
     return sorted(found, key=lambda item: item[1])
 

@@ -1,7 +1,7 @@
 """The tar format, forwards and once, with every size checked before it is believed.
 
-`tarfile` itself loops for ever on a negative size and reads a long name of gigabytes into memory; only its functions for
-single fields are used. A compressed tar is read to its end, where its checksum is.
+`tarfile` itself loops for ever on a negative size and reads a long name of gigabytes into memory; only its functions
+for single fields are used. A compressed tar is read to its end, where its checksum is.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def make_loader(
     keys: bool = False,
     device: str | torch.device = "cpu",
 ) -> Loader:
-    """Iterable of the plan's batches, with `views` random crops of each image, (height, width) or a square. keys: whether
-    batches have `image_keys`.
+    """Iterable of the plan's batches, with `views` random crops of each image, (height, width) or a square. keys:
+    whether batches have `image_keys`.
 
     settings.loader: "torch" (worker processes), "dali", or "auto": DALI where it is installed, `device` is a GPU and
     the settings are nothing that only torch does.

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rwkv_clip.errors import DATA
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.data.records import RecordError, Records
+from rwkv_clip.errors import DATA
 
 from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
