@@ -27,7 +27,7 @@ DIGESTS = {
     "v1-0.4.0": "fba0499a8107c4a5cf00c07530e53103d004fd16800e092c8cb9074a8b15894b",  # objective alip
     "v1-0.5.0": "b04c741efe6f75bd8b9cc5accb6f0f906e53129517ad9a80c9ba0e5b107a6b4d",  # says its version and records
     "v1-0.6.0": "ffccfa0b79165e72a7726d6074d4b412f024d4949b0eb89b1a1f9c1464a6ce2e",  # two widths, projected; alip
-    "v1-0.7.0": "e15582352a83c1d4e6110f6a543501aa7a3b50eb74b6a7799846cef0114b78fb",  # BERT, squashed images, positives masked
+    "v1-0.7.0": "e15582352a83c1d4e6110f6a543501aa7a3b50eb74b6a7799846cef0114b78fb",  # BERT; squashed; masked
 }
 RECORDS = 16  # that the run was made with
 

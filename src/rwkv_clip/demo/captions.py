@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from random import Random
 
 from .scenes import BACKGROUNDS, COLORS, MIDDLE, SHAPES, Scene, Thing
@@ -110,16 +111,28 @@ def write_generated(scene: Scene, rng: Random) -> str:
     return f"{first} with {_name_fully(c)} {relate(c, a)} it, {ground}"
 
 
-def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:
-    """Some of the thing's words; `wrong` substitutes another color or shape."""
-    color, shape = thing.color, thing.shape
+def choose_attributes(thing: Thing, rng: Random, wrong: bool) -> tuple[str, str]:
+    """Color and shape that a text gives a thing; `wrong` substitutes another of one of them."""
     if wrong and rng.random() < 0.5:
-        color = rng.choice([c for c in COLORS if c != color])
-    elif wrong:
-        shape = rng.choice([s for s in SHAPES if s != shape])
+        return rng.choice([c for c in COLORS if c != thing.color]), thing.shape
+    if wrong:
+        return thing.color, rng.choice([s for s in SHAPES if s != thing.shape])
+    return thing.color, thing.shape
+
+
+def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:
+    """Some of the thing's words."""
+    color, shape = choose_attributes(thing, rng, wrong)
     words = [word for word in (thing.size, thing.texture) if rng.random() < 0.3]
     words += [color] if rng.random() < 0.85 else []
     return " ".join([*words, shape])
+
+
+def name_in_any_order(scene: Scene, rng: Random, name: Callable[[Thing, Random, bool], str]) -> list[str]:
+    """What `name(thing, rng, wrong)` calls each thing, in random order; one of them may be wrong."""
+    wrong = rng.randrange(len(scene.things)) if rng.random() < WRONG_FRACTION else -1
+    order = rng.sample(range(len(scene.things)), len(scene.things))
+    return [name(scene.things[i], rng, i == wrong) for i in order]
 
 
 def write_raw(scene: Scene, rng: Random) -> str:
@@ -127,9 +140,7 @@ def write_raw(scene: Scene, rng: Random) -> str:
     file = rng.choice(_FILES).format(rng.randint(10, 9999))
     if rng.random() < USELESS_FRACTION:
         return rng.choice((file, f"{rng.choice(_BEFORE)} {file}", " ".join(rng.sample(_TAGS, 3))))
-    wrong = rng.randrange(len(scene.things)) if rng.random() < WRONG_FRACTION else -1
-    order = rng.sample(range(len(scene.things)), len(scene.things))
-    named = [_name_loosely(scene.things[i], rng, i == wrong) for i in order]
+    named = name_in_any_order(scene, rng, _name_loosely)
     if rng.random() < 0.3:
         named.append(scene.background)
     text = rng.choice((" ", ", ", " and ", " - ")).join(named)
@@ -149,5 +160,10 @@ def write_raw(scene: Scene, rng: Random) -> str:
 
 def write_texts(scene: Scene) -> dict[str, str]:
     """The three texts of a scene by name; the same scene gives the same texts."""
-    writers = dict(zip(TEXT_NAMES, (write_raw, write_synthetic, write_generated)))
-    return {name: write(scene, Random(f"{scene.key}/{name}")) for name, write in writers.items()}
+    return write_each(scene, (write_raw, write_synthetic, write_generated))
+
+
+def write_each(scene: Scene, writers: Sequence[Callable[[Scene, Random], str]], language: str = "") -> dict[str, str]:
+    """Raw, synthetic and generated text by these writers; their random numbers follow from scene, language and name."""
+    named = zip(TEXT_NAMES, writers)
+    return {name: write(scene, Random(f"{scene.key}/{language}{name}")) for name, write in named}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from .captions import TEXT_NAMES, USELESS_FRACTION, WRONG_FRACTION, order_three, relate
+from .captions import USELESS_FRACTION, choose_attributes, name_in_any_order, order_three, relate, write_each
 from .scenes import COLORS, MIDDLE, SHAPES, Scene, Thing
 
 SHAPES_ZH = dict(zip(SHAPES, ("圆形", "正方形", "三角形", "五角星", "心形", "菱形", "十字", "圆环")))
@@ -87,12 +87,8 @@ def write_generated(scene: Scene, rng: Random) -> str:
 
 
 def _name_loosely(thing: Thing, rng: Random, wrong: bool) -> str:
-    """Some of the thing's words; `wrong` substitutes another color or shape."""
-    color, shape = thing.color, thing.shape
-    if wrong and rng.random() < 0.5:
-        color = rng.choice([c for c in COLORS if c != color])
-    elif wrong:
-        shape = rng.choice([s for s in SHAPES if s != shape])
+    """Some of the thing's words."""
+    color, shape = choose_attributes(thing, rng, wrong)
     words = [COLORS_ZH[color]] if rng.random() < 0.85 else []
     words += [TEXTURES_ZH[thing.texture]] if rng.random() < 0.3 else []
     words += [SIZES_ZH[thing.size]] if rng.random() < 0.3 else []
@@ -104,9 +100,7 @@ def write_raw(scene: Scene, rng: Random) -> str:
     file = rng.choice(_FILES).format(rng.randint(10, 9999))
     if rng.random() < USELESS_FRACTION:
         return rng.choice((file, f"{rng.choice(_BEFORE)} {file}", " ".join(rng.sample(_AFTER, 3))))
-    wrong = rng.randrange(len(scene.things)) if rng.random() < WRONG_FRACTION else -1
-    order = rng.sample(range(len(scene.things)), len(scene.things))
-    named = [_name_loosely(scene.things[i], rng, i == wrong) for i in order]
+    named = name_in_any_order(scene, rng, _name_loosely)
     if rng.random() < 0.3:
         named.append(GROUNDS_ZH[scene.background])
     text = rng.choice((" ", "、", "和", "-")).join(named)
@@ -116,5 +110,4 @@ def write_raw(scene: Scene, rng: Random) -> str:
 
 def write_texts(scene: Scene) -> dict[str, str]:
     """The three texts of a scene by name; the same scene gives the same texts."""
-    writers = dict(zip(TEXT_NAMES, (write_raw, write_synthetic, write_generated)))
-    return {name: write(scene, Random(f"{scene.key}/zh/{name}")) for name, write in writers.items()}
+    return write_each(scene, (write_raw, write_synthetic, write_generated), "zh/")
