@@ -3,7 +3,7 @@
 # and without --positives mask: not a published row, but the whole way of Chinese-CLIP on real images. Three seeds each, 15 runs.
 #
 #   FLICKR8K=folder with captions.jsonl ({"image", "captions_zh": [5], "split"}) and images/ [OUTPUT=logs/chinese]
-#   bash shell/compare_Chinese_Flickr8k.sh [--epochs 8 --repeats 3 --jobs 2]
+#   bash shell/compare_Chinese_Flickr8k.sh [--epochs 3 --repeats 3 --jobs 2]
 #
 # Table and numbers: tests/bench/results/chinese-*.json; picture: figure/flickr8k_chinese.png. The same command resumes after an
 # interruption.
