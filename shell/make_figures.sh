@@ -5,6 +5,7 @@
 #
 # demo_set.png              drawn by the demo set itself
 # demo_training.png, demo_retrieval.png  copied from RUN; left as they are where there is no demo run (shell/train_demo.sh)
+# demo_retrieval_chinese.png  copied from the newest logs/demo-cn-clip-* (shell/finetune_CN_CLIP_B16_MUGE.sh), if there is one
 # flickr8k.png              recalls of logs/flickr8k-* (shell/train_Flickr8k_small.sh), or those in figure/flickr8k.json
 # architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, bench.png  from tests/bench/results
 set -euo pipefail
@@ -15,6 +16,8 @@ if [ -n "$RUN" ]; then
   cp "$RUN/training.png" figure/demo_training.png
   cp "$RUN/retrieval.png" figure/demo_retrieval.png
 fi
+CHINESE=$(ls -d logs/demo-cn-clip-*/ 2>/dev/null | tail -n 1 || true)
+[ -z "$CHINESE" ] || cp "$CHINESE/retrieval.png" figure/demo_retrieval_chinese.png
 FLICKR8K_RUNS=()
 for results in logs/flickr8k-*/eval; do
   [ ! -d "$results" ] || FLICKR8K_RUNS+=("$(dirname "$results")")

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
+
+from rwkv_clip.fonts import find_fonts
 
 from .tables import LEGACY, RECALL_COLUMNS, Table
 
@@ -101,9 +104,20 @@ def draw_confusion(worst: Sequence[dict], dataset: str) -> bytes:
 
 
 def png_of(figure, dpi: int = DPI) -> bytes:
-    """A figure of matplotlib as the content of a file."""
+    """A figure of matplotlib as the content of a file, its texts in a font that has their characters; where none is
+    installed, the picture says so."""
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    fonts, lacking = find_fonts("".join(text.get_text() for text in texts))
+    for text in texts:
+        text.set_fontfamily(fonts)
+    if lacking:
+        figure.suptitle(textwrap.fill(lacking, 48), fontsize=8)
     content = io.BytesIO()
-    figure.savefig(content, dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # which the picture says itself
+        figure.savefig(content, dpi=dpi)
     return content.getvalue()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from rwkv_clip.config import ranged
 from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
-from rwkv_clip.fonts import find_fonts, wrap_text
+from rwkv_clip.fonts import wrap_text
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 
@@ -107,12 +107,9 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    fonts, lacking = find_fonts("".join(map(data.caption_text, chosen.tolist())))
-    if lacking:
-        figure.suptitle(f"captions: {lacking}", fontsize=9)
     for row, caption, owner, found, rank in zip(grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()):
         text = drawable(wrap_text(data.caption_text(caption), 28, 180))
-        row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes, family=fonts)
+        row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes)
         right = data.images_of(caption)
         for axes, image in zip(row[1:], found):
             _show(axes, data.open(image), "tab:green" if image in right else None)
