@@ -55,7 +55,10 @@ DIGESTED = (16, 256)  # records of a file that a digest reads, at least and at m
 ALL_DIGESTED = 4096  # records of all files, where that leaves each the least
 BEGINNING = 1 << 14  # bytes of such a record, where it has no checksum
 MAX_JSON = 1 << 24  # bytes of a side file that are read
-WAYS = "give a prefix, file, glob, folder or comma list of records, which data2rec.py makes from other data"
+WAYS = (
+    "give a prefix, file, glob, folder or comma list of records, which data2rec.py makes from other data, or the "
+    "folder of a split in an LMDB of Chinese-CLIP's (with imgs and pairs in it)"
+)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ TEXT_TOWERS = {  # their name -> a preset that has it
     "RBT3-chinese": "RN50",
 }
 CONTEXT = 52  # tokens, of the released command line
+MOST = 1 << 16  # of layers, pixels and widths; more is a slip, and would be built for hours
 
 # ---- names and configurations ----------------------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ def convert_configuration(data: dict[str, Any]) -> ModelConfig:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MOST
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
