@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="what data2rec.py reads; pictures are taken as they are")
     parser.add_argument("--texts", default="captions.0", help="field of the text of each picture")
     parser.add_argument("--images", help="folder of the pictures")
-    parser.add_argument("--steps", type=int, default=10, help=f"batches of {BATCH} in a timed call")
+    parser.add_argument("--steps", type=int, default=60, help=f"batches of {BATCH} in a timed call")
     args = parser.parse_args()
     report = Report("chinese_data", args.device, commit=args.commit)
     with tempfile.TemporaryDirectory() as folder:
