@@ -4,8 +4,8 @@
 #   CHECKPOINT=run-folder-or-file DATA=captions.json [SPLIT=test] [IMAGE_ROOT=dir] [PREFIX="a photo of "]
 #   [MODEL=preset-or-json] [LOGS=where results go] [NPROC_PER_NODE=1] bash shell/test_zero_shot_retrieval.sh [--setting value ..]
 #
-# DATA        JSON list, JSONL, Karpathy JSON (COCO, Flickr30k) or .rec shards
-# PREFIX      before every caption; "a photo of " in the published tables (default), none on the demo set
+# DATA        JSON list, JSONL, Karpathy JSON (COCO, Flickr30k), .rec shards, or Chinese-CLIP's X_texts.jsonl or LMDB folder of a split
+# PREFIX      before every caption; "a photo of " in the published tables (default), none on the demo set and on Chinese-CLIP's data
 # CHECKPOINT  run folder, checkpoint folder, .safetensors, released .pt (with MODEL), or open_clip:NAME:TAG
 set -euo pipefail
 source "$(dirname "$0")/needs.sh"
@@ -14,6 +14,7 @@ if [ -z "${DATA:-}" ]; then
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA" >&2; exit 2; }
   DATA=$(demo_data)/retrieval.jsonl PREFIX=${PREFIX-}
 fi
+if [[ "$DATA" == *_texts.jsonl ]] || [ -d "$DATA/pairs" ]; then PREFIX=${PREFIX-}; fi
 need_file CHECKPOINT "a run folder, weights file or open_clip:NAME:TAG"
 need_records DATA "a JSON, JSONL or Karpathy file, or records"
 source shell/setup.sh

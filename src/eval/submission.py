@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_clip.files import write_whole
+from rwkv_clip.models.freezing import IMAGE_TOWERS
 
 SCALE = 100.0  # of the released zero-shot evaluation, whatever the model's temperature
 
@@ -23,14 +24,14 @@ def write_submission(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    count = sum(parameter.numel() for parameter in model.parameters())
-    visual = getattr(model, "visual", None)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    count = sum(sizes.values())
     about = {
         "model_name": model_name,
         "dataset_name": name,
         "num_trainable_params": 0,
         "num_params": count,
-        "num_visual_params": sum(p.numel() for p in visual.parameters()) if isinstance(visual, nn.Module) else 0,
+        "num_visual_params": sum(size for name, size in sizes.items() if name.startswith(IMAGE_TOWERS)),
         "num_backbone_params": count,
         "n_shot": 0,
         "rnd_seeds": [123],

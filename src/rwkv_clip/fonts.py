@@ -6,9 +6,7 @@ import textwrap
 import unicodedata
 from contextlib import suppress
 from functools import lru_cache
-
-from matplotlib import font_manager
-from matplotlib.ft2font import FT2Font
+from typing import Any
 
 DEFAULT = "DejaVu Sans"  # comes with matplotlib
 PREFERRED = ("CJK", "Han", "WenQuanYi", "PingFang", "YaHei", "SimHei", "Heiti")  # in names of complete Chinese fonts
@@ -20,46 +18,58 @@ def find_fonts(text: str) -> tuple[list[str], str]:
 
     An installed font is added where matplotlib's own lacks a character of `text`.
     """
-    missing = frozenset(c for c in text if not c.isspace() and not _has(font_manager.findfont(DEFAULT), c))
-    if not missing:
-        return [DEFAULT], ""
-    found = _find_font(missing)
-    return ([DEFAULT, found[0]], "") if found else ([DEFAULT], REMEDY)
+    missing = _find_missing(text)
+    found = _find_font(missing) if missing else None
+    return [DEFAULT, *([found.name] if found else [])], REMEDY if missing and not found else ""
 
 
 def find_font_file(text: str) -> str | None:
     """Path of an installed font that has all characters of `text` which matplotlib's own lacks, else None."""
-    missing = frozenset(c for c in text if not c.isspace() and not _has(font_manager.findfont(DEFAULT), c))
+    missing = _find_missing(text)
     found = _find_font(missing) if missing else None
-    return found[1] if found else None
+    return found.fname if found else None
+
+
+def _find_missing(text: str) -> frozenset[str]:
+    """The characters that matplotlib's own font lacks."""
+    from matplotlib.font_manager import findfont
+
+    own = findfont(DEFAULT)
+    return frozenset(c for c in text if not c.isspace() and not _has(own, c))
 
 
 @lru_cache(maxsize=256)
-def _find_font(characters: frozenset[str]) -> tuple[str, str] | None:
-    """(family, file) of an installed font with all of the characters."""
+def _find_font(characters: frozenset[str]) -> Any:
+    """matplotlib's entry of an installed font with all of the characters; None if there is none."""
     return _search(characters) or (_search(characters) if _add_new_fonts() else None)
 
 
-def _search(characters: frozenset[str]) -> tuple[str, str] | None:
-    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+def _search(characters: frozenset[str]) -> Any:
+    from matplotlib.font_manager import fontManager
+
+    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]
     for font in sorted(fonts, key=lambda f: (not any(word in f.name for word in PREFERRED), f.weight != 400, f.name)):
         if all(_has(font.fname, c) for c in characters):
-            return font.name, font.fname
+            return font
     return None
 
 
 def _add_new_fonts() -> int:
     """Add the fonts that were installed after matplotlib made its list of them. Returns their number."""
-    listed, added = {font.fname for font in font_manager.fontManager.ttflist}, 0
-    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    listed, added = {font.fname for font in fontManager.ttflist}, 0
+    for path in sorted(set(findSystemFonts()) - listed):
         with suppress(OSError, RuntimeError):
-            font_manager.fontManager.addfont(path)
+            fontManager.addfont(path)
             added += 1
     return added
 
 
 @lru_cache(maxsize=64)
-def _open(path: str) -> FT2Font:
+def _open(path: str) -> Any:
+    from matplotlib.ft2font import FT2Font
+
     return FT2Font(path)
 
 

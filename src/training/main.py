@@ -116,7 +116,7 @@ def make_validator(
                 extractor = FeatureExtractor(net, preprocess, tokenizer, world.device, parallel.batch_size, autocast)
                 found = evaluate_retrieval(extractor, pairs, data.val_prefix)
                 size = data.val_batch_size or parallel.batch_size
-                batches = measure_batches(found, pairs.image_of_caption, net.logit_scale, size, settings.run.seed)
+                batches = measure_batches(found, pairs.all_pairs, net.logit_scale, size, settings.run.seed)
         return {key: value for key, value in (found.metrics | batches).items() if isinstance(value, float)}
 
     return validate

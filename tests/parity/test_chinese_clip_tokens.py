@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rwkv_clip.tokenizer import BERT_CHINESE, CLIP_BPE, count_cut, make_tokenizer, prepare_texts
+from rwkv_clip.tokenizer import VOCABULARY as VOCABULARY_FILE
 
 GIVEN = json.loads((Path(__file__).parent / "cn_clip" / "tokens.json").read_text(encoding="utf-8"))
 LINES = (Path(make_tokenizer.__code__.co_filename).parent / "bert-chinese" / "vocab.txt").read_text(encoding="utf-8")
@@ -297,3 +298,14 @@ def test_mistakes():
         make_tokenizer("bert")
     with pytest.raises(ValueError, match="should be a str"):
         make_tokenizer(BERT_CHINESE)([b"x"])
+
+
+@pytest.mark.parametrize("character", ["\ue000", "\U0002b8a0"], ids=["private", "extension E"])
+def test_the_library_still_gives_other_ids(character):
+    """Why the tokenizer is our own. Where this fails, the library may have caught up: compare all code points."""
+    library = pytest.importorskip("tokenizers")
+    theirs = library.BertWordPieceTokenizer(str(VOCABULARY_FILE), lowercase=True)
+    text = f"狗{character}a"
+    assert make_tokenizer(BERT_CHINESE, 12)(text)[0].tolist() == (definition := ids_of(text, 12))
+    assert [i for i in definition if i] != theirs.encode(text).ids
+    assert theirs.encode("一只狗。").ids == [i for i in ids_of("一只狗。", 12) if i]

@@ -44,6 +44,9 @@ def test_features_logits_and_loss(given, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(given["image"]), given["encode_image"], **CLOSE)
         torch.testing.assert_close(model.encode_text(given["text"]), given["encode_text"], **CLOSE)
+        for side in ("image", "text"):  # as the README says
+            own, theirs = getattr(model, f"encode_{side}")(given[side]), given[f"encode_{side}"]
+            assert (own - theirs).norm() < 1e-6 * theirs.norm()
         image, text, scale = model(given["image"], given["text"])
     torch.testing.assert_close(image, given["image_features"], **CLOSE)
     torch.testing.assert_close(text, given["text_features"], **CLOSE)

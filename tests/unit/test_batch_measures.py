@@ -85,8 +85,9 @@ def test_duplicates():
 def test_validation_is_the_plain_formula_batch_by_batch(size):
     image, text = features()
     images = torch.from_numpy(np.arange(BATCH) // 2)
-    found = measure_batches(RetrievalResult({}, image, text, 0), images.numpy(), torch.tensor(2.0), size, seed=1)
-    again = measure_batches(RetrievalResult({}, image, text, 0), images.numpy(), torch.tensor(2.0), size, seed=2)
+    pairs = np.stack([np.arange(BATCH), images.numpy()], 1)
+    found = measure_batches(RetrievalResult({}, image, text, 0), pairs, torch.tensor(2.0), size, seed=1)
+    again = measure_batches(RetrievalResult({}, image, text, 0), pairs, torch.tensor(2.0), size, seed=2)
     order = torch.from_numpy(np.argsort(hash64(1, np.arange(BATCH)), kind="stable"))
     losses, hits = [], []
     for batch in order.split(size):
@@ -98,6 +99,18 @@ def test_validation_is_the_plain_formula_batch_by_batch(size):
     accuracies = (sum(hits) / BATCH).tolist()
     assert [found["image_to_text_acc"], found["text_to_image_acc"]] == pytest.approx(accuracies)
     assert (found["loss"] == pytest.approx(again["loss"], rel=1e-6)) == (size in (1, BATCH, 4096))
+
+
+def test_a_caption_counts_with_each_of_its_images_and_one_without_any_not_at_all():
+    image, text = features()
+    result = RetrievalResult({}, image, text, 0)
+    pairs = np.array([(1, 0), (1, 3), (2, 2)])  # caption 0 has no image
+    found = measure_batches(result, pairs, torch.tensor(2.0), 1, seed=1)
+    assert found["loss"] == 0 and found["image_to_text_acc"] == 1  # every pair alone
+    of_images, of_texts = dense_losses(image[[0, 3, 2]].double(), text[[1, 1, 2]].double(), torch.tensor(math.exp(2.0)))
+    found = measure_batches(result, pairs, torch.tensor(2.0), 3, seed=1)
+    assert found["loss"] == pytest.approx(float((of_images + of_texts).mean() / 2), rel=1e-6)
+    assert measure_batches(result, pairs[:0], torch.tensor(2.0), 3, seed=1) == {}
 
 
 def test_captions_of_one_image_are_spread():

@@ -3,8 +3,6 @@
 import base64
 import io
 import json
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 
 from helpers.chinese_clip import RELEASED, write_files, write_split
-from helpers.color_model import COLORS, loaded, preprocess
+from helpers.color_model import COLORS, preprocess, use_color_model
 from rwkv_clip.eval.main import main
 from rwkv_clip.metrics import recall_at_k
 
@@ -32,9 +30,7 @@ def encoded(color: str) -> str:
 
 @pytest.fixture
 def model(monkeypatch):
-    found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
-    return found
+    return use_color_model(monkeypatch)
 
 
 @pytest.fixture

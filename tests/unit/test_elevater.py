@@ -1,25 +1,32 @@
 """Classification in ELEVATER's layout: labels, folders, order, templates, and the file of predictions."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers.color_model import COLORS, loaded, save_color
+from helpers.color_model import COLORS, save_color, use_color_model
 from rwkv_clip.eval.datasets import load_classification
 from rwkv_clip.eval.datasets.elevater import CHINESE_TEMPLATES
 from rwkv_clip.eval.main import main
+from rwkv_clip.eval.submission import write_submission
+from rwkv_clip.eval.tasks.classification import describe_prompts
+from rwkv_clip.eval.tasks.retrieval import note_prefix
+from rwkv_clip.factory import create_model
+from rwkv_clip.tokenizer import BERT_CHINESE, make_tokenizer
 
 NAMES = ["red", "green", "blue"]
+VISION = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
+TEXT = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1}
+BERT = {"kind": "bert", "context": 8, "vocab": 50, "width": 8, "depth": 1, "heads": 1, "ffn_width": 8}
+TWO_TOWERS = {"image": {"kind": "open_clip", **VISION}, "text": BERT, "embed_dim": 8}
 
 
 @pytest.fixture
 def model(monkeypatch):
-    found = loaded()
+    found = use_color_model(monkeypatch)
     found.model.visual = torch.nn.Linear(2, 3)
-    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
     return found
 
 
@@ -123,3 +130,25 @@ def test_what_is_wrong_is_said(tmp_path, capsys, model, file, content, problem):
     assert classify(folder, tmp_path / "logs", *more) in (2, 3)
     error = capsys.readouterr().err
     assert problem in error and error.count("\n") == 1
+
+
+def test_parameters_of_an_image_tower_are_counted_in_our_models_and_in_open_clips(tmp_path):
+    logits = torch.eye(3)
+    for spec in (TWO_TOWERS, {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": TEXT}):
+        model = create_model(spec)
+        path = write_submission(tmp_path, "set", model, "CN-CLIP-Ti-8", logits, None)
+        tower = model.image_model if hasattr(model, "image_model") else model.visual
+        found = json.loads(path.read_text())
+        assert 0 < found["num_visual_params"] == sum(p.numel() for p in tower.parameters()) < found["num_params"]
+
+
+def test_english_prompts_for_a_chinese_model_are_noted():
+    data = SimpleNamespace(class_names=["a", "b"], templates=["a photo of a {}"], note="")
+    tokenizer = make_tokenizer(BERT_CHINESE, 12)
+    assert "give --language zh" in describe_prompts(data, tokenizer)
+    assert describe_prompts(data, make_tokenizer(context=12)) == ""
+    data.class_names = ["狗", "猫"]
+    assert describe_prompts(data, tokenizer) == ""
+    assert "leave it out" in note_prefix("a photo of ", tokenizer)
+    assert note_prefix("", tokenizer) == note_prefix("一张", tokenizer) == ""
+    assert note_prefix("a photo of ", make_tokenizer(context=12)) == ""

@@ -2,14 +2,12 @@
 
 import json
 import os
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.color_model import COLORS, loaded, save_color
+from helpers.color_model import COLORS, save_color, use_color_model
 from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.eval.feature_files import Features, read_about, read_features, write_features
 from rwkv_clip.eval.main import main
@@ -206,9 +204,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 @pytest.fixture
 def model(monkeypatch):
-    found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
-    return found
+    return use_color_model(monkeypatch)
 
 
 @pytest.fixture

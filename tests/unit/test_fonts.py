@@ -1,5 +1,7 @@
 """Text in pictures: fonts by their characters, lines by their width."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from rwkv_clip import fonts
@@ -12,13 +14,14 @@ def test_plain_text_needs_no_other_font():
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_chinese_takes_an_installed_font_or_says_what_to_install(monkeypatch, installed):
-    monkeypatch.setattr(fonts, "_find_font", lambda characters: ("Some CJK", "x.ttc") if installed else None)
+    found = SimpleNamespace(name="Some CJK", fname="x.ttc") if installed else None
+    monkeypatch.setattr(fonts, "_find_font", lambda characters: found)
     assert find_fonts("狗 dog") == (([DEFAULT, "Some CJK"], "") if installed else ([DEFAULT], REMEDY))
 
 
 def test_a_font_without_one_of_the_characters_is_not_taken(monkeypatch):
     monkeypatch.setattr(fonts, "_has", lambda path, character: character != "狗")
-    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", list)
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
     fonts._find_font.cache_clear()
     assert fonts._find_font(frozenset("狗猫")) is None
     assert fonts._find_font(frozenset("猫"))

@@ -397,6 +397,23 @@ def test_recipes_are_short_and_safe():
         assert path.name in ("setup.sh", "needs.sh") or "set -euo pipefail" in lines, path  # sourced after that line
 
 
+@pytest.mark.parametrize(
+    "data, given, prefix",
+    [
+        ("x.rec", {}, "a photo of "),
+        ("valid_texts.jsonl", {}, ""),
+        ("lmdb/valid", {}, ""),
+        ("valid_texts.jsonl", {"PREFIX": "一张"}, "一张"),
+        ("x.rec", {"PREFIX": ""}, ""),
+    ],
+)
+def test_no_english_prefix_before_chinese_texts(clone, data, given, prefix):
+    (clone / "valid_texts.jsonl").touch()
+    (clone / "lmdb" / "valid" / "pairs").mkdir(parents=True)
+    (call,) = called(clone, "test_zero_shot_retrieval.sh", CHECKPOINT="x.rec", DATA=data, **given)
+    assert call[call.index("--prefix") + 1] == prefix
+
+
 MISTAKES = [
     ("test_zero_shot_retrieval.sh", {"CHECKPOINT": "none", "DATA": "x.rec"}, "CHECKPOINT=none: no such file"),
     ("test_zero_shot_retrieval.sh", {"CHECKPOINT": "x.rec", "DATA": "none"}, "DATA=none: none names no file"),

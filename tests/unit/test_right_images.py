@@ -13,6 +13,7 @@ from rwkv_clip.data.image import ImageError
 from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.data.rows import SourceError
 from rwkv_clip.errors import run_command
+from rwkv_clip.eval.tasks import retrieval
 from rwkv_clip.metrics import NEVER, recall_at_k, recall_hits, retrieval_ranks
 
 
@@ -183,3 +184,15 @@ def test_what_does_not_fit_is_named(tmp_path):
     (tmp_path / "u_texts.jsonl").write_text(json.dumps({"text_id": 1, "text": "x", "image_ids": [6]}))
     with pytest.raises(SourceError, match="are the ids the same"):
         load_retrieval(tmp_path / "u_texts.jsonl")
+
+
+def test_the_gallery_counts_no_right_picture_as_a_wrong_one(tmp_path, monkeypatch):
+    """A text whose two pictures both come behind seven wrong ones; the better of them is shown, with its rank."""
+    write_files(tmp_path, "test", {i: picture(i) for i in range(10)}, [(1, "no picture", []), (2, "two", [8, 9])])
+    data, shown = load_retrieval(tmp_path / "test_texts.jsonl"), []
+    angles = torch.tensor([0.1 * i for i in range(8)] + [1.0, 0.65])  # from the text: 9 is seventh, 8 the last
+    images = torch.stack([angles.cos(), angles.sin()], 1)
+    found = retrieval.RetrievalResult({}, images, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), 0)
+    monkeypatch.setattr(retrieval, "_show", lambda axes, image, frame, title="": shown.append((frame, title)))
+    assert retrieval.draw_gallery(data, found, 8).startswith(b"\x89PNG")
+    assert shown == [(None, "")] * 5 + [("tab:orange", "rank 8 of 10")]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.color_model import COLORS, loaded, save_color
+from helpers.color_model import COLORS, save_color, use_color_model
 from rwkv_clip.eval.main import main
 from rwkv_clip.eval.tasks.search import nearest_by_faiss
 from rwkv_clip.metrics import nearest_items
@@ -48,9 +48,7 @@ def test_without_faiss_the_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def model(monkeypatch):
-    found = loaded()
-    monkeypatch.setitem(sys.modules, "rwkv_clip.factory", SimpleNamespace(load_for_inference=lambda *a, **n: found))
-    return found
+    return use_color_model(monkeypatch)
 
 
 @pytest.fixture

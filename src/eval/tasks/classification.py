@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy, target_ranks
-from rwkv_clip.tokenizer import count_cut, prepare_texts
+from rwkv_clip.tokenizer import BERT_CHINESE, count_cut, prepare_texts
 
 from .. import upstream
 from ..cache import cached, model_key
@@ -123,6 +123,8 @@ def describe_prompts(data: ClassificationSet, tokenizer: Callable) -> str:
     notes = [data.note] if data.note else []
     if cut := count_cut(texts, tokens, tokenizer):
         notes.append(f"{cut} of {len(texts)} prompts are longer than the context of {tokens.shape[1]}: cut")
+    if getattr(tokenizer, "name", None) == BERT_CHINESE and all(map(str.isascii, texts)):
+        notes.append("the model reads Chinese and no prompt is: give --language zh, or names and templates in Chinese")
     rows = tokens.view(len(data.class_names), -1)
     groups: dict[bytes, list[str]] = {}
     for name, row in zip(data.class_names, rows):

@@ -12,6 +12,7 @@ from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
 from rwkv_clip.fonts import wrap_text
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
+from rwkv_clip.tokenizer import BERT_CHINESE
 
 from .. import upstream
 from ..encoder import Encoder, on_all_ranks
@@ -49,12 +50,13 @@ def load(settings: CaptionedSettings, device: torch.device) -> RetrievalSet:
 
 def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> int:
     """Evaluate retrieval and write the report."""
-    report, loaded = start_report("retrieval", settings, encoder), encoder.loaded
+    if settings.legacy and data.pairs is not None:
+        raise ValueError(f"legacy: the released RWKV-CLIP code does not read {data.path}; leave --legacy out")
+    report, tokenizer = start_report("retrieval", settings, encoder), encoder.loaded.tokenizer
     result = evaluate_retrieval(encoder.extractor, data, settings.prefix)
     name, legacy = settings.dataset or data.name, {}
+    notes = data.note, note_cut(data, result.captions_cut, tokenizer), note_prefix(settings.prefix, tokenizer)
     if settings.legacy:
-        if data.pairs is not None:
-            raise ValueError(f"legacy: the released RWKV-CLIP code does not read {data.path}; leave --legacy out")
         features = result.image_features, result.text_features
         legacy["legacy"] = upstream.count_retrieval(*features, data.image_of_caption, name.lower())
     report.add(
@@ -66,7 +68,7 @@ def run(settings: RetrievalSettings, data: RetrievalSet, encoder: Encoder) -> in
             "images": len(data.image_names),
             "captions": len(data.image_of_caption),
             "captions_cut": result.captions_cut,
-            "note": "; ".join(filter(None, [data.note, note_cut(data, result.captions_cut, loaded.tokenizer)])),
+            "note": "; ".join(filter(None, notes)),
             "prefix": settings.prefix,
             "metrics": result.metrics,
             **legacy,
@@ -88,6 +90,13 @@ def note_cut(data: RetrievalSet, count: int, tokenizer) -> str:
     return f"{which} are longer than the context of {tokenizer.context} tokens: their ends were cut off"
 
 
+def note_prefix(prefix: str, tokenizer) -> str:
+    """What is odd about English words before Chinese captions; "" where they are not."""
+    if prefix.strip() and prefix.isascii() and getattr(tokenizer, "name", None) == BERT_CHINESE:
+        return f"the model reads Chinese and the prefix is {prefix!r}: leave it out (--prefix '')"
+    return ""
+
+
 def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> bytes:
     """A picture (PNG): `queries` captions spread over the set, each with its five best pictures, best first.
 
@@ -99,7 +108,10 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     owned = torch.from_numpy(data.image_of_caption >= 0).nonzero().flatten()
     total = len(owned)
     chosen = owned[torch.linspace(0, total - 1, min(queries, total)).round().long().unique()]
-    texts, owners = result.text_features[chosen], torch.from_numpy(data.image_of_caption)[chosen]
+    texts = result.text_features[chosen]
+    rights = [torch.tensor(data.images_of(caption)) for caption in chosen.tolist()]
+    # Of several right pictures the best: none is counted among the wrong ones before it.
+    owners = torch.stack([own[(result.image_features[own] @ text).argmax()] for own, text in zip(rights, texts)])
     best, _ = nearest_items(texts, result.image_features, SHOWN)
     ranks = target_ranks(texts, result.image_features, owners)
     figure = Figure(figsize=(12.5, 1.9 * len(chosen)), layout="constrained")
@@ -107,10 +119,11 @@ def draw_gallery(data: RetrievalSet, result: RetrievalResult, queries: int) -> b
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for row, caption, owner, found, rank in zip(grid, chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist()):
+    places = zip(chosen.tolist(), owners.tolist(), best.tolist(), ranks.tolist())
+    for row, own, (caption, owner, found, rank) in zip(grid, rights, places):
         text = drawable(wrap_text(data.caption_text(caption), 28, 180))
         row[0].text(0, 0.5, text, va="center", fontsize=9, transform=row[0].transAxes)
-        right = data.images_of(caption)
+        right = own.tolist()
         for axes, image in zip(row[1:], found):
             _show(axes, data.open(image), "tab:green" if image in right else None)
         if not set(right) & set(found):

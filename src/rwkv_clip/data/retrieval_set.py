@@ -60,6 +60,13 @@ class RetrievalSet:
         """What belongs together, as `metrics.retrieval_ranks` takes it."""
         return self.image_of_caption if self.pairs is None else self.pairs
 
+    @property
+    def all_pairs(self) -> np.ndarray:
+        """Every caption with each of its pictures, in the order of the captions: int64 (pairs, 2)."""
+        if self.pairs is not None:
+            return self.pairs
+        return np.stack([np.arange(len(self.image_of_caption)), self.image_of_caption], 1)
+
     def images_of(self, index: int) -> list[int]:
         """The pictures of a caption."""
         if self.pairs is None:
