@@ -356,8 +356,8 @@ TRAINING = [
     Mutant(
         "the captions of an image stand together in the validation loss",
         "training/validation.py",
-        'np.argsort(hash64(seed, np.arange(len(image_of_caption))), kind="stable")',
-        "np.arange(len(image_of_caption))",
+        'np.argsort(hash64(seed, np.arange(len(pairs))), kind="stable")',
+        "np.arange(len(pairs))",
         "unit/test_batch_measures.py::test_validation_is_the_plain_formula_batch_by_batch",
     ),
 ]
