@@ -1,4 +1,4 @@
-"""Packaging. src/training and src/eval install as rwkv_clip.training and rwkv_clip.eval."""
+"""Packaging. src/training, src/eval and src/describe install as rwkv_clip.training, .eval and .describe."""
 
 from pathlib import Path
 
@@ -12,7 +12,12 @@ def requirements() -> list[str]:
     return [line for line in lines if line]
 
 
-HOMES = {"rwkv_clip": "src/rwkv_clip", "rwkv_clip.training": "src/training", "rwkv_clip.eval": "src/eval"}
+HOMES = {
+    "rwkv_clip": "src/rwkv_clip",
+    "rwkv_clip.training": "src/training",
+    "rwkv_clip.eval": "src/eval",
+    "rwkv_clip.describe": "src/describe",
+}
 
 
 def found(name: str, folder: str) -> list[str]:
@@ -22,6 +27,8 @@ def found(name: str, folder: str) -> list[str]:
 
 CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without saying so
 CHINESE = ["lmdb>=1.4", "pybase64>=1.3"]  # Chinese-CLIP's data folders
+DESCRIBE = ["pyarrow>=15", "aiohttp>=3.9"]
+SERVERS = ["xllamacpp", "gguf", "transformers[serving]>=5", "ray[data]>=2.40"]  # what describe is tested against
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
 DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 
@@ -53,11 +60,15 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=1.43"],
         "parquet": ["pyarrow>=15"],
         "chinese": CHINESE,
+        "describe": DESCRIBE,
+        "ray": [*DESCRIBE, "ray[data]>=2.40"],
+        "captioners": [*DESCRIBE, "transformers>=4.48"],
+        "vllm": [*DESCRIBE, "vllm>=0.20"],  # brings its own torch: an environment of its own
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "clip-benchmark": CLIP_BENCHMARK,
         "faiss": ["faiss-cpu>=1.8"],
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
-        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE + ["transformers>=4.48"],
+        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE + DESCRIBE + SERVERS,
     },
 )

@@ -1,0 +1,1 @@
+"""Texts for pictures: raw text + caption + tags -> a composer -> the third text, and records to train on."""

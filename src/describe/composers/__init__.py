@@ -1,0 +1,1 @@
+"""Composers: rules, any OpenAI-compatible server, vLLM in this process, recorded answers."""
