@@ -53,7 +53,7 @@ def _draw_rows(settings: DemoSettings, images: Path) -> Iterator[dict[str, Any]]
     for number in range(settings.rows):
         scene = draw_train_scene(settings.seed, number)
         name = f"scene-{number:05d}.jpg"
-        (images / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "JPEG"))
+        (images / name).write_bytes(encode_picture(draw_picture(scene, settings.size), "jpeg"))
         texts, (tags, scores) = write_texts(scene), _see(scene)
         texts = {key: texts[key] for key in ("raw", "synthetic")}
         yield {"id": name.removesuffix(".jpg"), "image": name, **texts, "tags": tags, "tag_scores": scores}

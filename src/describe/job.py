@@ -335,7 +335,7 @@ def _digest(stream: BinaryIO) -> str:
 
 def parse_shard(text: str | None) -> tuple[int, int]:
     """(which, of how many) of "3/16", counted from 0; (0, 1) for None. ValueError."""
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text or "0/1")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", "0/1" if text is None else text)
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"shard: {text!r} is not i/n with i from 0 to n - 1, for example 0/16 to 15/16")
     return int(match[1]), int(match[2])

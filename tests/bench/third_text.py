@@ -46,13 +46,7 @@ NAMED, CUT, SHUFFLED, JUNK = 0.3, 0.3, 0.2, 0.2  # of the raw texts, each drawn 
 LOST, WRONG = 0.3, 0.15  # of the tags
 TERSE = 7  # words of a synthetic caption
 FILE_NAMES = ("IMG_{n}.JPG", "DSC0{n}", "img {n}", "P{n}0 copy")
-ENDINGS = (" | flickr", " - photo by me", " http://example.com/{n}", " #photo #nofilter", " (c) 2009 all rights reserved")
-    " | flickr",
-    " - photo by me",
-    " http://example.com/{n}",
-    " #photo #nofilter",
-    " (c) 2009 all rights reserved",
-)
+ENDINGS = (" | flickr", " - photo by me", " http://example.com/{n}", " #photo #nofilter", " (c) 2009")
 RECALLS = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 
 
