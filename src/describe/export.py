@@ -64,7 +64,7 @@ class ExportError(ValueError):
 class ExportReport:
     """What became of the rows: rows = written + all of `dropped`.
 
-    missing: texts that are null, by name. left_out: rows that are in no tar, by reason; tars have the others.
+    missing: texts, and names of pictures, that are null. left_out: rows that are written, but in no tar, by reason.
     """
 
     rows: int = 0
@@ -80,7 +80,7 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows: {self.written:,} written, {self.dropped.total():,} dropped{_list(self.dropped)}"]
         if self.missing:
-            lines.append(f"texts that are missing (null):{_list(self.missing)}")
+            lines.append(f"missing (null):{_list(self.missing)}")
         if self.engines:
             lines.append(f"written by:{_list(self.engines)}")
         if self.in_tars or self.left_out:
@@ -132,7 +132,7 @@ def export(
     for other in reports:
         if (other.rows, other.written) != (report.rows, report.written):
             raise ExportError(f"{output}: the rows changed while they were written; run the export again, by itself")
-    report.files, report.next = files, _say_next(output, settings, pictures)
+    report.files, report.next = files, _say_next(output, settings, pictures, report)
     write_json(output / DONE, report.to_json())
     return report
 
@@ -148,7 +148,7 @@ def _keep(
             continue
         record = _to_record(row, settings)
         report.written += 1
-        report.missing.update(name for name in TEXTS if record[name] is None)
+        report.missing.update(name for name in ("image", *TEXTS) if record[name] is None)
         report.engines[record["engine"] or "nothing"] += 1
         yield row, record
 
@@ -171,12 +171,20 @@ def _to_line(record: Row) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")  # half of a surrogate pair becomes "?"
 
 
-def _say_next(output: Path, settings: ExportSettings, pictures: PictureSettings | None) -> str:
+def _say_next(output: Path, settings: ExportSettings, pictures: PictureSettings | None, report: ExportReport) -> str:
+    """How records are made of what was written: with the pictures of the folder, or with those in the tars."""
+    named = report.missing["image"] < report.written
+    if "webdataset" in settings.to and not (named and "parquet" in settings.to):
+        return f"records: python data2rec.py {shlex.quote(str(output / TARS))} PREFIX --texts {' '.join(TEXTS)}"
     if "parquet" not in settings.to:
         return ""
-    folder = pictures.images if pictures is not None and pictures.images else "FOLDER"
-    names = " ".join(TEXTS)
-    return f"records: python data2rec.py {shlex.quote(str(output / PARQUET))} PREFIX --images {folder} --texts {names}"
+    if not named and report.written:
+        return (
+            "records: the pictures came with the rows; export --to webdataset, and give the tars to data2rec.py"
+        )
+    folder = shlex.quote(pictures.images) if pictures is not None and pictures.images else "FOLDER"
+    file = shlex.quote(str(output / PARQUET))
+    return f"records: python data2rec.py {file} PREFIX --images {folder} --texts {' '.join(TEXTS)}"
 
 
 # ---- tars ------------------------------------------------------------------------------------------------------------

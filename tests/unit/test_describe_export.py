@@ -13,6 +13,7 @@ from helpers.pictures import encode, paint
 from helpers.sources import add_member, save_jsonl
 from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
+from rwkv_clip.data.recordio import RecordFile, unpack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.data.sources import Source
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
@@ -106,9 +107,8 @@ def test_rows_in_are_written_or_dropped_by_reason(tmp_path):
         merged(i, flags=["pii"] if i % 3 == 0 else [], caption=None if i % 4 == 1 else "a thing") for i in range(50)
     ]
     rows[7]["generated"] = "  "
-    report = export(
-        lambda: iter(rows), tmp_path / "out", ExportSettings(to=("parquet", "jsonl")), Selection(drop_flags=("pii",))
-    )
+    settings, selection = ExportSettings(to=("parquet", "jsonl")), Selection(drop_flags=("pii",))
+    report = export(lambda: iter(rows), tmp_path / "out", settings, selection)
     assert (report.rows, report.written, dict(report.dropped)) == (50, 33, {"flag pii": 17})
     lines = [json.loads(line) for line in (tmp_path / "out/texts.jsonl").read_text().splitlines()]
     table = list(read_parquet(tmp_path / "out/texts.parquet"))
@@ -176,14 +176,18 @@ def expected_labels(table: list[dict], context: int = 77) -> np.ndarray:
 
 
 def check_records(prefix: str, table: list[dict]) -> None:
-    records = RecordSet(prefix)
-    labels = np.stack([records.sample(i)[1] for i in range(len(records))])
+    file = RecordFile(f"{prefix}.rec")
+    labels = np.stack([unpack(file.read(i))[0].label for i in range(len(file))])
     assert labels.shape == (len(table), 231)
     expected = expected_labels(table)
     assert np.array_equal(labels, expected)
     for place, name in enumerate(("raw", "synthetic", "generated")):  # upstream's slices
         alone = make_tokenizer()([row[name] or row["raw"] for row in table]).numpy()
         assert np.array_equal(labels[:, 77 * place : 77 * place + 77], alone)
+    records = RecordSet(prefix)
+    assert records.text_names == ("raw", "synthetic", "generated")
+    read = np.stack([records.sample(i)[1] for i in range(len(records))])
+    assert np.array_equal(read.reshape(-1, 231), expected)
 
 
 def test_parquet_becomes_records_of_231_labels_in_the_released_order(tmp_path, scenes):
@@ -251,6 +255,15 @@ def test_settings_without_sense_are_refused(tmp_path):
         parse(ExportSettings, {"to": []})
     with pytest.raises(ValueError, match="needs the source"):
         export(lambda: iter([]), tmp_path, ExportSettings(to=("webdataset",)), Selection())
+
+
+def test_rows_whose_pictures_came_with_them_are_not_sent_to_a_folder(tmp_path, scenes):
+    source, pictures = scenes
+    rows = [merged(i, image=None) for i in range(3)]
+    report = export(lambda: iter(rows), tmp_path, ExportSettings(), Selection())
+    assert report.missing == {"image": 3} and "webdataset" in report.next
+    report = export(lambda: iter(rows), tmp_path, ExportSettings(to=ALL), Selection(), source, pictures)
+    assert report.next == f"records: python data2rec.py {tmp_path}/webdataset PREFIX --texts raw synthetic generated"
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
