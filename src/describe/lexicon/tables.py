@@ -32,7 +32,7 @@ def read_hand() -> dict[str, list[str]]:
 
 
 def read_pairs(pairs: list[str]) -> dict[str, str]:
-    """"two=2", .. as a dict."""
+    """ "two=2", .. as a dict."""
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
