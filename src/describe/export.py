@@ -179,9 +179,7 @@ def _say_next(output: Path, settings: ExportSettings, pictures: PictureSettings 
     if "parquet" not in settings.to:
         return ""
     if not named and report.written:
-        return (
-            "records: the pictures came with the rows; export --to webdataset, and give the tars to data2rec.py"
-        )
+        return "records: the pictures came with the rows; export --to webdataset, and give the tars to data2rec.py"
     folder = shlex.quote(pictures.images) if pictures is not None and pictures.images else "FOLDER"
     file = shlex.quote(str(output / PARQUET))
     return f"records: python data2rec.py {file} PREFIX --images {folder} --texts {' '.join(TEXTS)}"
