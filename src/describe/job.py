@@ -205,21 +205,24 @@ class Job:
                     digest.update(f"{other} {_hash_file(file)}\n".encode())
         return digest.hexdigest()
 
-    def is_made(self, stage: Stage, number: int, retry_failed: bool = True) -> bool:
-        """Whether a part is there, made of what is there now, and without rows to try again."""
+    def is_made(self, stage: Stage, number: int, retry_failed: bool = True, made_of: str | None = None) -> bool:
+        """Whether a part is there, made of what is there now (`made_of`, where it is known), and without rows to try
+        again."""
         file = self.part(stage.name, number)
         if not file.exists():
             return False
         about = read_metadata(file)
-        made = about.get("made_of") == self.made_of(stage, number)
+        made = about.get("made_of") == (made_of or self.made_of(stage, number))
         return made and not (retry_failed and stage.status and about.get("failed") != "0")
 
-    def write_part(self, stage: Stage, number: int, rows: Sequence[dict], results: Sequence[dict]) -> None:
+    def write_part(
+        self, stage: Stage, number: int, rows: Sequence[dict], results: Sequence[dict], made_of: str | None = None
+    ) -> None:
         """Write a part whole: the results of its rows, in their order; its journal goes."""
         made = [
             {"id": row["id"], "inputs": stage.key(row), **result} for row, result in zip(rows, results, strict=True)
         ]
-        about = {"made_of": self.made_of(stage, number), "failed": str(sum(map(stage.has_failed, results)))}
+        about = {"made_of": made_of or self.made_of(stage, number), "failed": str(sum(map(stage.has_failed, results)))}
         file = self.part(stage.name, number)
         write_parquet(file, {**KEYS, **stage.columns}, [made], about)
         sync_folder(file.parent)
@@ -332,7 +335,7 @@ def _digest(stream: BinaryIO) -> str:
 
 def parse_shard(text: str | None) -> tuple[int, int]:
     """(which, of how many) of "3/16", counted from 0; (0, 1) for None. ValueError."""
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text or "0/1")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", "0/1" if text is None else text)
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"shard: {text!r} is not i/n with i from 0 to n - 1, for example 0/16 to 15/16")
     return int(match[1]), int(match[2])

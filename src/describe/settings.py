@@ -49,7 +49,7 @@ class InputSettings:
     """What is described. The fields are found by their usual names where they are not given."""
 
     input: str | None = None
-    """JSONL, CSV/TSV, JSON, Parquet, webdataset tars, a folder of pictures with texts, or an .npy of published tokens."""
+    """JSONL, CSV/TSV, JSON, Parquet, webdataset tars, a folder of pictures with texts, or an .npy of token ids."""
     images: str | None = None
     """Folder that names of pictures start from; for an .npy the file that lists the pictures."""
     texts: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()
