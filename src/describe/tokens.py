@@ -28,27 +28,8 @@ _PIECES = regex.compile(
 _MERGES = 49152 - 256 - 2  # of the vocabulary's 49,408 entries; the rest are bytes, bytes at a word's end, special ones
 _LONGEST_REMEMBERED = 64  # characters of a word
 _OPEN_ENDS = {  # words that no text ends with
-    *(
-        "a",
-        "an",
-        "the",
-        "of",
-        "and",
-        "or",
-        "in",
-        "on",
-        "at",
-        "with",
-        "by",
-        "for",
-        "from",
-        "to",
-        "as",
-        "is",
-        "are",
-        "was",
-    ),
-    *("were", "its", "his", "her", "their", "this", "that", "while", "next", "near", "very"),
+    *("a", "an", "the", "of", "and", "or", "in", "on", "at", "with", "by", "for", "from", "to", "as", "is", "are"),
+    *("was", "were", "its", "his", "her", "their", "this", "that", "while", "next", "near", "very"),
 }
 
 

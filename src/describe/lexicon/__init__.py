@@ -1,0 +1,1 @@
+"""Words of English that a picture can show, as data files. words.py reads them."""

@@ -1,0 +1,254 @@
+"""Builds the lexicon's data files from WordNet 3.0: python -m rwkv_clip.describe.lexicon WORDNET_FOLDER
+
+WORDNET_FOLDER holds data.noun, index.noun, .. and cntlist.rev (Debian: wordnet-base, /usr/share/wordnet). Written are
+    nouns.txt      a line per meaning: its nouns TAB the line numbers of its more general meanings
+    words.txt      a line per class of other words, see CLASSES
+    irregular.txt  inflected form and base, by part of speech
+How often a word is used is read from two places: the counts of WordNet's own tagged texts, and the vocabulary of CLIP's
+tokenizer, whose merges were made in the order of how often they came in texts of pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from rwkv_clip.files import write_whole
+
+HERE = Path(__file__).parent
+# Lexicographer files of nouns (lexnames(5WN)) with things that a picture can show.
+CONCRETE = {5: "animal", 6: "artifact", 8: "body", 13: "food", 17: "object", 18: "person", 19: "phenomenon"}
+CONCRETE |= {20: "plant", 27: "substance"}
+PLACES, GROUPS = 15, 14  # of these only what hand.txt names
+MOST_SENSES = 3
+COMMON = 8000  # merges of CLIP's vocabulary before this one make words that are common
+ADJECTIVES = ("adj", 3, 5)
+PARTS = {"noun": (1,), "verb": (2,), "adj": (3, 5), "adv": (4,)}
+
+
+class Synset(NamedTuple):
+    """words as WordNet writes them, capitals and underscores included."""
+
+    file: int
+    words: tuple[str, ...]
+    parents: tuple[str, ...]
+
+
+class Counts(NamedTuple):
+    """How often a lemma was tagged, by part of speech and, for nouns, lexicographer file."""
+
+    parts: dict[str, Counter[int]]
+    noun_files: dict[str, Counter[int]]
+
+
+def read_synsets(path: Path) -> dict[str, Synset]:
+    """data.noun -> meanings by offset. The format is that of wndb(5WN)."""
+    found = {}
+    for line in path.read_text(encoding="latin-1").splitlines():
+        if line.startswith("  "):  # the licence
+            continue
+        fields = line.split(" | ")[0].split()
+        count = int(fields[3], 16)
+        words = tuple(fields[4 : 4 + 2 * count : 2])
+        pointers = fields[5 + 2 * count :]
+        parents = tuple(pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i"))
+        found[fields[0]] = Synset(int(fields[1]), words, parents)
+    return found
+
+
+def read_index(path: Path) -> dict[str, tuple[str, ...]]:
+    """index.POS -> offsets of a lemma's meanings, the most frequent first."""
+    found = {}
+    for line in path.read_text(encoding="latin-1").splitlines():
+        if not line.startswith("  "):
+            fields = line.split()
+            found[fields[0]] = tuple(fields[-int(fields[2]) :])
+    return found
+
+
+def read_counts(path: Path) -> Counts:
+    parts: dict[str, Counter[int]] = defaultdict(Counter)
+    files: dict[str, Counter[int]] = defaultdict(Counter)
+    for line in path.read_text(encoding="latin-1").splitlines():
+        key, _, count = line.split()
+        lemma, _, sense = key.partition("%")
+        part, file = (int(field) for field in sense.split(":")[:2])
+        parts[lemma][3 if part == 5 else part] += int(count)
+        if part == 1:
+            files[lemma][file] += int(count)
+    return Counts(parts, files)
+
+
+def read_hand() -> dict[str, list[str]]:
+    """hand.txt: [section] lines, words between blanks, # comments."""
+    sections: dict[str, list[str]] = {}
+    name = ""
+    for line in (HERE / "hand.txt").read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("["):
+            name = line.strip("[]")
+            sections[name] = []
+        elif line:
+            sections[name] += [line] if name == "synonyms" else line.split()
+    return sections
+
+
+def read_ranks() -> dict[str, int]:
+    """Words that are one token of CLIP -> their place among its merges."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return {token[:-4]: place for token, place in SimpleTokenizer().encoder.items() if token.endswith("</w>")}
+
+
+class Builder:
+    """Chooses nouns and their meanings; see build."""
+
+    def __init__(self, folder: Path):
+        self.synsets = read_synsets(folder / "data.noun")
+        self.index = {part: read_index(folder / f"index.{part}") for part in PARTS}
+        self.counts = read_counts(folder / "cntlist.rev")
+        self.ranks, self.hand, self.folder = read_ranks(), read_hand(), folder
+        self.not_nouns = set(self.hand["function"]) | set(self.hand["not_nouns"]) | set(self.hand["photo"])
+        self.extra = set(self.hand["nouns"]) | set(self.hand["groups"])
+
+    def is_concrete(self, offset: str, lemma: str) -> bool:
+        file = self.synsets[offset].file
+        return file in CONCRETE or (file in (PLACES, GROUPS) and lemma in self.extra)
+
+    def is_written_small(self, offset: str, lemma: str) -> bool:
+        """Not a name: Paris, Newton, or the unit named after him."""
+        return lemma in self.synsets[offset].words
+
+    def senses(self, lemma: str) -> list[str]:
+        """Offsets of the meanings that count for this lemma. A person only where nothing else comes first: WordNet
+        knows the dog and the cat as people whom one does not like."""
+        found = [o for o in self.index["noun"].get(lemma, ()) if self.is_concrete(o, lemma)]
+        found = [o for o in found if self.is_written_small(o, lemma)][:MOST_SENSES]
+        if found and self.synsets[found[0]].file != 18:
+            found = [o for o in found if self.synsets[o].file != 18]
+        return found
+
+    def is_common(self, lemma: str) -> bool:
+        words = lemma.split("_")
+        if len(words) > 2 or not re.fullmatch(r"[a-z]+([_-][a-z]+)*", lemma) or len(lemma) < 3:
+            return lemma in self.extra
+        if len(words) == 2:
+            return all(self.ranks.get(word, 99999) < COMMON for word in words) and words[-1] in self.index["noun"]
+        return lemma in self.ranks or self.concrete_count(lemma) > 0 or lemma in self.extra
+
+    def concrete_count(self, lemma: str) -> int:
+        return sum(n for file, n in self.counts.noun_files.get(lemma, {}).items() if file in CONCRETE)
+
+    def is_shown(self, lemma: str) -> bool:
+        """Whether the noun, where it is one, mostly means a thing."""
+        if lemma in self.extra:
+            return True
+        if lemma in self.not_nouns:
+            return False
+        concrete, nouns = self.concrete_count(lemma), sum(self.counts.noun_files.get(lemma, {}).values())
+        first = self.index["noun"][lemma][0]
+        return concrete >= 0.3 * nouns if nouns else self.is_concrete(first, lemma)
+
+    def nouns(self) -> dict[str, list[str]]:
+        """Lemma -> offsets."""
+        chosen = {}
+        for lemma in self.index["noun"]:
+            if self.is_common(lemma) and self.is_shown(lemma):
+                senses = self.senses(lemma)
+                if senses:
+                    chosen[lemma] = senses
+        return chosen
+
+    def other_uses(self, chosen: dict[str, list[str]]) -> dict[str, set[str]]:
+        """Of the chosen: those that are more often verbs, more often adjectives, and sometimes verbs."""
+        uses: dict[str, set[str]] = {"verb-first": set(), "adj-first": set(), "verb-too": set()}
+        for lemma in chosen:
+            counts, concrete = self.counts.parts.get(lemma, Counter()), self.concrete_count(lemma)
+            if counts[2] and lemma in self.index["verb"]:
+                uses["verb-first" if counts[2] > concrete and lemma not in self.extra else "verb-too"].add(lemma)
+            if counts[3] > concrete and lemma in self.index["adj"] and lemma not in self.extra:
+                uses["adj-first"].add(lemma)
+        return uses
+
+
+def order(builder: Builder, chosen: dict[str, list[str]]) -> list[str]:
+    """Offsets of all meanings that are written: those of the chosen nouns and the more general ones, once each."""
+    seen: dict[str, None] = {}
+    for senses in chosen.values():
+        waiting = list(senses)
+        while waiting:
+            offset = waiting.pop()
+            if offset not in seen:
+                seen[offset] = None
+                waiting += [
+                    o for o in builder.synsets[offset].parents if builder.synsets[o].file in {*CONCRETE, 14, 15}
+                ]
+    return sorted(seen)
+
+
+def write_nouns(builder: Builder, chosen: dict[str, list[str]]) -> None:
+    offsets = order(builder, chosen)
+    place = {offset: i for i, offset in enumerate(offsets)}
+    words: dict[str, list[str]] = {offset: [] for offset in offsets}
+    for lemma, senses in chosen.items():
+        for offset in senses:
+            words[offset].append(lemma)
+    lines = []
+    for offset in offsets:
+        parents = [str(place[parent]) for parent in builder.synsets[offset].parents if parent in place]
+        lines.append(f"{','.join(sorted(words[offset]))}\t{' '.join(parents)}")
+    write_text("nouns.txt", lines)
+
+
+def write_words(builder: Builder, chosen: dict[str, list[str]]) -> None:
+    """Words that are common and no chosen nouns, by class; and the chosen ones that are more often something else."""
+    classes: dict[str, set[str]] = {part: set() for part in PARTS}
+    for part in PARTS:
+        for lemma in builder.index[part]:
+            known = lemma in builder.ranks or builder.counts.parts.get(lemma)
+            small = part != "noun" or any(builder.is_written_small(o, lemma) for o in builder.index[part][lemma])
+            if (
+                known
+                and small
+                and re.fullmatch(r"[a-z]+(-[a-z]+)*", lemma)
+                and not (part == "noun" and lemma in chosen)
+            ):
+                classes[part].add(lemma)
+    classes |= builder.other_uses(chosen)
+    write_text("words.txt", [f"{name}\t{' '.join(sorted(words))}" for name, words in classes.items()])
+
+
+def write_irregular(builder: Builder, chosen: dict[str, list[str]]) -> None:
+    lines = []
+    for part in PARTS:
+        pairs = []
+        for line in (builder.folder / f"{part}.exc").read_text(encoding="latin-1").splitlines():
+            form, base = line.split()[:2]
+            known = base in chosen if part == "noun" else (base in builder.ranks or builder.counts.parts.get(base))
+            if known and form != base and re.fullmatch(r"[a-z]+", form) and re.fullmatch(r"[a-z]+", base):
+                pairs.append(f"{form}={base}")
+        lines.append(f"{part}\t{' '.join(pairs)}")
+    write_text("irregular.txt", lines)
+
+
+def write_text(name: str, lines: list[str]) -> None:
+    write_whole(HERE / name, [("\n".join(lines) + "\n").encode()])
+    print(f"{name}: {len(lines)} lines, {(HERE / name).stat().st_size:,} bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rwkv_clip.describe.lexicon", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="WORDNET_FOLDER")
+    builder = Builder(parser.parse_args().folder)
+    chosen = builder.nouns()
+    print(f"{len(chosen)} nouns, {sum('_' in lemma for lemma in chosen)} of two words")
+    write_nouns(builder, chosen)
+    write_words(builder, chosen)
+    write_irregular(builder, chosen)
+
+
+if __name__ == "__main__":
+    main()

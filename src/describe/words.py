@@ -1,0 +1,482 @@
+"""Words of an English text: base forms, numbers, names, and the things that a picture can show.
+
+No model: tables from WordNet (lexicon/) and rules about the words beside. All functions take any string, without bound
+on its length, in linear time, and remember what they found about a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+from .lexicon.tables import tables
+from .sources import Sources
+
+WORD = re.compile(r"\d+(?:[.,]\d+)+(?![^\W_])|[^\W_]+(?:['’\-‐‑][^\W_]+)*")
+LONGEST = 64  # characters of a word that is looked up; longer ones are themselves
+REMEMBERED = 1 << 16  # words
+DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
+THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+LETTERS_AN = frozenset("AEFHILMNORSX")  # their names begin with a vowel: an MRI
+SILENT_H = ("hour", "honest", "honor", "honour", "heir")
+SOUND_OF_YOU = re.compile(r"(?:uni(?!n|m)|us[eu]|eu|ewe|ut[ei]|ub|one|once|ukulele|u-)", re.IGNORECASE)
+
+
+class Token(NamedTuple):
+    """A word of a text, `word` as written and `small` in lower case without 's; begins: of a sentence; joined: only
+    blanks or a hyphen stand before it."""
+
+    word: str
+    small: str
+    begins: bool
+    joined: bool
+
+
+def split_words(text: str) -> list[str]:
+    """Words and numbers as written, without punctuation: "The dog's 2 T-shirts!" -> The, dog's, 2, T-shirts."""
+    return WORD.findall(text)
+
+
+def split_tokens(text: str) -> list[Token]:
+    tokens, end = [], 0
+    for match in WORD.finditer(text):
+        between = text[end : match.start()]
+        begins = not tokens or any(mark in between for mark in '.!?:;\n"“”|•')
+        tokens.append(Token(match[0], small_form(match[0]), begins, not begins and not between.strip(" -")))
+        end = match.end()
+    return tokens
+
+
+@lru_cache(REMEMBERED)
+def small_form(word: str) -> str:
+    """Lower case, typographic apostrophes and hyphens as ASCII, without a possessive 's."""
+    if len(word) > LONGEST:
+        return word
+    small = word.lower().replace("’", "'").replace("‐", "-").replace("‑", "-")
+    return small[:-2] if small.endswith("'s") and len(small) > 2 else small
+
+
+class Form(NamedTuple):
+    """lemma and how the word comes from it: "base", "plural" (or a verb's -s), "verb" (-ing, -ed), "degree" (-er, -est)."""
+
+    lemma: str
+    kind: str
+
+
+@lru_cache(REMEMBERED)
+def form(small: str) -> Form:
+    """Of a word in small form."""
+    known = tables()
+    if len(small) > LONGEST or small in known.function:
+        return Form(small, "base")
+    if small in known.irregular["noun"] and small not in known.persons - {"people"} | {"people"}:
+        return Form(known.irregular["noun"][small], "plural")
+    if small in known.nouns:
+        return Form(small, "base")
+    if small in known.irregular["verb"]:
+        return Form(known.irregular["verb"][small], "verb")
+    for stem in plural_stems(small):
+        if stem in known.nouns or stem in known.abstract or stem in known.verbs:
+            return Form(stem, "plural")
+    for stem in verb_stems(small):
+        if stem in known.verbs and small not in known.adjectives:
+            return Form(stem, "verb")
+    if is_known(small):
+        return Form(small, "base")
+    for stem in degree_stems(small):
+        if stem in known.adjectives:
+            return Form(stem, "degree")
+    if "-" in small:  # the last part is what it is: half-pipes, mother-in-laws
+        head, _, last = small.rpartition("-")
+        inner = form(last)
+        return Form(f"{head}-{inner.lemma}", inner.kind) if inner.kind == "plural" else Form(small, "base")
+    if len(small) > 3 and small.endswith("s") and not small.endswith(("ss", "us", "is")) and small.isalpha():
+        return Form(small[:-1], "plural")
+    return Form(small, "base")
+
+
+def plural_stems(small: str) -> Iterator[str]:
+    if small.endswith("s") and not small.endswith("ss") and len(small) > 3:
+        if small.endswith("ies"):
+            yield small[:-3] + "y"
+        if small.endswith("ves"):
+            yield small[:-3] + "f"
+            yield small[:-3] + "fe"
+        yield small[:-1]
+        if small.endswith("es"):
+            yield small[:-2]
+    if small.endswith("men") and len(small) > 4:
+        yield small[:-3] + "man"
+
+
+def verb_stems(small: str) -> Iterator[str]:
+    for ending in ("ing", "ied", "ed"):
+        if small.endswith(ending) and len(small) > len(ending) + 2:
+            stem = small[: -len(ending)]
+            if ending == "ied":
+                yield stem + "y"
+                return
+            if stem[-1] == stem[-2] and stem[-1] not in "lsz":
+                yield stem[:-1]
+            yield stem + "e"
+            yield stem
+            if stem[-1] == stem[-2]:
+                yield stem[:-1]
+            return
+
+
+def degree_stems(small: str) -> Iterator[str]:
+    for ending in ("est", "er"):
+        if small.endswith(ending) and len(small) > len(ending) + 2:
+            stem = small[: -len(ending)]
+            yield stem
+            yield stem + "e"
+            if stem.endswith("i"):
+                yield stem[:-1] + "y"
+            if stem[-1] == stem[-2]:
+                yield stem[:-1]
+            return
+
+
+def is_known(small: str) -> bool:
+    """Whether the lexicon has this very form."""
+    known = tables()
+    return (
+        small in known.nouns
+        or small in known.function
+        or small in known.abstract
+        or small in known.verbs
+        or small in known.adjectives
+        or small in known.adverbs
+        or small in known.photo
+        or small in known.colours
+        or small in known.numbers
+    )
+
+
+def lemma(word: str) -> str:
+    """Base form in lower case: "Men" -> man, "running" -> run, "dog's" -> dog. A word that is not known: without -s."""
+    return form(small_form(word)).lemma
+
+
+def is_content(word: str) -> bool:
+    """Whether it says something about the picture: no article, pronoun, preposition, conjunction, auxiliary."""
+    return small_form(word) not in tables().function
+
+
+def content_lemmas(text: str) -> list[str]:
+    """Base forms of the content words in order, repeated ones repeated."""
+    return [lemma(word) for word in split_words(text) if is_content(word)]
+
+
+def is_colour(word: str) -> bool:
+    return lemma(word) in tables().colours
+
+
+def is_posture(word: str) -> bool:
+    """Sit, stand, lie, ..: what taggers say about people, and no thing."""
+    return lemma(word) in tables().postures
+
+
+def is_photo_word(word: str) -> bool:
+    """Words about the picture rather than what it shows: photo, view, background, group, side."""
+    return lemma(word) in tables().photo
+
+
+def normalise_number(digits: str) -> str:
+    """ "1,000" -> 1000, "007" -> 7, "3.50" -> 3.5, digits of other scripts -> ASCII."""
+    if not digits.isascii():
+        digits = "".join(str(int(letter)) if letter.isdigit() else letter for letter in digits)
+    if "," in digits:
+        digits = digits.replace(",", "" if THOUSANDS.fullmatch(digits) else ".")
+    whole, point, rest = digits.partition(".")
+    rest = rest.rstrip("0") if "." not in rest else rest
+    return (whole.lstrip("0") or "0") + (point + rest if rest else "")
+
+
+def find_numbers(text: str) -> list[str]:
+    """Numbers in order as digits: "two" and "2" -> 2, "twenty-one" -> 21, "two hundred" -> 200, "1,000" -> 1000, the 3
+    of "3rd" and the 16 of "F-16". "One" is no number: "one of the men" counts nobody."""
+    found: list[str] = []
+    last = ""  # the number word just before, "" if none
+    for match in WORD.finditer(text):
+        word = match[0]
+        if word.isalpha():
+            value = tables().numbers.get(word.lower(), "")
+            last = join_number(found, last, value) if value else ""
+            continue
+        last = ""
+        for part in re.split(r"[-‐‑]", word):
+            value = tables().numbers.get(part.lower(), "")
+            if value:
+                last = join_number(found, last, value)
+                continue
+            found += [normalise_number(digits) for digits in DIGITS.findall(part)]
+            last = last if part.lower() == "one" and add_one(found, last) else ""
+    return found
+
+
+def join_number(found: list[str], last: str, value: str) -> str:
+    """Put the next number word to `found`: twenty + one, two * hundred. Gives what it now stands for."""
+    if last and int(value) >= 12 and int(value) in (12, 100, 1000, 1000000) and int(last) < int(value):
+        found[-1] = str(int(last) * int(value))
+    elif last and len(last) == 2 and last[1] == "0" and last != "10" and len(value) == 1:
+        found[-1] = str(int(last) + int(value))
+    else:
+        found.append(value)
+    return found[-1]
+
+
+def add_one(found: list[str], last: str) -> bool:
+    """twenty-one."""
+    if len(last) == 2 and last[1] == "0" and last != "10":
+        found[-1] = str(int(last) + 1)
+        return True
+    return False
+
+
+def find_names(text: str) -> list[str]:
+    """Proper names, runs of capitalised words joined: "the Golden Gate Bridge in May" -> Golden Gate Bridge, May.
+
+    In the midst of a sentence every capital counts; at its beginning only a word that is not in the lexicon. Where most
+    words have capitals, as in titles, capitals say nothing, and only words that are not in the lexicon count.
+    """
+    tokens = split_tokens(text)
+    titles = is_title(tokens)
+    names: list[str] = []
+    running = False
+    for token in tokens:
+        named = is_name(token, titles)
+        if named and running and token.joined:
+            names[-1] += " " + strip_possessive(token.word)
+        elif named:
+            names.append(strip_possessive(token.word))
+        running = named
+    return names
+
+
+def strip_possessive(word: str) -> str:
+    return word[:-2] if word.endswith(("'s", "’s")) else word
+
+
+def is_title(tokens: list[Token]) -> bool:
+    content = [
+        token.word for token in tokens if token.word[0].isalpha() and not token.begins and is_content(token.word)
+    ]
+    capitals = sum(word[0].isupper() for word in content)
+    return len(content) >= 2 and capitals > 0.6 * len(content)
+
+
+def is_name(token: Token, titles: bool) -> bool:
+    if not token.word[0].isupper() or token.small in tables().capitals:
+        return False
+    if len(token.word) == 1 or not any(letter.isalpha() for letter in token.word):
+        return False
+    if token.begins or titles:
+        return not is_common(token.small)
+    return token.small not in tables().function
+
+
+@lru_cache(REMEMBERED)
+def is_common(small: str) -> bool:
+    """Whether a word or what it comes from is in the lexicon: paddleboarders, teal-painted."""
+    found = form(small)
+    if is_known(small) or (found.lemma != small and is_known(found.lemma)):
+        return True
+    if "-" in small:
+        return all(is_common(part) for part in small.split("-") if part)
+    for ending in ("er", "or", "ist", "ly", "y", "ish", "less", "ful", "ness", "like"):
+        stem = found.lemma.removesuffix(ending)
+        if stem != found.lemma and len(stem) > 2 and (is_known(stem) or is_known(stem + "e")):
+            return True
+    return any(is_known(found.lemma[:i]) and is_known(found.lemma[i:]) for i in range(3, len(found.lemma) - 2))
+
+
+def find_nouns(text: str) -> list[str]:
+    """Base forms of the nouns that a picture can show, each once, in order; "hot dog" and other nouns of two words that
+    the lexicon has as one. Words that are nouns and something else are judged by their neighbours."""
+    tokens = split_tokens(text)
+    found: dict[str, None] = {}
+    skip = False
+    for i, token in enumerate(tokens):
+        if skip:
+            skip = False
+            continue
+        after = tokens[i + 1] if i + 1 < len(tokens) and tokens[i + 1].joined else None
+        if after and token.small in tables().two_words:
+            pair = f"{token.small} {form(after.small).lemma}"
+            if pair in tables().nouns:
+                found[pair] = None
+                skip = True
+                continue
+        if is_thing(tokens[i - 1] if i and token.joined else None, token, after):
+            found[form(token.small).lemma] = None
+    return list(found)
+
+
+def is_thing(before: Token | None, token: Token, after: Token | None) -> bool:
+    """Whether this word is here a noun that a picture can show. before, after: its neighbours, None where the sentence
+    begins or ends or a punctuation mark stands between."""
+    base, kind = form(token.small)
+    known = tables()
+    if base not in known.nouns or kind in ("verb", "degree") or token.small in known.function:
+        return False
+    if base in known.photo or token.small in known.numbers or (base in known.colours and kind != "plural"):
+        return False
+    if base in known.verb_first or base in known.verb_too:
+        if is_verb_here(before, token, after, kind):
+            return False
+        if base in known.verb_first and not (before is None or opens_noun(before)) and kind != "plural":
+            return False
+    if base in known.adjective_first and kind == "base":
+        return not (after is not None and is_nominal(after.small)) and before is not None and opens_noun(before)
+    return not (token.small.endswith("ing") and is_verb_here(before, token, after, "ing"))
+
+
+@cache
+def word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+ARTICLES = "a an the this that these those his her its their my your our some any each every no another"
+BE = "is are was were be been being"
+SUBJECTS = "to can could will would should must may might i you he she it we they who which that and"
+FOLLOW_VERBS = (
+    "a an the his her its their my your our on in at through across along over into down up off around with by"
+)
+FOLLOW_VERBS += " onto from towards toward past to away out together for against under while and"
+
+
+def is_verb_here(before: Token | None, token: Token, after: Token | None, kind: str) -> bool:
+    """A dog RUNS through, people WATCH the, is PAINTING a, to FISH."""
+    previous, following = before.small if before else "", after.small if after else ""
+    if kind == "ing":
+        return previous in word_set(BE) or following in word_set(ARTICLES)
+    if previous in word_set(SUBJECTS) and previous not in ("to", "and", "that") and kind != "plural":
+        return True
+    if previous == "to" and kind == "base" and form(token.small).lemma in tables().verb_first:
+        return True
+    follows = not following or following in word_set(FOLLOW_VERBS) or following in tables().adverbs
+    if not before or not follows:
+        return False
+    subject = form(previous)
+    if subject.lemma not in tables().nouns and subject.lemma not in ("group", "couple", "one", "someone"):
+        return previous in word_set("he she it who which that") and kind == "plural"
+    plural = subject.kind == "plural" or previous in ("people", "group", "couple")
+    if kind == "plural":
+        return not plural and following in word_set(FOLLOW_VERBS)
+    return plural
+
+
+def opens_noun(before: Token) -> bool:
+    """Words that stand before a noun."""
+    known, small = tables(), before.small
+    return (
+        small in word_set(ARTICLES)
+        or small in known.adjectives
+        or small in known.colours
+        or small in known.numbers
+        or small in known.function
+        and small not in word_set(SUBJECTS)
+        or before.word.endswith(("'s", "’s"))
+        or small.endswith(("ing", "ed"))
+        or form(small).lemma in known.nouns
+    )
+
+
+def is_nominal(small: str) -> bool:
+    """A noun or adjective."""
+    known = tables()
+    base = form(small).lemma
+    return base in known.nouns or base in known.abstract and base not in known.verbs or base in known.adjectives
+
+
+def hypernyms(noun: str) -> frozenset[str]:
+    """More general nouns of all its meanings: "dog" -> canine, mammal, animal, .. Empty for what is not known."""
+    known = tables()
+    places = known.nouns.get(lemma(noun) if " " not in noun else noun, [])
+    above = {other for place in places for other in known.above(place)} - set(places)
+    return frozenset(word for place in above for word in known.words_of[place]) - {noun}
+
+
+def synonyms(noun: str) -> frozenset[str]:
+    """Other nouns for the same thing, in any of its meanings."""
+    known = tables()
+    base = lemma(noun) if " " not in noun else noun
+    return frozenset(word for place in known.nouns.get(base, []) for word in known.words_of[place]) - {base}
+
+
+@cache
+def irregular_plurals() -> dict[str, str]:
+    pairs = tables().irregular["noun"].items()
+    found = {base: plural for plural, base in pairs}
+    return found | {"person": "people", "fish": "fish", "sheep": "sheep", "deer": "deer", "child": "children"}
+
+
+def plural(noun: str) -> str:
+    """ "fire truck" -> fire trucks, man -> men. Of a plural: itself."""
+    start, _, last = noun.rpartition(" ")
+    small = last.lower()
+    if form(small).kind == "plural" or small in ("people", "jeans", "pants", "shorts", "glasses", "sunglasses"):
+        return noun
+    if small in irregular_plurals():
+        last = irregular_plurals()[small]
+    elif small.endswith(("s", "x", "z", "ch", "sh")):
+        last += "es"
+    elif small.endswith("y") and small[-2:-1] not in ("a", "e", "i", "o", "u", ""):
+        last = last[:-1] + "ies"
+    elif small.endswith("man") and small not in ("human", "german", "roman", "talisman"):
+        last = last[:-3] + "men"
+    else:
+        last += "s"
+    return f"{start} {last}" if start else last
+
+
+def article(phrase: str) -> str:
+    """ "a" or "an", by the sound that the phrase begins with: an hour, a unicorn, an MRI, an 8."""
+    words = split_words(phrase[:LONGEST])
+    if not words:
+        return "a"
+    first = words[0]
+    if first[0].isdigit():
+        return "an" if first.startswith("8") or first in ("11", "18") else "a"
+    if first.isupper() and len(first) > 1 and (len(first) < 4 or not is_common(first.lower())):
+        return "an" if first[0] in LETTERS_AN else "a"
+    if first.lower().startswith(SILENT_H):
+        return "an"
+    if first[0].lower() not in "aeiou" or SOUND_OF_YOU.match(first):
+        return "a" if first.lower() != "x-ray" else "an"
+    return "an"
+
+
+class Support:
+    """What a row's sources say is in the picture."""
+
+    def __init__(self, texts: Iterable[str]):
+        known = tables()
+        self.lemmas: set[str] = set()
+        self.meanings: set[int] = set()
+        self.person = False
+        for text in texts:
+            for word in split_words(text):
+                small = small_form(word)
+                self.lemmas |= {small, form(small).lemma}
+        for base in self.lemmas:
+            for place in known.nouns.get(base, ()):
+                self.meanings |= known.above(place)
+            self.person = self.person or base in known.persons
+
+    @classmethod
+    def of(cls, sources: Sources) -> Support:
+        return cls((sources.raw, sources.caption, sources.ocr, *(tag.name for tag in sources.tags)))
+
+    def holds(self, noun: str) -> bool:
+        """Whether the noun, a synonym or something more special is in the sources. Persons stand for each other."""
+        base = noun if " " in noun else lemma(noun)
+        if base in self.lemmas or (self.person and base in tables().persons):
+            return True
+        if any(place in self.meanings for place in tables().nouns.get(base, ())):
+            return True
+        return " " in base and all(self.holds(part) for part in base.split(" "))
