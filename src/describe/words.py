@@ -7,7 +7,7 @@ on its length, in linear time, and remember what they found about a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -154,11 +154,12 @@ def strip_possessive(word: str) -> str:
 
 
 def is_title(tokens: list[Token]) -> bool:
-    content = [
-        token.word for token in tokens if token.word[0].isalpha() and not token.begins and is_content(token.word)
-    ]
-    capitals = sum(word[0].isupper() for word in content)
-    return len(content) >= 2 and capitals > 0.6 * len(content)
+    """Whether words have capitals because the text is a title: nearly all, or a preposition that stands inside."""
+    inner = [token for token in tokens if token.word[0].isalpha() and not token.begins and len(token.word) > 1]
+    if any(token.word[0].isupper() and token.small in tables().function for token in inner):
+        return True
+    content = [token.word[0].isupper() for token in inner if is_content(token.word)]
+    return len(content) >= 3 and sum(content) > 0.75 * len(content)
 
 
 def is_name(token: Token, titles: bool) -> bool:
@@ -367,7 +368,9 @@ class Support:
 
     def holds_part(self, part: str) -> bool:
         known = tables()
-        return part in self.lemmas or part in known.photo or (self.person and part in known.persons) or self.holds(part)
+        if part in self.lemmas or part in known.photo or (self.person and part in known.persons):
+            return True
+        return any(place in self.meanings for place in known.nouns.get(part, ()))
 
 
 @lru_cache(REMEMBERED)
@@ -377,10 +380,25 @@ def word_roots(word: str) -> frozenset[str]:
     small = small_form(word)
     base = form(small).lemma
     found = {small, base}
+    found.update(root for root in quality_roots(small) if root in tables().nouns)
     for parts in split_noun(base):
         if len(parts) == 1 or base not in tables().nouns or "-" in base:
             found |= {form(part).lemma for part in parts}
     return frozenset(found)
+
+
+def undouble(stem: str) -> str:
+    """runn -> run."""
+    return stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+
+
+def quality_roots(small: str) -> Iterator[str]:
+    """Nouns of adjectives: snowy, foggy, icy, wooden."""
+    if small in tables().adjectives and len(small) > 3 and small.endswith(("y", "en")):
+        stem = small[:-1] if small.endswith("y") else small[:-2]
+        yield from (stem, stem + "e")
+        if stem[-1] == stem[-2]:
+            yield stem[:-1]
 
 
 @lru_cache(REMEMBERED)
@@ -391,8 +409,10 @@ def split_noun(base: str) -> tuple[tuple[str, ...], ...]:
     if " " in base or "-" in base:
         return (tuple(base.replace("-", " ").split()),)
     ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]
-    for ending in ("er", "or", "ist", "ian", "eer"):
+    known = tables()
+    person = any(known.person in known.above(place) for place in known.nouns.get(base, ())) or base not in known.nouns
+    for ending in ("er", "or", "ist", "ian", "eer") if person else ():
         stem = base.removesuffix(ending)
         if stem != base and len(stem) > 2:
-            ways += [(root,) for root in (stem, stem + "e", stem[:-1]) if is_known(root) and len(root) > 2]
+            ways += [(root,) for root in (stem, stem + "e", undouble(stem)) if is_known(root) and len(root) > 2]
     return tuple(ways)

@@ -28,6 +28,7 @@ TOPS, GROUPS, PLACES = 3, 14, 15  # the nouns of these only where hand.txt names
 ABOVE = {*CONCRETE, TOPS, GROUPS, PLACES}  # whose meanings may be the more general ones
 BODY, PERSON = 8, 18
 MOST_SENSES = 3
+FEW = 4  # counts up to this say nothing about which meaning is the usual one
 COMMON = 8000  # merges of CLIP's vocabulary before this one make words that are common
 KNOWN = 16000  # .. words of which compounds are made
 PARTS = {"noun": (1,), "verb": (2,), "adj": (3, 5), "adv": (4,)}
@@ -171,8 +172,9 @@ class Builder:
         if lemma in self.not_nouns:
             return False
         concrete, nouns = self.concrete_count(lemma), sum(self.counts.noun_files.get(lemma, {}).values())
-        first = self.index["noun"][lemma][0]
-        return concrete >= 0.3 * nouns if nouns else self.is_concrete(first, lemma)
+        if nouns > FEW:
+            return concrete >= 0.3 * nouns
+        return any(self.is_concrete(offset, lemma) for offset in self.index["noun"][lemma][:2])
 
     def nouns(self) -> dict[str, list[str]]:
         """Lemma -> offsets."""

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LINES = ("synonyms", "near", "idioms")  # sections of hand.txt whose entries may have blanks
+LINES = ("synonyms", "near", "supported_by", "idioms")  # sections of hand.txt whose entries may have blanks
 
 
 def read_lines(name: str) -> list[str]:
@@ -19,7 +19,7 @@ def read_classes(name: str) -> dict[str, list[str]]:
 
 
 def read_hand() -> dict[str, list[str]]:
-    """hand.txt: [section], then words between blanks, # comments; of `synonyms` and `near` whole lines."""
+    """hand.txt: [section], then words between blanks, # comments; of those in LINES whole lines."""
     sections: dict[str, list[str]] = {}
     name = ""
     for line in read_lines("hand.txt"):
@@ -67,9 +67,11 @@ class Tables:
         for line in hand["synonyms"]:
             self.add_synonyms(line.split(", "))
         self.near: dict[str, set[str]] = {}
-        for words in (set(line.split(", ")) for line in hand["near"]):
+        for words in (line.split(", ") for line in hand["near"]):
             for word in words:
-                self.near.setdefault(word, set()).update(words - {word})
+                self.near.setdefault(word, set()).update(words)
+        for word, *others in (line.split(", ") for line in hand["supported_by"]):
+            self.near.setdefault(word, set()).update(others)
         classes = {name: frozenset(words) for name, words in read_classes("words.txt").items()}
         self.abstract, self.verbs, self.adjectives = classes["noun"], classes["verb"], classes["adj"]
         self.adverbs, self.verb_first = classes["adv"], classes["verb-first"]
