@@ -138,7 +138,7 @@ class Client:
     def count_row(self, failure: str = "") -> None:
         """Say how a row ended: "" or why it failed. ServerRefused after `stop_after` failures, none but failures."""
         self._failures = self._failures + 1 if failure else 0
-        if self._failures == self.limits.stop_after:
+        if failure and self._failures == self.limits.stop_after:
             raise ServerRefused(
                 f"{self.url}: {self._failures} rows in a row failed, the last with: {failure}; "
                 "check the server (doctor tells what it can do) and start again: what is finished is kept"

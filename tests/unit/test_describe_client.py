@@ -240,6 +240,9 @@ def test_rows_that_fail_in_a_row_end_the_run():
         client.count_row(failure)
     with pytest.raises(ServerRefused, match=r"http://host/v1: 3 rows in a row failed, the last with: reset; .*doctor"):
         client.count_row("reset")
+    endless = Client("http://host", limits=Limits(stop_after=0))
+    for failure in ("", *["reset"] * 100):
+        endless.count_row(failure)
 
 
 # ---- many at once ----------------------------------------------------------------------------------------------------
