@@ -23,7 +23,7 @@ from rwkv_clip.config import load_json, ranged, to_dict
 from rwkv_clip.files import write_json, write_whole
 
 from .select import Selection
-from .sources import Sources, Tag
+from .sources import Sources, find_sources
 
 ABOUT, INFO, YAML, SCRIPT = "about.json", "dataset_info.json", "llama_factory.yaml", "train_composer.py"
 STUDENT = Path(__file__).parent / "student"
@@ -106,15 +106,7 @@ def find_sample(
         return "written by rules"
     if not (text := row.get("generated")):
         return "no text"
-    return selection.judge(row) or Sample(to_sources(row), answer(text))
-
-
-def to_sources(row: Mapping[str, Any]) -> Sources:
-    """What a composer was given of a merged row."""
-    names, scores = row.get("tags") or (), row.get("tag_scores") or ()
-    scores = scores if len(scores) == len(names) else (None,) * len(names)
-    tags = tuple(Tag(name, score) for name, score in zip(names, scores))
-    return Sources(row["id"], row.get("clean") or "", row.get("caption") or "", tags, row.get("ocr") or "")
+    return selection.judge(row) or Sample(find_sources(row), answer(text))
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------

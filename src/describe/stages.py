@@ -15,12 +15,10 @@ from .composers.composer import Composed, Composer
 from .composers.rules import Rules
 from .job import ROWS, Stage
 from .settings import ComposeSettings, VerifySettings
-from .sources import Sources, Tag
+from .sources import find_sources
 from .tokens import count_tokens
 from .verify import choose, judge
 from .work import Row, Task
-
-FROM_TEXT = "text"  # tags that are nouns of the texts: no evidence of what the picture shows
 
 COMPOSE = {
     "composed": "str",
@@ -49,14 +47,6 @@ VERIFY = {
     "tokens_generated": "int",
     "language": "str",
 }
-
-
-def find_sources(row: Row) -> Sources:
-    """The sources of a job's row. Tags that were taken from its texts say nothing that these do not."""
-    names = (row.get("tags") or []) if row.get("tag_source") != FROM_TEXT else []
-    scores = row.get("tag_scores") or [None] * len(names)
-    tags = tuple(Tag(name, score) for name, score in zip(names, scores))
-    return Sources(row["id"], row.get("clean") or "", row.get("caption") or "", tags, row.get("ocr") or "")
 
 
 def make_compose_task(settings: ComposeSettings) -> Task:
