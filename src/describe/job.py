@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rwkv_clip.checkpoint import hash_file
 from rwkv_clip.errors import SETTING
 from rwkv_clip.files import DamagedError, hold, parse_json, read_bytes, sync_folder, write_json
 
@@ -202,7 +203,7 @@ class Job:
         for other in stage.reads:
             for k in range(self.count_parts()) if stage.whole else [number]:
                 if (file := self.part(other, k)).exists():
-                    digest.update(f"{other} {_hash_file(file)}\n".encode())
+                    digest.update(f"{other} {hash_file(file)}\n".encode())
         return digest.hexdigest()
 
     def is_made(self, stage: Stage, number: int, retry_failed: bool = True, made_of: str | None = None) -> bool:
@@ -318,19 +319,6 @@ def _load(file: Path) -> dict[str, Any]:
 def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _hash_file(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: BinaryIO) -> str:
-    """For Python 3.10, which has no hashlib.file_digest."""
-    digest = hashlib.sha256()
-    for block in iter(lambda: stream.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

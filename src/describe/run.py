@@ -60,7 +60,7 @@ def build_compose(settings: ComposeSettings) -> Any:
 
 def build_verify(settings: Any) -> Any:
     """For workers."""
-    return make_verify_task(settings, settings.context, settings.seed)
+    return make_verify_task(settings)
 
 
 def _make(settings: Any, build: Build) -> None:

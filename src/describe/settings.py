@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -91,29 +92,39 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComposeSettings(ServerSettings):
+class TextSettings:
+    """What a text may be."""
+
+    context: int = ranged(77, minimum=8)
+    """Tokens of CLIP that a text may have, start and end included."""
+    seed: int = ranged(0, minimum=0)
+    """Of the job: every row's seed follows from it and the row's id."""
+    prompt: str = "grounded"
+    """grounded (strict JSON), paper (the published clauses), or a JSON file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeSettings(ServerSettings, TextSettings):
     """Who writes the third text, and how."""
 
     composer: Literal["rules", "openai", "vllm", "replay"] = "rules"
     """rules: no model. openai: any compatible server. vllm: in this process. replay: recorded answers."""
-    prompt: str = "grounded"
-    """grounded (strict JSON), paper (the published clauses), or a JSON file."""
     schema: bool = True
     """Ask the server to keep to the prompt's JSON schema."""
+    ascii: bool = False
+    """Let the schema allow plain ASCII only: for servers that fail on free text (llama.cpp)."""
     temperature: float = ranged(0.0, minimum=0, maximum=2)
     """Of the sampling; 0 takes the likeliest token."""
-    max_tokens: int = ranged(200, minimum=1)
+    max_tokens: int = ranged(160, minimum=1)
     """Most tokens of an answer; one that is cut there counts as none."""
     attempts: int = ranged(4, minimum=1)
-    """Answers that are asked for until one is usable."""
-    seed: int = ranged(0, minimum=0)
-    """Of the run: every row's seed follows from it and the row's id."""
+    """Requests for a row until an answer is usable."""
     variant: Literal["full", "short"] = "full"
     """Of the rules composer: short takes the caption and two tags."""
-    context: int = ranged(77, minimum=8)
-    """Tokens of CLIP that a text may have, start and end included."""
     answers: str | None = None
     """For replay: JSONL of recorded answers, or the folder of an earlier job."""
+    student_of: str | None = None
+    """Folder of `instruct` that the model was trained on: refuse another prompt than that of the training."""
     price_in: float | None = ranged(None, minimum=0)
     """Price of a million prompt tokens, for the report."""
     price_out: float | None = ranged(None, minimum=0)
@@ -136,10 +147,29 @@ class ComposeSettings(ServerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifySettings:
+class VerifySettings(TextSettings):
     """When a composed text is not taken."""
 
     language: Literal["en", "any"] = "en"
     """Texts of another language are not taken."""
     max_unsupported: float = ranged(0.0, minimum=0, maximum=1)
     """Largest share of the text's nouns that neither raw text, caption nor tags support."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupSettings:
+    """When a text repeats an earlier one."""
+
+    near: float = ranged(0.8, above=0, maximum=1)
+    """Share of words in common, in the same order, from which on two texts are nearly equal."""
+
+
+def parse_extra(text: str) -> dict[str, Any]:
+    """The object of --extra-body. ValueError."""
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f"extra_body: not JSON ({error}); give an object such as '{{\"top_k\": 1}}'") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"extra_body: {text[:80]!r} is no JSON object; give one such as '{{\"top_k\": 1}}'")
+    return found

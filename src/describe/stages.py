@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from .composers import make_composer
 from .composers.composer import Composed, Composer
 from .composers.rules import Rules
 from .job import ROWS, Stage
+from .prompt import Prompt
 from .settings import ComposeSettings, VerifySettings
 from .sources import find_sources
 from .tokens import count_tokens
 from .verify import choose, judge
 from .work import Row, Task
 
+CHECKS = 1  # version of the checks: a change makes earlier verdicts others
 COMPOSE = {
     "composed": "str",
     "composer": "str",
@@ -77,18 +78,22 @@ def _columns(name: str, composed: Composed) -> Row:
     return {"composer": name, **{named.get(key, key): value for key, value in found.items()}}
 
 
-def make_verify_task(settings: VerifySettings, context: int, seed: int) -> Task:
+def make_verify_task(settings: VerifySettings) -> Task:
     """What is wrong with each text, and the text that is taken in the end."""
-    rules = Rules(seed=seed, context=context)
-    decides = {**asdict_of(VerifySettings, settings), "context": context, "fallback": rules.decides, "checks": 1}
+    rules, prompt = Rules(seed=settings.seed, context=settings.context), Prompt.load(settings.prompt)
+    chosen = {name: getattr(settings, name) for name in ("language", "max_unsupported", "context")}
+    decides = {**chosen, "prompt": prompt.sha256, "fallback": rules.decides, "checks": CHECKS}
     stage = Stage("verify", VERIFY, (ROWS, "caption", "tags", "compose"), (), decides)
-    return Task(stage, make=partial(_verify, rules, settings, context))
+    return Task(stage, make=partial(_verify, rules, settings, f"{prompt.system}\n{prompt.user}"))
 
 
-def _verify(rules: Rules, settings: VerifySettings, context: int, row: Row) -> Row:
+def _verify(rules: Rules, settings: VerifySettings, prompt: str, row: Row) -> Row:
     sources, composed = find_sources(row), row.get("composed") or ""
-    verdict = judge(sources, composed, context, settings.language) if composed else None
-    fallback = "" if row["composer"] == rules.name else rules.write(sources)
+    ruled, context = row["composer"] == rules.name, settings.context
+    limits = context, settings.language, settings.max_unsupported, "" if ruled else prompt
+    verdict = judge(sources, composed, *limits) if composed else None
+    accepted = verdict is not None and not verdict.rejects
+    fallback = "" if ruled or accepted else rules.write(sources)
     text, engine = choose(composed or None, row["composer"], verdict, sources, fallback, context)
     return {
         "generated": text,
@@ -104,8 +109,3 @@ def _verify(rules: Rules, settings: VerifySettings, context: int, row: Row) -> R
         "tokens_generated": count_tokens(text),
         "language": verdict.language if verdict else "",
     }
-
-
-def asdict_of(table: type, settings: Any) -> dict[str, Any]:
-    """The values that a settings object has for the fields of one of its tables."""
-    return {name: getattr(settings, name) for name in table.__dataclass_fields__}

@@ -31,6 +31,11 @@ def read_hand() -> dict[str, list[str]]:
     return sections
 
 
+def read_pairs(pairs: list[str]) -> dict[str, str]:
+    """ "two=2", .. as a dict."""
+    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
 class Tables:
     """nouns: noun -> places of its meanings in words_of and parents, the first one the most frequent. Nouns of two
     words have a blank between them."""
@@ -49,8 +54,9 @@ class Tables:
         hand = read_hand()
         self.function, self.colours, self.photo = (frozenset(hand[name]) for name in ("function", "colours", "photo"))
         self.postures, self.persons = frozenset(hand["postures"]), frozenset(hand["persons"])
-        self.capitals = frozenset(hand["capitals"])
-        self.numbers: dict[str, str] = dict(pair.split("=") for pair in hand["numbers"])  # type: ignore[misc]
+        self.capitals, self.foreign = frozenset(hand["capitals"]), frozenset(hand["foreign"])
+        self.numbers, self.implied = read_pairs(hand["numbers"]), read_pairs(hand["implied_numbers"])
+        self.abbreviations = read_pairs(hand["abbreviations"])
         for line in hand["synonyms"]:
             self.add_synonyms(line.split())
         classes = {name: frozenset(words) for name, words in read_classes("words.txt").items()}
@@ -58,7 +64,7 @@ class Tables:
         self.adverbs, self.verb_first = classes["adv"], classes["verb-first"]
         self.adjective_first, self.verb_too = classes["adj-first"], classes["verb-too"]
         forms = read_classes("irregular.txt")
-        self.irregular = {part: dict(pair.split("=") for pair in pairs) for part, pairs in forms.items()}
+        self.irregular = {part: read_pairs(pairs) for part, pairs in forms.items()}
         self._above: dict[int, frozenset[int]] = {}
 
     def add_synonyms(self, words: list[str]) -> None:
