@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from rwkv_clip.data.encode import RowError, find_text
@@ -36,6 +35,7 @@ from .cleaning import clean
 from .job import ROWS, Job, Stage
 from .parquet import write_parquet
 from .settings import InputSettings
+from .token_texts import CONTEXT, Decoder
 
 COLUMNS = {
     "row": "int",
@@ -60,7 +60,6 @@ OCR = ("ocr", "ocr_text")
 IDS = ("id", "key", "uid", "image_id")
 LICENSES = ("license", "licence")
 URLS = ("url", "source_url")
-CONTEXT = 77  # of published token arrays
 FROM_INPUT = "input"
 MOST_TAGS = 256
 NO_TEXTS = Choice(Texts(("raw",), ("raw",)))
@@ -205,27 +204,6 @@ class Reader:
         if isinstance(value, dict):
             value = value.get("path")
         return _repair(value).strip() or None if isinstance(value, str) else None
-
-
-class Decoder:
-    """Published token ids -> texts. What CLIP's tokenizer took away is lost: capitals, and where spaces were."""
-
-    def __init__(self) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        self._decode, ends = SimpleTokenizer().decode, SimpleTokenizer().encoder
-        self._ends = ends["<start_of_text>"], ends["<end_of_text>"]
-
-    def __call__(self, tokens: np.ndarray | None) -> list[str]:
-        """Texts of an array of (texts * 77,) or (texts, 77) ids. RowError for anything else."""
-        if tokens is None or tokens.size % CONTEXT or not tokens.size:
-            raise RowError(f"no token ids, or not {CONTEXT} for each text")
-        texts = []
-        for ids in tokens.reshape(-1, CONTEXT).astype(np.int64):
-            if ids.min() < 0 or ids.max() > self._ends[1]:
-                raise RowError("token ids out of range")
-            texts.append(self._decode([i for i in ids.tolist() if i and i not in self._ends]).strip())
-        return texts
 
 
 def parse_tags(value: Any) -> list[str] | None:

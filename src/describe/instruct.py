@@ -23,7 +23,7 @@ from rwkv_clip.config import load_json, ranged, to_dict
 from rwkv_clip.files import write_json, write_whole
 
 from .select import Selection
-from .sources import Sources, Tag
+from .sources import Sources, find_sources
 
 ABOUT, INFO, YAML, SCRIPT = "about.json", "dataset_info.json", "llama_factory.yaml", "train_composer.py"
 STUDENT = Path(__file__).parent / "student"
@@ -32,20 +32,27 @@ Message = dict[str, str]
 
 
 class Template(Protocol):
-    """What is asked of a prompt, see `prompt.Prompt`: the messages of a row, and a hash of all that decides them."""
+    """What is asked of a prompt, see `prompt.Prompt`: the messages of a row, a hash of all that decides them, and the
+    JSON schema of an answer with its key of the text, or None for plain text."""
 
     @property
     def sha256(self) -> str: ...
+
+    @property
+    def schema(self) -> dict[str, Any] | None: ...
+
+    @property
+    def answer(self) -> str: ...
 
     def messages(self, sources: Sources) -> list[Message]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a composer is given, and what it should answer."""
+    """What a composer is given, and the text that it should write."""
 
     sources: Sources
-    answer: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +99,8 @@ Read = Callable[[], Iterable[Found]]  # from the first one, as often as it is ca
 # ---- rows -> samples -------------------------------------------------------------------------------------------------
 
 
-def find_sample(
-    row: Mapping[str, Any], settings: InstructSettings, selection: Selection, answer: Callable[[str], str] = str
-) -> Found:
-    """The sample of a merged row of a job, or the reason why it is none.
-
-    answer: the form in which the prompt wants a text, the text itself or JSON with it.
-    """
+def find_sample(row: Mapping[str, Any], settings: InstructSettings, selection: Selection) -> Found:
+    """The sample of a merged row of a job, or the reason why it is none."""
     composer, engine = row.get("composer"), row.get("engine")
     if engine != composer:
         return f"fell back to {engine}"
@@ -106,15 +108,7 @@ def find_sample(
         return "written by rules"
     if not (text := row.get("generated")):
         return "no text"
-    return selection.judge(row) or Sample(to_sources(row), answer(text))
-
-
-def to_sources(row: Mapping[str, Any]) -> Sources:
-    """What a composer was given of a merged row."""
-    names, scores = row.get("tags") or (), row.get("tag_scores") or ()
-    scores = scores if len(scores) == len(names) else (None,) * len(names)
-    tags = tuple(Tag(name, score) for name, score in zip(names, scores))
-    return Sources(row["id"], row.get("clean") or "", row.get("caption") or "", tags, row.get("ocr") or "")
+    return selection.judge(row) or Sample(find_sources(row), text)
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -157,7 +151,7 @@ def _find_reason(found: Found, settings: InstructSettings) -> str:
         return found
     if len(_names(found)) < settings.min_tags:
         return f"fewer than {settings.min_tags} tags"
-    return "" if found.answer.strip() else "no text"
+    return "" if found.text.strip() else "no text"
 
 
 def _names(sample: Sample) -> set[str]:
@@ -190,10 +184,9 @@ def write_training_set(
     (folder / ABOUT).unlink(missing_ok=True)
     forms = {"alpaca": to_alpaca, "sharegpt": to_sharegpt, "messages": to_messages}
     for name, form in forms.items():
-        lines = (_to_line(form([*prompt.messages(one.sources), _say(one.answer)])) for one in chosen())
+        lines = (_to_line(form(to_chat(one, prompt))) for one in chosen())
         write_whole(folder / f"{name}.jsonl", lines)
-    first = next(chosen())
-    examples = "history" in to_alpaca([*prompt.messages(first.sources), _say("")])
+    examples = "history" in to_alpaca(to_chat(next(chosen()), prompt))
     write_json(folder / INFO, describe_files(prompt.sha256, examples))
     for name in (YAML, SCRIPT):
         text = (STUDENT / f"{name}.txt").read_text(encoding="utf-8")
@@ -214,8 +207,29 @@ def write_training_set(
     return report
 
 
-def _say(answer: str) -> Message:
-    return {"role": "assistant", "content": answer}
+def to_chat(sample: Sample, prompt: Template) -> list[Message]:
+    """What is sent about the sample, and the answer as the prompt wants it: the text, or JSON with it alone.
+
+    ValueError where the prompt's schema wants more than a text.
+    """
+    text = _read_text(sample.text, prompt.answer)
+    if prompt.schema is not None:
+        if set(prompt.schema.get("required", [prompt.answer])) != {prompt.answer}:
+            raise ValueError(f"prompt: its schema wants more than {prompt.answer!r}, which samples do not have")
+        text = json.dumps({prompt.answer: text}, ensure_ascii=False)
+    return [*prompt.messages(sample.sources), {"role": "assistant", "content": text}]
+
+
+def _read_text(text: str, key: str) -> str:
+    """The text of an answer of others that is JSON already."""
+    if text.startswith("{"):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if isinstance(value, dict) and isinstance(value.get(key), str):
+            return value[key]
+    return text
 
 
 def _to_line(value: Any) -> bytes:

@@ -31,8 +31,8 @@ from rwkv_clip.describe.sources import Sources, Tag
 class Template:
     """A prompt as `prompt.Prompt` is one: system, examples, and the row last."""
 
-    def __init__(self, system: str = "You merge texts.", examples: int = 0):
-        self.system, self.examples = system, examples
+    def __init__(self, system: str = "You merge texts.", examples: int = 0, schema: dict | None = None):
+        self.system, self.examples, self.schema, self.answer = system, examples, schema, "text"
 
     @property
     def sha256(self) -> str:
@@ -187,9 +187,14 @@ def test_only_accepted_texts_of_a_teacher_are_taken(change, settings, reason):
     assert (found if isinstance(found, str) else "") == reason
 
 
-def test_an_answer_has_the_form_that_the_prompt_asks_for():
-    found = find_sample(merged(1), InstructSettings(), Selection(), lambda text: json.dumps({"caption": text}))
-    assert found.answer == '{"caption": "merged 1"}'
+@pytest.mark.parametrize("text", ['a "red" hat', '{"text": "a \\"red\\" hat"}'])
+def test_an_answer_has_the_form_that_the_prompt_asks_for(tmp_path, text):
+    schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    for prompt, answer in ((Template(schema=schema), '{"text": "a \\"red\\" hat"}'), (Template(), 'a "red" hat')):
+        write(tmp_path, [merged(1, generated=text)], prompt)
+        assert load_as_llama_factory(tmp_path, "composer_sharegpt")[0][2] == answer
+    with pytest.raises(ValueError, match="wants more than 'text'"):
+        write(tmp_path, [merged(1)], Template(schema={**schema, "required": ["text", "why"]}))
 
 
 def test_rows_are_samples_or_counted(tmp_path):
@@ -352,7 +357,7 @@ def test_sources_are_searched_in_bounded_time():
 )
 def test_files_of_others_give_samples(tmp_path, entry):
     [found] = read_samples(save_jsonl(tmp_path / "others.jsonl", [{"id": 7, **entry}]))
-    assert isinstance(found, Sample) and found.answer == "merged" and found.sources.id == "7"
+    assert isinstance(found, Sample) and found.text == "merged" and found.sources.id == "7"
     sources = found.sources
     assert (sources.raw, sources.caption, [tag.name for tag in sources.tags]) == EXPECTED
 
