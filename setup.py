@@ -46,7 +46,7 @@ setup(
         "": ["*.json"],
         "rwkv_clip": ["py.typed", "configs/**/*.json", "bert-chinese/*"],
         "rwkv_clip.ops": ["csrc/**/*"],
-        "rwkv_clip.describe": ["lexicon/*"],
+        "rwkv_clip.describe": ["lexicon/*", "prompts/*"],
     },
     entry_points={
         "console_scripts": [

@@ -151,10 +151,10 @@ def _number_repeats(words: NDArray[np.uint32], rows: NDArray[np.int64]) -> NDArr
     first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
     repeats = np.empty(len(keys), np.uint64)
     repeats[order] = (place - np.maximum.accumulate(np.where(first, place, 0))).astype(np.uint64)
-    return _mix(words.astype(np.uint64) + (repeats << np.uint64(32)))
+    return mix_bits(words.astype(np.uint64) + (repeats << np.uint64(32)))
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): every bit decides every bit."""
     values = values + _GOLDEN
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -164,12 +164,12 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _hash_bands(tokens: NDArray[np.uint64], starts: NDArray[np.int64]) -> NDArray[np.uint32]:
     """(rows, BANDS): HASHES least values of each row, mixed to 32 bits."""
-    factors = _mix(np.arange(BANDS * HASHES, dtype=np.uint64)) | np.uint64(1)
+    factors = mix_bits(np.arange(BANDS * HASHES, dtype=np.uint64)) | np.uint64(1)
     bands = np.empty((len(starts), BANDS), np.uint32)
     for band in range(BANDS):
         key = np.zeros(len(starts), np.uint64)
         for factor in factors[band * HASHES : (band + 1) * HASHES]:
-            key = _mix(key ^ np.minimum.reduceat(tokens * factor, starts))
+            key = mix_bits(key ^ np.minimum.reduceat(tokens * factor, starts))
         bands[:, band] = key >> np.uint64(32)
     return bands
 

@@ -27,8 +27,8 @@ from rwkv_clip.data.fields import (
     find_tokens,
     survey,
 )
-from rwkv_clip.data.rows import Row
-from rwkv_clip.data.sources import Source
+from rwkv_clip.data.rows import IMAGE_ENDINGS, Row
+from rwkv_clip.data.sources import PAIRS, Source
 from rwkv_clip.files import hold
 
 from .cleaning import clean
@@ -72,12 +72,17 @@ def make_stage(settings: InputSettings) -> Stage:
     return Stage(ROWS, COLUMNS, (), (), {**fields, "limit": settings.limit, "rows_version": VERSION})
 
 
+def open_source(spec: str, images: str | None) -> Source:
+    """What rows and their pictures are read from; pictures need no texts."""
+    return Source(spec, images, alone=True)
+
+
 def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str, Any]:
     """Read the input into the job's rows, if that has not been done; returns `Job.find_input`.
 
     ValueError for an input that cannot be read, or that has fewer rows than before. InUse where another process reads.
     """
-    stage, source = make_stage(settings), Source(settings.input or "", settings.images)
+    stage, source = make_stage(settings), open_source(settings.input or "", settings.images)
     with hold(job.folder / "rows.lock", f"the rows of {job.folder}", "wait until it has read them"):
         job.agree(stage, new_run)
         before = job.find_input()
@@ -99,7 +104,8 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
                 raise
             return NO_TEXTS  # pictures that are to be captioned first
 
-    reader = Reader(survey(source.rows(), conditions, choose), settings)
+    folder = source.files[0] if source.kind == PAIRS and len(source.files) == 1 else None
+    reader = Reader(survey(source.rows(), conditions, choose), settings, folder)
     bar = tqdm(source.rows(), total=source.count(), unit="row", disable=None, desc="reading")
     skipped: Counter[str] = Counter()
     rows = islice(_select(bar, conditions, reader, skipped), settings.limit)
@@ -137,7 +143,8 @@ def _select(
 class Reader:
     """Row of a source -> row of a job."""
 
-    def __init__(self, choice: Choice, settings: InputSettings):
+    def __init__(self, choice: Choice, settings: InputSettings, folder: Path | None = None):
+        self.folder = folder  # of pictures, whose names the rows do not say
         names = dict(zip(choice.texts.names, choice.texts.fields))
         self.raw, self.caption = names.get("raw"), names.get("synthetic")
         self.tokens = choice.token_field
@@ -153,7 +160,7 @@ class Reader:
         raw, caption = self._find_texts(row)
         tags = parse_tags(_find(row, self._named["tags"]))
         ocr = _to_text(_find(row, self._named["ocr"]))
-        image = _name_picture(row)
+        image = self._name_picture(row)
         if not (raw or caption or tags or ocr or image or isinstance(row.image, bytes)):
             raise RowError("neither a text nor a picture")
         cleaned, found = clean(raw), _find(row, self._named["id"])
@@ -184,6 +191,19 @@ class Reader:
         raw = find_text(row.fields, self.raw) if self.raw else None
         caption = find_text(row.fields, self.caption) if self.caption else None
         return _repair(raw or ""), _repair(caption or "")
+
+    def _name_picture(self, row: Row) -> str | None:
+        """The file of the picture as the row or its folder names it, None where the picture came with the row."""
+        if self.folder is not None:
+            stem = row.name.removeprefix(f"{self.folder.name}/")
+            names = (f"{stem}.{change(ending)}" for ending in IMAGE_ENDINGS for change in (str.lower, str.upper))
+            return next((name for name in names if (self.folder / name).is_file()), None)
+        if row.image is not None:
+            return None
+        value = _find(row, IMAGE_FIELDS)
+        if isinstance(value, dict):
+            value = value.get("path")
+        return _repair(value).strip() or None if isinstance(value, str) else None
 
 
 def parse_tags(value: Any) -> list[str] | None:
@@ -220,16 +240,6 @@ def _to_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         value = " ".join(item for item in value if isinstance(item, str))
     return _repair(value).strip() if isinstance(value, str) else ""
-
-
-def _name_picture(row: Row) -> str | None:
-    """The file of the picture as the row names it, or None where the picture came with the row."""
-    if row.image is not None:
-        return None
-    value = _find(row, IMAGE_FIELDS)
-    if isinstance(value, dict):
-        value = value.get("path")
-    return str(Path(_repair(value))) if isinstance(value, str) and value.strip() else None
 
 
 def _repair(text: str) -> str:

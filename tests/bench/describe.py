@@ -23,12 +23,15 @@ from pathlib import Path
 
 from harness import ROOT, Report, argument_parser
 
-WHO = "man woman boy girl dog cat horse cyclist surfer climber child player couple crowd skier".split()
-WHAT = "riding holding watching chasing carrying throwing pulling crossing painting reading".split()
-THING = "bicycle ball kite surfboard umbrella basket rope guitar camera book ladder sled boat bench tent".split()
-LOOK = "red blue green old wooden large small striped yellow white black shiny wet".split()
-WHERE = "beach street park forest lake mountain field river bridge market garden station harbour roof".split()
-PLACES = "Paris Oslo Kyoto Lima Nairobi Austin Bergen Cork Dover Essen".split()
+WORDS = {
+    "who": "man woman boy girl dog cat horse cyclist surfer climber child player couple crowd skier",
+    "what": "riding holding watching chasing carrying throwing pulling crossing painting reading",
+    "thing": "bicycle ball kite surfboard umbrella basket rope guitar camera book ladder sled boat bench tent",
+    "look": "red blue green old wooden large small striped yellow white black shiny wet",
+    "where": "beach street park forest lake mountain field river bridge market garden station harbour roof",
+    "place": "Paris Oslo Kyoto Lima Nairobi Austin Bergen Cork Dover Essen",
+}
+WHO, WHAT, THING, LOOK, WHERE, PLACES = (words.split() for words in WORDS.values())
 WEB = (
     "IMG_{n}.JPG {t}",
     "{t} - photo by me",

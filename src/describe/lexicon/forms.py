@@ -34,10 +34,13 @@ def form(small: str) -> Form:
     known = tables()
     if len(small) > LONGEST or small in known.function:
         return Form(small, "base")
-    if small in known.irregular["noun"] and small not in known.persons - {"people"} | {"people"}:
-        return Form(known.irregular["noun"][small], "plural")
-    if small in known.nouns:
+    if small in known.plurals:
         return Form(small, "base")
+    if small in known.irregular["noun"]:
+        return Form(known.irregular["noun"][small], "plural")
+    if small in known.nouns:  # WordNet has arms that are weapons
+        single = small[:-1] if small.endswith("s") else ""
+        return Form(single, "plural") if single in known.nouns else Form(small, "base")
     if small in known.irregular["verb"]:
         return Form(known.irregular["verb"][small], "verb")
     for stem in plural_stems(small):

@@ -1,0 +1,171 @@
+"""What a raw text knows and a caption does not: names, numbers and places, in the raw text's own words."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from .cleaning import grade
+from .lexicon.forms import form
+from .lexicon.tables import tables
+from .words import Token, content_lemmas, is_content, is_name, lemma, split_tokens, word_set
+
+LONGEST_TITLE = 8  # words of a raw text that is taken whole
+LONGEST_NAME = 6
+MOST_NAMES, MOST_PLACES = 2, 2
+PREPOSITIONS = word_set("in at on near from during over under along above beside outside inside through across")
+JOINTS = word_set("of de la le du del della di da van von der den")  # within a name
+PLACES = word_set(
+    "airport alley apartment arena attic backyard balcony bar barn basement bathroom bay beach bedroom cafe camp "
+    "campsite carnival castle cathedral cave cemetery church circus city classroom cliff club coast college concert "
+    "conference countryside court courthouse courtyard creek deck desert diner dock exhibition factory fair farm "
+    "festival forest gallery garage garden gym hall harbor harbour highway hill hospital hotel island jungle "
+    "kitchen lab laboratory lake library lobby mall market marina marathon marina meadow mosque mountain museum "
+    "nursery ocean office orchard palace parade park party pier plaza pool pond porch pub rally ranch restaurant "
+    "river room runway school sea seaside shop shore shrine stadium station store street studio suburb supermarket "
+    "swamp synagogue temple terrace theater theatre town university valley village vineyard waterfall wedding woods "
+    "workshop yard zoo"
+)
+_YEAR = re.compile(r"(?:1[6-9]|20)\d\d")
+_LETTER = re.compile(r"[^\W\d_]")
+
+
+class Facts(NamedTuple):
+    """names: what has no preposition before it, whole titles too. places: "in Paris, France", "at the zoo"."""
+
+    names: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def find_facts(raw: str, caption: str) -> Facts:
+    """Of a clean raw text, those of which the caption lacks a word. A short title or name is taken whole."""
+    if not raw:
+        return Facts()
+    known = set(content_lemmas(caption))
+    tokens = split_tokens(raw)
+    if _is_whole(raw, tokens):
+        return Facts(names=(raw.rstrip(" .,;:"),)) if _is_new(tokens, known) else Facts()
+    titles = _is_titled(tokens)
+    names: list[str] = []
+    places: list[str] = []
+    i = 0
+    while i < len(tokens):
+        end = _find_end(tokens, i, titles)
+        if end == i:
+            i += 1
+            continue
+        begin, numbers_only = i, not any(map(_LETTER.search, (token.word for token in tokens[i:end])))
+        if numbers_only:
+            begin, end = _explain_number(tokens, i, end)
+        elif end < len(tokens) and _is_head(tokens[end]):
+            end += 1  # the noun that the name tells more about: a Christmas TREE
+        i = max(i + 1, end)
+        span = tokens[begin:end]
+        if not span or len(span) > LONGEST_NAME or not _is_new(span, known):
+            continue
+        words = " ".join(token.word for token in span)
+        before = _find_preposition(tokens, begin)
+        if before:
+            places.append(f"{before} {words}")
+        elif (
+            places
+            and begin
+            and not tokens[begin].joined
+            and not tokens[begin].begins
+            and places[-1].endswith(tokens[begin - 1].word)
+        ):
+            places[-1] += f", {words}"  # in Paris, France
+        else:
+            names.append(words)
+    if not places:
+        places = _find_common_place(tokens, known)
+    return Facts(tuple(dict.fromkeys(names))[:MOST_NAMES], tuple(dict.fromkeys(places))[:MOST_PLACES])
+
+
+def _is_whole(raw: str, tokens: list[Token]) -> bool:
+    """Whether the raw text is one name or title, not a sentence: its words say more together."""
+    if not tokens or len(tokens) > LONGEST_TITLE or any(token.begins for token in tokens[1:]):
+        return False
+    return grade(raw) == "name" or _is_titled(tokens)
+
+
+def _is_titled(tokens: list[Token]) -> bool:
+    """Whether All Words Have Capitals, which then say nothing about names."""
+    content = [token.word for token in tokens if token.word[0].isalpha() and is_content(token.word)]
+    return len(content) >= 2 and all(word[0].isupper() for word in content)
+
+
+def _is_new(span: list[Token], known: set[str]) -> bool:
+    return any(is_content(token.word) and lemma(token.word) not in known for token in span)
+
+
+def _find_end(tokens: list[Token], begin: int, titles: bool) -> int:
+    """The end of the run of names and numbers that begins here; `begin` where none does."""
+    end = begin
+    while end < len(tokens) and (end == begin or tokens[end].joined):
+        token = tokens[end]
+        if (
+            is_name(token, titles)
+            or token.word[0].isdigit()
+            or _is_model(token.word)
+            or (end > begin and token.small in JOINTS and end + 1 < len(tokens) and is_name(tokens[end + 1], titles))
+        ):
+            end += 1
+        else:
+            break
+    return end
+
+
+def _is_model(word: str) -> bool:
+    """F-16, A320, U2."""
+    return word[0].isupper() and any(map(str.isdigit, word))
+
+
+def _is_head(token: Token) -> bool:
+    base, kind = form(token.small)
+    known = tables()
+    named = (
+        base in known.nouns
+        and not token.small.endswith("ing")
+        and base not in known.verb_first
+        and base not in known.verb_too
+    )
+    return token.joined and named and kind in ("base", "plural") and token.small not in known.function
+
+
+def _explain_number(tokens: list[Token], begin: int, end: int) -> tuple[int, int]:
+    """A number with the noun that it counts or belongs to; a year may stand alone; any other number alone says
+    nothing: (begin, begin)."""
+    if end < len(tokens) and tokens[end].joined and is_content(tokens[end].word) and tokens[end].word.isalpha():
+        base, kind = form(tokens[end].small)
+        if kind == "plural" or base in tables().nouns or base in tables().abstract:
+            return begin, end + 1
+    if begin and tokens[begin].joined and form(tokens[begin - 1].small).lemma in tables().nouns:
+        return begin - 1, end
+    alone = end - begin == 1 and _YEAR.fullmatch(tokens[begin].word)
+    return (begin, end) if alone else (begin, begin)
+
+
+def _find_preposition(tokens: list[Token], begin: int) -> str:
+    """ "in", "at the", or "" where no preposition stands before."""
+    if not begin or not tokens[begin].joined:
+        return ""
+    before = tokens[begin - 1].small
+    if before in PREPOSITIONS:
+        return before
+    if before == "the" and begin > 1 and tokens[begin - 1].joined and tokens[begin - 2].small in PREPOSITIONS:
+        return f"{tokens[begin - 2].small} the"
+    return ""
+
+
+def _find_common_place(tokens: list[Token], known: set[str]) -> list[str]:
+    """ "at the zoo": the first place that has no name."""
+    for i in range(2, len(tokens)):
+        preposition, determiner, noun = tokens[i - 2 : i + 1]
+        if noun.small in PLACES and noun.small not in known and noun.joined and determiner.joined:
+            if i + 1 < len(tokens) and tokens[i + 1].joined and is_content(tokens[i + 1].word):
+                continue  # the park bench
+            if preposition.small in PREPOSITIONS and determiner.small in ("the", "a", "an", "my", "our", "their"):
+                known_thing = determiner.small if determiner.small in ("a", "an") else "the"
+                return [f"{preposition.small} {known_thing} {noun.small}"]
+    return []

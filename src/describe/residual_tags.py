@@ -1,0 +1,120 @@
+"""Tags that say something which a text does not, as phrases: "a ball", "grass", "trees"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from .lexicon.forms import form, is_common
+from .lexicon.tables import tables
+from .sources import Tag
+from .words import (
+    article,
+    find_nouns,
+    hypernyms,
+    is_colour,
+    is_photo_word,
+    is_posture,
+    lemma,
+    split_words,
+    synonyms,
+    word_set,
+)
+
+LONGEST = 40  # characters of a tag; a longer one is no tag
+MASS = word_set(  # nouns that have no a and no plural
+    "air algae art artwork asphalt bacon bark beef beer bread broccoli broth butter cake camouflage carpet "
+    "carpeting cash champagne cheese chicken china chocolate clay clothing coal cocoa coffee concrete corn cotton "
+    "cream cutlery debris denim dirt dough dust earth electricity equipment fabric fire firewood flesh flooring "
+    "flour foam fog foliage food frost fruit fur furniture garbage garlic gasoline gear glass gold graffiti grass "
+    "gravel greenery hair ham hay honey ice ink iron ivy jam jewelry jewellery juice junk lace land laundry lava "
+    "lead leather lettuce lightning lingerie litter luggage lumber makeup marble meat merchandise metal milk mist "
+    "money moss mud music mustard oil paint paper parsley pasta pavement pizza plastic pollen popcorn pork pottery "
+    "rain rice rope rubber rubbish rust salad salmon salt sand sauce scaffolding scenery seafood seaweed shade silk "
+    "silver silverware skin sleet smog smoke snow soap soil soup spinach stationery steam steel straw string sugar "
+    "sunlight sunshine sushi syrup tea text thread timber toast tofu traffic trash turf underwear vegetation "
+    "vinegar water weather weaponry wheat wildlife wine wood wool yarn yogurt lighting housing plumbing wiring "
+    "bedding crockery glassware footwear sportswear swimwear headgear baggage livestock cattle people police "
+    "grassland woodland farmland daylight moonlight shrubbery"
+)
+UNIQUE = word_set("sky ground sun moon horizon ocean sea sunset sunrise")  # those with "the"
+
+
+class Thing(NamedTuple):
+    """What a tag names. phrase: with its article; head: the base form of its last word; words: base forms of all;
+    others: other words for it; above: more general ones; plural: for the verb; person: a word for people."""
+
+    phrase: str
+    head: str
+    words: frozenset[str]
+    others: frozenset[str]
+    above: frozenset[str]
+    plural: bool
+    person: bool
+
+
+@lru_cache(1 << 14)
+def read_tag(name: str) -> Thing | None:
+    """None for what names no thing: colours, postures, activities, words about pictures, what is no tag at all."""
+    words = split_words(name)
+    if not words or len(name) > LONGEST or len(words) > 3 or not name.replace(" ", "").replace("-", "").isalpha():
+        return None
+    base = lemma(words[-1])
+    if is_colour(name) or is_posture(name) or (len(words) == 1 and is_photo_word(name)):
+        return None
+    if not find_nouns(name) and any(map(is_common, (words[-1].lower(), base))):
+        return None
+    if all(word[0].isupper() for word in words) and all(is_common(word.lower()) for word in words):
+        name = name.lower()
+    kind = form(words[-1].lower()).kind
+    plural = (kind == "plural" and base != words[-1].lower()) or words[-1].lower() in ("people", "police", "cattle")
+    if plural or words[-1].lower() in MASS:
+        phrase = name
+    elif words[-1].lower() in UNIQUE and len(words) == 1:
+        phrase = f"the {name}"
+    else:
+        phrase = f"{article(name)} {name}"
+    noun = name.lower() if name.lower() in tables().nouns else base
+    lemmas = frozenset(map(lemma, words))
+    return Thing(phrase, base, lemmas, synonyms(noun), hypernyms(noun), plural, base in tables().persons)
+
+
+@lru_cache(1 << 14)
+def above(word: str) -> frozenset[str]:
+    return hypernyms(word)
+
+
+def sort_tags(tags: Sequence[Tag]) -> list[Tag]:
+    """The most certain first; in the order given where a tag has no score."""
+    if any(tag.score is None for tag in tags):
+        return list(tags)
+    return sorted(tags, key=lambda tag: -(tag.score or 0.0))
+
+
+def find_residual(tags: Sequence[Tag], base: Iterable[str], most: int) -> tuple[list[Thing], Thing | None]:
+    """(up to `most` things that a text with the base forms `base` does not name, a more special word for one that it
+    does). Left out are words for, and more general words for, what the text or an earlier thing names, and other words
+    for people where there are people."""
+    present = set(base)
+    persons = tables().persons
+    people = not present.isdisjoint(persons)
+    things: list[Thing] = []
+    special = None
+    for tag in sort_tags(tags):
+        thing = read_tag(tag.name)
+        if thing is None or thing.head in present or not present.isdisjoint(thing.others):
+            continue
+        if (thing.person and people) or any(thing.head in above(word) for word in present):
+            continue
+        if not present.isdisjoint(thing.above):
+            special = special or thing
+            continue
+        people = people or thing.person
+        present |= {thing.head, *thing.words}
+        things.append(thing)
+        if len(things) == 2 * most:
+            break
+    special_of_kept = {word for thing in things for word in thing.above}
+    things = [thing for thing in things if thing.head not in special_of_kept]
+    return things[:most], special
