@@ -329,8 +329,8 @@ def _shown(character: str) -> str:
 
 
 def cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that are shown, bounded; `id` and `image` as they are, so that the picture is found."""
-    names = {column: row[column] for column in ("id", "image") if row.get(column) is not None}
+    """The columns of a row that are shown, bounded; `id`, `row` and `image` as they are, so that the picture is found."""
+    names = {column: row[column] for column in ("id", "row", "image") if row.get(column) is not None}
     return {column: _cut(row[column]) for column in SHOWN if row.get(column) is not None} | names
 
 
