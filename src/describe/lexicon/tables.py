@@ -64,7 +64,8 @@ class Tables:
         self.plurals = frozenset(hand["plurals"])
         self.before_nouns, self.idioms = frozenset(hand["before_nouns"]), frozenset(hand["idioms"])
         self.postures, self.persons = frozenset(hand["postures"]), frozenset(hand["persons"])
-        self.capitals, self.foreign = frozenset(hand["capitals"]), frozenset(hand["foreign"])
+        self.capitals = frozenset(hand["capitals"])
+        self.only_foreign = frozenset(hand["foreign"]) - self.function
         self.numbers, self.implied = read_pairs(hand["numbers"]), read_pairs(hand["implied_numbers"])
         self.abbreviations = read_pairs(hand["abbreviations"])
         for word, kind in (line.split(", ") for line in hand["kinds"]):
