@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from .lexicon.forms import is_common, small_form
 from .lexicon.splitting import words_in
@@ -31,80 +31,29 @@ META = re.compile(
     r"|\b(?:the )?(?:provided|given) (?:\w+ )?(?:captions?|tags?|text|information|description|input|sources?)\b"
     r"|\baccording to the (?:captions?|tags?|raw|text|description|input)\b"
     r"|\bhere(?: is|'s|s) (?:a|an|the|your|my) (?:\w+ )?(?:captions?|descriptions?|sentences?|summary|merged|text)\b"
-    r"|^\W*(?:sure|certainly|of course|okay|absolutely)\b[,.!:]|^\W*(?:captions?|descriptions?|outputs?|answer|note)\s*:"
+    r"|^\W*(?:sure|certainly|of course|okay|absolutely)\b[,.!:]"
+    r"|^\W*(?:captions?|descriptions?|outputs?|answer|note)\s*:"
     r"|```|</?think|^\s*\{\s*\"|\bi (?:have )?(?:merged|combined|rewrote|rewritten|summarized)\b"
 )
 REFUSAL = re.compile(
-    r"\bi(?:'m| am) (?:sorry|unable|not able|afraid)\b|\bi (?:can(?:no|')?t|can not|won't|will not|do not have|don't have)\b"
+    r"\bi(?:'m| am) (?:sorry|unable|not able|afraid)\b"
+    r"|\bi (?:can(?:no|')?t|can not|won't|will not|do not have|don't have)\b"
     r"|\b(?:unable|not able) to (?:assist|help|generate|provide|describe|determine|create|see|view|comply|fulfill)\b"
     r"|\bcan(?:no|')?t (?:assist|help|generate|provide|describe|be determined|fulfill|comply)\b|\bapologi[sz]e\b"
     r"|\b(?:not enough|insufficient|no) (?:\w+ )?(?:information|details|context)\b|\bsorry, (?:but )?i\b"
 )
 INJECTION = re.compile(
-    r"<\|[^|<>]{0,40}\|>|\[/?inst\]|<</?sys>>|</?s>|\b(?:ignore|disregard|forget) (?:all |any |the |your )*(?:previous|prior"
-    r"|above|earlier|preceding)\b|\bsystem prompt\b|\b(?:your|these|following|previous) instructions\b|https?://|\bwww\."
+    r"<\|[^|<>]{0,40}\|>|\[/?inst\]|<</?sys>>|</?s>"
+    r"|\b(?:ignore|disregard|forget) (?:all |any |the |your )*(?:previous|prior|above|earlier|preceding)\b"
+    r"|\bsystem prompt\b|\b(?:your|these|following|previous) instructions\b|https?://|\bwww\."
     r"|<(?:script|img|a|div|iframe)\b"
 )
 # Without one of these no pattern above matches: most texts have none, and the patterns are slow.
 MARKS = re.compile(r"[<\[`{:]|www|https?")
-TRIGGERS = frozenset(
-    [
-        "ai",
-        "language",
-        "detection",
-        "det",
-        "syn",
-        "raw",
-        "caption",
-        "captions",
-        "description",
-        "descriptions",
-        "text",
-        "sentence",
-        "sentences",
-        "summary",
-        "tag",
-        "tags",
-        "provided",
-        "given",
-        "information",
-        "input",
-        "source",
-        "sources",
-        "sure",
-        "certainly",
-        "course",
-        "okay",
-        "absolutely",
-        "merged",
-        "combined",
-        "rewrote",
-        "rewritten",
-        "summarized",
-        "i",
-        "unable",
-        "able",
-        "can't",
-        "cant",
-        "cannot",
-        "apologize",
-        "apologise",
-        "details",
-        "context",
-        "sorry",
-        "ignore",
-        "disregard",
-        "forget",
-        "prompt",
-        "instructions",
-        "alt",
-        "not",
-        "think",
-        "i'm",
-        "won't",
-        "don't",
-    ]
-)
+TRIGGERS = """ai language detection det syn raw caption captions description descriptions text sentence sentences summary
+tag tags provided given information input source sources sure certainly course okay absolutely merged combined rewrote
+rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore disregard forget
+prompt instructions alt not think i'm won't don't"""
 WORDS = re.compile(r"[a-z']+")
 
 
@@ -171,13 +120,18 @@ def judge(
 def find_phrases(text: str, prompt: str) -> list[str]:
     """Reasons to reject that need no sources."""
     plain = text.lower().replace("’", "'")
-    if not prompt and MARKS.search(plain) is None and TRIGGERS.isdisjoint(WORDS.findall(plain)):
+    if not prompt and MARKS.search(plain) is None and trigger_words().isdisjoint(WORDS.findall(plain)):
         return []
     patterns = (("refusal", REFUSAL), ("meta text", META), ("injection", INJECTION))
     found = [f"{name}: {match[0].strip()}" for name, pattern in patterns if (match := pattern.search(plain))]
     if prompt and not prompt_runs(prompt).isdisjoint(word_runs(plain)):
         found.append("prompt copied")
     return found
+
+
+@cache
+def trigger_words() -> frozenset[str]:
+    return frozenset(TRIGGERS.split())
 
 
 def word_runs(text: str) -> set[tuple[str, ...]]:

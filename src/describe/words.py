@@ -319,7 +319,7 @@ def split_noun(base: str) -> tuple[tuple[str, ...], ...]:
 
 @lru_cache(REMEMBERED)
 def remember_split(base: str) -> tuple[tuple[str, ...], ...]:
-    """What a noun may be made of: "tabletop" -> (table, top), "trumpeter" -> (trumpet,), "fire truck" -> (fire, truck)."""
+    """What a noun may be made of: tabletop -> (table, top), trumpeter -> (trumpet,), fire truck -> (fire, truck)."""
     if " " in base or "-" in base:
         return (tuple(base.replace("-", " ").split()),)
     ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]

@@ -153,7 +153,7 @@ class Builder:
         return counted or self.is_compound(lemma) or self.is_short(lemma)
 
     def is_short(self, lemma: str) -> bool:
-        """Two tokens of CLIP, and a made thing, an animal, food, a plant, or a person by what he does: tricycle, golfer."""
+        """Two tokens of CLIP, and a made thing, an animal, food, a plant, or one who does: tricycle, golfer."""
         file = self.synsets[self.index["noun"][lemma][0]].file
         does = lemma.endswith(("er", "or", "ist", "man")) and any(self.is_part(lemma[:-n]) for n in (1, 2, 3))
         return (file in SHORT or (file == PERSON and does)) and len(self.encode(lemma)) == 2
@@ -163,8 +163,8 @@ class Builder:
         return any(self.is_part(lemma[:i], most) and self.is_part(lemma[i:], most) for i in range(3, len(lemma) - 2))
 
     def is_unlike_its_words(self, lemma: str) -> bool:
-        """Of two words of which one looks up neither: hot dog, but not race car, which is a car. Adjectives and -ing make
-        phrases as often, old man and riding horse, and are left to hand.txt."""
+        """Of two words and no kind of the second: ground ball, but not race car, which is a car. Adjectives and -ing
+        make phrases as often, old man and riding horse, and are left to hand.txt."""
         first, last = lemma.split("_")
         if first in self.index["adj"] or first.endswith("ing") or last not in self.index["noun"]:
             return False

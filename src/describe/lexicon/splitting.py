@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from .forms import small_form
 
-# Letters and digits, joined by apostrophes, hyphens and, between digits, points and commas. No pattern here has anything
-# to go back for: they take linear time.
+# Letters and digits, joined by apostrophes, hyphens and, between digits, points and commas. Nothing in it makes the
+# search go back, so it takes linear time.
 WORD = re.compile(r"[^\W_]+(?:['’\-‐‑][^\W_]+|(?<=\d)[.,](?=\d)[^\W_]+)*")
 SHORT = 1024  # characters of a text whose words are remembered: those of one row are asked for several times
 BREAKS = re.compile(r'[.!?:;\n"“”|•]')
