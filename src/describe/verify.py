@@ -96,7 +96,9 @@ def judge(
         nouns = find_nouns(text)
     unsupported = tuple(noun for noun in nouns if not facts.support.holds(noun))
     rate = len(unsupported) / len(nouns) if nouns else None
-    rejects += [f"{what}: {', '.join(new[:MOST_SHOWN])}" for what, new in (("numbers", numbers), ("names", names)) if new]
+    rejects += [
+        f"{what}: {', '.join(new[:MOST_SHOWN])}" for what, new in (("numbers", numbers), ("names", names)) if new
+    ]
     if rate is not None and rate > max_unsupported:
         rejects.append(f"unsupported: {', '.join(unsupported[:MOST_SHOWN])}")
     lost = find_lost(sources.raw, text)

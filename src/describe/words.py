@@ -7,11 +7,11 @@ on its length, in linear time, and remember what they found about a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
 from typing import NamedTuple
 
-from .lexicon.forms import LONGEST, form, is_common, small_form
+from .lexicon.forms import LONGEST, REMEMBERED, form, is_common, is_known, small_form
 from .lexicon.tables import tables
 from .sources import Sources
 
@@ -154,11 +154,12 @@ def strip_possessive(word: str) -> str:
 
 
 def is_title(tokens: list[Token]) -> bool:
-    content = [
-        token.word for token in tokens if token.word[0].isalpha() and not token.begins and is_content(token.word)
-    ]
-    capitals = sum(word[0].isupper() for word in content)
-    return len(content) >= 2 and capitals > 0.6 * len(content)
+    """Whether words have capitals because the text is a title: nearly all, or a preposition that stands inside."""
+    inner = [token for token in tokens if token.word[0].isalpha() and not token.begins and len(token.word) > 1]
+    if any(token.word[0].isupper() and token.small in tables().function for token in inner):
+        return True
+    content = [token.word[0].isupper() for token in inner if is_content(token.word)]
+    return len(content) >= 3 and sum(content) > 0.75 * len(content)
 
 
 def is_name(token: Token, titles: bool) -> bool:
@@ -196,66 +197,70 @@ def find_nouns(text: str) -> list[str]:
 def is_thing(before: Token | None, token: Token, after: Token | None) -> bool:
     """Whether this word is here a noun that a picture can show. before, after: its neighbours, None where the sentence
     begins or ends or a punctuation mark stands between."""
-    base, kind = form(token.small)
     known = tables()
+    base, kind = form(token.small)
     if base not in known.nouns or kind in ("verb", "degree") or token.small in known.function:
         return False
-    if base in known.photo or token.small in known.numbers or (base in known.colours and kind != "plural"):
+    if base in known.photo or token.small.removesuffix("s") in known.photo or token.small in known.numbers:
         return False
-    if base in known.verb_first or base in known.verb_too:
-        if is_verb_here(before, token, after, kind):
-            return False
-        if base in known.verb_first and not (before is None or opens_noun(before)) and kind != "plural":
-            return False
+    if base in known.colours and kind != "plural":
+        return False
+    if after and (after.small == "of" and base in known.groups):
+        return False  # a herd of
+    if before and f"{before.small} {token.small}" in known.idioms:
+        return False
+    if token.small.endswith("ing"):
+        follows = after is not None and after.small in known.articles
+        return not follows and not (before is not None and before.small in known.be)
+    if base in known.verbs and is_verb_here(before, token, after, kind):
+        return False
     if base in known.adjective_first and kind == "base":
         return not (after is not None and is_nominal(after.small)) and before is not None and opens_noun(before)
-    return not (token.small.endswith("ing") and is_verb_here(before, token, after, "ing"))
-
-
-@cache
-def word_set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-ARTICLES = "a an the this that these those his her its their my your our some any each every no another"
-BE = "is are was were be been being"
-SUBJECTS = "to can could will would should must may might i you he she it we they who which that and"
-FOLLOW_VERBS = (
-    "a an the his her its their my your our on in at through across along over into down up off around with by"
-)
-FOLLOW_VERBS += " onto from towards toward past to away out together for against under while and"
+    return True
 
 
 def is_verb_here(before: Token | None, token: Token, after: Token | None, kind: str) -> bool:
-    """A dog RUNS through, people WATCH the, is PAINTING a, to FISH."""
-    previous, following = before.small if before else "", after.small if after else ""
-    if kind == "ing":
-        return previous in word_set(BE) or following in word_set(ARTICLES)
-    if previous in word_set(SUBJECTS) and previous not in ("to", "and", "that") and kind != "plural":
+    """Of a word that may be a verb, too: a dog RUNS through, crowds WATCH the, to FISH, he STANDS."""
+    known = tables()
+    base = form(token.small).lemma
+    mostly = base in known.verb_first
+    if not mostly and base not in known.verb_too:
+        return False
+    follows = after is None or after.small in known.after_verbs or after.small in known.adverbs
+    if before is None:
+        return mostly and follows and not token.begins
+    previous = before.small
+    if previous in known.subjects or (previous == "to" and kind == "base" and mostly):
         return True
-    if previous == "to" and kind == "base" and form(token.small).lemma in tables().verb_first:
-        return True
-    follows = not following or following in word_set(FOLLOW_VERBS) or following in tables().adverbs
-    if not before or not follows:
+    if (
+        previous in known.articles
+        or previous in known.before_nouns
+        or previous in known.numbers
+        or before.word.endswith(("'s", "’s"))
+    ):
         return False
     subject = form(previous)
-    if subject.lemma not in tables().nouns and subject.lemma not in ("group", "couple", "one", "someone"):
-        return previous in word_set("he she it who which that") and kind == "plural"
-    plural = subject.kind == "plural" or previous in ("people", "group", "couple")
-    if kind == "plural":
-        return not plural and following in word_set(FOLLOW_VERBS)
-    return plural
+    many = subject.kind == "plural" or previous in ("people", "group", "couple", "crowd")
+    if subject.lemma in known.nouns or subject.lemma in known.photo or before.word[0].isupper():
+        if mostly:  # a man WALKS, the bride and the groom STAND; but: a market STAND
+            return kind == "plural" or follows
+        if kind == "plural":  # a boy SWINGS his, the wine GLASSES on
+            return after is not None and (after.small in known.articles or (not many and follows))
+        return many and follows
+    if previous in known.adjectives or previous in known.colours:
+        return False
+    return mostly and follows
 
 
 def opens_noun(before: Token) -> bool:
     """Words that stand before a noun."""
     known, small = tables(), before.small
     return (
-        small in word_set(ARTICLES)
+        small in known.articles
         or small in known.adjectives
         or small in known.colours
         or small in known.numbers
-        or (small in known.function and small not in word_set(SUBJECTS))
+        or (small in known.function and small not in known.subjects)
         or before.word.endswith(("'s", "’s"))
         or small.endswith(("ing", "ed"))
         or form(small).lemma in known.nouns
@@ -333,26 +338,81 @@ class Support:
     def __init__(self, texts: Iterable[str]):
         known = tables()
         self.lemmas: set[str] = set()
-        self.meanings: set[int] = set()
-        self.person = False
         for text in texts:
             for word in split_words(text):
-                small = small_form(word)
-                self.lemmas |= {small, form(small).lemma}
-        for base in self.lemmas:
-            for place in known.nouns.get(base, ()):
-                self.meanings |= known.above(place)
-            self.person = self.person or base in known.persons
+                self.lemmas |= word_roots(word)
+        self.person = not self.lemmas.isdisjoint(known.persons)
+        self.meanings = {
+            place for base in self.lemmas for sense in known.nouns.get(base, ()) for place in known.above(sense)
+        }
+        self.person = self.person or known.person in self.meanings
+        self.alive = self.person or known.animal in self.meanings
 
     @classmethod
     def of(cls, sources: Sources) -> Support:
         return cls((sources.raw, sources.caption, sources.ocr, *(tag.name for tag in sources.tags)))
 
     def holds(self, noun: str) -> bool:
-        """Whether the noun, a synonym or something more special is in the sources. Persons stand for each other."""
+        """Whether the sources have the noun, a synonym, something more special, or what it is a part of. Persons stand
+        for each other, compounds for their parts and the other way round, near words (hand.txt) for each other."""
+        known = tables()
         base = noun if " " in noun else lemma(noun)
-        if base in self.lemmas or (self.person and base in tables().persons):
+        if base in self.lemmas or (self.person and base in known.persons) or (self.alive and base in known.body):
             return True
-        if any(place in self.meanings for place in tables().nouns.get(base, ())):
+        if not self.lemmas.isdisjoint(known.near.get(base, ())):
             return True
-        return " " in base and all(self.holds(part) for part in base.split(" "))
+        for place in known.nouns.get(base, ()):
+            if place in self.meanings or not self.meanings.isdisjoint(known.wholes_of(place)):
+                return True
+        return any(all(self.holds_part(part) for part in parts) for parts in split_noun(base))
+
+    def holds_part(self, part: str) -> bool:
+        known = tables()
+        if part in self.lemmas or part in known.photo or (self.person and part in known.persons):
+            return True
+        return any(place in self.meanings for place in known.nouns.get(part, ()))
+
+
+@lru_cache(REMEMBERED)
+def word_roots(word: str) -> frozenset[str]:
+    """A word's forms that support a noun: "Snowboarders" -> snowboarders, snowboarder, snowboard. A compound that is
+    not in the lexicon stands for its parts."""
+    small = small_form(word)
+    base = form(small).lemma
+    found = {small, base}
+    found.update(root for root in quality_roots(small) if root in tables().nouns)
+    for parts in split_noun(base):
+        if len(parts) == 1 or base not in tables().nouns or "-" in base:
+            found |= {form(part).lemma for part in parts}
+    return frozenset(found)
+
+
+def undouble(stem: str) -> str:
+    """runn -> run."""
+    return stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+
+
+def quality_roots(small: str) -> Iterator[str]:
+    """Nouns of adjectives: snowy, foggy, icy, wooden."""
+    if small in tables().adjectives and len(small) > 3 and small.endswith(("y", "en")):
+        stem = small[:-1] if small.endswith("y") else small[:-2]
+        yield from (stem, stem + "e")
+        if stem[-1] == stem[-2]:
+            yield stem[:-1]
+
+
+@lru_cache(REMEMBERED)
+def split_noun(base: str) -> tuple[tuple[str, ...], ...]:
+    """What a noun may be made of: "tabletop" -> (table, top), "trumpeter" -> (trumpet,), "fire truck" -> (fire, truck)."""
+    if len(base) > LONGEST:
+        return ()
+    if " " in base or "-" in base:
+        return (tuple(base.replace("-", " ").split()),)
+    ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]
+    known = tables()
+    person = any(known.person in known.above(place) for place in known.nouns.get(base, ())) or base not in known.nouns
+    for ending in ("er", "or", "ist", "ian", "eer") if person else ():
+        stem = base.removesuffix(ending)
+        if stem != base and len(stem) > 2:
+            ways += [(root,) for root in (stem, stem + "e", undouble(stem)) if is_known(root) and len(root) > 2]
+    return tuple(ways)

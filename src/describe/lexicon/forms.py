@@ -34,10 +34,13 @@ def form(small: str) -> Form:
     known = tables()
     if len(small) > LONGEST or small in known.function:
         return Form(small, "base")
-    if small in known.irregular["noun"] and small not in known.persons - {"people"} | {"people"}:
-        return Form(known.irregular["noun"][small], "plural")
-    if small in known.nouns:
+    if small in known.plurals:
         return Form(small, "base")
+    if small in known.irregular["noun"]:
+        return Form(known.irregular["noun"][small], "plural")
+    if small in known.nouns:  # WordNet has arms that are weapons
+        single = next((stem for stem in plural_stems(small) if stem in known.nouns), "")
+        return Form(single, "plural") if single else Form(small, "base")
     if small in known.irregular["verb"]:
         return Form(known.irregular["verb"][small], "verb")
     for stem in plural_stems(small):
@@ -67,9 +70,10 @@ def plural_stems(small: str) -> Iterator[str]:
         if small.endswith("ves"):
             yield small[:-3] + "f"
             yield small[:-3] + "fe"
-        yield small[:-1]
+        hissing = small.endswith(("sses", "xes", "shes", "ches", "zzes"))
+        yield small[:-2] if hissing else small[:-1]
         if small.endswith("es"):
-            yield small[:-2]
+            yield small[:-1] if hissing else small[:-2]
     if small.endswith("men") and len(small) > 4:
         yield small[:-3] + "man"
 
