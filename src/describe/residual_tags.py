@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .lexicon.forms import form, is_common
 from .lexicon.tables import tables
 from .sources import Tag
+from .word_lists import ACTIVITIES, MASS, UNIQUE
 from .words import (
     article,
     find_nouns,
@@ -19,31 +20,13 @@ from .words import (
     lemma,
     split_words,
     synonyms,
-    word_set,
 )
 
 LONGEST = 40  # characters of a tag; a longer one is no tag
-MASS = word_set(  # nouns that have no a and no plural
-    "air algae art artwork asphalt bacon bark beef beer bread broccoli broth butter cake camouflage carpet "
-    "carpeting cash champagne cheese chicken china chocolate clay clothing coal cocoa coffee concrete corn cotton "
-    "cream cutlery debris denim dirt dough dust earth electricity equipment fabric fire firewood flesh flooring "
-    "flour foam fog foliage food frost fruit fur furniture garbage garlic gasoline gear gold graffiti grass "
-    "gravel greenery hair ham hay honey ice ink iron ivy jam jewelry jewellery juice junk lace land laundry lava "
-    "lead leather lettuce lightning lingerie litter luggage lumber makeup marble meat merchandise metal milk mist "
-    "money moss mud music mustard oil paint paper parsley pasta pavement pizza plastic pollen popcorn pork pottery "
-    "rain rice rope rubber rubbish rust salad salmon salt sand sauce scaffolding scenery seafood seaweed shade silk "
-    "silver silverware skin sleet smog smoke snow soap soil soup spinach stationery steam steel straw string sugar "
-    "sunlight sunshine sushi syrup tea text thread timber toast tofu traffic trash turf underwear vegetation "
-    "vinegar water weather weaponry wheat wildlife wine wood wool yarn yogurt lighting housing plumbing wiring "
-    "bedding crockery glassware footwear sportswear swimwear headgear baggage livestock cattle people police "
-    "grassland woodland farmland daylight moonlight shrubbery"
-)
-ACTIVITIES = word_set("fly drive float kick cut shopping")  # that are nouns too, but not in a tag
 YOUNG = {  # of what, where the lexicon does not say
     **{"kitten": "cat", "puppy": "dog", "calf": "cow", "lamb": "sheep", "foal": "horse", "piglet": "pig"},
     **{"duckling": "duck", "chick": "chicken", "gosling": "goose", "colt": "horse", "fawn": "deer"},
 }
-UNIQUE = word_set("sky ground sun moon horizon ocean sea sunset sunrise")  # those with "the"
 
 
 class Thing(NamedTuple):

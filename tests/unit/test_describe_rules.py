@@ -10,7 +10,6 @@ import pytest
 from helpers.describe_hostile import hostile_texts
 from rwkv_clip.describe.composers.rules import (
     NAMES,
-    NEUTRAL,
     PLACES,
     TEMPLATES,
     THINGS,
@@ -25,6 +24,7 @@ from rwkv_clip.describe.residual_tags import find_residual, read_tag
 from rwkv_clip.describe.sources import Sources, Tag
 from rwkv_clip.describe.tokens import CONTEXT, count_tokens
 from rwkv_clip.describe.verify import judge
+from rwkv_clip.describe.word_lists import NEUTRAL
 from rwkv_clip.describe.words import content_lemmas, find_numbers, is_content
 
 PHOTOS = (

@@ -19,7 +19,7 @@ from ..lexicon.tables import tables
 from ..residual_tags import Thing, find_residual
 from ..sources import Sources
 from ..tokens import CONTEXT, fits, trim
-from ..words import content_lemmas, word_set
+from ..words import content_lemmas
 from .composer import Composed
 
 VERSION = 1  # of the rules: another one writes other texts
@@ -40,8 +40,6 @@ THINGS = (
     "{base}; {things} {are} also there.",
 )
 TEMPLATES = tuple(product(PLACES, NAMES, THINGS))
-# All words that the templates bring along. None says anything about a picture.
-NEUTRAL = word_set("with along together as well plus there is are also and a an the")
 
 
 @dataclass(frozen=True)
@@ -174,6 +172,8 @@ def join(phrases: Sequence[str]) -> str:
 
 def tidy(text: str) -> str:
     """A source as one line of readable text; nothing changes in one that is."""
+    if " ." in text or " ," in text:  # as some data sets write their captions
+        return clean(text).text
     if text.isascii() and text.isprintable() and "<" not in text and "  " not in text and len(text) < 2000:
         return text.strip()
     if "<" not in text and len(text) < 2000:
