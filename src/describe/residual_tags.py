@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .lexicon.forms import form, is_common
 from .lexicon.tables import tables
 from .sources import Tag
-from .word_lists import ACTIVITIES, MASS, UNIQUE
+from .word_lists import ACTIVITIES, HUMANS, MASS, PLURALS, UNIQUE
 from .words import (
     article,
     find_nouns,
@@ -18,6 +18,7 @@ from .words import (
     is_photo_word,
     is_posture,
     lemma,
+    plural,
     split_words,
     synonyms,
 )
@@ -56,16 +57,19 @@ def read_tag(name: str) -> Thing | None:
     if all(word[0].isupper() for word in words) and all(is_common(word.lower()) for word in words):
         name = name.lower()
     kind = form(words[-1].lower()).kind
-    plural = (kind == "plural" and base != words[-1].lower()) or words[-1].lower() in ("people", "police", "cattle")
-    if plural or words[-1].lower() in MASS:
+    several = kind == "plural" and base != words[-1].lower()
+    several = several or words[-1].lower() in PLURALS or plural(name) == name
+    if several or words[-1].lower() in MASS:
         phrase = name
     elif words[-1].lower() in UNIQUE and len(words) == 1:
         phrase = f"the {name}"
     else:
         phrase = f"{article(name)} {name}"
     noun = name.lower() if name.lower() in tables().nouns else base
+    higher = above(noun)
+    person = base in tables().persons or not higher.isdisjoint(HUMANS)
     lemmas = frozenset(map(lemma, words))
-    return Thing(phrase, base, lemmas, synonyms(noun), above(noun), plural, base in tables().persons)
+    return Thing(phrase, base, lemmas, synonyms(noun), higher, several, person)
 
 
 @lru_cache(1 << 14)

@@ -38,5 +38,10 @@ MASS = _set(  # nouns that have no a and no plural
 )
 UNIQUE = _set("sky ground sun moon horizon ocean sea sunset sunrise")  # those with "the"
 ACTIVITIES = _set("fly drive float kick cut shopping")  # that are nouns too, but not in a tag
+PLURALS = _set(  # nouns that have no singular
+    "people police cattle trousers scissors stairs clothes goggles binoculars tights leggings pajamas pyjamas overalls "
+    "headphones pliers tongs slacks sunglasses glasses jeans pants shorts"
+)
+HUMANS = _set("person adult child man woman athlete")  # more general words that make a noun one for people
 # All words that the templates bring along. None says anything about a picture.
 NEUTRAL = _set("with along together as well plus there is are also and a an the")
