@@ -63,7 +63,7 @@ def _find_runs(tokens: list[Token], titles: bool) -> Iterator[tuple[int, int]]:
     i = 0
     while i < len(tokens):
         begin, end = i, _find_end(tokens, i, titles)
-        i += 1
+        i = max(i + 1, end)
         if end == begin:
             continue
         if not any(_LETTER.search(token.word) for token in tokens[begin:end]):

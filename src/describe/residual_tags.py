@@ -67,9 +67,15 @@ def read_tag(name: str) -> Thing | None:
         phrase = f"{article(name)} {name}"
     noun = name.lower() if name.lower() in tables().nouns else base
     higher = above(noun)
-    person = base in tables().persons or not higher.isdisjoint(HUMANS)
     lemmas = frozenset(map(lemma, words))
-    return Thing(phrase, base, lemmas, synonyms(noun), higher, several, person)
+    return Thing(phrase, base, lemmas, synonyms(noun), higher, several, _is_person(base, noun))
+
+
+def _is_person(base: str, noun: str) -> bool:
+    """By the first meaning, which is the most frequent one: a mug is also a face."""
+    known = tables()
+    meanings = [place for start in known.nouns.get(noun, [])[:1] for place in known.above(start)]
+    return base in known.persons or any(not HUMANS.isdisjoint(known.words_of[place]) for place in meanings)
 
 
 @lru_cache(1 << 14)
