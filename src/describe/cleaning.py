@@ -51,7 +51,7 @@ def clean(text: str) -> Cleaned:
     text = _drop_phrases(" ".join(text.split()), found)
     text = _settle(_clean_words(text, found), found)
     text = _calm(text, found)
-    return Cleaned(text, tuple(flag for flag in FLAGS if flag in found) if found else (), _grade(text))
+    return Cleaned(text, tuple(flag for flag in FLAGS if flag in found) if found else (), grade(text))
 
 
 def untrusted(text: str, most: int = 512) -> str:
@@ -59,10 +59,7 @@ def untrusted(text: str, most: int = 512) -> str:
     chat templates and angle brackets, at most `most` characters. Words are left as they are, orders too: what they say
     is the prompt's business."""
     text = text[: 8 * most].translate(_characters)
-    for _ in range(most):  # a token may be left when one inside it has gone
-        text, count = patterns.SPECIAL_TOKEN.subn(" ", text)
-        if not count:
-            break
+    text = patterns.SPECIAL_TOKEN.sub(" ", text)  # the space keeps what is around from becoming another one
     text = patterns.FENCE.sub(" ", text.translate(_NO_BRACKETS))
     text = " ".join(text.split())
     if len(text) <= most:
@@ -110,21 +107,20 @@ def _decode(text: str, found: set[str]) -> str:
     plain = text
     if "%" in text and patterns.PERCENT.search(text):
         text = " ".join(map(_unquote, text.split(" ")))
+    if not text.isascii() and is_bad(text):
+        text = ftfy.fix_encoding(text)
+    if text != plain:
+        found.add("encoding")
     if "&" in text and patterns.ENTITY.search(text):
         for _ in range(2):  # some pages escape twice
             text = patterns.ENTITY.sub(lambda match: unescape(match[0]), text)
         found.add("html")
-    if not text.isascii():
-        if is_bad(text):
-            text = ftfy.fix_encoding(text)
-        text = unicodedata.normalize("NFC", text)
-        if "html" not in found and text != unicodedata.normalize("NFC", plain):
-            found.add("encoding")
-    elif text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    elif text != plain and "html" not in found:
-        found.add("encoding")
-    text = patterns.TERMINAL.sub("", text) if "\x1b" in text else text
+    text = unicodedata.normalize("NFC", text)
+    if "\x1b" in text:
+        text = patterns.TERMINAL.sub("", text)
+        found.add("control")
     shown = text.translate(_characters)
     if len(shown) != len(text):
         found.add("control")
@@ -167,13 +163,13 @@ def _drop_markup(text: str, found: set[str]) -> str:
 def _drop_phrases(text: str, found: set[str]) -> str:
     """What takes several words: camera settings, dates, credits, the words of picture agencies."""
     lower = text.lower()
-    for flag, hints, pattern in patterns.PHRASES:
-        if hints is None or any(hint in lower for hint in hints):
+    for flag, hint, pattern in patterns.PHRASES:
+        if hint.search(lower):
             shorter = pattern.sub(" ", text)
             if shorter != text:
                 found.add(flag)
                 text = shorter
-    if any("0" <= character <= "9" for character in text):
+    if patterns.DIGIT.search(text):
         settings = patterns.EXIF.findall(text)
         if len(settings) >= 2:  # one alone may be something else: ISO 9001, 50mm
             text = patterns.EXIF.sub(" ", text)
@@ -185,12 +181,18 @@ def _drop_phrases(text: str, found: set[str]) -> str:
 
 def _clean_words(text: str, found: set[str]) -> str:
     words = text.split()
+    if words and len(words) <= 2 and file_names.is_name_of_a_camera(text):
+        found.add("file_name")
+        return ""
     kept: list[str] = []
     tags: list[str] = []  # the run of hashtags that the text may end with
     for word in words:
-        if word.isalpha() and (len(word) <= LONGEST_WORD or not word.isascii()):
-            kept += [*tags, word]
-            tags = []
+        letters = word if word[-1] not in ".,!?" else word[:-1]
+        if letters.isalpha() and (len(word) <= LONGEST_WORD or not word.isascii()):
+            if tags:
+                kept += tags
+                tags = []
+            kept.append(word)
             continue
         flag, clean_word = _clean_word(word, len(words))
         if flag:
@@ -205,6 +207,8 @@ def _clean_words(text: str, found: set[str]) -> str:
     if found & patterns.LEAVES_ENDS:
         while kept and kept[-1].lower().strip(",:;-(|") in patterns.OPEN_ENDS:
             kept.pop()
+        while kept and kept[0].lower() in patterns.OPEN_STARTS:
+            del kept[0]
     return " ".join(kept)
 
 
@@ -212,7 +216,7 @@ def _add_tags(kept: list[str], tags: list[str]) -> list[str]:
     """Hashtags at the end, as a list; those whose words are in the text already say nothing."""
     said = " ".join(kept).lower()
     new = [tag for tag in dict.fromkeys(tags) if tag.lower() not in said]
-    if kept and new and kept[-1][-1].isalnum():
+    if kept and new and kept[-1][-1].isalnum() and kept[-1].lower() not in patterns.OPEN_ENDS:
         kept = [*kept[:-1], kept[-1] + ","]
     return [*kept, *(tag + "," for tag in new[:-1]), *new[-1:]]
 
@@ -246,26 +250,23 @@ def _clean_word(word: str, count: int) -> tuple[str, str]:
 
 def _settle(text: str, found: set[str]) -> str:
     """Punctuation and white space as a reader expects them."""
-    if not text or text.isalpha():
+    if not patterns.UNSETTLED.search(text):
         return text
     once = text
     for pattern, instead in patterns.PUNCTUATION:
         text = pattern.sub(instead, text)
-    if text != once:
-        found.add("punctuation")
     text = " ".join(text.split())
     text = text.strip(patterns.EDGES).lstrip(patterns.LEFT_EDGES).strip()
+    if text != once:
+        found.add("punctuation")
     return text if any(map(str.isalnum, text)) else ""
 
 
 def _calm(text: str, found: set[str]) -> str:
     """SHOUTED WORDS in sentence case. Known acronyms and words with digits stay."""
-    if not text or text.islower():
-        return text
-    letters = [character for character in text if character.isalpha()]
-    capitals = sum(map(str.isupper, letters))
+    capitals = len(patterns.CAPITAL.findall(text)) if text.isascii() else sum(map(str.isupper, text))
     words = text.split()
-    if len(words) < 2 or len(letters) < 8 or capitals < 0.8 * len(letters):
+    if capitals < 8 or len(words) < 2 or capitals < 0.8 * sum(map(str.isalpha, text)):
         return text
     found.add("shouting")
     calm = [
@@ -276,11 +277,12 @@ def _calm(text: str, found: set[str]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _grade(text: str) -> Grade:
+def grade(text: str) -> Grade:
+    """How much of a text a clean text is."""
     if not text:
         return "empty"
     words = text.split()
-    if not text.isascii() and len(text) > 12 * len(words):  # a script without spaces
+    if not text.isascii() and patterns.NO_SPACES.search(text):
         return "sentence" if text.endswith(("。", "！", "？")) else "phrase"
     if len(words) <= 2:
         return "name"

@@ -5,17 +5,25 @@ from __future__ import annotations
 import re
 
 _EXTENSION = re.compile(
-    r"\.(?:jpe?g|png|gif|bmp|tiff?|webp|heic|raw|cr2|nef|svg|psd|avi|mp4|mov|pdf|html?|php|aspx?)$", re.I
+    r"\.(?:jpe?g|png|gif|bmp|tiff?|webp|heic|raw|cr2|nef|svg|psd|avi|mp4|mov|pdf|html?|php|aspx?)$", re.IGNORECASE
 )
 # Names that cameras, phones and programs give: IMG_1234, DSC0001, DSCN0042, P1010001, GOPR0012, WP_20130101_001.
 _CAMERA = re.compile(
-    r"_?(?:(?:img|image|imag|dsc[a-z]?|pict?|picture|photo|foto|mvi|gopr|dcp|dcim|cimg|sany|kif|wp|vid|video|pano|mvc|pxl|"
-    r"mg|scan|fullsizerender|screen[-_ ]?shot|untitled|unnamed|file|fb_img|received|p)[-_ ]?(?:e?\d{3,}|\d{4}[-_:]\d\d)"
-    r"[\w.:()~-]*|(?:screen[-_ ]?shots?|untitled|unnamed|fullsizerender)(?:[-_]?\d+)?)",
-    re.I,
+    r"_?(?:(?:img|image|imag|dsc[a-z]?|pict?|picture|photo|foto|mvi|gopr|dcp|dcim|cimg|sany|kif|wp|vid|video|pano|mvc|"
+    r"pxl|mg|scan|fullsizerender|screen[-_ ]?shot|untitled|unnamed|file|fb_img|received)"
+    r"[-_ ]?(?:e?\d{3,}|\d{4}[-_:]\d\d)|p\d{7})[\w.:()~-]*",
+    re.IGNORECASE,
+)
+# Whole texts that say nothing: what a program calls a picture without a name.
+_NAMELESS = re.compile(
+    r"(?:untitled|unnamed|no title|fullsizerender|screen[-_ ]?shot|image|img|picture|pic|photo|foto|scan|file|video)"
+    r"[-_ ]?(?:#|no\.? ?)?\(?\d{0,6}\)?",
+    re.IGNORECASE,
 )
 _HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")
 _PARTS = re.compile(r"[_+]+")
+_PLUS = re.compile(r"[A-Za-z]{2}\+[A-Za-z]{2}")
+_PLUSES = re.compile(r"\w\+\w+\+\w")
 _YEAR = re.compile(r"(?:1[6-9]|20)\d\d")
 _SIZE = re.compile(r"\d{2,5}x\d{2,5}", re.I)
 _SWITCH = re.compile(r"(?<=[A-Za-z])(?=\d)|(?<=\d)(?=[A-Za-z])")
@@ -50,21 +58,29 @@ def _split_humps(tag: str) -> str:
     return " ".join(part if part.isupper() and len(part) > 1 else part.lower() for part in parts)
 
 
+def is_name_of_a_camera(text: str) -> bool:
+    """Whether all of the text is what a camera or a program called a picture."""
+    return bool(_NAMELESS.fullmatch(text) or _CAMERA.fullmatch(text))
+
+
 def clean_word(word: str, count: int) -> tuple[str, str]:
     """(flag or "", what is left) of one of `count` words: nothing of a camera's file name, the words of any other."""
     core = word.strip("()[]{}\"',;:!?")
     if not core:
         return "", word
     name = _EXTENSION.sub("", core)
-    if name != core or "_" in core or (count == 1 and (core.count("-") >= 2 or "+" in core)) or core.count("+") >= 2:
+    if (
+        name != core
+        or "_" in core
+        or (count == 1 and (core.count("-") >= 2 or _PLUS.search(core)))
+        or _PLUSES.search(core)
+    ):
         if _CAMERA.fullmatch(name):
             return "file_name", ""
         words = _split_name(name, name != core or count == 1)
         changed = words != core
         return ("file_name" if changed else ""), (word.replace(core, words) if changed else word)
-    if _CAMERA.fullmatch(core) and any(map(str.isdigit, core)) and not core[:1].islower():
-        return "file_name", ""
-    if core.lower() in ("fullsizerender", "screenshot", "untitled", "unnamed") and count <= 2:
+    if _CAMERA.fullmatch(core):
         return "file_name", ""
     if _is_number_of_a_picture(core):
         return "id", ""
