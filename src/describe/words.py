@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from functools import cache, cached_property, lru_cache
 
 from .lexicon.forms import LONGEST, REMEMBERED, form, is_common, is_known, small_form
-from .lexicon.nouns import find_nouns
-from .lexicon.splitting import Token, tokens_in, words_in
+from .lexicon.nouns import find_nouns, is_nominal
+from .lexicon.splitting import WORD, Token, split_tokens, tokens_in, words_in
 from .lexicon.tables import tables
 from .sources import Sources
 
 __all__ = [
-    "Support", "article", "content_lemmas", "find_names", "find_nouns", "find_numbers", "hypernyms", "is_colour",
-    "is_content", "is_photo_word", "is_posture", "lemma", "plural", "split_words", "synonyms",
+    "WORD", "Support", "Token", "article", "content_lemmas", "find_names", "find_nouns", "find_numbers", "hypernyms",
+    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural", "split_tokens",
+    "split_words", "synonyms",
 ]  # fmt: skip
 
 HAS_NUMBER = re.compile(r"\d|[^\W_][-‐‑]")  # or a part of a word that may be one
