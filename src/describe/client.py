@@ -24,7 +24,8 @@ from .gate import Gate
 if TYPE_CHECKING:
     import aiohttp
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
 FATAL = {
     401: "give a valid key, by the name of the environment variable that holds it",
@@ -137,7 +138,9 @@ class Client:
             async with self._open().get(f"{self.url}/models", allow_redirects=False) as reply:
                 found = json.loads(await self._read(reply)) if reply.status == 200 else None
             return [str(model["id"]) for model in found["data"]] if found else None
-        except (*_lost_errors(), ValueError, KeyError, TypeError, RecursionError):
+        except _lost_errors():
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError, _TooLarge):
             return None
 
     def count_row(self, failure: str = "") -> None:

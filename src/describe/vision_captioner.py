@@ -89,15 +89,11 @@ class VisionCaptioner:
         return finish(answer, tally, used, reason=reason, seconds=time.perf_counter() - begun)
 
     def _body(self, row: str, address: str, step: int) -> dict[str, Any]:
-        asking = self.asking
         content = [
             {"type": "text", "text": self.instruction},
             {"type": "image_url", "image_url": {"url": address}},
         ]
-        body = asking.frame([{"role": "user", "content": content}], row, step)
-        if step and "temperature" in body:
-            body["temperature"] = max(asking.temperature, 0.7)  # else the same words would come
-        return body
+        return self.asking.frame([{"role": "user", "content": content}], row, step)
 
 
 def _make_address(data: bytes, longest: int) -> str:

@@ -224,6 +224,18 @@ def test_proxies_of_the_environment_are_used_only_when_asked(monkeypatch):
         assert ask(server, Limits(environment=True, back_off=0.01)).problem == "no connection"
 
 
+class Serving(FaultServer):
+    """Answers everything with one body."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    async def _answer(self, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        return await self._send(writer, 200, "application/json", self.body)
+
+
 def test_models_are_listed():
     async def work(address):
         async with opened(address) as client:
@@ -232,6 +244,9 @@ def test_models_are_listed():
     with FaultServer() as server:
         assert asyncio.run(work(server)) == ["tiny"]
     assert asyncio.run(work("http://127.0.0.1:9")) is None
+    for body in (b"{", b"[]", b'{"data": [7]}', b'{"data": {"id": 1}}', b"[" * 100_000, b" " * (2 << 20)):
+        with Serving(body) as server:
+            assert asyncio.run(work(server.url)) is None
 
 
 def test_rows_that_fail_in_a_row_end_the_run():

@@ -92,6 +92,7 @@ def test_an_answer_of_no_use_is_asked_for_again_with_a_hint_then_in_plain_text(f
     assert composed.status == "ok" and composed.attempts == 3
     assert ["response_format" in body for body in bodies] == [True, True, False]
     assert len({body["seed"] for body in bodies}) == 3
+    assert [body["temperature"] for body in bodies] == [0.0, 0.7, 0.7]
     said = [body["messages"][-1]["content"] for body in bodies]
     assert said[1].startswith(said[0]) and ("could not be used" in said[1] or "too long" in said[1])
     assert "without JSON" in said[2]
