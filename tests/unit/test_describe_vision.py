@@ -13,7 +13,7 @@ from rwkv_clip.describe.client import Client, Limits, ServerRefused
 from rwkv_clip.describe.composers.openai import Asking
 from rwkv_clip.describe.vision_captioner import VisionCaptioner
 
-QUICK = Limits(read=0.5, total=2, back_off=0.01, stop_after=0)
+QUICK = Limits(back_off=0.01, stop_after=0)
 
 
 def encode(size=(900, 300), color=(200, 30, 30), kind="JPEG", **more):
