@@ -112,9 +112,9 @@ def _picture(row: dict[str, Any], pictures: Pictures) -> str:
         why = plain(str(error).removeprefix("image: "), 160)
         return f'<div class="none"><span dir="auto">{escape(plain(row["image"], 80))}: {escape(why)}</span></div>'
     width, height, encoded = content
-    data = base64.b64encode(encoded).decode("ascii")
+    source = f"data:image/jpeg;base64,{base64.b64encode(encoded).decode('ascii')}"
     name = escape(plain(row["image"], 80))
-    return f'<img width="{width}" height="{height}" loading="lazy" alt="{name}" src="data:image/jpeg;base64,{data}">'
+    return f'<img width="{width}" height="{height}" loading="lazy" alt="{name}" src="{source}">'
 
 
 def shrink(data: bytes) -> tuple[int, int, bytes]:

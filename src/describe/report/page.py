@@ -247,9 +247,9 @@ def _draw_tags(results: Results) -> str:
     title = f"A picture has {mean:.1f} tags; {percent(counts.get(0, 0), tags['rows'])} have none"
     sources = ", ".join(f"{user(plain(name, 60))} ({n:,})" for name, n in tags["sources"].items())
     last = min(max(counts), 40)
-    bars = [(number, counts.get(number, 0) / tags["rows"]) for number in range(last)]
-    bars.append((last, sum(n for number, n in counts.items() if number >= last) / tags["rows"]))
-    plot = draw_bars(bars, "tags" + (f" ({last}: or more)" if max(counts) > last else ""), "share of pictures", title)
+    shares = [(number, counts.get(number, 0) / tags["rows"]) for number in range(last)]
+    shares.append((last, sum(n for number, n in counts.items() if number >= last) / tags["rows"]))
+    plot = draw_bars(shares, "tags" + (f" ({last}: or more)" if max(counts) > last else ""), "share of pictures", title)
     per_image = _card(title, f"Tags by source: {sources}.", plot)
     coverage = tags["coverage"]
     bars = [
