@@ -37,10 +37,9 @@ def _draw_row(row: dict[str, Any], pictures: Pictures) -> str:
     ]
     parts = [_about(row), f'<div class="texts">{"".join(texts)}</div>']
     if refused:
-        parts.append(
-            f'<div class="refused"><small>Written by {user(row.get("composer") or "the composer")}, not taken:</small> '
-            f"{_highlight(row['composed'], marked)}</div>"
-        )
+        who = user(plain(row.get("composer") or "the composer", 80))
+        text = _highlight(row["composed"], marked)
+        parts.append(f'<div class="refused"><small>Written by {who}, not taken:</small> {text}</div>')
     chips = [("bad", f"rejected: {reason}") for reason in row.get("rejects", ())]
     known = " ".join(row.get("rejects", ()))
     chips += [("bad", f"not in the sources: {word}") for word in row.get("unsupported", ()) if word not in known]
@@ -56,13 +55,13 @@ def _draw_row(row: dict[str, Any], pictures: Pictures) -> str:
 def _about(row: dict[str, Any]) -> str:
     parts = [f'<span class="id user">{escape(plain(row.get("id"), 80))}</span>']
     if row.get("engine"):
-        parts.append(f"<span>text by {user(row['engine'])}</span>")
+        parts.append(f"<span>text by {user(plain(row['engine'], 80))}</span>")
     if row.get("unsupported_rate") is not None:
         parts.append(f"<span>unsupported nouns {100 * row['unsupported_rate']:.0f} %</span>")
     if row.get("duplicate_of") or row.get("near_duplicate_of"):
-        parts.append(f"<span>repeats {user(row.get('duplicate_of') or row.get('near_duplicate_of'))}</span>")
+        parts.append(f"<span>repeats {user(plain(row.get('duplicate_of') or row.get('near_duplicate_of'), 80))}</span>")
     if row.get("keep") is False:
-        parts.append(f"<span>dropped: {user(row.get('drop_reason') or 'no reason given')}</span>")
+        parts.append(f"<span>dropped: {user(plain(row.get('drop_reason') or 'no reason given', 80))}</span>")
     return f'<div class="about">{"".join(parts)}</div>'
 
 
@@ -112,9 +111,9 @@ def _picture(row: dict[str, Any], pictures: Pictures) -> str:
         why = plain(str(error).removeprefix("image: "), 160)
         return f'<div class="none"><span dir="auto">{escape(plain(row["image"], 80))}: {escape(why)}</span></div>'
     width, height, encoded = content
-    data = base64.b64encode(encoded).decode("ascii")
+    source = f"data:image/jpeg;base64,{base64.b64encode(encoded).decode('ascii')}"
     name = escape(plain(row["image"], 80))
-    return f'<img width="{width}" height="{height}" loading="lazy" alt="{name}" src="data:image/jpeg;base64,{data}">'
+    return f'<img width="{width}" height="{height}" loading="lazy" alt="{name}" src="{source}">'
 
 
 def shrink(data: bytes) -> tuple[int, int, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ MOST_TEXT, MOST_LIST = 700, 16  # characters of a text, entries of a list that a
 MOST_NAME = 200  # characters of a name, reason or id that is counted
 MOST_TOKENS, MOST_TAGS = 512, 200  # as which more are counted
 CLIP_BIN, RATE_BINS = 200, 10  # bins for each 1 of a CLIP score, and of a rate
+_MARK = "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
+_MARKS = re.compile(f"({_MARK}{{4}}){_MARK}+")  # on one letter: they would be drawn over other lines
 SHOWN = (
     *("id", "image", "raw", "clean", "caption", "composed", "generated", "engine", "composer", "ocr", "tag_source"),
     *("rejects", "unsupported", "new_numbers", "new_names", "lost_facts", "flags", "tags", "compose_reason"),
@@ -316,7 +319,7 @@ def plain(text: object, most: int = MOST_TEXT) -> str:
     whole = "" if text is None else str(text)
     part = whole[:most]
     if not (part.isascii() and part.isprintable()):
-        part = "".join(map(_shown, part))
+        part = _MARKS.sub(r"\1", "".join(map(_shown, part)))
     return part if len(whole) <= most else f"{part}.. ({len(whole):,} characters)"
 
 
