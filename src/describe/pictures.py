@@ -110,8 +110,8 @@ def encode_upright(found: Found, max_side: int = 0, quality: int = 95) -> tuple[
             return found.data, "png"
     if not fits:
         scale = max_side / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), "jpg"

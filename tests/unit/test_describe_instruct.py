@@ -64,9 +64,9 @@ def merged(number: int, tags: int = 6, **changes) -> dict:
     return {**row, **changes}
 
 
-def write(folder: Path, rows: list[dict], prompt=None, selection=Selection(), **settings):
+def write(folder: Path, found: list[dict], prompt=None, selection=Selection(), **settings):
     settings = parse(InstructSettings, settings)
-    samples = [find_sample(row, settings, selection) for row in rows]
+    samples = [find_sample(row, settings, selection) for row in found]
     return write_training_set(lambda: iter(samples), folder, prompt or Template(), settings, "paper")
 
 
@@ -217,7 +217,7 @@ def test_an_answer_has_the_form_that_the_prompt_asks_for(tmp_path, text):
 
 def test_rows_are_samples_or_counted(tmp_path):
     rows = [merged(i, tags=i % 10, engine="rules" if i % 11 == 0 else "openai:m") for i in range(200)]
-    report = write(tmp_path, rows, min_tags=5, limit=30)
+    report = write(tmp_path, rows, min_tags=5, rows=30)
     assert report.samples == 30 and report.rows == 200 == report.samples + report.dropped.total()
     assert len((tmp_path / "alpaca.jsonl").read_text().splitlines()) == 30
     about = json.loads((tmp_path / "about.json").read_text())
@@ -227,7 +227,7 @@ def test_rows_are_samples_or_counted(tmp_path):
         "messages.jsonl",
     }
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    write(tmp_path, rows, min_tags=5, limit=30)
+    write(tmp_path, rows, min_tags=5, rows=30)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -253,7 +253,7 @@ def pick(samples: list[Sample], **settings) -> list[Sample]:
 
 def test_rows_with_rare_tags_are_preferred():
     samples = common_and_rare(4000)
-    picked = pick(samples, limit=400)
+    picked = pick(samples, rows=400)
     tags = Counter(sample.sources.tags[1].name for sample in picked)
     assert len(picked) == 400 and len(tags) == 21
     assert tags["dog"] < 60  # 360 if all rows counted alike; a 21st of 400 with equal shares
@@ -262,10 +262,10 @@ def test_rows_with_rare_tags_are_preferred():
 
 def test_the_choice_depends_on_ids_and_seed_only():
     samples = common_and_rare(1000)
-    ids = {sample.sources.id for sample in pick(samples, limit=100)}
-    assert {sample.sources.id for sample in pick(samples[::-1], limit=100)} == ids
-    assert {sample.sources.id for sample in pick(samples, limit=100, seed=1)} != ids
-    assert len(pick(samples, limit=None)) == 1000 == len(pick(samples, limit=1000))
+    ids = {sample.sources.id for sample in pick(samples, rows=100)}
+    assert {sample.sources.id for sample in pick(samples[::-1], rows=100)} == ids
+    assert {sample.sources.id for sample in pick(samples, rows=100, seed=1)} != ids
+    assert len(pick(samples, rows=None)) == 1000 == len(pick(samples, rows=1000))
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
