@@ -312,10 +312,10 @@ def test_no_page_and_no_file_outside_is_read(tmp_path, name, reason, monkeypatch
     assert found == (0, b"", reason)
 
 
-def tagged(orientation: int) -> bytes:
+def tagged(orientation: int, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(paint(40, 20), "JPEG", exif=exif)
+    return encode(paint(40, 20), kind, exif=exif)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,7 @@ def tagged(orientation: int) -> bytes:
         (encode(paint(40, 20)), "jpg", (40, 20), True),
         (encode(paint(40, 20), "PNG"), "png", (40, 20), True),
         (tagged(6), "jpg", (20, 40), False),
+        (tagged(8, "PNG"), "jpg", (20, 40), False),
         (encode(paint(40, 20), "WEBP"), "jpg", (40, 20), False),
         (encode(paint(40, 20).convert("CMYK")), "jpg", (40, 20), False),
         (encode(paint(40, 20).convert("RGBA"), "PNG"), "jpg", (40, 20), False),
