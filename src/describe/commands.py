@@ -6,9 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import run
-from .settings import ComposeSettings, InputSettings, JobSettings, VerifySettings
+from . import outputs, run
+from .demo import DemoSettings, write_demo
+from .export import ExportSettings
+from .instruct import InstructSettings
+from .job import parse_shard
+from .select import Selection
+from .settings import (
+    CaptionSettings,
+    ComposeSettings,
+    DedupSettings,
+    InputSettings,
+    JobSettings,
+    PriceSettings,
+    ServerSettings,
+    TagSettings,
+    TextSettings,
+    VerifySettings,
+)
 from .status import describe_status
+from .tagger import TaggerSettings
 
 
 class Tables:
@@ -21,20 +38,76 @@ class Tables:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Tables, JobSettings, InputSettings, ComposeSettings, VerifySettings):
-    """All stages, the report and the texts to train on. With --shard all stages of some parts."""
+class RunSettings(
+    Tables,
+    JobSettings,
+    InputSettings,
+    ComposeSettings,
+    VerifySettings,
+    CaptionSettings,
+    TagSettings,
+    TaggerSettings,
+    DedupSettings,
+    ExportSettings,
+    Selection,
+):
+    """All stages, the report and the texts to train on. With --shard the stages of some parts only."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusSettings:
+class CaptionCommand(Tables, JobSettings, InputSettings, CaptionSettings):
+    """Captions for pictures that have none: of a file, a server or a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagCommand(Tables, JobSettings, InputSettings, TagSettings, TaggerSettings):
+    """Tags for pictures that have none: of a file or a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeCommand(Tables, JobSettings, InputSettings, ComposeSettings):
+    """The third text, or why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyCommand(Tables, JobSettings, InputSettings, VerifySettings):
+    """What is wrong with the composed texts, and the texts that are taken in the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupCommand(Tables, JobSettings, InputSettings, DedupSettings):
+    """Which texts repeat an earlier one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(Tables, JobSettings, InputSettings, PriceSettings, TaggerSettings):
+    """report.html and report.json; with --checkpoint also how well the texts fit the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand(Tables, JobSettings, InputSettings, ExportSettings, Selection):
+    """The texts as Parquet, JSON lines or tars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructCommand(Tables, JobSettings, TextSettings, InstructSettings, Selection):
+    """A training set for a composer of your own, of rows that a language model wrote."""
+
+    folder: str
+    """Where it is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand(Tables, ServerSettings, TextSettings):
+    """What a server really supports, found out in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusCommand(Tables):
     """How far a job is."""
 
     output: str
     """Folder of the job."""
-
-    def problems(self) -> list[str]:
-        """None are possible."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -47,15 +120,64 @@ class Command:
 
 def _run_all(settings: RunSettings) -> None:
     run.open_job(settings)
+    if settings.captions or settings.captioner != "none":
+        run.caption(settings)
+    if settings.tags or settings.tagger != "none":
+        run.tag(settings)
     run.compose(settings)
     run.verify(settings)
+    if settings.checkpoint:
+        run.score(settings)
+    if parse_shard(settings.shard)[1] > 1:
+        print(f"shard {settings.shard} is done; when all are, the same command without --shard finishes the job")
+        return
+    run.dedup(settings)
+    outputs.make_report(settings)
+    outputs.make_export(settings)
 
 
-def _status(settings: StatusSettings) -> None:
+def _on_job(work: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """`work` on a job whose input has been read."""
+
+    def do(settings: Any) -> None:
+        run.open_job(settings)
+        work(settings)
+
+    return do
+
+
+def _report(settings: ReportCommand) -> None:
+    run.open_job(settings)
+    if settings.checkpoint:
+        run.score(settings)
+    outputs.make_report(settings)
+
+
+def _doctor(settings: DoctorCommand) -> int:
+    from .doctor import examine
+
+    return examine(settings)
+
+
+def _status(settings: StatusCommand) -> None:
     print(describe_status(settings.output))
+
+
+def _demo(settings: DemoSettings) -> None:
+    print(f"demo: {write_demo(settings)}")
 
 
 COMMANDS = {
     "run": Command(RunSettings, _run_all),
-    "status": Command(StatusSettings, _status),
+    "caption": Command(CaptionCommand, _on_job(run.caption)),
+    "tag": Command(TagCommand, _on_job(run.tag)),
+    "compose": Command(ComposeCommand, _on_job(run.compose)),
+    "verify": Command(VerifyCommand, _on_job(run.verify)),
+    "dedup": Command(DedupCommand, _on_job(run.dedup)),
+    "report": Command(ReportCommand, _report),
+    "export": Command(ExportCommand, _on_job(outputs.make_export)),
+    "instruct": Command(InstructCommand, outputs.make_training_set),
+    "doctor": Command(DoctorCommand, _doctor),
+    "status": Command(StatusCommand, _status),
+    "demo": Command(DemoSettings, _demo),
 }

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .cleaning import grade
 from .lexicon.forms import form
 from .lexicon.tables import tables
-from .words import Token, content_lemmas, is_content, is_name, lemma, split_tokens, word_set
+from .words import WORD, Token, content_lemmas, is_content, is_name, is_nominal, lemma, split_tokens, word_set
 
-LONGEST_TITLE = 8  # words of a raw text that is taken whole
-LONGEST_NAME = 6
+LONGEST_TITLE = 12  # words of a raw text that is taken whole
+LONGEST_NAME = 8
 MOST_NAMES, MOST_PLACES = 2, 2
-PREPOSITIONS = word_set("in at on near from during over under along above beside outside inside through across")
+PREPOSITIONS = word_set("in at on near during over under along above beside outside inside through across")
+LINKS = word_set("and by with v vs versus")  # between names
 JOINTS = word_set("of de la le du del della di da van von der den")  # within a name
 PLACES = word_set(
     "airport alley apartment arena attic backyard balcony bar barn basement bathroom bay beach bedroom cafe camp "
@@ -43,38 +45,25 @@ def find_facts(raw: str, caption: str) -> Facts:
         return Facts()
     known = set(content_lemmas(caption))
     tokens = split_tokens(raw)
-    if _is_whole(raw, tokens):
-        return Facts(names=(raw.rstrip(" .,;:"),)) if _is_new(tokens, known) else Facts()
-    titles = _is_titled(tokens)
+    titled = _is_titled(tokens)
+    if _is_whole(raw, tokens, titled):
+        return Facts(names=(raw.rstrip(" .,;:!?"),)) if _is_new(tokens, known) else Facts()
+    spans = [match.span() for match in WORD.finditer(raw)]
     names: list[str] = []
     places: list[str] = []
-    i = 0
-    while i < len(tokens):
-        end = _find_end(tokens, i, titles)
-        if end == i:
-            i += 1
+    last = -1  # the token after the last place
+    for begin, end in _find_runs(tokens, titled and len(tokens) > LONGEST_TITLE):
+        if end - begin > LONGEST_NAME or not _is_new(tokens[begin:end], known):
             continue
-        begin, numbers_only = i, not any(map(_LETTER.search, (token.word for token in tokens[i:end])))
-        if numbers_only:
-            begin, end = _explain_number(tokens, i, end)
-        elif end < len(tokens) and _is_head(tokens[end]):
-            end += 1  # the noun that the name tells more about: a Christmas TREE
-        i = max(i + 1, end)
-        span = tokens[begin:end]
-        if not span or len(span) > LONGEST_NAME or not _is_new(span, known):
-            continue
-        words = " ".join(token.word for token in span)
+        start = spans[begin][0]
+        words = raw[start - (start > 0 and raw[start - 1] in "$€£¥#") : spans[end - 1][1]]
         before = _find_preposition(tokens, begin)
         if before:
             places.append(f"{before} {words}")
-        elif (
-            places
-            and begin
-            and not tokens[begin].joined
-            and not tokens[begin].begins
-            and places[-1].endswith(tokens[begin - 1].word)
-        ):
+            last = end
+        elif begin == last and raw[spans[begin - 1][1] : start] == ", ":
             places[-1] += f", {words}"  # in Paris, France
+            last = end
         else:
             names.append(words)
     if not places:
@@ -82,11 +71,28 @@ def find_facts(raw: str, caption: str) -> Facts:
     return Facts(tuple(dict.fromkeys(names))[:MOST_NAMES], tuple(dict.fromkeys(places))[:MOST_PLACES])
 
 
-def _is_whole(raw: str, tokens: list[Token]) -> bool:
+def _find_runs(tokens: list[Token], titles: bool) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the names and numbers of a text, with the words that belong to them."""
+    i = 0
+    while i < len(tokens):
+        begin, end = i, _find_end(tokens, i, titles)
+        i += 1
+        if end == begin:
+            continue
+        if not any(_LETTER.search(token.word) for token in tokens[begin:end]):
+            begin, end = _explain_number(tokens, begin, end)
+        elif end < len(tokens) and _is_head(tokens[end]):
+            end += 1  # the noun that the name tells more about: a Christmas TREE
+        if end > begin:
+            yield begin, end
+            i = max(i, end)
+
+
+def _is_whole(raw: str, tokens: list[Token], titled: bool) -> bool:
     """Whether the raw text is one name or title, not a sentence: its words say more together."""
     if not tokens or len(tokens) > LONGEST_TITLE or any(token.begins for token in tokens[1:]):
         return False
-    return grade(raw) == "name" or _is_titled(tokens)
+    return titled or grade(raw) == "name"
 
 
 def _is_titled(tokens: list[Token]) -> bool:
@@ -103,17 +109,36 @@ def _find_end(tokens: list[Token], begin: int, titles: bool) -> int:
     """The end of the run of names and numbers that begins here; `begin` where none does."""
     end = begin
     while end < len(tokens) and (end == begin or tokens[end].joined):
-        token = tokens[end]
-        if (
-            is_name(token, titles)
-            or token.word[0].isdigit()
-            or _is_model(token.word)
-            or (end > begin and token.small in JOINTS and end + 1 < len(tokens) and is_name(tokens[end + 1], titles))
+        if _is_named(tokens, end, titles) or (
+            end + 1 < len(tokens) and tokens[end + 1].joined and _leads(tokens, begin, end, titles)
         ):
             end += 1
         else:
             break
     return end
+
+
+def _is_named(tokens: list[Token], i: int, titles: bool) -> bool:
+    token = tokens[i]
+    if is_name(token, titles) or token.word[0].isdigit() or _is_model(token.word):
+        return True
+    around = tokens[max(0, i - 1) : i + 2]
+    return token.word == "May" and any(other.word[0].isdigit() for other in around)
+
+
+def _leads(tokens: list[Token], begin: int, i: int, titles: bool) -> bool:
+    """Whether this word and the next ones are parts of one name: STATUE OF Liberty, LAKE Tahoe, Tom AND Sarah."""
+    token, after = tokens[i], tokens[i + 1]
+    if i == begin:  # a noun with a capital, because a sentence begins or because it is a part of the name
+        if not token.word[0].isupper() or titles or not is_nominal(token.small):
+            return False
+        joint = after.small in ("of", "de") and i + 2 < len(tokens) and tokens[i + 2].joined
+        return is_name(tokens[i + 2], titles) if joint else is_name(after, titles)
+    if token.small in JOINTS and after.small == "the" and i + 2 < len(tokens) and tokens[i + 2].joined:
+        return token.small == "of" and is_name(tokens[i + 2], titles)
+    if token.small == "the" and tokens[i - 1].small == "of":
+        return is_name(after, titles)
+    return (token.small in JOINTS or token.small in LINKS) and is_name(after, titles)
 
 
 def _is_model(word: str) -> bool:

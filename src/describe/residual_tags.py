@@ -27,7 +27,7 @@ MASS = word_set(  # nouns that have no a and no plural
     "air algae art artwork asphalt bacon bark beef beer bread broccoli broth butter cake camouflage carpet "
     "carpeting cash champagne cheese chicken china chocolate clay clothing coal cocoa coffee concrete corn cotton "
     "cream cutlery debris denim dirt dough dust earth electricity equipment fabric fire firewood flesh flooring "
-    "flour foam fog foliage food frost fruit fur furniture garbage garlic gasoline gear glass gold graffiti grass "
+    "flour foam fog foliage food frost fruit fur furniture garbage garlic gasoline gear gold graffiti grass "
     "gravel greenery hair ham hay honey ice ink iron ivy jam jewelry jewellery juice junk lace land laundry lava "
     "lead leather lettuce lightning lingerie litter luggage lumber makeup marble meat merchandise metal milk mist "
     "money moss mud music mustard oil paint paper parsley pasta pavement pizza plastic pollen popcorn pork pottery "
@@ -38,6 +38,11 @@ MASS = word_set(  # nouns that have no a and no plural
     "bedding crockery glassware footwear sportswear swimwear headgear baggage livestock cattle people police "
     "grassland woodland farmland daylight moonlight shrubbery"
 )
+ACTIVITIES = word_set("fly drive float kick cut shopping")  # that are nouns too, but not in a tag
+YOUNG = {  # of what, where the lexicon does not say
+    **{"kitten": "cat", "puppy": "dog", "calf": "cow", "lamb": "sheep", "foal": "horse", "piglet": "pig"},
+    **{"duckling": "duck", "chick": "chicken", "gosling": "goose", "colt": "horse", "fawn": "deer"},
+}
 UNIQUE = word_set("sky ground sun moon horizon ocean sea sunset sunrise")  # those with "the"
 
 
@@ -61,7 +66,7 @@ def read_tag(name: str) -> Thing | None:
     if not words or len(name) > LONGEST or len(words) > 3 or not name.replace(" ", "").replace("-", "").isalpha():
         return None
     base = lemma(words[-1])
-    if is_colour(name) or is_posture(name) or (len(words) == 1 and is_photo_word(name)):
+    if is_colour(name) or is_posture(name) or base in ACTIVITIES or (len(words) == 1 and is_photo_word(name)):
         return None
     if not find_nouns(name) and any(map(is_common, (words[-1].lower(), base))):
         return None
@@ -77,12 +82,18 @@ def read_tag(name: str) -> Thing | None:
         phrase = f"{article(name)} {name}"
     noun = name.lower() if name.lower() in tables().nouns else base
     lemmas = frozenset(map(lemma, words))
-    return Thing(phrase, base, lemmas, synonyms(noun), hypernyms(noun), plural, base in tables().persons)
+    return Thing(phrase, base, lemmas, synonyms(noun), above(noun), plural, base in tables().persons)
 
 
 @lru_cache(1 << 14)
 def above(word: str) -> frozenset[str]:
-    return hypernyms(word)
+    return hypernyms(word) | {YOUNG[word]} if word in YOUNG else hypernyms(word)
+
+
+@lru_cache(1 << 14)
+def _forms(head: str) -> frozenset[str]:
+    """A noun, and the adjectives that tell of it: snow, snowy; wood, wooden."""
+    return frozenset({head, head + "y", head + head[-1:] + "y", head.removesuffix("e") + "y", head + "en"})
 
 
 def sort_tags(tags: Sequence[Tag]) -> list[Tag]:
@@ -103,7 +114,7 @@ def find_residual(tags: Sequence[Tag], base: Iterable[str], most: int) -> tuple[
     special = None
     for tag in sort_tags(tags):
         thing = read_tag(tag.name)
-        if thing is None or thing.head in present or not present.isdisjoint(thing.others):
+        if thing is None or not present.isdisjoint(_forms(thing.head)) or not present.isdisjoint(thing.others):
             continue
         if (thing.person and people) or any(thing.head in above(word) for word in present):
             continue

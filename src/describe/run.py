@@ -14,8 +14,10 @@ from .dedup import find_duplicates
 from .executors import Build, make_stage
 from .ingest import ingest
 from .job import ROWS, Job, Stage
+from .picture_stages import make_caption_task, make_score_task, make_tag_task
 from .settings import ComposeSettings
 from .stages import make_compose_task, make_verify_task
+from .work import Task
 
 log = logging.getLogger(__name__)
 PART_ROWS = 5000
@@ -43,6 +45,21 @@ def open_job(settings: Any) -> Job:
         return job
 
 
+def caption(settings: Any) -> None:
+    """The stage `caption` of a job that has been read."""
+    _make(settings, build_caption)
+
+
+def tag(settings: Any) -> None:
+    """The stage `tags`."""
+    _make(settings, build_tags)
+
+
+def score(settings: Any) -> None:
+    """The stage `scores` of a job whose texts are checked."""
+    _make(settings, build_scores)
+
+
 def compose(settings: Any) -> None:
     """The stage `compose` of a job that has been read."""
     _make(settings, build_compose)
@@ -53,12 +70,27 @@ def verify(settings: Any) -> None:
     _make(settings, build_verify)
 
 
-def build_compose(settings: ComposeSettings) -> Any:
+def build_caption(settings: Any) -> Task:
+    """For workers."""
+    return make_caption_task(settings)
+
+
+def build_tags(settings: Any) -> Task:
+    """For workers."""
+    return make_tag_task(settings)
+
+
+def build_scores(settings: Any) -> Task:
+    """For workers."""
+    return make_score_task(settings)
+
+
+def build_compose(settings: ComposeSettings) -> Task:
     """For workers."""
     return make_compose_task(settings)
 
 
-def build_verify(settings: Any) -> Any:
+def build_verify(settings: Any) -> Task:
     """For workers."""
     return make_verify_task(settings)
 

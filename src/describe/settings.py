@@ -63,6 +63,10 @@ class InputSettings:
     """Field of the row's id; default: id, key, uid or image_id, else the row's place in its file."""
     where: Annotated[tuple[str, ...], arg(metavar="CONDITION ...")] = ()
     """Which rows to take: FIELD=VALUE, FIELD!=VALUE, FIELD>=NUMBER."""
+    image_field: str | None = None
+    """Field of the picture or its path, where it has none of the usual names."""
+    allow_outside: bool = False
+    """Names of pictures may lead out of their folder (`..`, absolute, links)."""
     limit: int | None = ranged(None, minimum=1)
     """Take the first rows only, for a trial."""
     part_rows: int | None = ranged(None, minimum=1)
@@ -92,6 +96,33 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionSettings(ServerSettings):
+    """Who captions pictures. Rows that have a caption keep it."""
+
+    captions: str | None = None
+    """File of captions that exist already: JSONL, CSV/TSV or Parquet with id and caption, or an .npy of token ids."""
+    captioner: Literal["none", "openai", "transformers"] = "none"
+    """openai: a server whose model sees pictures. transformers: a model in this process (extra `captioners`)."""
+    caption_url: str | None = None
+    """The captioner's server; default: --base-url."""
+    caption_model: str | None = None
+    """The captioner's model: as the server knows it (default: --model), or a folder or hub name for transformers."""
+    caption_side: int = ranged(384, minimum=64, maximum=4096)
+    """Longest side in pixels of the pictures that are sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagSettings:
+    """Who tags pictures. Rows that have tags keep them."""
+
+    tags: str | None = None
+    """File of tags that exist already: JSONL, CSV/TSV or Parquet with id and tags."""
+    tagger: Literal["none", "checkpoint", "text"] = "none"
+    """checkpoint: zero-shot, with --checkpoint and --tag-list. text: nouns of the texts, which say nothing about the
+    picture; for the report and for choosing rows only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """What a text may be."""
 
@@ -104,7 +135,19 @@ class TextSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComposeSettings(ServerSettings, TextSettings):
+class PriceSettings:
+    """What tokens cost, for the report."""
+
+    price_in: float | None = ranged(None, minimum=0)
+    """Price of a million prompt tokens."""
+    price_out: float | None = ranged(None, minimum=0)
+    """Price of a million completion tokens."""
+    currency: str = "USD"
+    """Of the prices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeSettings(ServerSettings, TextSettings, PriceSettings):
     """Who writes the third text, and how."""
 
     composer: Literal["rules", "openai", "vllm", "replay"] = "rules"
@@ -125,10 +168,6 @@ class ComposeSettings(ServerSettings, TextSettings):
     """For replay: JSONL of recorded answers, or the folder of an earlier job."""
     student_of: str | None = None
     """Folder of `instruct` that the model was trained on: refuse another prompt than that of the training."""
-    price_in: float | None = ranged(None, minimum=0)
-    """Price of a million prompt tokens, for the report."""
-    price_out: float | None = ranged(None, minimum=0)
-    """Price of a million completion tokens."""
     max_cost: float | None = ranged(None, above=0)
     """Stop when the tokens of this command have cost as much; everything is kept."""
 

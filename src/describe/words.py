@@ -33,6 +33,11 @@ class Token(NamedTuple):
     joined: bool
 
 
+def word_set(words: str) -> frozenset[str]:
+    """The words of a constant."""
+    return frozenset(words.split())
+
+
 def split_words(text: str) -> list[str]:
     """Words and numbers as written, without punctuation: "The dog's 2 T-shirts!" -> The, dog's, 2, T-shirts."""
     return WORD.findall(text)

@@ -36,7 +36,8 @@ THINGS = (
     "{base}, plus {things}.",
     "{base}; there {be} also {things}.",
     "{base}. There {be} also {things}.",
-    "With {things}, {inner}.",
+    "{base}. {Things} {are} there as well.",
+    "{base}; {things} {are} also there.",
 )
 TEMPLATES = tuple(product(PLACES, NAMES, THINGS))
 # All words that the templates bring along. None says anything about a picture.
@@ -81,12 +82,13 @@ class Rules:
         base = caption or raw
         full = self.variant == "full"
         most = MOST_THINGS if full else MOST_THINGS_SHORT
-        things, special = find_residual(sources.tags, content_lemmas(base), most)
         facts = find_facts(raw, caption) if caption and full else Facts()
+        said = content_lemmas(" ".join((base, *facts.names, *facts.places)))
+        things, special = find_residual(sources.tags, said, most)
         if special and full and caption and not facts.names:
             facts = facts._replace(names=(special.phrase,))
         if not base:
-            return self._close(join(thing.phrase for thing in things) or _last_resort(sources))
+            return self._close(join([thing.phrase for thing in things]) or _last_resort(sources))
         digest = blake2b(f"{self.seed} {sources.id} {self.variant}".encode("utf-8", "replace"), digest_size=4).digest()
         template = TEMPLATES[int.from_bytes(digest, "little") % len(TEMPLATES)]
         return self._fit(base, facts, things, template)
@@ -112,33 +114,42 @@ class Rules:
 
 
 def realise(base: str, facts: Facts, things: Sequence[Thing], template: tuple[str, str, str]) -> str:
-    """Put the parts into the forms of a template, as a sentence. A form that needs what is not there is left out."""
+    """Put the parts into the forms of a template, as a sentence. Where a form does not suit the base, which may hold
+    several sentences or colons, the next one does."""
     place_form, name_form, things_form = template
     ended = base.endswith(("!", "?", "…", "..."))
-    sentences = ended or any(mark in base for mark in (". ", "! ", "? "))
-    base = base.rstrip(" .,;:") if not ended else base
+    several = ended or any(mark in base for mark in (". ", "! ", "? "))
+    base = base if ended else base.rstrip(" .,;:")
     if facts.places:
+        leads = place_form.startswith("{Place}")
+        if leads and (several or (facts.names and name_form.startswith("{name}"))):
+            place_form = PLACES[0]
         place = " ".join(facts.places)
-        leads = place_form.startswith("{Place}") and not sentences and not (facts.names and name_form[1] == "n")
-        form = place_form if leads or not place_form.startswith("{Place}") else PLACES[0]
-        base = _fill(form, base, place=place, Place=_begin(place))
+        base = _fill(place_form, base, place=place, Place=_begin(place))
+    trails = False  # a name at the end: what is listed next would seem to belong to it
     if facts.names:
-        form = name_form if not (sentences and name_form.startswith("{base}:")) else NAMES[0]
-        form = NAMES[2] if ":" in form and ":" in base else form
-        base = _fill(form, base, name=join(facts.names))
+        if several and name_form.startswith("{base}"):
+            name_form = NAMES[0]
+        if ":" in name_form and ":" in base:
+            name_form = NAMES[2]
+        base = _fill(name_form, base, name=", ".join(facts.names))
+        trails = name_form.endswith("{name}")
     if not things:
         return _end(_begin(base))
-    form = things_form
-    plain = form.startswith("{base},")
-    if sentences or (plain and ended):
-        form = THINGS[6]
-    elif form.startswith("With") and (facts.names or facts.places):
-        form = THINGS[0]
-    if form == THINGS[0] and " with " in base[-60:]:
-        form = THINGS[1]
-    be = "are" if things[0].plural else "is"
-    text = _fill(form, base, things=join(thing.phrase for thing in things), be=be)
+    if several or trails:
+        things_form = _as_sentence(things_form, several)
+    elif things_form == THINGS[0] and " with " in base:
+        things_form = THINGS[1]
+    listed = join([thing.phrase for thing in things])
+    is_are = ("are" if things[0].plural else "is", "are" if things[0].plural or len(things) > 1 else "is")
+    text = _fill(things_form, base, things=listed, Things=_begin(listed), be=is_are[0], are=is_are[1])
     return _begin(text.replace("!.", "!").replace("?.", "?").replace("….", "…").replace("....", "..."))
+
+
+def _as_sentence(form: str, whole: bool) -> str:
+    """The form, or one that does not continue the base; `whole`: one that does not share its sentence either."""
+    forms = [other for other in THINGS if other.startswith("{base}." if whole else ("{base}.", "{base};"))]
+    return form if form in forms else forms[THINGS.index(form) % len(forms)]
 
 
 def _fill(form: str, base: str, **parts: str) -> str:
@@ -154,9 +165,8 @@ def _fill(form: str, base: str, **parts: str) -> str:
     return filled
 
 
-def join(phrases: Any) -> str:
+def join(phrases: Sequence[str]) -> str:
     """a; a and b; a, b, and c."""
-    phrases = list(phrases)
     if len(phrases) < 3:
         return " and ".join(phrases)
     return ", ".join(phrases[:-1]) + ", and " + phrases[-1]
@@ -193,5 +203,6 @@ def _end(text: str) -> str:
 
 
 def _last_resort(sources: Sources) -> str:
-    """What is there when no caption, raw text or tag names a thing: the text in the picture, or the tags as they are."""
-    return tidy(sources.ocr) or join(filter(None, (tidy(tag.name) for tag in sources.tags[:MOST_THINGS])))
+    """What is there when no caption, raw text or tag names a thing: text in the picture, or the tags as they are."""
+    names = [name for name in (tidy(tag.name) for tag in sources.tags[:MOST_THINGS]) if name]
+    return tidy(sources.ocr) or join(names)

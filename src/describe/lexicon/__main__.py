@@ -16,6 +16,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from open_clip.tokenizer import SimpleTokenizer
+
 from rwkv_clip.files import write_whole
 
 from .tables import read_hand
@@ -26,7 +28,8 @@ CONCRETE = {5: "animal", 6: "artifact", 8: "body", 13: "food", 17: "object", 18:
 CONCRETE |= {20: "plant", 27: "substance"}
 TOPS, GROUPS, PLACES = 3, 14, 15  # the nouns of these only where hand.txt names them
 ABOVE = {*CONCRETE, TOPS, GROUPS, PLACES}  # whose meanings may be the more general ones
-BODY, PERSON = 8, 18
+PERSON = 18
+SHORT = (5, 6, 13, 20)
 MOST_SENSES = 3
 FEW = 4  # counts up to this say nothing about which meaning is the usual one
 COMMON = 8000  # merges of CLIP's vocabulary before this one make words that are common
@@ -95,11 +98,9 @@ def read_counts(path: Path) -> Counts:
     return Counts(parts, files, meanings)
 
 
-def read_ranks() -> dict[str, int]:
+def read_ranks(tokenizer: SimpleTokenizer) -> dict[str, int]:
     """Words that are one token of CLIP -> their place among its merges."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return {token[:-4]: place for token, place in SimpleTokenizer().encoder.items() if token.endswith("</w>")}
+    return {token[:-4]: place for token, place in tokenizer.encoder.items() if token.endswith("</w>")}
 
 
 class Builder:
@@ -109,7 +110,9 @@ class Builder:
         self.synsets = read_synsets(folder / "data.noun")
         self.index = {part: read_index(folder / f"index.{part}") for part in PARTS}
         self.counts = read_counts(folder / "cntlist.rev")
-        self.ranks, self.hand, self.folder = read_ranks(), read_hand(), folder
+        tokenizer = SimpleTokenizer()
+        self.encode, self.ranks = tokenizer.encode, read_ranks(tokenizer)
+        self.hand, self.folder = read_hand(), folder
         hand = self.hand
         self.extra = {*hand["nouns"], *hand["groups"], *hand["persons"]}
         self.not_nouns = {*hand["function"], *hand["not_nouns"], *hand["photo"]} - self.extra
@@ -138,11 +141,20 @@ class Builder:
 
     def is_common(self, lemma: str) -> bool:
         words = lemma.split("_")
+        if lemma in self.extra:
+            return True
         if len(words) > 2 or not re.fullmatch(r"[a-z]+([_-][a-z]+)*", lemma) or len(lemma) < 3:
-            return lemma in self.extra
+            return False
         if len(words) == 2:
             return all(self.ranks.get(word, COMMON) < COMMON for word in words) and self.is_unlike_its_words(lemma)
-        return lemma in self.ranks or self.concrete_count(lemma) > 0 or lemma in self.extra or self.is_compound(lemma)
+        counted = lemma in self.ranks or self.concrete_count(lemma) > 0
+        return counted or self.is_compound(lemma) or self.is_short(lemma)
+
+    def is_short(self, lemma: str) -> bool:
+        """Two tokens of CLIP, and a made thing, an animal, food, a plant, or a person by what he does: tricycle, golfer."""
+        file = self.synsets[self.index["noun"][lemma][0]].file
+        does = lemma.endswith(("er", "or", "ist", "man")) and any(self.is_part(lemma[:-n]) for n in (1, 2, 3))
+        return (file in SHORT or (file == PERSON and does)) and len(self.encode(lemma)) == 2
 
     def is_compound(self, lemma: str) -> bool:
         """Of two common words: surfboard."""
@@ -239,8 +251,6 @@ def write_words(builder: Builder, chosen: dict[str, list[str]]) -> None:
             if known and small and new and re.fullmatch(r"[a-z]+(-[a-z]+)*", lemma):
                 classes[part].add(lemma)
     classes |= builder.other_uses(chosen)
-    body = {lemma for lemma, senses in chosen.items() if builder.synsets[senses[0]].file == BODY}
-    classes["body"] = {lemma for lemma in body if "_" not in lemma}
     write_text("words.txt", [f"{name}\t{' '.join(sorted(words))}" for name, words in classes.items()])
 
 

@@ -39,8 +39,8 @@ def form(small: str) -> Form:
     if small in known.irregular["noun"]:
         return Form(known.irregular["noun"][small], "plural")
     if small in known.nouns:  # WordNet has arms that are weapons
-        single = small[:-1] if small.endswith("s") else ""
-        return Form(single, "plural") if single in known.nouns else Form(small, "base")
+        single = next((stem for stem in plural_stems(small) if stem in known.nouns), "")
+        return Form(single, "plural") if single else Form(small, "base")
     if small in known.irregular["verb"]:
         return Form(known.irregular["verb"][small], "verb")
     for stem in plural_stems(small):
@@ -70,9 +70,10 @@ def plural_stems(small: str) -> Iterator[str]:
         if small.endswith("ves"):
             yield small[:-3] + "f"
             yield small[:-3] + "fe"
-        yield small[:-1]
+        hissing = small.endswith(("sses", "xes", "shes", "ches", "zzes"))
+        yield small[:-2] if hissing else small[:-1]
         if small.endswith("es"):
-            yield small[:-2]
+            yield small[:-1] if hissing else small[:-2]
     if small.endswith("men") and len(small) > 4:
         yield small[:-3] + "man"
 

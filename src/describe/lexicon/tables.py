@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LINES = ("synonyms", "near", "supported_by", "idioms")  # sections of hand.txt whose entries may have blanks
+LINES = ("synonyms", "near", "supported_by", "kinds", "idioms")  # sections of hand.txt whose entries may have blanks
 
 
 def read_lines(name: str) -> list[str]:
@@ -53,7 +53,6 @@ class Tables:
             self.wholes.append(wholes)
             for word in self.words_of[place]:
                 self.nouns.setdefault(word, []).append(place)
-        self.two_words = {noun.split(" ")[0] for noun in self.nouns if " " in noun}
         hand = read_hand()
         self.function, self.colours, self.photo = (frozenset(hand[name]) for name in ("function", "colours", "photo"))
         self.groups, self.articles, self.be = (frozenset(hand[name]) for name in ("groups", "articles", "be"))
@@ -64,8 +63,11 @@ class Tables:
         self.capitals, self.foreign = frozenset(hand["capitals"]), frozenset(hand["foreign"])
         self.numbers, self.implied = read_pairs(hand["numbers"]), read_pairs(hand["implied_numbers"])
         self.abbreviations = read_pairs(hand["abbreviations"])
+        for word, kind in (line.split(", ") for line in hand["kinds"]):
+            self.add_kind(word, kind)
         for line in hand["synonyms"]:
             self.add_synonyms(line.split(", "))
+        self.two_words = {noun.split(" ")[0] for noun in self.nouns if " " in noun}
         self.near: dict[str, set[str]] = {}
         for words in (line.split(", ") for line in hand["near"]):
             for word in words:
@@ -76,11 +78,19 @@ class Tables:
         self.abstract, self.verbs, self.adjectives = classes["noun"], classes["verb"], classes["adj"]
         self.adverbs, self.verb_first = classes["adv"], classes["verb-first"]
         self.adjective_first, self.verb_too = classes["adj-first"], classes["verb-too"]
-        self.body = classes["body"]
+        self.body = frozenset(hand["body"])
         forms = read_classes("irregular.txt")
         self.irregular = {part: read_pairs(pairs) for part, pairs in forms.items()}
         self._above: dict[int, frozenset[int]] = {}
         self.person, self.animal = self.nouns["person"][0], self.nouns["animal"][0]
+
+    def add_kind(self, word: str, kind: str) -> None:
+        """A noun that the files do not have, and its more general one."""
+        if word not in self.nouns:
+            self.nouns[word] = [len(self.parents)]
+            self.words_of.append([word])
+            self.parents.append(str(self.nouns[kind][0]) if kind in self.nouns else "")
+            self.wholes.append("")
 
     def add_synonyms(self, words: list[str]) -> None:
         """Give all words the meanings of the first that has some. A new meaning if none has."""

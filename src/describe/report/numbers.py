@@ -19,6 +19,7 @@ SAMPLES = 50  # random rows, and as many of the worst
 GROUPS, EXAMPLES = 12, 3  # of duplicates that are shown, texts of each
 MOST_COUNTED = 1 << 16  # different phrases, reasons or groups that are counted at a time
 MOST_TEXT, MOST_LIST = 700, 16  # characters of a text, entries of a list that are kept of a row to show
+MOST_NAME = 200  # characters of a name, reason or id that is counted
 MOST_TOKENS, MOST_TAGS = 512, 200  # as which more are counted
 CLIP_BIN, RATE_BINS = 200, 10  # bins for each 1 of a CLIP score, and of a rate
 SHOWN = (
@@ -36,10 +37,12 @@ class Top:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.total = 0
         self.exact = True
 
-    def add(self, value: str) -> None:
-        self.counts[value] += 1
+    def add(self, value: object) -> None:
+        self.total += 1
+        self.counts[plain(value, MOST_NAME)] += 1
         if len(self.counts) > MOST_COUNTED:
             self.exact = False
             self.counts = Counter(dict(self.most(MOST_COUNTED // 2)))
@@ -47,6 +50,12 @@ class Top:
     def most(self, number: int) -> list[tuple[str, int]]:
         """The most frequent values with their counts; equal ones in the order of the alphabet."""
         return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))[:number]
+
+    def named(self, number: int = 20) -> dict[str, int]:
+        """{value: count} of the most frequent ones and, that the sum is right, of all others together."""
+        named = dict(self.most(number))
+        rest = self.total - sum(named.values())
+        return named | ({"(others)": rest} if rest else {})
 
 
 class Least:
@@ -118,7 +127,7 @@ class Numbers:
         for column, kind in (("duplicate_of", "exact"), ("near_duplicate_of", "near")):
             if row.get(column) is not None:
                 self.sums[kind] += 1
-                self.groups.add(str(row[column])[:MOST_TEXT])
+                self.groups.add(row[column])
                 break
 
     def _count_texts(self, row: Mapping[str, Any], words: dict[str, list[str]]) -> None:
@@ -137,8 +146,8 @@ class Numbers:
             self.sums["clip_pairs"] += 1
             self.sums["clip_better"] += generated > raw
         if words["generated"]:
-            self.openings.add(" ".join(words["generated"][:4])[:MOST_TEXT])
-            self.languages.add(str(row.get("language") or "unknown")[:MOST_TEXT])
+            self.openings.add(" ".join(words["generated"][:4]))
+            self.languages.add(row.get("language") or "unknown")
             if words["raw"]:
                 self.survival.add(words["raw"], words["generated"])
 
@@ -147,7 +156,7 @@ class Numbers:
         if tags is None:
             return
         self.tags[min(len(tags), MOST_TAGS)] += 1
-        self.tag_sources.add(str(row.get("tag_source") or "unknown")[:MOST_TEXT])
+        self.tag_sources.add(row.get("tag_source") or "unknown")
         if row.get("tag_source") == "text":
             return  # taken from the texts: that they name them says nothing
         wanted = [{_singular(word) for word in fold(str(tag)[:MOST_TEXT])} for tag in tags]
@@ -159,13 +168,13 @@ class Numbers:
 
     def _count_verdict(self, row: Mapping[str, Any]) -> None:
         if row.get("engine"):
-            self.engines.add(str(row["engine"])[:MOST_TEXT])
+            self.engines.add(row["engine"])
         rejects = {_reason(reject) for reject in row.get("rejects") or ()}
         self.sums["rejected"] += bool(rejects)
         for reject in rejects:
             self.rejects.add(reject)
         if (rate := _number(row.get("unsupported_rate"))) is not None:
-            name = str(row.get("composer") or "unknown")[:MOST_TEXT]
+            name = plain(row.get("composer") or "unknown", MOST_NAME)
             self.composers.setdefault(name, _Rates()).add(rate)
         if (lost := row.get("lost_facts")) is not None:
             self.sums["facts_rows"] += 1
@@ -195,7 +204,7 @@ class Numbers:
                 "in": self.rows,
                 "kept": self.kept,
                 "undecided": self.undecided,
-                "dropped": dict(self.dropped.most(MOST_COUNTED)),
+                "dropped": self.dropped.named(40),
             },
             "tokens": {text: self._tokens(text) for text in TEXTS if self.tokens[text]},
             "words": {text: phrases.results() for text, phrases in self.phrases.items()},
@@ -204,15 +213,15 @@ class Numbers:
             "tags": {
                 "rows": self.tags.total(),
                 "per_image": _sorted(self.tags),
-                "sources": dict(self.tag_sources.most(20)),
+                "sources": self.tag_sources.named(),
                 "coverage": {text: {"tags": n, "named": named} for text, (n, named) in self.named.items() if n},
             },
             "composers": {name: rates.results() for name, rates in sorted(self.composers.items())},
-            "engines": dict(self.engines.most(20)),
+            "engines": self.engines.named(),
             "rejected_rows": self.sums["rejected"],
-            "rejects": dict(self.rejects.most(40)),
+            "rejects": self.rejects.named(40),
             "failures": {
-                stage: {"rows": top.counts.total(), "reasons": dict(top.most(12))}
+                stage: {"rows": top.total, "reasons": top.named(12)}
                 for stage, top in self.failures.items()
                 if top.counts
             },
@@ -229,7 +238,7 @@ class Numbers:
                 "share_of_top": sum(count for _, count in openings) / texts,
                 "top": [list(item) for item in openings],
             },
-            "languages": dict(self.languages.most(12)),
+            "languages": self.languages.named(12),
             "used": {column: self.sums[column] for column in ("prompt_tokens", "completion_tokens", "attempts")},
             "milliseconds": {str(p): self._latency(p / 100) for p in (50, 95, 99)} if self.milliseconds else None,
         }
@@ -280,7 +289,7 @@ def find_examples(rows: Callable[[], Iterator[Mapping[str, Any]]], duplicates: d
     missing = len(groups) * EXAMPLES
     for row in rows() if groups else ():
         for column in ("duplicate_of", "near_duplicate_of", "id"):
-            group = groups.get(str(row[column])[:MOST_TEXT]) if row.get(column) is not None else None
+            group = groups.get(plain(row[column], MOST_NAME)) if row.get(column) is not None else None
             if group is not None:
                 text = plain(row.get("generated"), 240)
                 if text not in group["texts"] and len(group["texts"]) < EXAMPLES:
@@ -320,14 +329,14 @@ def _shown(character: str) -> str:
 
 
 def cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that are shown, bounded; `id` and `image` as they are, so that the picture is found."""
-    names = {column: row[column] for column in ("id", "image") if row.get(column) is not None}
+    """The columns of a row that are shown, bounded; `id`, `row` and `image` as they are, so that the picture is found."""
+    names = {column: row[column] for column in ("id", "row", "image") if row.get(column) is not None}
     return {column: _cut(row[column]) for column in SHOWN if row.get(column) is not None} | names
 
 
 def _cut(value: Any) -> Any:
     if isinstance(value, (bool, int, float)):
-        return value
+        return value if math.isfinite(value) else None
     if isinstance(value, str):
         return plain(value)
     return [plain(entry, 80) for entry in list(value)[:MOST_LIST]]

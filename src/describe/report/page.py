@@ -283,7 +283,7 @@ def _draw_support(results: Results) -> str:
     head = ["composer", "texts", "of nouns", "texts with any", "spread"]
     support = _card(title, why, _table(head, lines) if lines else _empty("not measured"))
     rejected, rows = results["rejected_rows"], results["rows"]["in"]
-    title = f"{percent(rejected, rows)} of the texts are rejected" if rows else "There are no rows"
+    title = f"In {percent(rejected, rows)} of the rows the composed text is rejected" if rows else "There are no rows"
     why = "Why a composed text was not taken; a text may have several reasons. Another text takes its place."
     content = _counted(results["rejects"], rows, "bad") if results["rejects"] else _empty("none is rejected")
     languages = results["languages"]

@@ -36,13 +36,13 @@ def write_report(
     numbers = count(rows())
     results = numbers.results()
     find_examples(rows, results["duplicates"])
-    stages = count_stages(about.get("stages") or {})
+    stages = count_stages(_written(about.get("stages") or {}))
     prices = about.get("prices")
     results |= {
         "stages": stages,
-        "cost": cost_of(stages, results["used"], prices),
+        "cost": _written(cost_of(stages, results["used"], prices)),
         "scale": scale_up(stages, prices),
-        "about": {name: about.get(name) for name in ("title", "settings", "versions", "prices")},
+        "about": {name: _written(about.get(name)) for name in ("title", "settings", "versions", "prices")},
     }
     worst, random = numbers.worst.list(), numbers.random.list()
     for name, chosen in (("worst", worst), ("random", random)):
@@ -51,3 +51,14 @@ def write_report(
     write_json(folder / "report.json", {"report": REPORT, **results})
     write_whole(page, draw_page(results, worst, random, pictures))
     return page
+
+
+def _written(value: Any) -> Any:
+    """A setting as JSON can hold it: half characters replaced, paths and the like by their names."""
+    if isinstance(value, Mapping):
+        return {_written(str(name)): _written(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(value).encode("utf-8", "replace").decode()
