@@ -24,7 +24,7 @@ from rwkv_clip.errors import DATA
 from rwkv_clip.files import write_json, write_whole
 
 from .parquet import write_parquet
-from .pictures import PictureSettings, encode_upright, read_pictures
+from .pictures import PictureReader, PictureSettings, encode_upright
 from .select import TEXTS, Selection
 
 Row = dict[str, Any]
@@ -197,7 +197,7 @@ def _take_pictures(
 ) -> Iterator[list[tuple[str, bytes]]]:
     """The members (name, content) of each sample: picture, .json with all that is known, .txt with one text."""
     rows, ahead = tee(kept)
-    found = read_pictures(source, (row["row"] for row, _ in ahead), pictures)
+    found = PictureReader(source, pictures).read(row for row, _ in ahead)
     for (row, record), picture in zip(rows, found):
         text = record[settings.txt] or record["raw"]
         try:

@@ -202,7 +202,7 @@ class Reader:
             return None
         value = _find(row, IMAGE_FIELDS)
         if isinstance(value, dict):
-            value = value.get("path")
+            value = None if value.get("bytes") else value.get("path")
         return _repair(value).strip() or None if isinstance(value, str) else None
 
 

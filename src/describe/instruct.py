@@ -61,7 +61,7 @@ class InstructSettings:
 
     min_tags: int = ranged(5, minimum=0)
     """Fewest tags of a sample."""
-    limit: int | None = ranged(70_000, minimum=1)
+    rows: int | None = ranged(70_000, minimum=1)
     """Most samples; rows with rare tags are preferred. As many as the paper has."""
     include_rules: bool = False
     """Take texts of the rules composer, too, which is enriched concatenation and no teacher."""
@@ -117,9 +117,9 @@ def find_sample(row: Mapping[str, Any], settings: InstructSettings, selection: S
 def choose(read: Read, settings: InstructSettings, report: InstructReport) -> Callable[[], Iterator[Sample]]:
     """Which samples are taken, in their order; what is returned reads them again. Counts all in the report.
 
-    Where there are more than `limit`, a weighted sample without replacement, weight 1 / (samples that have the rarest
+    Where there are more than `rows`, a weighted sample without replacement, weight 1 / (samples that have the rarest
     of its tags): the largest of log(u) / weight (Efraimidis and Spirakis 2006), u a hash of seed and id. The memory is
-    that of `limit` numbers and of all names of tags.
+    that of `rows` numbers and of all names of tags.
     """
     counts: Counter[str] = Counter()
     eligible = 0
@@ -130,7 +130,7 @@ def choose(read: Read, settings: InstructSettings, report: InstructReport) -> Ca
         elif isinstance(found, Sample):
             eligible += 1
             counts.update(_names(found))
-    limit = settings.limit if settings.limit is not None else eligible
+    limit = settings.rows if settings.rows is not None else eligible
 
     def select() -> Iterator[tuple[int, Sample]]:
         for place, found in enumerate(read()):
@@ -141,7 +141,7 @@ def choose(read: Read, settings: InstructSettings, report: InstructReport) -> Ca
     if eligible > limit:
         keys = ((_key(sample, counts, settings.seed), -place) for place, sample in select())
         taken = {-place for _, place in heapq.nlargest(limit, keys)}
-        report.dropped[f"beyond the limit of {limit:,}"] = eligible - limit
+        report.dropped[f"beyond the {limit:,} that are wanted"] = eligible - limit
     report.samples = min(eligible, limit)
     return lambda: (sample for place, sample in select() if taken is None or place in taken)
 

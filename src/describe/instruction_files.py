@@ -8,7 +8,8 @@ The file of 70,000 samples that the paper's authors released has not been seen h
     fields     {"raw": .., "synthetic" or "caption": .., "tags": [..], "answer" or "generated" or "output": ..}
 
 In the first three the sources are found in the last question by the labels of the paper's figure (Raw Text, Syn Cap,
-Det Tag) or of its follow-up's prompt (Raw caption, synthetic caption, detection tags), each before a colon.
+Det Tag) or of its follow-up's prompt (Raw caption, synthetic caption, detection tags), each before a colon, or in the
+fences of our own prompt `grounded`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .sources import Sources, Tag
 RAW = re.compile(r"\braw[ _]?(?:text|caption)s?\s*:", re.IGNORECASE)
 CAPTION = re.compile(r"\bsyn(?:thetic|\.)?[ _]?cap(?:tion)?s?\s*:", re.IGNORECASE)
 TAGS = re.compile(r"\bdet(?:ection|ected|\.)?[ _]?tags?\s*:", re.IGNORECASE)
+FENCES = re.compile(r"<(raw|caption|tags)>\n(.*)\n</\1>")  # of the prompt `grounded`
 JOINTS = re.compile(r"[\s,;]*(?:\band\s+)?(?:(?:\bthe\s+)?\bhighly\s+relevant\s+)?$", re.IGNORECASE)
 PAIRS = {"<": ">", "[": "]", '"': '"', "'": "'", "{": "}", "`": "`"}
 MOST = 1 << 16  # characters of a question that are searched
@@ -84,9 +86,13 @@ def _from_question(ident: str, question: str, answer: str) -> Found:
 
 
 def find_sources(question: str) -> tuple[str, str, tuple[Tag, ...]] | None:
-    """(raw text, synthetic caption, tags) in a question, by their labels: the last of each, in this order; None where a
-    label is missing."""
+    """(raw text, synthetic caption, tags) in a question, by our fences or by labels: the last of each, in this order;
+    None where one is missing."""
     question = question[-MOST:]
+    fenced = dict(FENCES.findall(question))
+    if fenced.keys() >= {"raw", "caption", "tags"}:
+        raw, caption, tags = ("" if fenced[name] == "none" else fenced[name] for name in ("raw", "caption", "tags"))
+        return raw, caption, _tags(tags)
     tags = _last(TAGS, question, len(question))
     caption = tags and _last(CAPTION, question, tags.start())
     raw = caption and _last(RAW, question, caption.start())

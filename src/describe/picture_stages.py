@@ -15,7 +15,7 @@ from rwkv_clip.data.sources import Source
 from .columns import Column, read_column
 from .ingest import open_source
 from .job import ROWS, Job, Stage
-from .pictures import Found, PictureSettings, read_pictures
+from .pictures import Found, PictureReader, PictureSettings
 from .scores import COLUMNS as SCORES
 from .scores import VERSION as SCORES_VERSION
 from .scores import score
@@ -49,6 +49,7 @@ class Pictures:
         self.settings = PictureSettings(
             images=folder, image_field=settings.image_field, allow_outside=settings.allow_outside
         )
+        self._reader = PictureReader(self.source, self.settings)
 
     def find(self, row: Mapping[str, Any]) -> bytes | None:
         """The picture of one row. ValueError with the reason where there is none."""
@@ -58,8 +59,8 @@ class Pictures:
         return found.data
 
     def read(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Found]:
-        """The picture of each row, in their order, which is that of the input."""
-        return read_pictures(self.source, (row["row"] for row in rows), self.settings)
+        """The picture of each row, in their order."""
+        return self._reader.read(rows)
 
 
 # ---- captions and tags ------------------------------------------------------------------------------------------------

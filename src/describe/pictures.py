@@ -7,10 +7,10 @@ holds one names a file that is not there.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -18,9 +18,12 @@ from rwkv_clip.config import ranged
 from rwkv_clip.data.encode import Encoder, RowError
 from rwkv_clip.data.fields import Choice, Texts
 from rwkv_clip.data.image import ImageError, inspect_image, open_header, open_image
-from rwkv_clip.data.sources import Source
+from rwkv_clip.data.rows import Row
+from rwkv_clip.data.sources import PAIRS, Source
 
 BEYOND = "row beyond the end of the source"
+MANIFESTS = ("jsonl", "json", "csv", "npy")  # kinds of source whose rows name files, and hold a picture only instead
+MOST_STREAMS = 4  # that are kept open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +60,74 @@ class Found(NamedTuple):
     reason: str = ""
 
 
-def read_pictures(source: Source, wanted: Iterable[int], settings: PictureSettings) -> Iterator[Found]:
-    """One `Found` for each wanted row number, in one pass over the source.
+class PictureReader:
+    """Pictures of a job's rows, as they are asked for.
 
-    wanted: increasing numbers, taken one by one as the results are, so that they may come from a stream of rows.
-    ValueError where they do not increase; SourceError where the source cannot be read.
+    Rows that name a file are looked up at once; others, whose pictures came with them, are read from the source. That
+    is one pass over it where they are asked for in its order, and two where a few readers do so in turn; going back
+    costs a pass over what lies before.
     """
-    find, rows, at = settings.finder().find_picture, None, 0
-    for number in wanted:
-        if rows is None:
-            rows, at = source.rows(number), number
-        if number < at:
-            raise ValueError(f"pictures: row {number} is asked for after row {at - 1}; rows must keep their order")
+
+    def __init__(self, source: Source, settings: PictureSettings):
+        self._source, self._find = source, settings.finder().find_picture
+        self._folder = _find_folder(source, settings)
+        self._streams: list[_Stream] = []
+
+    def read(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Found]:
+        """One `Found` for each row of a job (`row`, its number in the source, and `image`), taken one by one as the
+        results are, so that they may be a stream themselves. SourceError where the source cannot be read."""
+        for row in rows:
+            number, name = row["row"], row.get("image")
+            named = name is not None and self._folder is not None
+            found = Row(name, {"image": name}, self._folder) if named else self._take(number)
+            if found is None:
+                yield Found(number, reason=BEYOND)
+                continue
+            try:
+                yield Found(number, self._find(found).read())
+            except RowError as error:
+                yield Found(number, reason=str(error))
+
+    def _take(self, number: int) -> Row | None:
+        """The row of the source with this number, from the stream that is nearest before it."""
+        before = [stream for stream in self._streams if stream.at <= number]
+        if before:
+            stream = max(before, key=lambda stream: stream.at)
+            self._streams.remove(stream)
+        else:
+            stream = _Stream(self._source, number)
+        self._streams = [*self._streams, stream][-MOST_STREAMS:]  # the one that was used last comes last
+        return stream.take(number)
+
+
+class _Stream:
+    """A source that is being read. at: number of the next row."""
+
+    def __init__(self, source: Source, start: int):
+        self._rows, self.at = source.rows(start), start
+
+    def take(self, number: int) -> Row | None:
         row = None
-        while at <= number:
-            row = next(rows, None)
-            at += 1
-        if row is None:
-            yield Found(number, reason=BEYOND)
-            continue
-        try:
-            yield Found(number, find(row).read())
-        except RowError as error:
-            yield Found(number, reason=str(error))
+        while self.at <= number:
+            row = next(self._rows, None)
+            self.at += 1
+        return row
+
+
+def _find_folder(source: Source, settings: PictureSettings) -> Path | None:
+    """The folder that a job's names of pictures start from, where it is one for all rows and names are all they have:
+    a table may hold the picture and its name."""
+    if source.kind == PAIRS:
+        return source.files[0] if len(source.files) == 1 else None
+    if source.kind not in MANIFESTS or settings.image_field is not None:
+        return None
+    folders = {file.parent for file in (source.files if source.images is None else [source.images])}
+    return folders.pop() if len(folders) == 1 else None
+
+
+def read_pictures(source: Source, wanted: Iterable[int], settings: PictureSettings) -> Iterator[Found]:
+    """One `Found` for each wanted row number, from the source itself: one pass where the numbers increase."""
+    return PictureReader(source, settings).read({"row": number} for number in wanted)
 
 
 def open_found(found: Found) -> Image.Image:
@@ -110,8 +158,8 @@ def encode_upright(found: Found, max_side: int = 0, quality: int = 95) -> tuple[
             return found.data, "png"
     if not fits:
         scale = max_side / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), "jpg"

@@ -25,8 +25,8 @@ class Selection:
     """Texts that a row must have."""
     drop_flags: tuple[str, ...] = ()
     """Drop rows whose raw text has one of these flags, for example pii."""
-    max_unsupported: float | None = ranged(None, minimum=0, maximum=1)
-    """Largest fraction of nouns of a composed text that no source supports; rows that fell back are not judged."""
+    drop_unsupported: float | None = ranged(None, minimum=0, maximum=1)
+    """Drop rows with a larger fraction of nouns in their composed text that no source supports; fallbacks stay."""
     min_clip: float | None = ranged(None, minimum=-1, maximum=1)
     """Lowest CLIP score of the generated text; rows that have none are dropped under a reason of their own."""
 
@@ -53,8 +53,8 @@ class Selection:
 
     def _judge_scores(self, row: Mapping[str, Any]) -> str:
         rate, taken = row.get("unsupported_rate"), row.get("engine") == row.get("composer")
-        if self.max_unsupported is not None and taken and rate is not None and rate > self.max_unsupported:
-            return f"more than {self.max_unsupported:g} of the nouns unsupported"
+        if self.drop_unsupported is not None and taken and rate is not None and rate > self.drop_unsupported:
+            return f"more than {self.drop_unsupported:g} of the nouns unsupported"
         if self.min_clip is not None:
             score = row.get("clip_generated")
             if score is None:

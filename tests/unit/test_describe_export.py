@@ -20,7 +20,7 @@ from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import draw_train_scene
 from rwkv_clip.describe.export import ExportError, ExportSettings, export
 from rwkv_clip.describe.parquet import read_metadata, read_parquet
-from rwkv_clip.describe.pictures import PictureSettings, encode_upright, open_found, read_pictures
+from rwkv_clip.describe.pictures import PictureReader, PictureSettings, encode_upright, open_found, read_pictures
 from rwkv_clip.describe.select import Selection
 from rwkv_clip.tokenizer import make_tokenizer
 
@@ -77,10 +77,10 @@ def scenes(tmp_path):
         ({"require": ("generated",)}, {"generated": None}, "no generated text"),
         ({"drop_flags": ("slur", "pii")}, {"flags": ["url", "pii"]}, "flag pii"),
         ({"drop_flags": ("pii",)}, {"flags": None}, ""),
-        ({"max_unsupported": 0.2}, {"unsupported_rate": 0.2}, ""),
-        ({"max_unsupported": 0.2}, {"unsupported_rate": 0.21}, "more than 0.2 of the nouns unsupported"),
-        ({"max_unsupported": 0.2}, {"unsupported_rate": 0.9, "engine": "rules"}, ""),
-        ({"max_unsupported": 0.2}, {"unsupported_rate": None}, ""),
+        ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.2}, ""),
+        ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.21}, "more than 0.2 of the nouns unsupported"),
+        ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.9, "engine": "rules"}, ""),
+        ({"drop_unsupported": 0.2}, {"unsupported_rate": None}, ""),
         ({"min_clip": 0.2}, {"clip_generated": 0.2}, ""),
         ({"min_clip": 0.2}, {"clip_generated": 0.1}, "CLIP score below 0.2"),
         ({"min_clip": 0.0}, {"clip_generated": float("nan")}, "CLIP score below 0"),
@@ -92,7 +92,7 @@ def test_a_row_is_dropped_for_what_a_setting_says_and_nothing_else(settings, row
 
 
 @pytest.mark.parametrize(
-    "settings", [{"min_clip": 2}, {"max_unsupported": 1.5}, {"min_tokens": 76}, {"duplicates": "x"}]
+    "settings", [{"min_clip": 2}, {"drop_unsupported": 1.5}, {"min_tokens": 76}, {"duplicates": "x"}]
 )
 def test_settings_of_selection_have_limits(settings):
     with pytest.raises(ConfigError):
@@ -243,10 +243,9 @@ def test_rows_without_a_usable_picture_are_counted(tmp_path, scenes):
     )
     assert report.in_tars == 9 and report.written == 14
     assert report.left_out == {
-        "missing image": 1,
+        "missing image": 3,
         "unreadable image": 1,
         "neither generated nor raw text": 1,
-        "row beyond the end of the source": 2,
     }
 
 
@@ -273,8 +272,70 @@ def test_pictures_are_read_in_one_pass(scenes):
     source, pictures = scenes
     found = list(read_pictures(source, iter([2, 3, 9]), pictures))
     assert [one.row for one in found] == [2, 3, 9] and all(one.data[:2] == b"\xff\xd8" for one in found)
-    with pytest.raises(ValueError, match="keep their order"):
-        list(read_pictures(source, [3, 3], pictures))
+
+
+class Counted(Source):
+    """A source that counts the rows it gives."""
+
+    given = 0
+
+    def rows(self, start=0):
+        for row in super().rows(start):
+            self.given += 1
+            yield row
+
+
+def test_rows_that_name_a_file_do_not_cost_a_pass(tmp_path, scenes):
+    _, pictures = scenes
+    source = Counted(tmp_path / "rows.jsonl")
+    reader = PictureReader(source, pictures)
+    found = list(reader.read(merged(i) for i in (9, 2, 2, 11)))
+    assert [one.row for one in found] == [9, 2, 2, 11] and not any(one.reason for one in found)
+    assert found[1] == found[2] != found[0] and source.given == 0
+    [found] = reader.read([{"row": 3, "image": None}])  # what a row does not name, its source does
+    assert found.data == (tmp_path / "photos/3.jpg").read_bytes()
+
+
+def test_pictures_in_a_source_cost_few_passes_also_for_two_readers_in_turn(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(40):
+            add_member(tar, f"{number:02d}.png", encode(paint(4, 4, number), "PNG"))
+            add_member(tar, f"{number:02d}.txt", b"text")
+    source = Counted(tmp_path / "a.tar")
+    reader = PictureReader(source, PictureSettings())
+    for start in range(0, 20, 5):  # two parts of a job, a chunk of each in turn
+        for part in (0, 20):
+            numbers = range(part + start, part + start + 5)
+            for found in reader.read({"row": number, "image": None} for number in numbers):
+                assert found.data == encode(paint(4, 4, found.row), "PNG")
+    assert source.given < 80  # 160 if every chunk went back to the beginning
+    [found] = reader.read([{"row": 0}])
+    assert found.data == encode(paint(4, 4, 0), "PNG")
+
+
+def test_a_table_that_holds_pictures_is_asked_for_them(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pictures = [{"bytes": encode(paint(4, 4, i), "PNG"), "path": f"{i}.png"} for i in range(3)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures, "raw": ["a"] * 3}), tmp_path / "a.parquet")
+    reader = PictureReader(Source(tmp_path / "a.parquet"), PictureSettings())
+    found = list(reader.read({"row": i, "image": f"{i}.png"} for i in range(3)))
+    assert [one.data for one in found] == [picture["bytes"] for picture in pictures]
+
+
+def test_pictures_of_a_folder_of_pictures(tmp_path):
+    (tmp_path / "set" / "inner").mkdir(parents=True)
+    for name in ("a", "inner/b"):
+        (tmp_path / "set" / f"{name}.jpg").write_bytes(encode(paint(8, 8)))
+        (tmp_path / "set" / f"{name}.txt").write_text("text")
+    source = Counted(tmp_path / "set")
+    found = list(
+        PictureReader(source, PictureSettings()).read(
+            {"row": i, "image": n} for i, n in enumerate(("inner/b.jpg", "a.jpg"))
+        )
+    )
+    assert all(one.data == encode(paint(8, 8)) for one in found) and source.given == 0
 
 
 def test_pictures_in_tars_come_with_their_rows(tmp_path):
@@ -308,14 +369,16 @@ def test_no_page_and_no_file_outside_is_read(tmp_path, name, reason, monkeypatch
     (tmp_path / "secret.jpg").write_bytes(encode(paint(8, 8)))
     (tmp_path / "photos").mkdir()
     source = Source(save_jsonl(tmp_path / "rows.jsonl", [{"image": name, "raw": "a"}]))
-    [found] = read_pictures(source, [0], PictureSettings(images=str(tmp_path / "photos")))
+    settings = PictureSettings(images=str(tmp_path / "photos"))
+    [found] = read_pictures(source, [0], settings)
     assert found == (0, b"", reason)
+    assert list(PictureReader(source, settings).read([{"row": 0, "image": name}])) == [(0, b"", reason)]
 
 
-def tagged(orientation: int) -> bytes:
+def tagged(orientation: int, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(paint(40, 20), "JPEG", exif=exif)
+    return encode(paint(40, 20), kind, exif=exif)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +387,7 @@ def tagged(orientation: int) -> bytes:
         (encode(paint(40, 20)), "jpg", (40, 20), True),
         (encode(paint(40, 20), "PNG"), "png", (40, 20), True),
         (tagged(6), "jpg", (20, 40), False),
+        (tagged(8, "PNG"), "jpg", (20, 40), False),
         (encode(paint(40, 20), "WEBP"), "jpg", (40, 20), False),
         (encode(paint(40, 20).convert("CMYK")), "jpg", (40, 20), False),
         (encode(paint(40, 20).convert("RGBA"), "PNG"), "jpg", (40, 20), False),
