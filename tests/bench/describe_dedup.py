@@ -7,7 +7,8 @@ punctuation and white space), 5 % near ones (a word changed, dropped or added). 
 the group of the row that they were made from. possible: of the near ones whose similarity to it reaches the threshold
 (a changed word in eight does not reach 0.8). false: rows that are less alike than the threshold to the one that they
 are said to repeat (0 by construction: candidates are compared). unplanted: rows near to one that they were not made
-from; a grammar, like people, sometimes writes almost the same twice. ms: time of the processor. MiB: growth of resident memory, right for the first search only.
+from; a grammar, like people, sometimes writes almost the same twice. ms: time of the processor. MiB: growth of resident
+memory, right for the first search only.
 
 --shapes: bands x hashes that are tried beside those of the code. --captions: JSONL with "captions" lists instead of
 the grammar; their short texts reach fewer of the changed words.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .gallery import Pictures, draw_rows, user
+from .gallery import Thumbnails, draw_rows, user
 from .numbers import CONTEXT, SAMPLES, TEXTS, plain
 from .plots import Curve, draw_bars, draw_curves
 from .style import STYLE
@@ -29,7 +29,7 @@ Results = Mapping[str, Any]
 
 
 def draw_page(
-    results: Results, worst: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]], pictures: Pictures
+    results: Results, worst: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]], thumbnails: Thumbnails
 ) -> Iterator[bytes]:
     """The page in pieces. results: the content of report.json; worst, random: rows to show (of `cut_row`)."""
     title = plain(results["about"].get("title") or "Descriptions", 160)
@@ -55,7 +55,7 @@ def draw_page(
     }
     for name, rows in (("worst", worst), ("random", random)):
         yield f'<h2 id="{name}">{SECTIONS[name]}</h2>\n<p class="why">{why[name]}</p>\n'.encode()
-        yield draw_rows(rows, pictures).encode()
+        yield draw_rows(rows, thumbnails).encode()
     yield f'<h2 id="settings">{SECTIONS["settings"]}</h2>\n{_draw_settings(results)}\n</body></html>\n'.encode()
 
 
