@@ -20,7 +20,9 @@ def small_form(word: str) -> str:
 @lru_cache(REMEMBERED)
 def remember_small(word: str) -> str:
     small = word.lower().replace("’", "'").replace("‐", "-").replace("‑", "-")
-    return small[:-2] if small.endswith("'s") and len(small) > 2 else small
+    while small.endswith("'s") and len(small) > 2:
+        small = small[:-2]
+    return small
 
 
 class Form(NamedTuple):
