@@ -218,7 +218,8 @@ class Builder:
             counts, concrete = self.counts.parts.get(lemma, Counter()), self.concrete_count(lemma)
             if counts[2] and lemma in self.index["verb"]:
                 uses["verb-first" if counts[2] > concrete and lemma not in self.extra else "verb-too"].add(lemma)
-            if counts[3] > concrete and lemma in self.index["adj"] and lemma not in self.extra:
+            person = self.synsets[chosen[lemma][0]].file == PERSON  # the young, the brave
+            if lemma in self.index["adj"] and counts[3] + person > concrete and lemma not in self.extra:
                 uses["adj-first"].add(lemma)
         return uses
 
