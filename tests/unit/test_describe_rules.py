@@ -159,7 +159,7 @@ def test_templates_bring_neutral_words_only():
     assert len(TEMPLATES) == len(set(TEMPLATES)) >= 16
     for form in (*PLACES, *NAMES, *THINGS):
         words = set(re.sub(r"{\w+}", " ", form).lower().replace(".", " ").split())
-        assert {word.strip(",;:()\u2013") for word in words} - {""} <= NEUTRAL, form
+        assert {word.strip(",;:()-") for word in words} - {""} <= NEUTRAL, form
     assert not [word for word in NEUTRAL if is_content(word)]
 
 

@@ -28,7 +28,7 @@ MOST_THINGS, MOST_THINGS_SHORT = 5, 2
 
 # A text is one form of each kind, for what there is to say. {base}: the caption; {inner}: the same within a sentence.
 PLACES = ("{base} {place}", "{Place}, {inner}", "{base}, {place}")
-NAMES = ("{name}: {inner}", "{base}: {name}", "{base} ({name})", "{name} – {inner}", "{base} – {name}")
+NAMES = ("{name}: {inner}", "{base}: {name}", "{base} ({name})", "{name} - {inner}", "{base} - {name}")
 THINGS = (
     "{base}, with {things}.",
     "{base}, along with {things}.",
