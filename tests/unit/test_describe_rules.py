@@ -256,6 +256,8 @@ def test_the_most_certain_tags_are_taken():
         (Sources("1", tags=(Tag("dog"), Tag("apple"), Tag("snow"))), "A dog, an apple, and snow."),
         (Sources("1", tags=(Tag("running"),)), "Running."),
         (Sources("1", ocr="STOP"), "STOP."),
+        (Sources("1", raw="...", caption=" \U0001f600 ", tags=(Tag("-"),)), ""),
+        (Sources("1", raw="...", caption="Two dogs , one cat ."), "Two dogs, one cat."),
         (Sources("1", raw="iPhone"), "iPhone."),
     ],
 )

@@ -172,16 +172,13 @@ def join(phrases: Sequence[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """A source as one line of readable text; nothing changes in one that is."""
-    if " ." in text or " ," in text:  # as some data sets write their captions
-        return clean(text).text
-    if text.isascii() and text.isprintable() and "<" not in text and "  " not in text and len(text) < 2000:
-        return text.strip()
-    if "<" not in text and len(text) < 2000:
+    """A source as one line of readable text, "" where it has no letter or digit; nothing changes in one that is."""
+    plain = len(text) < 2000 and not any(mark in text for mark in (" .", " ,", "<", "  ", "|>"))
+    if not (plain and text.isascii() and text.isprintable()):
+        if not plain or any(unicodedata.category(character)[0] == "C" for character in text):
+            return clean(text).text
         text = " ".join(text.split())
-        if not any(unicodedata.category(character)[0] == "C" for character in text):
-            return text
-    return clean(text).text
+    return text.strip() if any(map(str.isalnum, text)) else ""
 
 
 def _begin(text: str) -> str:
