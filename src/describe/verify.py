@@ -50,10 +50,12 @@ INJECTION = re.compile(
 )
 # Without one of these no pattern above matches: most texts have none, and the patterns are slow.
 MARKS = re.compile(r"[<\[`{:]|www|https?")
-TRIGGERS = """ai language detection det syn raw caption captions description descriptions text sentence sentences
-summary tag tags provided given information input source sources sure certainly course okay absolutely merged combined rewrote
-rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore disregard forget
-prompt instructions alt not think i'm won't don't"""
+TRIGGERS = """
+ai language detection det syn raw caption captions description descriptions text sentence sentences summary
+tag tags provided given information input source sources sure certainly course okay absolutely merged combined
+rewrote rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore
+disregard forget prompt instructions alt not think i'm won't don't
+"""
 WORDS = re.compile(r"[a-z']+")
 
 

@@ -18,8 +18,8 @@ from .sources import Sources
 
 __all__ = [
     "WORD", "Support", "Token", "article", "content_lemmas", "find_names", "find_nouns", "find_numbers", "hypernyms",
-    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural", "split_tokens",
-    "split_words", "synonyms",
+    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural",
+    "split_tokens", "split_words", "synonyms",
 ]  # fmt: skip
 
 HAS_NUMBER = re.compile(r"\d|[^\W_][-‐‑]")  # or a part of a word that may be one
@@ -190,7 +190,14 @@ def synonyms(noun: str) -> frozenset[str]:
 def irregular_plurals() -> dict[str, str]:
     pairs = tables().irregular["noun"].items()
     found = {base: plural for plural, base in pairs}
-    return found | {"person": "people", "fish": "fish", "sheep": "sheep", "deer": "deer", "child": "children"}
+    return found | {
+        "person": "people",
+        "fish": "fish",
+        "sheep": "sheep",
+        "deer": "deer",
+        "bus": "buses",
+        "gas": "gases",
+    }
 
 
 def plural(noun: str) -> str:
@@ -267,7 +274,7 @@ class Support:
         for place in known.nouns.get(base, ()):
             if place in self.meanings or not self.meanings.isdisjoint(known.wholes_of(place)):
                 return True
-        return any(all(self.holds_part(part) for part in parts) for parts in split_noun(base))
+        return any(parts and all(map(self.holds_part, parts)) for parts in split_noun(base))
 
     def holds_part(self, part: str) -> bool:
         known = tables()
@@ -330,7 +337,9 @@ def remember_split(base: str) -> tuple[tuple[str, ...], ...]:
     """What a noun may be made of: tabletop -> (table, top), trumpeter -> (trumpet,), fire truck -> (fire, truck)."""
     if " " in base or "-" in base:
         return (tuple(base.replace("-", " ").split()),)
-    ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]
+    ways: list[tuple[str, ...]] = [
+        (base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])
+    ]
     known = tables()
     person = any(known.person in known.above(place) for place in known.nouns.get(base, ())) or base not in known.nouns
     for ending in ("er", "or", "ist", "ian", "eer") if person else ():

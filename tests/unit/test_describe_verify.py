@@ -1,4 +1,4 @@
-"""What a composed text may not say: plants that must be found, paraphrases that must pass, phrases, languages, fallback."""
+"""What a composed text may not say: plants that must be found, paraphrases that must pass, phrases, languages."""
 
 import json
 import random
@@ -242,8 +242,12 @@ def test_a_share_of_unsupported_nouns_may_be_allowed():
 
 @pytest.mark.parametrize(
     "text, same",
-    [("A dog with a red ball on the grass.", "caption"), ("a dog with a red ball on the grass", "caption")]
-    + [("Rex in Oslo - May 2014", "raw"), ("A dog with a ball.", "")],
+    [
+        ("A dog with a red ball on the grass.", "caption"),
+        ("a dog with a red ball on the grass", "caption"),
+        ("Rex in Oslo - May 2014", "raw"),
+        ("A dog with a ball.", ""),
+    ],
 )
 def test_repeating_a_source_is_told_and_kept(text, same):
     verdict = judge(DOG, text)
