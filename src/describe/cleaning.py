@@ -51,7 +51,7 @@ def clean(text: str) -> Cleaned:
     text = _drop_phrases(" ".join(text.split()), found)
     text = _settle(_clean_words(text, found), found)
     text = _calm(text, found)
-    return Cleaned(text, tuple(flag for flag in FLAGS if flag in found) if found else (), _grade(text))
+    return Cleaned(text, tuple(flag for flag in FLAGS if flag in found) if found else (), grade(text))
 
 
 def untrusted(text: str, most: int = 512) -> str:
@@ -59,10 +59,7 @@ def untrusted(text: str, most: int = 512) -> str:
     chat templates and angle brackets, at most `most` characters. Words are left as they are, orders too: what they say
     is the prompt's business."""
     text = text[: 8 * most].translate(_characters)
-    for _ in range(most):  # a token may be left when one inside it has gone
-        text, count = patterns.SPECIAL_TOKEN.subn(" ", text)
-        if not count:
-            break
+    text = patterns.SPECIAL_TOKEN.sub(" ", text)  # the space keeps what is around from becoming another one
     text = patterns.FENCE.sub(" ", text.translate(_NO_BRACKETS))
     text = " ".join(text.split())
     if len(text) <= most:
@@ -120,7 +117,7 @@ def _decode(text: str, found: set[str]) -> str:
         found.add("html")
     if text.isascii() and text.isprintable():
         return text
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text.replace("\ufe0f", ""))
     if "\x1b" in text:
         text = patterns.TERMINAL.sub("", text)
         found.add("control")
@@ -184,7 +181,7 @@ def _drop_phrases(text: str, found: set[str]) -> str:
 
 def _clean_words(text: str, found: set[str]) -> str:
     words = text.split()
-    if words and len(words) <= 2 and file_names.is_name_of_a_camera(text):
+    if words and len(words) <= 3 and file_names.is_name_of_a_camera(text):
         found.add("file_name")
         return ""
     kept: list[str] = []
@@ -280,7 +277,8 @@ def _calm(text: str, found: set[str]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _grade(text: str) -> Grade:
+def grade(text: str) -> Grade:
+    """How much of a text a clean text is."""
     if not text:
         return "empty"
     words = text.split()

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache, cached_property, lru_cache
 
+from .lexicon.forms import LONGEST, REMEMBERED, form, is_common, is_known, small_form
+from .lexicon.nouns import find_nouns, is_nominal
+from .lexicon.splitting import WORD, Token, split_tokens, tokens_in, words_in
 from .lexicon.tables import tables
 from .sources import Sources
 
-WORD = re.compile(r"\d+(?:[.,]\d+)+(?![^\W_])|[^\W_]+(?:['’\-‐‑][^\W_]+)*")
-LONGEST = 64  # characters of a word that is looked up; longer ones are themselves
-REMEMBERED = 1 << 16  # words
+__all__ = [
+    "WORD", "Support", "Token", "article", "content_lemmas", "find_names", "find_nouns", "find_numbers", "hypernyms",
+    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural", "split_tokens",
+    "split_words", "synonyms",
+]  # fmt: skip
+
+HAS_NUMBER = re.compile(r"\d|[^\W_][-‐‑]")  # or a part of a word that may be one
 DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 LETTERS_AN = frozenset("AEFHILMNORSX")  # their names begin with a vowel: an MRI
@@ -24,136 +30,9 @@ SILENT_H = ("hour", "honest", "honor", "honour", "heir")
 SOUND_OF_YOU = re.compile(r"(?:uni(?!n|m)|us[eu]|eu|ewe|ut[ei]|ub|one|once|ukulele|u-)", re.IGNORECASE)
 
 
-class Token(NamedTuple):
-    """A word of a text, `word` as written and `small` in lower case without 's; begins: of a sentence; joined: only
-    blanks or a hyphen stand before it."""
-
-    word: str
-    small: str
-    begins: bool
-    joined: bool
-
-
 def split_words(text: str) -> list[str]:
     """Words and numbers as written, without punctuation: "The dog's 2 T-shirts!" -> The, dog's, 2, T-shirts."""
-    return WORD.findall(text)
-
-
-def split_tokens(text: str) -> list[Token]:
-    tokens, end = [], 0
-    for match in WORD.finditer(text):
-        between = text[end : match.start()]
-        begins = not tokens or any(mark in between for mark in '.!?:;\n"“”|•')
-        tokens.append(Token(match[0], small_form(match[0]), begins, not begins and not between.strip(" -")))
-        end = match.end()
-    return tokens
-
-
-@lru_cache(REMEMBERED)
-def small_form(word: str) -> str:
-    """Lower case, typographic apostrophes and hyphens as ASCII, without a possessive 's."""
-    if len(word) > LONGEST:
-        return word
-    small = word.lower().replace("’", "'").replace("‐", "-").replace("‑", "-")
-    return small[:-2] if small.endswith("'s") and len(small) > 2 else small
-
-
-class Form(NamedTuple):
-    """lemma and how the word comes from it: "base", "plural" (or a verb's -s), "verb" (-ing, -ed), "degree" (-er, -est)."""
-
-    lemma: str
-    kind: str
-
-
-@lru_cache(REMEMBERED)
-def form(small: str) -> Form:
-    """Of a word in small form."""
-    known = tables()
-    if len(small) > LONGEST or small in known.function:
-        return Form(small, "base")
-    if small in known.irregular["noun"] and small not in known.persons - {"people"} | {"people"}:
-        return Form(known.irregular["noun"][small], "plural")
-    if small in known.nouns:
-        return Form(small, "base")
-    if small in known.irregular["verb"]:
-        return Form(known.irregular["verb"][small], "verb")
-    for stem in plural_stems(small):
-        if stem in known.nouns or stem in known.abstract or stem in known.verbs:
-            return Form(stem, "plural")
-    for stem in verb_stems(small):
-        if stem in known.verbs and small not in known.adjectives:
-            return Form(stem, "verb")
-    if is_known(small):
-        return Form(small, "base")
-    for stem in degree_stems(small):
-        if stem in known.adjectives:
-            return Form(stem, "degree")
-    if "-" in small:  # the last part is what it is: half-pipes, mother-in-laws
-        head, _, last = small.rpartition("-")
-        inner = form(last)
-        return Form(f"{head}-{inner.lemma}", inner.kind) if inner.kind == "plural" else Form(small, "base")
-    if len(small) > 3 and small.endswith("s") and not small.endswith(("ss", "us", "is")) and small.isalpha():
-        return Form(small[:-1], "plural")
-    return Form(small, "base")
-
-
-def plural_stems(small: str) -> Iterator[str]:
-    if small.endswith("s") and not small.endswith("ss") and len(small) > 3:
-        if small.endswith("ies"):
-            yield small[:-3] + "y"
-        if small.endswith("ves"):
-            yield small[:-3] + "f"
-            yield small[:-3] + "fe"
-        yield small[:-1]
-        if small.endswith("es"):
-            yield small[:-2]
-    if small.endswith("men") and len(small) > 4:
-        yield small[:-3] + "man"
-
-
-def verb_stems(small: str) -> Iterator[str]:
-    for ending in ("ing", "ied", "ed"):
-        if small.endswith(ending) and len(small) > len(ending) + 2:
-            stem = small[: -len(ending)]
-            if ending == "ied":
-                yield stem + "y"
-                return
-            if stem[-1] == stem[-2] and stem[-1] not in "lsz":
-                yield stem[:-1]
-            yield stem + "e"
-            yield stem
-            if stem[-1] == stem[-2]:
-                yield stem[:-1]
-            return
-
-
-def degree_stems(small: str) -> Iterator[str]:
-    for ending in ("est", "er"):
-        if small.endswith(ending) and len(small) > len(ending) + 2:
-            stem = small[: -len(ending)]
-            yield stem
-            yield stem + "e"
-            if stem.endswith("i"):
-                yield stem[:-1] + "y"
-            if stem[-1] == stem[-2]:
-                yield stem[:-1]
-            return
-
-
-def is_known(small: str) -> bool:
-    """Whether the lexicon has this very form."""
-    known = tables()
-    return (
-        small in known.nouns
-        or small in known.function
-        or small in known.abstract
-        or small in known.verbs
-        or small in known.adjectives
-        or small in known.adverbs
-        or small in known.photo
-        or small in known.colours
-        or small in known.numbers
-    )
+    return list(words_in(text))
 
 
 def lemma(word: str) -> str:
@@ -198,18 +77,20 @@ def normalise_number(digits: str) -> str:
 
 def find_numbers(text: str) -> list[str]:
     """Numbers in order as digits: "two" and "2" -> 2, "twenty-one" -> 21, "two hundred" -> 200, "1,000" -> 1000, the 3
-    of "3rd" and the 16 of "F-16". "One" is no number: "one of the men" counts nobody."""
+    of "3rd" and of "third", the 16 of "F-16". "One" is no number: "one of the men" counts nobody."""
+    words, numbers = words_in(text), tables().numbers
+    if numbers.keys().isdisjoint(map(str.lower, words)) and not HAS_NUMBER.search(text):
+        return []
     found: list[str] = []
     last = ""  # the number word just before, "" if none
-    for match in WORD.finditer(text):
-        word = match[0]
+    for word in words:
         if word.isalpha():
-            value = tables().numbers.get(word.lower(), "")
+            value = numbers.get(small_form(word), "")
             last = join_number(found, last, value) if value else ""
             continue
         last = ""
         for part in re.split(r"[-‐‑]", word):
-            value = tables().numbers.get(part.lower(), "")
+            value = numbers.get(part.lower(), "")
             if value:
                 last = join_number(found, last, value)
                 continue
@@ -243,18 +124,21 @@ def find_names(text: str) -> list[str]:
     In the midst of a sentence every capital counts; at its beginning only a word that is not in the lexicon. Where most
     words have capitals, as in titles, capitals say nothing, and only words that are not in the lexicon count.
     """
-    tokens = split_tokens(text)
+    if text[1:].islower():  # most captions: a capital at most at the beginning
+        first = words_in(text)[:1] if text[0].isupper() else ()
+        return [strip_possessive(word) for word in first if is_name(Token(word, small_form(word), True, False), False)]
+    tokens = tokens_in(text)
     titles = is_title(tokens)
-    names: list[str] = []
+    names: list[list[str]] = []
     running = False
     for token in tokens:
         named = is_name(token, titles)
         if named and running and token.joined:
-            names[-1] += " " + strip_possessive(token.word)
+            names[-1].append(strip_possessive(token.word))
         elif named:
-            names.append(strip_possessive(token.word))
+            names.append([strip_possessive(token.word)])
         running = named
-    return names
+    return [" ".join(words) for words in names]
 
 
 def strip_possessive(word: str) -> str:
@@ -262,11 +146,18 @@ def strip_possessive(word: str) -> str:
 
 
 def is_title(tokens: list[Token]) -> bool:
-    content = [
-        token.word for token in tokens if token.word[0].isalpha() and not token.begins and is_content(token.word)
-    ]
-    capitals = sum(word[0].isupper() for word in content)
-    return len(content) >= 2 and capitals > 0.6 * len(content)
+    """Whether words have capitals because the text is a title: nearly all, or a preposition that stands inside."""
+    function = tables().function
+    capitals = content = 0
+    for token in tokens:
+        if token.begins or len(token.word) == 1 or not token.word[0].isalpha():
+            continue
+        capital = token.word[0].isupper()
+        if token.small not in function:
+            capitals, content = capitals + capital, content + 1
+        elif capital:
+            return True
+    return content >= 3 and capitals > 0.75 * content
 
 
 def is_name(token: Token, titles: bool) -> bool:
@@ -277,120 +168,6 @@ def is_name(token: Token, titles: bool) -> bool:
     if token.begins or titles:
         return not is_common(token.small)
     return token.small not in tables().function
-
-
-@lru_cache(REMEMBERED)
-def is_common(small: str) -> bool:
-    """Whether a word or what it comes from is in the lexicon: paddleboarders, teal-painted."""
-    found = form(small)
-    if is_known(small) or (found.lemma != small and is_known(found.lemma)):
-        return True
-    if "-" in small:
-        return all(is_common(part) for part in small.split("-") if part)
-    for ending in ("er", "or", "ist", "ly", "y", "ish", "less", "ful", "ness", "like"):
-        stem = found.lemma.removesuffix(ending)
-        if stem != found.lemma and len(stem) > 2 and (is_known(stem) or is_known(stem + "e")):
-            return True
-    return any(is_known(found.lemma[:i]) and is_known(found.lemma[i:]) for i in range(3, len(found.lemma) - 2))
-
-
-def find_nouns(text: str) -> list[str]:
-    """Base forms of the nouns that a picture can show, each once, in order; "hot dog" and other nouns of two words that
-    the lexicon has as one. Words that are nouns and something else are judged by their neighbours."""
-    tokens = split_tokens(text)
-    found: dict[str, None] = {}
-    skip = False
-    for i, token in enumerate(tokens):
-        if skip:
-            skip = False
-            continue
-        after = tokens[i + 1] if i + 1 < len(tokens) and tokens[i + 1].joined else None
-        if after and token.small in tables().two_words:
-            pair = f"{token.small} {form(after.small).lemma}"
-            if pair in tables().nouns:
-                found[pair] = None
-                skip = True
-                continue
-        if is_thing(tokens[i - 1] if i and token.joined else None, token, after):
-            found[form(token.small).lemma] = None
-    return list(found)
-
-
-def is_thing(before: Token | None, token: Token, after: Token | None) -> bool:
-    """Whether this word is here a noun that a picture can show. before, after: its neighbours, None where the sentence
-    begins or ends or a punctuation mark stands between."""
-    base, kind = form(token.small)
-    known = tables()
-    if base not in known.nouns or kind in ("verb", "degree") or token.small in known.function:
-        return False
-    if base in known.photo or token.small in known.numbers or (base in known.colours and kind != "plural"):
-        return False
-    if base in known.verb_first or base in known.verb_too:
-        if is_verb_here(before, token, after, kind):
-            return False
-        if base in known.verb_first and not (before is None or opens_noun(before)) and kind != "plural":
-            return False
-    if base in known.adjective_first and kind == "base":
-        return not (after is not None and is_nominal(after.small)) and before is not None and opens_noun(before)
-    return not (token.small.endswith("ing") and is_verb_here(before, token, after, "ing"))
-
-
-@cache
-def word_set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-ARTICLES = "a an the this that these those his her its their my your our some any each every no another"
-BE = "is are was were be been being"
-SUBJECTS = "to can could will would should must may might i you he she it we they who which that and"
-FOLLOW_VERBS = (
-    "a an the his her its their my your our on in at through across along over into down up off around with by"
-)
-FOLLOW_VERBS += " onto from towards toward past to away out together for against under while and"
-
-
-def is_verb_here(before: Token | None, token: Token, after: Token | None, kind: str) -> bool:
-    """A dog RUNS through, people WATCH the, is PAINTING a, to FISH."""
-    previous, following = before.small if before else "", after.small if after else ""
-    if kind == "ing":
-        return previous in word_set(BE) or following in word_set(ARTICLES)
-    if previous in word_set(SUBJECTS) and previous not in ("to", "and", "that") and kind != "plural":
-        return True
-    if previous == "to" and kind == "base" and form(token.small).lemma in tables().verb_first:
-        return True
-    follows = not following or following in word_set(FOLLOW_VERBS) or following in tables().adverbs
-    if not before or not follows:
-        return False
-    subject = form(previous)
-    if subject.lemma not in tables().nouns and subject.lemma not in ("group", "couple", "one", "someone"):
-        return previous in word_set("he she it who which that") and kind == "plural"
-    plural = subject.kind == "plural" or previous in ("people", "group", "couple")
-    if kind == "plural":
-        return not plural and following in word_set(FOLLOW_VERBS)
-    return plural
-
-
-def opens_noun(before: Token) -> bool:
-    """Words that stand before a noun."""
-    known, small = tables(), before.small
-    return (
-        small in word_set(ARTICLES)
-        or small in known.adjectives
-        or small in known.colours
-        or small in known.numbers
-        or small in known.function
-        and small not in word_set(SUBJECTS)
-        or before.word.endswith(("'s", "’s"))
-        or small.endswith(("ing", "ed"))
-        or form(small).lemma in known.nouns
-    )
-
-
-def is_nominal(small: str) -> bool:
-    """A noun or adjective."""
-    known = tables()
-    base = form(small).lemma
-    return base in known.nouns or base in known.abstract and base not in known.verbs or base in known.adjectives
 
 
 def hypernyms(noun: str) -> frozenset[str]:
@@ -455,28 +232,102 @@ class Support:
     """What a row's sources say is in the picture."""
 
     def __init__(self, texts: Iterable[str]):
-        known = tables()
         self.lemmas: set[str] = set()
-        self.meanings: set[int] = set()
-        self.person = False
         for text in texts:
-            for word in split_words(text):
-                small = small_form(word)
-                self.lemmas |= {small, form(small).lemma}
-        for base in self.lemmas:
-            for place in known.nouns.get(base, ()):
-                self.meanings |= known.above(place)
-            self.person = self.person or base in known.persons
+            self.lemmas.update(*map(word_roots, words_in(text)))
+
+    @cached_property
+    def meanings(self) -> set[int]:
+        found: set[int] = set()
+        found.update(*map(meanings_above, self.lemmas))
+        return found
+
+    @cached_property
+    def person(self) -> bool:
+        return not self.lemmas.isdisjoint(tables().persons) or tables().person in self.meanings
+
+    @cached_property
+    def alive(self) -> bool:
+        return self.person or tables().animal in self.meanings
 
     @classmethod
     def of(cls, sources: Sources) -> Support:
         return cls((sources.raw, sources.caption, sources.ocr, *(tag.name for tag in sources.tags)))
 
     def holds(self, noun: str) -> bool:
-        """Whether the noun, a synonym or something more special is in the sources. Persons stand for each other."""
+        """Whether the sources have the noun, a synonym, something more special, or what it is a part of. Persons stand
+        for each other, compounds for their parts and the other way round, near words (hand.txt) for each other."""
+        known = tables()
         base = noun if " " in noun else lemma(noun)
-        if base in self.lemmas or (self.person and base in tables().persons):
+        if base in self.lemmas or (base in known.persons and self.person) or (base in known.body and self.alive):
             return True
-        if any(place in self.meanings for place in tables().nouns.get(base, ())):
+        if not self.lemmas.isdisjoint(known.near.get(base, ())):
             return True
-        return " " in base and all(self.holds(part) for part in base.split(" "))
+        for place in known.nouns.get(base, ()):
+            if place in self.meanings or not self.meanings.isdisjoint(known.wholes_of(place)):
+                return True
+        return any(all(self.holds_part(part) for part in parts) for parts in split_noun(base))
+
+    def holds_part(self, part: str) -> bool:
+        known = tables()
+        if part in self.lemmas or part in known.photo or (part in known.persons and self.person):
+            return True
+        return any(place in self.meanings for place in known.nouns.get(part, ()))
+
+
+@lru_cache(REMEMBERED)
+def meanings_above(base: str) -> frozenset[int]:
+    """All meanings of a noun and what is more general than they."""
+    known = tables()
+    return frozenset(place for sense in known.nouns.get(base, ()) for place in known.above(sense))
+
+
+def word_roots(word: str) -> frozenset[str]:
+    return frozenset({word}) if len(word) > LONGEST else remember_roots(word)
+
+
+@lru_cache(REMEMBERED)
+def remember_roots(word: str) -> frozenset[str]:
+    """A word's forms that support a noun: "Snowboarders" -> snowboarders, snowboarder, snowboard. A compound that is
+    not in the lexicon stands for its parts."""
+    small = small_form(word)
+    base = form(small).lemma
+    found = {small, base}
+    found.update(root for root in quality_roots(small) if root in tables().nouns)
+    for parts in split_noun(base):
+        if len(parts) == 1 or base not in tables().nouns or "-" in base:
+            found |= {form(part).lemma for part in parts}
+    return frozenset(found)
+
+
+def undouble(stem: str) -> str:
+    """runn -> run."""
+    return stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+
+
+def quality_roots(small: str) -> Iterator[str]:
+    """Nouns of adjectives: snowy, foggy, icy, wooden."""
+    if small in tables().adjectives and len(small) > 3 and small.endswith(("y", "en")):
+        stem = small[:-1] if small.endswith("y") else small[:-2]
+        yield from (stem, stem + "e")
+        if stem[-1] == stem[-2]:
+            yield stem[:-1]
+
+
+def split_noun(base: str) -> tuple[tuple[str, ...], ...]:
+    return () if len(base) > LONGEST else remember_split(base)
+
+
+@lru_cache(REMEMBERED)
+def remember_split(base: str) -> tuple[tuple[str, ...], ...]:
+    """What a noun may be made of: tabletop -> (table, top), trumpeter -> (trumpet,), fire truck -> (fire, truck)."""
+    if " " in base or "-" in base:
+        return (tuple(base.replace("-", " ").split()),)
+    ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]
+    known = tables()
+    person = any(known.person in known.above(place) for place in known.nouns.get(base, ())) or base not in known.nouns
+    for ending in ("er", "or", "ist", "ian", "eer") if person else ():
+        stem = base.removesuffix(ending)
+        if stem != base and len(stem) > 2:
+            ways += [(root,) for root in (stem, stem + "e", undouble(stem)) if is_known(root) and len(root) > 2]
+    return tuple(ways)

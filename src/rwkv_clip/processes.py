@@ -30,8 +30,9 @@ class WorkerDied(RuntimeError):
     exit_code = SETTING
 
 
-def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """function(item) for every item, in order, by `workers` processes; 1 runs in this one. WorkerDied."""
+def map_ordered(function: Callable, items: Iterable, workers: int, chunk: int = CHUNK) -> Iterator:
+    """function(item) for every item, in order, by `workers` processes, which take `chunk` items at a time; 1 runs in
+    this one. WorkerDied."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -44,8 +45,8 @@ def map_ordered(function: Callable, items: Iterable, workers: int) -> Iterator:
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function, ended, is_main_thread()))
     try:
         while True:
-            while len(waiting) < 4 * workers and (chunk := list(islice(items, CHUNK))):
-                waiting.append(pool.submit(_work, chunk))
+            while len(waiting) < 4 * workers and (taken := list(islice(items, chunk))):
+                waiting.append(pool.submit(_work, taken))
             if not waiting:
                 return
             yield from waiting.popleft().result()

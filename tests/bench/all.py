@@ -23,7 +23,14 @@ from harness import ROOT
 from summary import write_summary
 
 FOLDER = Path(__file__).resolve().parent
-SHARED = {"all", "harness", "summary", "noise", "chinese"}  # noise, chinese: 15 trainings on real data (shell/)
+SHARED = {
+    "all",
+    "harness",
+    "summary",
+    "noise",
+    "chinese",
+    "third_text",
+}  # the last three: trainings on real data (shell/)
 CLOSING = 10  # seconds kept for the summary
 
 

@@ -1,11 +1,11 @@
 """The pictures of the documents, drawn from the results that are in the repository.
 
-python tests/bench/figures.py [architecture] [resolution] [flickr8k] [noise] [alip] [chinese] [--output figure]
+python tests/bench/figures.py [architecture resolution flickr8k noise alip chinese third_text] [--output figure]
 python tests/bench/figures.py flickr8k --runs logs/flickr8k-*    # keeps the recalls of these runs, draws them
 
-Without names all of them. No model runs: `resolution`, `noise`, `alip` and `chinese` read the newest result of their
-bench in tests/bench/results, `flickr8k` reads figure/flickr8k.json. `bash shell/make_figures.sh` makes these and the
-pictures of a demo run.
+Without names all of them. No model runs: `flickr8k` reads figure/flickr8k.json; `resolution`, `noise`, `alip`,
+`chinese` and `third_text` read the newest result of their bench in tests/bench/results. `bash shell/make_figures.sh`
+makes these and the pictures of a demo run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ CHINESE = {  # of tests/bench/chinese.py
     "ViT + BERT": ("ViT, BERT", BLUE, "-"),
     "fine-tuned": ("ViT, BERT, fine-tuned", GREY, "--"),
     "fine-tuned, --positives mask": ("the same with --positives mask", GREEN, "--"),
+}
+THIRD_TEXT = {  # of tests/bench/third_text.py
+    "all three": ("one of raw, synthetic, generated", RED, "-"),
+    "raw + synthetic": ("one of raw, synthetic", BLUE, "-"),
+    "generated only": ("generated only", GREEN, "-"),
+    "raw": ("raw only", GREY, "-"),
 }
 WAYS_SHORT = {"text_to_image": "t2i", "image_to_text": "i2t"}
 CUTS = (1, 5, 10)
@@ -156,6 +162,14 @@ def draw_chinese(path: Path, result: dict | None = None) -> None:
     seeds = count(len({run["seed"] for run in runs}), "seed")
     title = f"Flickr8k in Chinese, from scratch, {runs[0]['images']} test images: {seeds} (dots) and their means"
     draw_recall(path, title, {name: look for name, look in CHINESE.items() if name in names_of(runs)}, runs)
+
+
+def draw_third_text(path: Path, result: dict | None = None) -> None:
+    """The choices of texts of tests/bench/third_text.py, every seed."""
+    runs = (result or newest("third_text"))["runs"]
+    seeds = count(len({run["seed"] for run in runs}), "seed")
+    title = f"Flickr8k with damaged raw texts, {runs[0]['images']} test images: {seeds} (dots) and their means"
+    draw_recall(path, title, {name: look for name, look in THIRD_TEXT.items() if name in names_of(runs)}, runs)
 
 
 def draw_flickr8k(path: Path) -> None:
@@ -291,6 +305,7 @@ FIGURES_BY_NAME: dict[str, tuple[str, Callable[[Path], None]]] = {
     "noise": ("flickr8k_noise.png", draw_noise),
     "alip": ("alip_weights.png", draw_alip),
     "chinese": ("flickr8k_chinese.png", draw_chinese),
+    "third_text": ("third_text.png", draw_third_text),
 }
 
 

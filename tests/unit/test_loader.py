@@ -30,7 +30,7 @@ from rwkv_clip.training.data import samples, torch_loader
 from rwkv_clip.training.data.augment import crop_windows, draw_flips
 from rwkv_clip.training.data.order import Order
 from rwkv_clip.training.data.samples import DataError, SampleReader
-from rwkv_clip.training.data.workers import WorkerLost
+from rwkv_clip.training.data.workers import WorkerLost, Workers
 from rwkv_clip.training.faults.process import start_time
 from rwkv_clip.training.settings import DataSettings
 
@@ -512,6 +512,37 @@ for _ in range(300):
     assert not batches.wait(0.002)
 print("back")
 """
+
+
+class LateFailure:
+    """Items that fail, once the reader has gone."""
+
+    def __init__(self, error: Exception):
+        self.error, self.go = error, multiprocessing.Event()
+
+    def __len__(self) -> int:
+        return 1
+
+    def shape(self, item: int) -> tuple[int, ...]:
+        return 1, 1
+
+    def fill(self, item: int, image: torch.Tensor) -> None:
+        assert self.go.wait(60)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("bad"), ZeroDivisionError("a bug")], ids=lambda error: type(error).__name__
+)
+def test_an_error_that_nobody_waits_for_is_not_printed(capfd, error):
+    maker = LateFailure(error)
+    workers = Workers(maker, 1)
+    workers._pipes[0].close()
+    maker.go.set()
+    (worker,) = workers._processes
+    worker.join(60)
+    assert worker.exitcode == 0 and "Traceback" not in capfd.readouterr().err
+    workers.close()
 
 
 def test_signals_do_not_lengthen_the_wait_for_data():

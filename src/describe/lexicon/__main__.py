@@ -1,9 +1,10 @@
 """Builds the lexicon's data files from WordNet 3.0: python -m rwkv_clip.describe.lexicon WORDNET_FOLDER
 
 WORDNET_FOLDER holds data.noun, index.noun, .. and cntlist.rev (Debian: wordnet-base, /usr/share/wordnet). Written are
-    nouns.txt      a line per meaning: its nouns TAB the line numbers of its more general meanings
+    nouns.txt      a line per meaning: its nouns TAB line numbers of its more general meanings TAB of what it is part of
     words.txt      a line per class of other words, see CLASSES
     irregular.txt  inflected form and base, by part of speech
+    tags.txt       a vocabulary for zero-shot tagging, a tag per line
 How often a word is used is read from two places: the counts of WordNet's own tagged texts, and the vocabulary of CLIP's
 tokenizer, whose merges were made in the order of how often they came in texts of pictures.
 """
@@ -16,32 +17,45 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from open_clip.tokenizer import SimpleTokenizer
+
 from rwkv_clip.files import write_whole
+
+from .tables import read_hand
 
 HERE = Path(__file__).parent
 # Lexicographer files of nouns (lexnames(5WN)) with things that a picture can show.
 CONCRETE = {5: "animal", 6: "artifact", 8: "body", 13: "food", 17: "object", 18: "person", 19: "phenomenon"}
 CONCRETE |= {20: "plant", 27: "substance"}
-PLACES, GROUPS = 15, 14  # of these only what hand.txt names
+TOPS, GROUPS, PLACES = 3, 14, 15  # the nouns of these only where hand.txt names them
+ABOVE = {*CONCRETE, TOPS, GROUPS, PLACES}  # whose meanings may be the more general ones
+PERSON = 18
+TAGGED, TAGGED_RANK = (5, 6, 13, 17, 20), 36000
+SHORT = (5, 6, 13, 20)
 MOST_SENSES = 3
+FEW = 4  # counts up to this say nothing about which meaning is the usual one
 COMMON = 8000  # merges of CLIP's vocabulary before this one make words that are common
-ADJECTIVES = ("adj", 3, 5)
+KNOWN = 16000  # .. words of which compounds are made
 PARTS = {"noun": (1,), "verb": (2,), "adj": (3, 5), "adv": (4,)}
 
 
 class Synset(NamedTuple):
-    """words as WordNet writes them, capitals and underscores included."""
+    """words as WordNet writes them, capitals and underscores included. parents: offsets of the more general meanings;
+    wholes: of what it is a part, a member or the substance of."""
 
     file: int
     words: tuple[str, ...]
     parents: tuple[str, ...]
+    wholes: tuple[str, ...]
 
 
 class Counts(NamedTuple):
-    """How often a lemma was tagged, by part of speech and, for nouns, lexicographer file."""
+    """How often a lemma was tagged, by part of speech and, for nouns, by lexicographer file and by number of the
+    meaning, which counts from 1 in the order of the index."""
 
     parts: dict[str, Counter[int]]
     noun_files: dict[str, Counter[int]]
+    meanings: dict[str, Counter[int]]
 
 
 def read_synsets(path: Path) -> dict[str, Synset]:
@@ -54,8 +68,10 @@ def read_synsets(path: Path) -> dict[str, Synset]:
         count = int(fields[3], 16)
         words = tuple(fields[4 : 4 + 2 * count : 2])
         pointers = fields[5 + 2 * count :]
-        parents = tuple(pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i"))
-        found[fields[0]] = Synset(int(fields[1]), words, parents)
+        to = [(pointers[i], pointers[i + 1]) for i in range(0, len(pointers) - 3, 4)]
+        parents = tuple(offset for symbol, offset in to if symbol in ("@", "@i"))
+        wholes = tuple(offset for symbol, offset in to if symbol in ("#p", "#m", "#s"))
+        found[fields[0]] = Synset(int(fields[1]), words, parents, wholes)
     return found
 
 
@@ -72,35 +88,21 @@ def read_index(path: Path) -> dict[str, tuple[str, ...]]:
 def read_counts(path: Path) -> Counts:
     parts: dict[str, Counter[int]] = defaultdict(Counter)
     files: dict[str, Counter[int]] = defaultdict(Counter)
+    meanings: dict[str, Counter[int]] = defaultdict(Counter)
     for line in path.read_text(encoding="latin-1").splitlines():
-        key, _, count = line.split()
+        key, meaning, count = line.split()
         lemma, _, sense = key.partition("%")
         part, file = (int(field) for field in sense.split(":")[:2])
         parts[lemma][3 if part == 5 else part] += int(count)
         if part == 1:
             files[lemma][file] += int(count)
-    return Counts(parts, files)
+            meanings[lemma][int(meaning)] = int(count)
+    return Counts(parts, files, meanings)
 
 
-def read_hand() -> dict[str, list[str]]:
-    """hand.txt: [section] lines, words between blanks, # comments."""
-    sections: dict[str, list[str]] = {}
-    name = ""
-    for line in (HERE / "hand.txt").read_text(encoding="utf-8").splitlines():
-        line = line.split("#")[0].strip()
-        if line.startswith("["):
-            name = line.strip("[]")
-            sections[name] = []
-        elif line:
-            sections[name] += [line] if name == "synonyms" else line.split()
-    return sections
-
-
-def read_ranks() -> dict[str, int]:
+def read_ranks(tokenizer: SimpleTokenizer) -> dict[str, int]:
     """Words that are one token of CLIP -> their place among its merges."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return {token[:-4]: place for token, place in SimpleTokenizer().encoder.items() if token.endswith("</w>")}
+    return {token[:-4]: place for token, place in tokenizer.encoder.items() if token.endswith("</w>")}
 
 
 class Builder:
@@ -110,34 +112,69 @@ class Builder:
         self.synsets = read_synsets(folder / "data.noun")
         self.index = {part: read_index(folder / f"index.{part}") for part in PARTS}
         self.counts = read_counts(folder / "cntlist.rev")
-        self.ranks, self.hand, self.folder = read_ranks(), read_hand(), folder
-        self.not_nouns = set(self.hand["function"]) | set(self.hand["not_nouns"]) | set(self.hand["photo"])
-        self.extra = set(self.hand["nouns"]) | set(self.hand["groups"])
+        tokenizer = SimpleTokenizer()
+        self.encode, self.ranks = tokenizer.encode, read_ranks(tokenizer)
+        self.hand, self.folder = read_hand(), folder
+        hand = self.hand
+        self.extra = {*hand["nouns"], *hand["groups"], *hand["persons"]}
+        self.not_nouns = {*hand["function"], *hand["not_nouns"], *hand["photo"]} - self.extra
 
     def is_concrete(self, offset: str, lemma: str) -> bool:
         file = self.synsets[offset].file
-        return file in CONCRETE or (file in (PLACES, GROUPS) and lemma in self.extra)
+        return file in CONCRETE or (file in (TOPS, PLACES, GROUPS) and lemma in self.extra)
 
     def is_written_small(self, offset: str, lemma: str) -> bool:
         """Not a name: Paris, Newton, or the unit named after him."""
         return lemma in self.synsets[offset].words
 
     def senses(self, lemma: str) -> list[str]:
-        """Offsets of the meanings that count for this lemma. A person only where nothing else comes first: WordNet
-        knows the dog and the cat as people whom one does not like."""
-        found = [o for o in self.index["noun"].get(lemma, ()) if self.is_concrete(o, lemma)]
-        found = [o for o in found if self.is_written_small(o, lemma)][:MOST_SENSES]
-        if found and self.synsets[found[0]].file != 18:
-            found = [o for o in found if self.synsets[o].file != 18]
-        return found
+        """Offsets of the meanings that count for this lemma: the first that is a thing, and others that are known to be
+        used. A person only where nothing else comes first: WordNet knows dogs and cats that are unloved people."""
+        counts = self.counts.meanings.get(lemma, Counter())
+        found = []
+        for number, offset in enumerate(self.index["noun"].get(lemma, ()), 1):
+            if not self.is_concrete(offset, lemma) or not self.is_written_small(offset, lemma):
+                continue
+            if not found or counts[number] or (not counts and len(found) < 2):
+                found.append(offset)
+        if found and self.synsets[found[0]].file != PERSON:
+            found = [offset for offset in found if self.synsets[offset].file != PERSON]
+        return found[:MOST_SENSES]
 
     def is_common(self, lemma: str) -> bool:
         words = lemma.split("_")
+        if lemma in self.extra:
+            return True
         if len(words) > 2 or not re.fullmatch(r"[a-z]+([_-][a-z]+)*", lemma) or len(lemma) < 3:
-            return lemma in self.extra
+            return False
         if len(words) == 2:
-            return all(self.ranks.get(word, 99999) < COMMON for word in words) and words[-1] in self.index["noun"]
-        return lemma in self.ranks or self.concrete_count(lemma) > 0 or lemma in self.extra
+            return all(self.ranks.get(word, COMMON) < COMMON for word in words) and self.is_unlike_its_words(lemma)
+        counted = lemma in self.ranks or self.concrete_count(lemma) > 0
+        return counted or self.is_compound(lemma) or self.is_short(lemma)
+
+    def is_short(self, lemma: str) -> bool:
+        """Two tokens of CLIP, and a made thing, an animal, food, a plant, or one who does: tricycle, golfer."""
+        file = self.synsets[self.index["noun"][lemma][0]].file
+        does = lemma.endswith(("er", "or", "ist", "man")) and any(self.is_part(lemma[:-n]) for n in (1, 2, 3))
+        return (file in SHORT or (file == PERSON and does)) and len(self.encode(lemma)) == 2
+
+    def is_compound(self, lemma: str, most: int = KNOWN) -> bool:
+        """Of two common words: surfboard."""
+        return any(self.is_part(lemma[:i], most) and self.is_part(lemma[i:], most) for i in range(3, len(lemma) - 2))
+
+    def is_unlike_its_words(self, lemma: str) -> bool:
+        """Of two words and no kind of the second: ground ball, but not race car, which is a car. Adjectives and -ing
+        make phrases as often, old man and riding horse, and are left to hand.txt."""
+        first, last = lemma.split("_")
+        if first in self.index["adj"] or first.endswith("ing") or last not in self.index["noun"]:
+            return False
+        above = [self.index["noun"][lemma][0]]
+        for offset in above:
+            above += self.synsets[offset].parents
+        return not any(last in self.synsets[offset].words for offset in above)
+
+    def is_part(self, word: str, most: int = KNOWN) -> bool:
+        return self.ranks.get(word, most) < most and any(word in self.index[p] for p in ("noun", "verb", "adj"))
 
     def concrete_count(self, lemma: str) -> int:
         return sum(n for file, n in self.counts.noun_files.get(lemma, {}).items() if file in CONCRETE)
@@ -149,8 +186,9 @@ class Builder:
         if lemma in self.not_nouns:
             return False
         concrete, nouns = self.concrete_count(lemma), sum(self.counts.noun_files.get(lemma, {}).values())
-        first = self.index["noun"][lemma][0]
-        return concrete >= 0.3 * nouns if nouns else self.is_concrete(first, lemma)
+        if nouns > FEW:
+            return concrete >= 0.3 * nouns
+        return any(self.is_concrete(offset, lemma) for offset in self.index["noun"][lemma][:2])
 
     def nouns(self) -> dict[str, list[str]]:
         """Lemma -> offsets."""
@@ -161,6 +199,17 @@ class Builder:
                 if senses:
                     chosen[lemma] = senses
         return chosen
+
+    def is_tag(self, lemma: str) -> bool:
+        first = self.index["noun"][lemma][0]
+        spelled = {word for offset in self.index["noun"][lemma] for word in self.synsets[offset].words}
+        is_name = any(word != lemma and word.lower() == lemma for word in spelled)
+        if "_" in lemma or self.synsets[first].file not in TAGGED or not self.is_written_small(first, lemma):
+            return False
+        counted = self.concrete_count(lemma)
+        if (is_name and not counted) or (len(lemma) < 4 and counted < 2):
+            return False
+        return self.ranks.get(lemma, TAGGED_RANK) < TAGGED_RANK or (len(lemma) > 6 and self.is_compound(lemma, 4000))
 
     def other_uses(self, chosen: dict[str, list[str]]) -> dict[str, set[str]]:
         """Of the chosen: those that are more often verbs, more often adjectives, and sometimes verbs."""
@@ -198,8 +247,9 @@ def write_nouns(builder: Builder, chosen: dict[str, list[str]]) -> None:
             words[offset].append(lemma)
     lines = []
     for offset in offsets:
-        parents = [str(place[parent]) for parent in builder.synsets[offset].parents if parent in place]
-        lines.append(f"{','.join(sorted(words[offset]))}\t{' '.join(parents)}")
+        _, _, parents, wholes = builder.synsets[offset]
+        columns = [" ".join(str(place[other]) for other in others if other in place) for others in (parents, wholes)]
+        lines.append("\t".join([",".join(sorted(words[offset])), *columns]).rstrip("\t"))
     write_text("nouns.txt", lines)
 
 
@@ -210,12 +260,8 @@ def write_words(builder: Builder, chosen: dict[str, list[str]]) -> None:
         for lemma in builder.index[part]:
             known = lemma in builder.ranks or builder.counts.parts.get(lemma)
             small = part != "noun" or any(builder.is_written_small(o, lemma) for o in builder.index[part][lemma])
-            if (
-                known
-                and small
-                and re.fullmatch(r"[a-z]+(-[a-z]+)*", lemma)
-                and not (part == "noun" and lemma in chosen)
-            ):
+            new = part != "noun" or lemma not in chosen
+            if known and small and new and re.fullmatch(r"[a-z]+(-[a-z]+)*", lemma):
                 classes[part].add(lemma)
     classes |= builder.other_uses(chosen)
     write_text("words.txt", [f"{name}\t{' '.join(sorted(words))}" for name, words in classes.items()])
@@ -234,6 +280,15 @@ def write_irregular(builder: Builder, chosen: dict[str, list[str]]) -> None:
     write_text("irregular.txt", lines)
 
 
+def write_tags(builder: Builder, chosen: dict[str, list[str]]) -> None:
+    """Of the nouns those that are made things, animals, food, places and plants first of all, common, no verbs or
+    adjectives and no names; and hand.txt's."""
+    other = builder.other_uses(chosen)
+    never = {*builder.hand["not_tags"], *other["verb-first"], *other["adj-first"]}
+    tags = {lemma for lemma in chosen if lemma not in never and builder.is_tag(lemma)}
+    write_text("tags.txt", sorted(tags | set(builder.hand["tags"])))
+
+
 def write_text(name: str, lines: list[str]) -> None:
     write_whole(HERE / name, [("\n".join(lines) + "\n").encode()])
     print(f"{name}: {len(lines)} lines, {(HERE / name).stat().st_size:,} bytes")
@@ -248,6 +303,7 @@ def main() -> None:
     write_nouns(builder, chosen)
     write_words(builder, chosen)
     write_irregular(builder, chosen)
+    write_tags(builder, chosen)
 
 
 if __name__ == "__main__":

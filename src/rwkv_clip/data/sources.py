@@ -54,11 +54,11 @@ class Source:
     """The rows of all input files that `spec` names: file, folder, glob, a{00..09}.tar range or comma list.
 
     `images`: for an .npy of token ids, the text file or manifest that lists the images in order. `outside`: links in a
-    folder of pictures with texts may lead out of it.
+    folder of pictures with texts may lead out of it. `alone`: a folder may hold pictures without any text.
     """
 
-    def __init__(self, spec: str | Path, images: str | Path | None = None, outside: bool = False):
-        self.kind, self.files = _find_inputs(spec)
+    def __init__(self, spec: str | Path, images: str | Path | None = None, outside: bool = False, alone: bool = False):
+        self.kind, self.files = _find_inputs(spec, alone)
         self.images = Path(images) if images else None
         self.outside = outside
         if self.kind == "npy" and (len(self.files) > 1 or not self.images or not self.images.is_file()):
@@ -105,10 +105,10 @@ class Source:
 # ---- what a spec names -----------------------------------------------------------------------------------------------
 
 
-def _find_inputs(spec: str | Path) -> tuple[str, list[Path]]:
+def _find_inputs(spec: str | Path, alone: bool = False) -> tuple[str, list[Path]]:
     text, found = str(spec), []
     if os.path.exists(text):
-        found = _find(text)
+        found = _find(text, alone)
     else:
         pieces = [piece for piece in re.split(r",(?![^{]*\})", text) if piece.strip()]
         while pieces:
@@ -119,7 +119,7 @@ def _find_inputs(spec: str | Path) -> tuple[str, list[Path]]:
                     break
             else:
                 names, count = _expand_braces(pieces[0].strip()), 1
-            found += [item for name in names for item in _find(name)]
+            found += [item for name in names for item in _find(name, alone)]
             pieces = pieces[count:]
     if not found:
         raise ValueError(f"source: {text!r} names nothing; give a manifest, tar, parquet, npy or a folder of them")
@@ -148,11 +148,11 @@ def _expand_braces(text: str) -> list[str]:
     return [text[: match.start()] + name + rest for name in names for rest in _expand_braces(text[match.end() :])]
 
 
-def _find(name: str) -> list[tuple[str, Path]]:
+def _find(name: str, alone: bool) -> list[tuple[str, Path]]:
     """(kind, path) of a file, or of all in a folder."""
     if os.path.isdir(name):
         split = all(os.path.isfile(os.path.join(name, half, "data.mdb")) for half in ("imgs", "pairs"))
-        return [(LMDB, Path(name))] if split else _look_into(Path(name))
+        return [(LMDB, Path(name))] if split else _look_into(Path(name), alone)
     if not os.path.isfile(name):
         raise ValueError(f"source: {name!r} names no file; give a manifest, tar, parquet, npy or a folder of them")
     kind = _kind(name)
@@ -168,7 +168,7 @@ def _kind(name: str) -> str | None:
     return next((kind for kind, about in KINDS.items() if name.lower().endswith(about.endings)), None)
 
 
-def _look_into(folder: Path) -> list[tuple[str, Path]]:
+def _look_into(folder: Path, alone: bool) -> list[tuple[str, Path]]:
     """What a folder holds, nothing hidden: manifests or shards; or the folder itself, of pictures with texts.
 
     img2dataset's tables about a shard (NAME.parquet, NAME_stats.json beside NAME.tar or NAME/) are no input.
@@ -187,7 +187,7 @@ def _look_into(folder: Path) -> list[tuple[str, Path]]:
             if (kind := _kind(os.path.join(place, name))) not in (None, "json")
         ]
     about = {str(file.parent / file.name.partition(".")[0]) for kind, file in found if kind == "tar"}
-    if pairs:
+    if pairs or (alone and pictures and not found and not loose):
         about |= places
         loose = [file for file in loose if _lists_entries(file)]
         found.append((PAIRS, folder))

@@ -162,23 +162,21 @@ def _work(maker: Maker, items: range, pipe: Connection, inherited: list[Connecti
         end.close()
     torch.set_num_threads(1)
     buffer = torch.empty(maker.shape(0), dtype=torch.uint8)
-    for item in items:
-        image = buffer[: maker.shape(item)[0]]
-        try:
-            found = maker.fill(item, image)
-        except PASSED_ON as error:
-            pipe.send(error.with_traceback(None))
-            return
-        except Exception:
-            pipe.send(RuntimeError(f"in a data worker:\n{traceback.format_exc()}"))
-            return
-        try:
+    with contextlib.suppress(BrokenPipeError):  # the reader is gone, and needs nothing more
+        for item in items:
+            image = buffer[: maker.shape(item)[0]]
+            try:
+                found = maker.fill(item, image)
+            except PASSED_ON as error:
+                pipe.send(error.with_traceback(None))
+                return
+            except Exception:
+                pipe.send(RuntimeError(f"in a data worker:\n{traceback.format_exc()}"))
+                return
             pipe.send(found)
             view = memoryview(image.numpy().reshape(-1))
             while view:
                 view = view[os.write(pipe.fileno(), view) :]
-        except BrokenPipeError:  # the reader is gone
-            return
 
 
 def _end_with_parent() -> None:

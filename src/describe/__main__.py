@@ -1,0 +1,62 @@
+"""Texts for pictures: raw text + caption + tags -> a composer -> the third text.
+
+    python -m rwkv_clip.describe run --input captions.jsonl --output out
+    python -m rwkv_clip.describe run --input rows.parquet --output out --composer openai \\
+        --base-url http://localhost:8000/v1 --model M
+    python -m rwkv_clip.describe status --output out
+    python -m rwkv_clip.describe doctor --base-url http://localhost:8000/v1 --model M
+
+The same command goes on where an earlier one stopped. Exit codes: 0 done, 2 a setting or a server that refuses, 3 the
+input, 75 or 130 stopped by a signal with everything kept, 76 the folder cannot be written or is in use.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rwkv_clip.config import ConfigError, check
+from rwkv_clip.errors import INTERRUPTED, STOPPED, run_command
+
+from .commands import COMMANDS
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and do what it says; returns the exit code."""
+    import tyro
+
+    kinds = {name: command.settings for name, command in COMMANDS.items()}
+    settings = tyro.extras.subcommand_cli_from_dict(
+        kinds, args=arguments, prog="python -m rwkv_clip.describe", description=__doc__
+    )
+    return run_command(lambda: _run(settings), "describe", memory="use fewer --workers", one_line=True)
+
+
+def _run(settings: Any) -> int:
+    if problems := check(settings):
+        raise ConfigError(problems)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
+    command = next(command for command in COMMANDS.values() if command.settings is type(settings))
+    try:
+        return command.run(settings) or 0
+    except KeyboardInterrupt as stopped:
+        print("describe: stopped; the same command goes on, and no finished row is lost", file=sys.stderr)
+        return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
+
+
+def _stop(number: int, _: Any) -> None:
+    """The first signal ends the work in good order, a second one at once."""
+    for other in SIGNALS:
+        if signal.getsignal(other) == _stop:
+            signal.signal(other, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

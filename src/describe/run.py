@@ -1,0 +1,133 @@
+"""The stages of a job one after the other, and what a command says about each when it is done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rwkv_clip.files import InUse
+
+from .dedup import find_duplicates
+from .executors import Build, make_stage
+from .ingest import ingest
+from .job import ROWS, Job, Stage
+from .picture_stages import make_caption_task, make_score_task, make_tag_task
+from .settings import ComposeSettings
+from .stages import make_compose_task, make_verify_task
+from .work import Task
+
+log = logging.getLogger(__name__)
+PART_ROWS = 5000
+DEDUP = {"duplicate_of": "str", "near_duplicate_of": "str"}
+WAIT = 1.0  # seconds between two looks at whether another command has read the input
+
+
+def open_job(settings: Any) -> Job:
+    """The job of a command, its input read to the end. One command reads; others that share the job wait for it."""
+    begun = (Path(settings.output) / "job.json").exists()
+    part_rows = settings.part_rows or (None if begun or not settings.input else PART_ROWS)
+    job = Job(settings.output, part_rows)
+    if settings.input is None:
+        job.count_parts()
+        return job
+    while True:
+        try:
+            about = ingest(job, settings, settings.new_run)
+        except InUse:
+            if settings.shard is None:
+                raise
+            time.sleep(WAIT)
+            continue
+        _say(ROWS, Counter(rows=about["rows"], **{f"skipped, {k}": n for k, n in about["skipped"].items()}))
+        return job
+
+
+def caption(settings: Any) -> None:
+    """The stage `caption` of a job that has been read."""
+    _make(settings, build_caption)
+
+
+def tag(settings: Any) -> None:
+    """The stage `tags`."""
+    _make(settings, build_tags)
+
+
+def score(settings: Any) -> None:
+    """The stage `scores` of a job whose texts are checked."""
+    _make(settings, build_scores)
+
+
+def compose(settings: Any) -> None:
+    """The stage `compose` of a job that has been read."""
+    _make(settings, build_compose)
+
+
+def verify(settings: Any) -> None:
+    """The stage `verify` of a job whose texts are composed."""
+    _make(settings, build_verify)
+
+
+def build_caption(settings: Any) -> Task:
+    """For workers."""
+    return make_caption_task(settings)
+
+
+def build_tags(settings: Any) -> Task:
+    """For workers."""
+    return make_tag_task(settings)
+
+
+def build_scores(settings: Any) -> Task:
+    """For workers."""
+    return make_score_task(settings)
+
+
+def build_compose(settings: ComposeSettings) -> Task:
+    """For workers."""
+    return make_compose_task(settings)
+
+
+def build_verify(settings: Any) -> Task:
+    """For workers."""
+    return make_verify_task(settings)
+
+
+def _make(settings: Any, build: Build) -> None:
+    counts = make_stage(settings, build)
+    _say(build.__name__.removeprefix("build_"), counts)
+
+
+def dedup(settings: Any) -> None:
+    """Which rows repeat an earlier one: the whole job at once, by its generated texts."""
+    job = Job(settings.output)
+    stage = Stage("dedup", DEDUP, ("verify",), (), {"threshold": settings.near, "dedup_version": 1}, whole=True)
+    job.agree(stage, settings.new_run)
+    numbers = range(job.count_parts())
+    made_of = job.made_of(stage, 0)  # the same for all parts
+    if all(job.is_made(stage, number, made_of=made_of) for number in numbers):
+        return
+    began = time.monotonic()
+    found = find_duplicates((row["generated"] or "" for row in job.read("verify")), settings.near)
+    wanted = {int(place) for place in (*found.exact, *found.near) if place >= 0}
+    names = {place: row["id"] for place, row in enumerate(job.read("verify")) if place in wanted}
+    place = 0
+    for number in numbers:
+        rows = job.read_part(number, ["verify"])
+        results = [
+            {"duplicate_of": names.get(int(found.exact[i])), "near_duplicate_of": names.get(int(found.near[i]))}
+            for i in range(place, place + len(rows))
+        ]
+        job.write_part(stage, number, rows, results, made_of)
+        place += len(rows)
+    job.note_time("dedup", rows=place, seconds=round(time.monotonic() - began, 3))
+    exact, near = int((found.exact >= 0).sum()), int((found.near >= 0).sum())
+    _say("dedup", Counter({"rows": place, "equal to an earlier one": exact, "nearly equal": near}))
+
+
+def _say(stage: str, counts: Counter[str]) -> None:
+    kept = {"rows kept": counts["rows"] - counts["made"]} if "made" in counts else {}
+    told = {**counts, **kept}
+    print(f"{stage}: " + ", ".join(f"{name} {n:,}" for name, n in told.items() if n or name == "rows"), flush=True)

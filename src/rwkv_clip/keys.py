@@ -1,0 +1,10 @@
+"""Keys of servers: read from the environment variable that a setting names, and written nowhere."""
+
+from __future__ import annotations
+
+import os
+
+
+def find_key(variable: str) -> str | None:
+    """The value of an environment variable, stripped; None where it is not set or empty."""
+    return os.environ.get(variable, "").strip() or None
