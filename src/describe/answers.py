@@ -204,7 +204,7 @@ def _strip_special(line: str) -> str:
     return line
 
 
-class _Doubled(dict):  # type: ignore[type-arg]
+class _Doubled(dict):
     """An object that names a key twice: which one counts is anybody's guess."""
 
 

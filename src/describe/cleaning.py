@@ -117,7 +117,7 @@ def _decode(text: str, found: set[str]) -> str:
         found.add("html")
     if text.isascii() and text.isprintable():
         return text
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text.replace("\ufe0f", ""))
     if "\x1b" in text:
         text = patterns.TERMINAL.sub("", text)
         found.add("control")
@@ -181,7 +181,7 @@ def _drop_phrases(text: str, found: set[str]) -> str:
 
 def _clean_words(text: str, found: set[str]) -> str:
     words = text.split()
-    if words and len(words) <= 2 and file_names.is_name_of_a_camera(text):
+    if words and len(words) <= 3 and file_names.is_name_of_a_camera(text):
         found.add("file_name")
         return ""
     kept: list[str] = []

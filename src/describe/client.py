@@ -13,6 +13,7 @@ import random
 import re
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,8 @@ from .gate import Gate
 if TYPE_CHECKING:
     import aiohttp
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
 FATAL = {
     401: "give a valid key, by the name of the environment variable that holds it",
@@ -87,7 +89,8 @@ class Client:
     """Asks one server; belongs to one event loop at a time, and is closed by `close`.
 
     base_url: see `complete_url`; nothing is ever sent elsewhere, redirects are errors. api_key: sent as a bearer token.
-    `waits`: seconds spent on back-off. ValueError for an address or key that cannot be used.
+    `waits`: seconds spent on back-off; `problems`: requests by what was wrong with them. ValueError for an address or
+    key that cannot be used.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, limits: Limits = Limits()):
@@ -95,6 +98,7 @@ class Client:
         self.limits = limits
         self.gate = Gate(limits.concurrency)
         self.waits = 0.0
+        self.problems: Counter[str] = Counter()
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
             raise ValueError("api_key: it is empty or has blanks or characters outside ASCII in it; check its variable")
         self._key = api_key
@@ -120,6 +124,8 @@ class Client:
             await self._wait_for_server()
             status, answer, after = await self._post(data)
             errors += status == 500
+            if answer.problem:
+                self.problems[answer.problem] += 1
             again = status in RETRIED or (status == 0 and answer.lost)
             if not again or number == most or errors == MOST_500:
                 break
@@ -132,7 +138,9 @@ class Client:
             async with self._open().get(f"{self.url}/models", allow_redirects=False) as reply:
                 found = json.loads(await self._read(reply)) if reply.status == 200 else None
             return [str(model["id"]) for model in found["data"]] if found else None
-        except (*_lost_errors(), ValueError, KeyError, TypeError, RecursionError):
+        except _lost_errors():
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError, _TooLarge):
             return None
 
     def count_row(self, failure: str = "") -> None:

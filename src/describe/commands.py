@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rwkv_clip.errors import SETTING
+
 from . import outputs, run
+from .composers import make_client
+from .composers.openai import Asking
 from .demo import DemoSettings, write_demo
+from .doctor import Finding, diagnose, format_findings
 from .export import ExportSettings
 from .instruct import InstructSettings
 from .job import parse_shard
+from .prompt import Prompt
 from .select import Selection
 from .settings import (
     CaptionSettings,
@@ -23,6 +30,7 @@ from .settings import (
     TagSettings,
     TextSettings,
     VerifySettings,
+    parse_extra,
 )
 from .status import describe_status
 from .tagger import TaggerSettings
@@ -99,7 +107,12 @@ class InstructCommand(Tables, JobSettings, TextSettings, InstructSettings, Selec
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorCommand(Tables, ServerSettings, TextSettings):
-    """What a server really supports, found out in seconds."""
+    """What a server really supports, found out in seconds. Exit code 2 where something is bad."""
+
+    def problems(self) -> list[str]:
+        """What is missing."""
+        missing = [name for name in ("base_url", "model") if not getattr(self, name)]
+        return [f"{name}: not set; say which server and which model to ask" for name in missing]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +167,18 @@ def _report(settings: ReportCommand) -> None:
 
 
 def _doctor(settings: DoctorCommand) -> int:
-    from .doctor import examine
+    findings = asyncio.run(_diagnose(settings))
+    print(format_findings(findings))
+    return SETTING if any(finding.ok is False for finding in findings) else 0
 
-    return examine(settings)
+
+async def _diagnose(settings: DoctorCommand) -> list[Finding]:
+    client = make_client(settings)
+    try:
+        asking = Asking(settings.model or "", extra=parse_extra(settings.extra_body), context=settings.context)
+        return await diagnose(client, Prompt.load(settings.prompt), asking)
+    finally:
+        await client.close()
 
 
 def _status(settings: StatusCommand) -> None:

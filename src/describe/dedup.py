@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,8 +233,8 @@ class _Search:
             if a_root != b_root and self._is_near(a, b):
                 self.parent[max(a_root, b_root)] = min(a_root, b_root)
 
-    def _most_differing(self, words):
-        """Words that are in one of two near texts only, at most, of the words of both (counts or their array)."""
+    def _most_differing(self, words: Any) -> Any:
+        """Words that are in one of two near texts only, at most, of the words of both (a count or an array)."""
         return words * (1 - self.threshold) / (1 + self.threshold) + 1e-9
 
     def _roots(self) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ Whoever does, the same function makes the same parts in the same folder; only th
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ from .job import Job, parse_shard
 from .settings import JobSettings
 from .work import Task, make_parts
 
+FEW = 5000  # rows that are done sooner than other processes are started
 Build = Callable[[Any], Task]  # settings -> the task; can be pickled, as the settings can
 
 
@@ -29,16 +31,28 @@ def make_stage(settings: JobSettings, build: Build) -> Counter[str]:
     which, of = parse_shard(settings.shard)
     numbers = list(range(job.count_parts()))[which::of]
     rows = sum(min(job.part_rows, job.count_rows() - number * job.part_rows) for number in numbers)
+    began = time.monotonic()
     with tqdm(total=rows, unit="row", disable=None, desc=task.stage.name) as bar:
         if settings.executor == "ray":
-            return _with_ray(settings, build, numbers, bar.update)
-        if task.ask is not None or settings.workers == 1 or len(numbers) == 1:
-            return make_parts(job, task, numbers, settings.retry_failed, bar.update)
-        counts: Counter[str] = Counter(rows=0, made=0, failed=0)
-        for found in map_ordered(partial(_make_one, settings, build), numbers, settings.workers, chunk=1):
-            counts.update(found)
-            bar.update(found["rows"])
-        return counts
+            counts = _with_ray(settings, build, numbers, bar.update)
+        elif task.ask is not None or settings.workers == 1 or rows <= FEW:
+            counts = make_parts(job, task, numbers, settings.retry_failed, bar.update)
+        else:
+            counts = _with_processes(settings, build, numbers, bar.update)
+    if counts["made"]:
+        seconds = round(time.monotonic() - began, 3)
+        job.note_time(task.stage.name, rows=counts["made"], failed=counts["failed"], seconds=seconds)
+    return counts
+
+
+def _with_processes(
+    settings: JobSettings, build: Build, numbers: Sequence[int], progress: Callable[[int], Any]
+) -> Counter[str]:
+    counts: Counter[str] = Counter(rows=0, made=0, failed=0)
+    for found in map_ordered(partial(_make_one, settings, build), numbers, settings.workers, chunk=1):
+        counts.update(found)
+        progress(found["rows"])
+    return counts
 
 
 @lru_cache(maxsize=2)

@@ -9,25 +9,12 @@ from typing import NamedTuple
 from .cleaning import grade
 from .lexicon.forms import form
 from .lexicon.tables import tables
-from .words import WORD, Token, content_lemmas, is_content, is_name, is_nominal, lemma, split_tokens, word_set
+from .word_lists import JOINTS, LINKS, PLACES, PREPOSITIONS
+from .words import WORD, Token, content_lemmas, is_content, is_name, is_nominal, lemma, split_tokens
 
 LONGEST_TITLE = 12  # words of a raw text that is taken whole
 LONGEST_NAME = 8
 MOST_NAMES, MOST_PLACES = 2, 2
-PREPOSITIONS = word_set("in at on near during over under along above beside outside inside through across")
-LINKS = word_set("and by with v vs versus")  # between names
-JOINTS = word_set("of de la le du del della di da van von der den")  # within a name
-PLACES = word_set(
-    "airport alley apartment arena attic backyard balcony bar barn basement bathroom bay beach bedroom cafe camp "
-    "campsite carnival castle cathedral cave cemetery church circus city classroom cliff club coast college concert "
-    "conference countryside court courthouse courtyard creek deck desert diner dock exhibition factory fair farm "
-    "festival forest gallery garage garden gym hall harbor harbour highway hill hospital hotel island jungle "
-    "kitchen lab laboratory lake library lobby mall market marina marathon marina meadow mosque mountain museum "
-    "nursery ocean office orchard palace parade park party pier plaza pool pond porch pub rally ranch restaurant "
-    "river room runway school sea seaside shop shore shrine stadium station store street studio suburb supermarket "
-    "swamp synagogue temple terrace theater theatre town university valley village vineyard waterfall wedding woods "
-    "workshop yard zoo"
-)
 _YEAR = re.compile(r"(?:1[6-9]|20)\d\d")
 _LETTER = re.compile(r"[^\W\d_]")
 
@@ -76,7 +63,7 @@ def _find_runs(tokens: list[Token], titles: bool) -> Iterator[tuple[int, int]]:
     i = 0
     while i < len(tokens):
         begin, end = i, _find_end(tokens, i, titles)
-        i += 1
+        i = max(i + 1, end)
         if end == begin:
             continue
         if not any(_LETTER.search(token.word) for token in tokens[begin:end]):

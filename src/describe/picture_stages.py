@@ -5,7 +5,7 @@ What a row has is kept: a file fills what is missing, and a captioner or tagger 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 from rwkv_clip.data.sources import Source
 
 from .columns import Column, read_column
+from .composers import make_vision_captioner
 from .ingest import open_source
 from .job import ROWS, Job, Stage
-from .pictures import Found, PictureReader, PictureSettings
+from .pictures import PictureReader, PictureSettings
 from .scores import COLUMNS as SCORES
 from .scores import VERSION as SCORES_VERSION
 from .scores import score
 from .sources import FROM_TEXT
 from .tagger import Tagger
 from .towers import Towers
+from .transformers_captioner import TransformersCaptioner
+from .vision_captioner import VisionCaptioner
 from .words import find_nouns
 from .work import Row, Task
 
@@ -35,7 +38,7 @@ TAGS = {
 }
 PICTURE = ("row", "image")
 CHUNK = 64  # pictures at a time
-NOTHING = "no file has it, and nobody was asked"
+IN_MEMORY = 512  # pictures that are held while a server is asked about them
 
 
 class Pictures:
@@ -49,7 +52,7 @@ class Pictures:
         self.settings = PictureSettings(
             images=folder, image_field=settings.image_field, allow_outside=settings.allow_outside
         )
-        self._reader = PictureReader(self.source, self.settings)
+        self.read = PictureReader(self.source, self.settings).read
 
     def find(self, row: Mapping[str, Any]) -> bytes | None:
         """The picture of one row. ValueError with the reason where there is none."""
@@ -57,10 +60,6 @@ class Pictures:
         if found.reason:
             raise ValueError(found.reason)
         return found.data
-
-    def read(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Found]:
-        """The picture of each row, in their order."""
-        return self._reader.read(rows)
 
 
 # ---- captions and tags ------------------------------------------------------------------------------------------------
@@ -114,8 +113,44 @@ def make_caption_task(settings: Any) -> Task:
     """Captions of every row."""
     column = read_column(settings.captions, "caption") if settings.captions else None
     decides: dict[str, Any] = {"captioner": settings.captioner, "captions": _hash(settings.captions)}
+    ask: Ask | None = None
+    close = None
+    if settings.captioner == "openai":
+        server = make_vision_captioner(settings)
+        decides |= {f"captioner_{name}": value for name, value in server.decides.items()}
+        ask, close = partial(_ask_server, server, Pictures(settings)), server.close
+    elif settings.captioner == "transformers":
+        model = TransformersCaptioner.load(settings)
+        decides |= model.decides
+        ask = partial(_ask_model, model, Pictures(settings))
     stage = Stage("caption", CAPTION, (ROWS,), (*PICTURE, "id", "caption"), decides, "caption_status", True)
-    return Task(stage, ask=fill(column, None, _caption_of))
+    return Task(stage, ask=fill(column, ask, _caption_of), close=close)
+
+
+async def _ask_server(
+    server: VisionCaptioner, pictures: Pictures, rows: Sequence[Row]
+) -> AsyncIterator[tuple[int, Row]]:
+    for start in range(0, len(rows), IN_MEMORY):
+        chunk, wanted = [], []
+        for place, found in enumerate(pictures.read(rows[start : start + IN_MEMORY]), start):
+            if found.reason:
+                yield place, {"caption_status": "failed", "caption_reason": found.reason}
+            else:
+                chunk.append((rows[place]["id"], found.data))
+                wanted.append(place)
+        async for place, composed in server.caption(chunk):
+            told = {"caption_status": composed.status, "caption_reason": composed.reason}
+            caption = {"caption": composed.text, "caption_source": server.name} if composed.text else {}
+            yield wanted[place], {**caption, **told}
+
+
+async def _ask_model(
+    model: TransformersCaptioner, pictures: Pictures, rows: Sequence[Row]
+) -> AsyncIterator[tuple[int, Row]]:
+    for start in range(0, len(rows), CHUNK):
+        found = list(pictures.read(rows[start : start + CHUNK]))
+        for place, columns in enumerate(model.caption(found), start):
+            yield place, columns
 
 
 def _caption_of(row: Row) -> Row | None:

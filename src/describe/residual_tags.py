@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .lexicon.forms import form, is_common
 from .lexicon.tables import tables
 from .sources import Tag
+from .word_lists import ACTIVITIES, HUMANS, MASS, PLURALS, UNIQUE
 from .words import (
     article,
     find_nouns,
@@ -17,33 +18,16 @@ from .words import (
     is_photo_word,
     is_posture,
     lemma,
+    plural,
     split_words,
     synonyms,
-    word_set,
 )
 
 LONGEST = 40  # characters of a tag; a longer one is no tag
-MASS = word_set(  # nouns that have no a and no plural
-    "air algae art artwork asphalt bacon bark beef beer bread broccoli broth butter cake camouflage carpet "
-    "carpeting cash champagne cheese chicken china chocolate clay clothing coal cocoa coffee concrete corn cotton "
-    "cream cutlery debris denim dirt dough dust earth electricity equipment fabric fire firewood flesh flooring "
-    "flour foam fog foliage food frost fruit fur furniture garbage garlic gasoline gear gold graffiti grass "
-    "gravel greenery hair ham hay honey ice ink iron ivy jam jewelry jewellery juice junk lace land laundry lava "
-    "lead leather lettuce lightning lingerie litter luggage lumber makeup marble meat merchandise metal milk mist "
-    "money moss mud music mustard oil paint paper parsley pasta pavement pizza plastic pollen popcorn pork pottery "
-    "rain rice rope rubber rubbish rust salad salmon salt sand sauce scaffolding scenery seafood seaweed shade silk "
-    "silver silverware skin sleet smog smoke snow soap soil soup spinach stationery steam steel straw string sugar "
-    "sunlight sunshine sushi syrup tea text thread timber toast tofu traffic trash turf underwear vegetation "
-    "vinegar water weather weaponry wheat wildlife wine wood wool yarn yogurt lighting housing plumbing wiring "
-    "bedding crockery glassware footwear sportswear swimwear headgear baggage livestock cattle people police "
-    "grassland woodland farmland daylight moonlight shrubbery"
-)
-ACTIVITIES = word_set("fly drive float kick cut shopping")  # that are nouns too, but not in a tag
 YOUNG = {  # of what, where the lexicon does not say
     **{"kitten": "cat", "puppy": "dog", "calf": "cow", "lamb": "sheep", "foal": "horse", "piglet": "pig"},
     **{"duckling": "duck", "chick": "chicken", "gosling": "goose", "colt": "horse", "fawn": "deer"},
 }
-UNIQUE = word_set("sky ground sun moon horizon ocean sea sunset sunrise")  # those with "the"
 
 
 class Thing(NamedTuple):
@@ -73,16 +57,25 @@ def read_tag(name: str) -> Thing | None:
     if all(word[0].isupper() for word in words) and all(is_common(word.lower()) for word in words):
         name = name.lower()
     kind = form(words[-1].lower()).kind
-    plural = (kind == "plural" and base != words[-1].lower()) or words[-1].lower() in ("people", "police", "cattle")
-    if plural or words[-1].lower() in MASS:
+    several = kind == "plural" and base != words[-1].lower()
+    several = several or words[-1].lower() in PLURALS or plural(name) == name
+    if several or words[-1].lower() in MASS:
         phrase = name
     elif words[-1].lower() in UNIQUE and len(words) == 1:
         phrase = f"the {name}"
     else:
         phrase = f"{article(name)} {name}"
     noun = name.lower() if name.lower() in tables().nouns else base
+    higher = above(noun)
     lemmas = frozenset(map(lemma, words))
-    return Thing(phrase, base, lemmas, synonyms(noun), above(noun), plural, base in tables().persons)
+    return Thing(phrase, base, lemmas, synonyms(noun), higher, several, _is_person(base, noun))
+
+
+def _is_person(base: str, noun: str) -> bool:
+    """By the first meaning, which is the most frequent one: a mug is also a face."""
+    known = tables()
+    meanings = [place for start in known.nouns.get(noun, [])[:1] for place in known.above(start)]
+    return base in known.persons or any(not HUMANS.isdisjoint(known.words_of[place]) for place in meanings)
 
 
 @lru_cache(1 << 14)

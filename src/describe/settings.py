@@ -11,6 +11,7 @@ from tyro.conf import arg
 from rwkv_clip.config import ranged
 
 from .job import parse_shard
+from .transformers_captioner import CaptionerSettings
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -96,7 +97,7 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionSettings(ServerSettings):
+class CaptionSettings(ServerSettings, CaptionerSettings):
     """Who captions pictures. Rows that have a caption keep it."""
 
     captions: str | None = None
@@ -106,9 +107,18 @@ class CaptionSettings(ServerSettings):
     caption_url: str | None = None
     """The captioner's server; default: --base-url."""
     caption_model: str | None = None
-    """The captioner's model: as the server knows it (default: --model), or a folder or hub name for transformers."""
-    caption_side: int = ranged(384, minimum=64, maximum=4096)
+    """The captioner's model: as the server knows it (default: --model), or for transformers a folder that
+    `save_pretrained` wrote or a name on the hub, for example Salesforce/blip-image-captioning-base."""
+    caption_side: int = ranged(512, minimum=64, maximum=4096)
     """Longest side in pixels of the pictures that are sent."""
+
+    def problems(self) -> list[str]:
+        """Problems of these settings."""
+        if self.captioner == "openai" and not (self.caption_url or self.base_url):
+            return ["caption_url: not set; a vision server needs one, for example http://localhost:8000/v1"]
+        if self.captioner == "openai" and not (self.caption_model or self.model):
+            return ["caption_model: not set; a vision server needs the name of a model"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

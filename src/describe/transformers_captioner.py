@@ -30,7 +30,7 @@ VERSION = 1
 class CaptionerSettings:
     """A captioner of transformers."""
 
-    captioner: str | None = None
+    caption_model: str | None = None
     """Folder that `save_pretrained` wrote, or a name on the hub, for example Salesforce/blip-image-captioning-base."""
     captioner_revision: str | None = None
     """Revision of a model on the hub."""
@@ -58,7 +58,7 @@ class TransformersCaptioner:
     def __init__(self, model: Any, processor: Any, settings: CaptionerSettings, digest: str):
         self._model, self._processor, self._settings = model, processor, settings
         self._special = set(getattr(processor, "tokenizer", processor).all_special_ids)
-        self.name = f"transformers:{Path(str(settings.captioner)).name}"
+        self.name = f"transformers:{Path(str(settings.caption_model)).name}"
         self.decides = {
             "captioner": self.name,
             "captioner_weights": digest,
@@ -71,9 +71,9 @@ class TransformersCaptioner:
     @classmethod
     def load(cls, settings: CaptionerSettings) -> TransformersCaptioner:
         """ValueError for a model that is not there or cannot be used, ImportError that names the extra."""
-        transformers, name = _import_transformers(), settings.captioner
+        transformers, name = _import_transformers(), settings.caption_model
         if not name:
-            raise ValueError("captioner: not set; give a folder that save_pretrained wrote, or a name on the hub")
+            raise ValueError("caption_model: not set; give a folder that save_pretrained wrote, or a name on the hub")
         common = {
             "local_files_only": not settings.download,
             "trust_remote_code": False,
@@ -88,9 +88,9 @@ class TransformersCaptioner:
         except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             remedy = "" if settings.download else "; --download allows to fetch it"
-            raise ValueError(f"captioner: {name!r} cannot be loaded ({first}){remedy}") from None
+            raise ValueError(f"caption_model: {name!r} cannot be loaded ({first}){remedy}") from None
         if getattr(processor, "image_processor", None) is None:
-            raise ValueError(f"captioner: {name!r} takes no pictures; name an image-text-to-text model")
+            raise ValueError(f"caption_model: {name!r} takes no pictures; name an image-text-to-text model")
         return cls(model.to(device).eval(), processor, settings, _digest(name, model))
 
     def caption(self, pictures: Sequence[Found]) -> list[dict[str, Any]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 
 from .lexicon.forms import is_common, small_form
+from .lexicon.splitting import words_in
 from .lexicon.tables import tables
 from .sources import Sources
 from .tokens import count_tokens, trim
-from .words import Support, find_names, find_nouns, find_numbers, lemma, split_words
+from .words import Support, find_names, find_nouns, find_numbers, lemma
 
 LONGEST_TOKEN = 64  # characters per position of the context; a longer text does not fit, uncounted
 MOST_SHOWN = 8  # words in a reason
@@ -24,25 +25,36 @@ SAY = r"(?:says?|mentions?|describes?|states?|indicates?|suggests?|provided|give
 META = re.compile(
     r"\bas an ai\b|\blanguage model\b|\bdetection tags?\b|\bdet tags?\b|\bsyn cap\b|\braw (?:caption|text)\b"
     r"|\b(?:synthetic|generated|merged|combined|final|revised|refined|original) (?:caption|description|text|sentence)\b"
-    r"|\bbased on (?:the|this|your|these) (?:\w+ )?(?:provided|given|information|tags|captions?|text|input|description)\b"
+    r"|\bbased on (?:the|this|your|these) (?:\w+ )?"
+    r"(?:provided|given|information|tags|captions?|text|input|description)\b"
     rf"|\bthe (?:captions?|tags?|raw|alt[- ]text|input) {SAY}\b"
     r"|\b(?:the )?(?:provided|given) (?:\w+ )?(?:captions?|tags?|text|information|description|input|sources?)\b"
     r"|\baccording to the (?:captions?|tags?|raw|text|description|input)\b"
     r"|\bhere(?: is|'s|s) (?:a|an|the|your|my) (?:\w+ )?(?:captions?|descriptions?|sentences?|summary|merged|text)\b"
-    r"|^\W*(?:sure|certainly|of course|okay|absolutely)\b[,.!:]|^\W*(?:captions?|descriptions?|outputs?|answer|note)\s*:"
+    r"|^\W*(?:sure|certainly|of course|okay|absolutely)\b[,.!:]"
+    r"|^\W*(?:captions?|descriptions?|outputs?|answer|note)\s*:"
     r"|```|</?think|^\s*\{\s*\"|\bi (?:have )?(?:merged|combined|rewrote|rewritten|summarized)\b"
 )
 REFUSAL = re.compile(
-    r"\bi(?:'m| am) (?:sorry|unable|not able|afraid)\b|\bi (?:can(?:no|')?t|can not|won't|will not|do not have|don't have)\b"
+    r"\bi(?:'m| am) (?:sorry|unable|not able|afraid)\b"
+    r"|\bi (?:can(?:no|')?t|can not|won't|will not|do not have|don't have)\b"
     r"|\b(?:unable|not able) to (?:assist|help|generate|provide|describe|determine|create|see|view|comply|fulfill)\b"
     r"|\bcan(?:no|')?t (?:assist|help|generate|provide|describe|be determined|fulfill|comply)\b|\bapologi[sz]e\b"
     r"|\b(?:not enough|insufficient|no) (?:\w+ )?(?:information|details|context)\b|\bsorry, (?:but )?i\b"
 )
 INJECTION = re.compile(
-    r"<\|[^|<>]{0,40}\|>|\[/?inst\]|<</?sys>>|</?s>|\b(?:ignore|disregard|forget) (?:all |any |the |your )*(?:previous|prior"
-    r"|above|earlier|preceding)\b|\bsystem prompt\b|\b(?:your|these|following|previous) instructions\b|https?://|\bwww\."
+    r"<\|[^|<>]{0,40}\|>|\[/?inst\]|<</?sys>>|</?s>"
+    r"|\b(?:ignore|disregard|forget) (?:all |any |the |your )*(?:previous|prior|above|earlier|preceding)\b"
+    r"|\bsystem prompt\b|\b(?:your|these|following|previous) instructions\b|https?://|\bwww\."
     r"|<(?:script|img|a|div|iframe)\b"
 )
+# Without one of these no pattern above matches: most texts have none, and the patterns are slow.
+MARKS = re.compile(r"[<\[`{:]|www|https?")
+TRIGGERS = """ai language detection det syn raw caption captions description descriptions text sentence sentences
+summary tag tags provided given information input source sources sure certainly course okay absolutely merged combined rewrote
+rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore disregard forget
+prompt instructions alt not think i'm won't don't"""
+WORDS = re.compile(r"[a-z']+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,8 @@ def judge(
 def find_phrases(text: str, prompt: str) -> list[str]:
     """Reasons to reject that need no sources."""
     plain = text.lower().replace("’", "'")
+    if not prompt and MARKS.search(plain) is None and trigger_words().isdisjoint(WORDS.findall(plain)):
+        return []
     patterns = (("refusal", REFUSAL), ("meta text", META), ("injection", INJECTION))
     found = [f"{name}: {match[0].strip()}" for name, pattern in patterns if (match := pattern.search(plain))]
     if prompt and not prompt_runs(prompt).isdisjoint(word_runs(plain)):
@@ -115,8 +129,13 @@ def find_phrases(text: str, prompt: str) -> list[str]:
     return found
 
 
+@cache
+def trigger_words() -> frozenset[str]:
+    return frozenset(TRIGGERS.split())
+
+
 def word_runs(text: str) -> set[tuple[str, ...]]:
-    words = [word.lower() for word in split_words(text)]
+    words = [word.lower() for word in words_in(text)]
     return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
 
 
@@ -127,34 +146,44 @@ def prompt_runs(prompt: str) -> frozenset[tuple[str, ...]]:
 
 def find_language(text: str) -> str:
     """ "en", "other", or "" where there are too few words to tell. By the script, and by function words."""
-    letters = [letter for letter in text if letter.isalpha()]
-    if sum(letter > "\u024f" for letter in letters) > 0.2 * len(letters):
-        return "other"
-    words = [small_form(word) for word in split_words(text)]
+    if not text.isascii():
+        letters = [letter for letter in text if letter.isalpha()]
+        if sum(letter > "\u024f" for letter in letters) > 0.2 * len(letters):
+            return "other"
+    words = [small_form(word) for word in words_in(text)]
     known = tables()
-    foreign = sum(word in known.foreign and word not in known.function for word in words)
-    english = sum(word in known.function for word in words)
+    english = sum(map(known.function.__contains__, words))
+    foreign = sum(map(known.only_foreign.__contains__, words))
     if foreign >= 2 and foreign > english:
         return "other"
+    if english:
+        return "en"
     small = [word for word in words if len(word) > 2 and word.isalpha()]
-    if len(small) >= 5 and not english and sum(is_common(word) for word in small) < 0.4 * len(small):
+    if len(small) >= 5 and sum(is_common(word) for word in small) < 0.4 * len(small):
         return "other"
-    return "en" if english or len(small) >= 5 else ""
+    return "en" if len(small) >= 5 else ""
 
 
 class Facts:
     """Numbers, names and things of a row's sources."""
 
     def __init__(self, sources: Sources):
-        known = tables()
-        texts = (sources.raw, sources.caption, sources.ocr, *(tag.name for tag in sources.tags))
-        self.support = Support(texts)
-        self.numbers = {number for text in texts for number in find_numbers(text)}
-        self.numbers |= {known.implied[word] for word in self.support.lemmas if word in known.implied}
-        self.strange = [word for word in self.support.lemmas if not is_common(word)]  # names, #hashtagsinoneword
+        self.texts = (sources.raw, sources.caption, sources.ocr, *(tag.name for tag in sources.tags))
+        self.support = Support(self.texts)
+
+    @cached_property
+    def numbers(self) -> set[str]:
+        implied = tables().implied
+        found = {number for text in self.texts for number in find_numbers(text)}
+        return found | {implied[word] for word in self.support.lemmas if word in implied}
+
+    @cached_property
+    def strange(self) -> list[str]:
+        """Words that are not in the lexicon: names, #hashtagsinoneword."""
+        return [word for word in self.support.lemmas if not is_common(word)]
 
     def hold_name(self, name: str) -> bool:
-        return all(self.hold_word(small_form(word)) for word in split_words(name))
+        return all(self.hold_word(small_form(word)) for word in words_in(name))
 
     def hold_word(self, word: str) -> bool:
         """A word of a name, also where the sources shorten it, have it inside a hashtag, or derive another from it."""
@@ -179,17 +208,21 @@ def is_derived(word: str, other: str) -> bool:
 
 def find_lost(raw: str, text: str) -> tuple[str, ...]:
     """Names and numbers of the raw text that `text` does not have."""
-    words = {small_form(word) for word in split_words(text)}
-    words |= {lemma(word) for word in words}
-    names = [name for name in find_names(raw) if not all(small_form(w) in words for w in split_words(name))]
+    words: set[str] = set()
+    names = find_names(raw)
+    if names:
+        words = {small_form(word) for word in words_in(text)}
+        words |= {lemma(word) for word in words}
+        names = [name for name in names if not all(small_form(w) in words for w in words_in(name))]
     have = set(find_numbers(text))
     return tuple(dict.fromkeys(names + [number for number in find_numbers(raw) if number not in have]))
 
 
 def find_same(sources: Sources, text: str) -> str:
-    words = [word.lower() for word in split_words(text)]
+    words = [word.lower() for word in words_in(text)]
     for name, other in (("raw", sources.raw), ("caption", sources.caption)):
-        if words == [word.lower() for word in split_words(other)]:
+        others = words_in(other)
+        if len(others) == len(words) and [word.lower() for word in others] == words:
             return name
     return ""
 

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache, cached_property, lru_cache
 
 from .lexicon.forms import LONGEST, REMEMBERED, form, is_common, is_known, small_form
+from .lexicon.nouns import find_nouns, is_nominal
+from .lexicon.splitting import WORD, Token, split_tokens, tokens_in, words_in
 from .lexicon.tables import tables
 from .sources import Sources
 
-WORD = re.compile(r"\d+(?:[.,]\d+)+(?![^\W_])|[^\W_]+(?:['’\-‐‑][^\W_]+)*")
+__all__ = [
+    "WORD", "Support", "Token", "article", "content_lemmas", "find_names", "find_nouns", "find_numbers", "hypernyms",
+    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural", "split_tokens",
+    "split_words", "synonyms",
+]  # fmt: skip
+
+HAS_NUMBER = re.compile(r"\d|[^\W_][-‐‑]")  # or a part of a word that may be one
 DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 LETTERS_AN = frozenset("AEFHILMNORSX")  # their names begin with a vowel: an MRI
@@ -23,34 +30,9 @@ SILENT_H = ("hour", "honest", "honor", "honour", "heir")
 SOUND_OF_YOU = re.compile(r"(?:uni(?!n|m)|us[eu]|eu|ewe|ut[ei]|ub|one|once|ukulele|u-)", re.IGNORECASE)
 
 
-class Token(NamedTuple):
-    """A word of a text, `word` as written and `small` in lower case without 's; begins: of a sentence; joined: only
-    blanks or a hyphen stand before it."""
-
-    word: str
-    small: str
-    begins: bool
-    joined: bool
-
-
-def word_set(words: str) -> frozenset[str]:
-    """The words of a constant."""
-    return frozenset(words.split())
-
-
 def split_words(text: str) -> list[str]:
     """Words and numbers as written, without punctuation: "The dog's 2 T-shirts!" -> The, dog's, 2, T-shirts."""
-    return WORD.findall(text)
-
-
-def split_tokens(text: str) -> list[Token]:
-    tokens, end = [], 0
-    for match in WORD.finditer(text):
-        between = text[end : match.start()]
-        begins = not tokens or any(mark in between for mark in '.!?:;\n"“”|•')
-        tokens.append(Token(match[0], small_form(match[0]), begins, not begins and not between.strip(" -")))
-        end = match.end()
-    return tokens
+    return list(words_in(text))
 
 
 def lemma(word: str) -> str:
@@ -95,18 +77,20 @@ def normalise_number(digits: str) -> str:
 
 def find_numbers(text: str) -> list[str]:
     """Numbers in order as digits: "two" and "2" -> 2, "twenty-one" -> 21, "two hundred" -> 200, "1,000" -> 1000, the 3
-    of "3rd" and the 16 of "F-16". "One" is no number: "one of the men" counts nobody."""
+    of "3rd" and of "third", the 16 of "F-16". "One" is no number: "one of the men" counts nobody."""
+    words, numbers = words_in(text), tables().numbers
+    if numbers.keys().isdisjoint(map(str.lower, words)) and not HAS_NUMBER.search(text):
+        return []
     found: list[str] = []
     last = ""  # the number word just before, "" if none
-    for match in WORD.finditer(text):
-        word = match[0]
+    for word in words:
         if word.isalpha():
-            value = tables().numbers.get(word.lower(), "")
+            value = numbers.get(small_form(word), "")
             last = join_number(found, last, value) if value else ""
             continue
         last = ""
         for part in re.split(r"[-‐‑]", word):
-            value = tables().numbers.get(part.lower(), "")
+            value = numbers.get(part.lower(), "")
             if value:
                 last = join_number(found, last, value)
                 continue
@@ -140,18 +124,21 @@ def find_names(text: str) -> list[str]:
     In the midst of a sentence every capital counts; at its beginning only a word that is not in the lexicon. Where most
     words have capitals, as in titles, capitals say nothing, and only words that are not in the lexicon count.
     """
-    tokens = split_tokens(text)
+    if text[1:].islower():  # most captions: a capital at most at the beginning
+        first = words_in(text)[:1] if text[0].isupper() else ()
+        return [strip_possessive(word) for word in first if is_name(Token(word, small_form(word), True, False), False)]
+    tokens = tokens_in(text)
     titles = is_title(tokens)
-    names: list[str] = []
+    names: list[list[str]] = []
     running = False
     for token in tokens:
         named = is_name(token, titles)
         if named and running and token.joined:
-            names[-1] += " " + strip_possessive(token.word)
+            names[-1].append(strip_possessive(token.word))
         elif named:
-            names.append(strip_possessive(token.word))
+            names.append([strip_possessive(token.word)])
         running = named
-    return names
+    return [" ".join(words) for words in names]
 
 
 def strip_possessive(word: str) -> str:
@@ -160,11 +147,17 @@ def strip_possessive(word: str) -> str:
 
 def is_title(tokens: list[Token]) -> bool:
     """Whether words have capitals because the text is a title: nearly all, or a preposition that stands inside."""
-    inner = [token for token in tokens if token.word[0].isalpha() and not token.begins and len(token.word) > 1]
-    if any(token.word[0].isupper() and token.small in tables().function for token in inner):
-        return True
-    content = [token.word[0].isupper() for token in inner if is_content(token.word)]
-    return len(content) >= 3 and sum(content) > 0.75 * len(content)
+    function = tables().function
+    capitals = content = 0
+    for token in tokens:
+        if token.begins or len(token.word) == 1 or not token.word[0].isalpha():
+            continue
+        capital = token.word[0].isupper()
+        if token.small not in function:
+            capitals, content = capitals + capital, content + 1
+        elif capital:
+            return True
+    return content >= 3 and capitals > 0.75 * content
 
 
 def is_name(token: Token, titles: bool) -> bool:
@@ -175,108 +168,6 @@ def is_name(token: Token, titles: bool) -> bool:
     if token.begins or titles:
         return not is_common(token.small)
     return token.small not in tables().function
-
-
-def find_nouns(text: str) -> list[str]:
-    """Base forms of the nouns that a picture can show, each once, in order; "hot dog" and other nouns of two words that
-    the lexicon has as one. Words that are nouns and something else are judged by their neighbours."""
-    tokens = split_tokens(text)
-    found: dict[str, None] = {}
-    skip = False
-    for i, token in enumerate(tokens):
-        if skip:
-            skip = False
-            continue
-        after = tokens[i + 1] if i + 1 < len(tokens) and tokens[i + 1].joined else None
-        if after and token.small in tables().two_words:
-            pair = f"{token.small} {form(after.small).lemma}"
-            if pair in tables().nouns:
-                found[pair] = None
-                skip = True
-                continue
-        if is_thing(tokens[i - 1] if i and token.joined else None, token, after):
-            found[form(token.small).lemma] = None
-    return list(found)
-
-
-def is_thing(before: Token | None, token: Token, after: Token | None) -> bool:
-    """Whether this word is here a noun that a picture can show. before, after: its neighbours, None where the sentence
-    begins or ends or a punctuation mark stands between."""
-    known = tables()
-    base, kind = form(token.small)
-    if base not in known.nouns or kind in ("verb", "degree") or token.small in known.function:
-        return False
-    if base in known.photo or token.small.removesuffix("s") in known.photo or token.small in known.numbers:
-        return False
-    if base in known.colours and kind != "plural":
-        return False
-    if after and (after.small == "of" and base in known.groups):
-        return False  # a herd of
-    if before and f"{before.small} {token.small}" in known.idioms:
-        return False
-    if token.small.endswith("ing"):
-        follows = after is not None and after.small in known.articles
-        return not follows and not (before is not None and before.small in known.be)
-    if base in known.verbs and is_verb_here(before, token, after, kind):
-        return False
-    if base in known.adjective_first and kind == "base":
-        return not (after is not None and is_nominal(after.small)) and before is not None and opens_noun(before)
-    return True
-
-
-def is_verb_here(before: Token | None, token: Token, after: Token | None, kind: str) -> bool:
-    """Of a word that may be a verb, too: a dog RUNS through, crowds WATCH the, to FISH, he STANDS."""
-    known = tables()
-    base = form(token.small).lemma
-    mostly = base in known.verb_first
-    if not mostly and base not in known.verb_too:
-        return False
-    follows = after is None or after.small in known.after_verbs or after.small in known.adverbs
-    if before is None:
-        return mostly and follows and not token.begins
-    previous = before.small
-    if previous in known.subjects or (previous == "to" and kind == "base" and mostly):
-        return True
-    if (
-        previous in known.articles
-        or previous in known.before_nouns
-        or previous in known.numbers
-        or before.word.endswith(("'s", "’s"))
-    ):
-        return False
-    subject = form(previous)
-    many = subject.kind == "plural" or previous in ("people", "group", "couple", "crowd")
-    if subject.lemma in known.nouns or subject.lemma in known.photo or before.word[0].isupper():
-        if mostly:  # a man WALKS, the bride and the groom STAND; but: a market STAND
-            return kind == "plural" or follows
-        if kind == "plural":  # a boy SWINGS his, the wine GLASSES on
-            return after is not None and (after.small in known.articles or (not many and follows))
-        return many and follows
-    if previous in known.adjectives or previous in known.colours:
-        return False
-    return mostly and follows
-
-
-def opens_noun(before: Token) -> bool:
-    """Words that stand before a noun."""
-    known, small = tables(), before.small
-    return (
-        small in known.articles
-        or small in known.adjectives
-        or small in known.colours
-        or small in known.numbers
-        or (small in known.function and small not in known.subjects)
-        or before.word.endswith(("'s", "’s"))
-        or small.endswith(("ing", "ed"))
-        or form(small).lemma in known.nouns
-    )
-
-
-def is_nominal(small: str) -> bool:
-    """A noun or adjective."""
-    known = tables()
-    base = form(small).lemma
-    return base in known.nouns or (base in known.abstract and base not in known.verbs) or base in known.adjectives
 
 
 def hypernyms(noun: str) -> frozenset[str]:
@@ -341,17 +232,23 @@ class Support:
     """What a row's sources say is in the picture."""
 
     def __init__(self, texts: Iterable[str]):
-        known = tables()
         self.lemmas: set[str] = set()
         for text in texts:
-            for word in split_words(text):
-                self.lemmas |= word_roots(word)
-        self.person = not self.lemmas.isdisjoint(known.persons)
-        self.meanings = {
-            place for base in self.lemmas for sense in known.nouns.get(base, ()) for place in known.above(sense)
-        }
-        self.person = self.person or known.person in self.meanings
-        self.alive = self.person or known.animal in self.meanings
+            self.lemmas.update(*map(word_roots, words_in(text)))
+
+    @cached_property
+    def meanings(self) -> set[int]:
+        found: set[int] = set()
+        found.update(*map(meanings_above, self.lemmas))
+        return found
+
+    @cached_property
+    def person(self) -> bool:
+        return not self.lemmas.isdisjoint(tables().persons) or tables().person in self.meanings
+
+    @cached_property
+    def alive(self) -> bool:
+        return self.person or tables().animal in self.meanings
 
     @classmethod
     def of(cls, sources: Sources) -> Support:
@@ -362,7 +259,7 @@ class Support:
         for each other, compounds for their parts and the other way round, near words (hand.txt) for each other."""
         known = tables()
         base = noun if " " in noun else lemma(noun)
-        if base in self.lemmas or (self.person and base in known.persons) or (self.alive and base in known.body):
+        if base in self.lemmas or (base in known.persons and self.person) or (base in known.body and self.alive):
             return True
         if not self.lemmas.isdisjoint(known.near.get(base, ())):
             return True
@@ -373,13 +270,24 @@ class Support:
 
     def holds_part(self, part: str) -> bool:
         known = tables()
-        if part in self.lemmas or part in known.photo or (self.person and part in known.persons):
+        if part in self.lemmas or part in known.photo or (part in known.persons and self.person):
             return True
         return any(place in self.meanings for place in known.nouns.get(part, ()))
 
 
 @lru_cache(REMEMBERED)
+def meanings_above(base: str) -> frozenset[int]:
+    """All meanings of a noun and what is more general than they."""
+    known = tables()
+    return frozenset(place for sense in known.nouns.get(base, ()) for place in known.above(sense))
+
+
 def word_roots(word: str) -> frozenset[str]:
+    return frozenset({word}) if len(word) > LONGEST else remember_roots(word)
+
+
+@lru_cache(REMEMBERED)
+def remember_roots(word: str) -> frozenset[str]:
     """A word's forms that support a noun: "Snowboarders" -> snowboarders, snowboarder, snowboard. A compound that is
     not in the lexicon stands for its parts."""
     small = small_form(word)
@@ -406,11 +314,13 @@ def quality_roots(small: str) -> Iterator[str]:
             yield stem[:-1]
 
 
-@lru_cache(REMEMBERED)
 def split_noun(base: str) -> tuple[tuple[str, ...], ...]:
-    """What a noun may be made of: "tabletop" -> (table, top), "trumpeter" -> (trumpet,), "fire truck" -> (fire, truck)."""
-    if len(base) > LONGEST:
-        return ()
+    return () if len(base) > LONGEST else remember_split(base)
+
+
+@lru_cache(REMEMBERED)
+def remember_split(base: str) -> tuple[tuple[str, ...], ...]:
+    """What a noun may be made of: tabletop -> (table, top), trumpeter -> (trumpet,), fire truck -> (fire, truck)."""
     if " " in base or "-" in base:
         return (tuple(base.replace("-", " ").split()),)
     ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]

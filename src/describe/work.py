@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -41,15 +40,12 @@ def make_parts(
     progress is told of rows as they are finished. InUse where another process makes one of the parts; whatever `ask`
     raises.
     """
-    began, counts = time.monotonic(), Counter(rows=0, made=0, failed=0)
+    counts = Counter(rows=0, made=0, failed=0)
     if task.ask is not None:
         asyncio.run(_ask_parts(job, task, list(numbers), retry_failed, lambda found: _count(counts, found, progress)))
     else:
         for number in numbers:
             _count(counts, _make_part(job, task, number, retry_failed), progress)
-    if counts["made"]:
-        seconds = round(time.monotonic() - began, 3)
-        job.note_time(task.stage.name, rows=counts["made"], failed=counts["failed"], seconds=seconds)
     return counts
 
 

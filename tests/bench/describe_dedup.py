@@ -7,24 +7,24 @@ punctuation and white space), 5 % near ones (a word changed, dropped or added). 
 the group of the row that they were made from. possible: of the near ones whose similarity to it reaches the threshold
 (a changed word in eight does not reach 0.8). false: rows that are less alike than the threshold to the one that they
 are said to repeat (0 by construction: candidates are compared). unplanted: rows near to one that they were not made
-from; a grammar, like people, sometimes writes almost the same twice. MiB: growth of resident memory.
+from; a grammar, like people, sometimes writes almost the same twice. ms: time of the processor. MiB: growth of resident
+memory, right for the first search only.
 
---shapes: bands x hashes
-that are tried beside those of the code. --captions: JSONL with "captions" lists instead of the grammar.
+--shapes: bands x hashes that are tried beside those of the code. --captions: JSONL with "captions" lists instead of
+the grammar; their short texts reach fewer of the changed words.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import _resident  # which makes the checkout importable
+import torch
+from harness import Report, _resident, argument_parser  # which makes the checkout importable
 
 from rwkv_clip.describe import dedup
 
@@ -128,7 +128,8 @@ class Peak:
         self.mib = (max(self.most, self.before) - self.before) / 2**20
 
 
-def measure(name: str, texts: list[str], exact: dict[int, int], near: dict[int, int], threshold: float) -> None:
+def measure(texts: list[str], exact: dict[int, int], near: dict[int, int], threshold: float) -> dict[str, float]:
+    """Figures of one search."""
     start = time.process_time()
     with Peak() as peak:
         found = dedup.find_duplicates(iter(texts), threshold)
@@ -136,23 +137,25 @@ def measure(name: str, texts: list[str], exact: dict[int, int], near: dict[int, 
     made = near | exact
     near_pairs = [(row, first) for row, first in enumerate(found.near.tolist()) if first >= 0]
     exact_pairs = [(row, first) for row, first in enumerate(found.exact.tolist()) if first >= 0]
-    others = [row for row, first in near_pairs if made.get(row, row) != made.get(first, first)]
     false = sum(alike(texts[a], texts[b]) < threshold for a, b in near_pairs)
     false += sum(dedup.fold(texts[a]) != dedup.fold(texts[b]) for a, b in exact_pairs)
     possible = {row: source for row, source in near.items() if alike(texts[row], texts[source]) >= threshold}
-    kinds = (exact, near, possible)
-    right = [sum(group_of(found, row) == group_of(found, source) for row, source in kind.items()) for kind in kinds]
-    shares = [f"{100 * count / max(1, len(kind)):6.2f} %" for count, kind in zip(right, kinds)]
-    print(f"{name:>8} {' '.join(shares)} {false:6} {len(others):10} {seconds:8.1f} {peak.mib:8.0f}", flush=True)
+    shares = {}
+    for name, kind in (("exact", exact), ("near", near), ("possible", possible)):
+        right = sum(group_of(found, row) == group_of(found, source) for row, source in kind.items())
+        shares[f"{name}_percent"] = 100 * right / max(1, len(kind))
+    others = sum(made.get(row, row) != made.get(first, first) for row, first in near_pairs)
+    return {"seconds": seconds, **shares, "false": false, "unplanted": others, "peak_mib": peak.mib}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--captions", type=Path)
     parser.add_argument("--threshold", type=float, default=0.8)
     parser.add_argument("--shapes", nargs="*", default=[], help="bands x hashes, such as 16x4")
     args = parser.parse_args()
+    report = Report("describe_dedup", torch.device("cpu"), commit=args.commit)
     rng = random.Random(0)
     if args.captions:
         lines = args.captions.read_text().splitlines()
@@ -160,14 +163,17 @@ def main() -> None:
     else:
         texts = list(write_captions(args.rows, rng))
     exact, near = plant(texts, rng)
-    print(f"{len(texts):,} rows, {sum(len(text.split()) for text in texts) / len(texts):.1f} words each")
-    print(
-        f"{'bands':>8} {'exact':>8} {'near':>8} {'possible':>8} {'false':>6} {'unplanted':>10} {'CPU s':>8} {'MiB':>8}"
-    )
+    case = f"{len(texts):,} rows, {sum(len(text.split()) for text in texts) / len(texts):.1f} words each"
     for shape in [f"{dedup.BANDS}x{dedup.HASHES}", *args.shapes]:
         dedup.BANDS, dedup.HASHES = map(int, shape.split("x"))
-        measure(shape, texts, exact, near, args.threshold)
+        figures = measure(texts, exact, near, args.threshold)
+        if not report.rows:
+            report.gate("exact duplicates, percent that are missed", 100 - figures["exact_percent"], 1)
+            report.gate("near duplicates, percent that are missed", 100 - figures["possible_percent"], 5)
+            report.gate("rows that are joined wrongly", figures["false"], 0)
+        report.add(case, f"{shape} hashes", **figures)
+    report.finish(args.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -109,6 +109,8 @@ SLOW = (
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits[1:]",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits_in_other_modes",
     "unit/test_bench.py::test_one_bench_that_fails_or_hangs_does_not_stop_the_others",
+    "unit/test_describe_servers.py::test_doctor_on_llama_cpp",
+    "unit/test_describe_servers.py::test_transformers_ignores_the_schema_and_rows_are_read_as_plain_text",
     "unit/test_device.py",
     "unit/test_bench.py::test_loader_bench_runs_where_only_our_loader_is",
     "unit/test_bench.py::test_peak_memory_is_that_of_the_call",

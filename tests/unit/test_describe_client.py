@@ -15,7 +15,8 @@ from helpers.fault_server import FaultServer
 from rwkv_clip.describe.client import Client, Limits, ServerRefused, _read_retry_after, complete_url
 from rwkv_clip.describe.gate import LEAST_SEEN, Gate
 
-QUICK = Limits(connect=2, read=0.3, total=1.0, back_off=0.01, stop_after=0)
+QUICK = Limits(back_off=0.01, stop_after=0)
+IMPATIENT = Limits(read=0.3, total=1.0, back_off=0.01, stop_after=0)  # where nothing comes
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "row 1 of dogs"}]}
 
 
@@ -70,7 +71,7 @@ def test_what_is_no_address_is_refused_without_its_password(given):
 @pytest.mark.parametrize("fault", ["500_html", "500_json", "502_html", "429", "reset", "cut_body", "hang", "slow_body"])
 def test_what_may_pass_is_asked_again(fault):
     with FaultServer(first(fault)) as server:
-        answer = ask(server)
+        answer = ask(server, IMPATIENT if fault in ("hang", "slow_body") else QUICK)
     assert (answer.problem, answer.requests, server.requests["row 1"]) == ("", 2, 2)
 
 
@@ -88,7 +89,7 @@ def test_what_may_pass_is_asked_again(fault):
 )
 def test_what_does_not_pass_is_given_up_with_a_reason(fault, problem, requests):
     with FaultServer(first(fault, 9)) as server:
-        answer = ask(server)
+        answer = ask(server, IMPATIENT if fault == "hang" else QUICK)
     assert (answer.problem, answer.lost, answer.requests) == (problem, True, requests)
     assert server.requests["row 1"] == requests
 
@@ -224,6 +225,18 @@ def test_proxies_of_the_environment_are_used_only_when_asked(monkeypatch):
         assert ask(server, Limits(environment=True, back_off=0.01)).problem == "no connection"
 
 
+class Serving(FaultServer):
+    """Answers everything with one body."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    async def _answer(self, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        return await self._send(writer, 200, "application/json", self.body)
+
+
 def test_models_are_listed():
     async def work(address):
         async with opened(address) as client:
@@ -232,6 +245,9 @@ def test_models_are_listed():
     with FaultServer() as server:
         assert asyncio.run(work(server)) == ["tiny"]
     assert asyncio.run(work("http://127.0.0.1:9")) is None
+    for body in (b"{", b"[]", b'{"data": [7]}', b'{"data": {"id": 1}}', b"[" * 100_000, b" " * (2 << 20)):
+        with Serving(body) as server:
+            assert asyncio.run(work(server.url)) is None
 
 
 def test_rows_that_fail_in_a_row_end_the_run():

@@ -19,7 +19,8 @@ from rwkv_clip.describe.tokens import fits
 from rwkv_clip.files import DamagedError
 
 GROUNDED, PAPER = Prompt.load("grounded"), Prompt.load("paper")
-QUICK = Limits(connect=5, read=0.5, total=5, back_off=0.01, stop_after=0)
+QUICK = Limits(back_off=0.01, stop_after=0)
+IMPATIENT = Limits(read=1, back_off=0.01, stop_after=0)  # where servers hang
 # The mix of the acceptance table.
 MIX = {"500_html": 0.05, "500_json": 0.03, "429": 0.02, "hang": 0.02, "cut_json": 0.03, "reset": 0.01}
 MIX |= {"empty": 0.01, "wrong_schema": 0.01}
@@ -92,6 +93,7 @@ def test_an_answer_of_no_use_is_asked_for_again_with_a_hint_then_in_plain_text(f
     assert composed.status == "ok" and composed.attempts == 3
     assert ["response_format" in body for body in bodies] == [True, True, False]
     assert len({body["seed"] for body in bodies}) == 3
+    assert [body["temperature"] for body in bodies] == [0.0, 0.7, 0.7]
     said = [body["messages"][-1]["content"] for body in bodies]
     assert said[1].startswith(said[0]) and ("could not be used" in said[1] or "too long" in said[1])
     assert "without JSON" in said[2]
@@ -190,7 +192,7 @@ def test_a_server_of_many_faults_loses_no_row_and_every_token_is_counted():
     """A2 and A11 of the acceptance table, in small."""
     rows = [row(number) for number in range(400)]
     with FaultServer(MIX) as server:
-        composer = openai(server)
+        composer = openai(server, limits=IMPATIENT)
         found = compose(composer, rows)
     assert sorted(found) == list(range(400))
     statuses = Counter(composed.status for composed in found.values())

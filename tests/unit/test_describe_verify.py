@@ -5,15 +5,35 @@ import random
 import re
 from pathlib import Path
 
-import pytest
-
 from rwkv_clip.describe.sources import Sources, Tag
-from rwkv_clip.describe.verify import choose, judge
+from rwkv_clip.describe.verify import judge
 from rwkv_clip.describe.words import find_numbers, plural
 
 DATA = Path(__file__).parent / "describe"
-PLACES = ["Paris", "Nairobi", "Oslo", "Toronto", "Lake Garda", "Mount Fuji", "Buenos Aires", "Ohio", "Singapore", "Kyoto"]
-PEOPLE = ["Robert", "Sophia", "Mr. Miller", "Angela Brown", "Carlos", "Yuki", "Priya", "Olga Petrova", "Kevin", "Fatima"]
+PLACES = [
+    "Paris",
+    "Nairobi",
+    "Oslo",
+    "Toronto",
+    "Lake Garda",
+    "Mount Fuji",
+    "Buenos Aires",
+    "Ohio",
+    "Singapore",
+    "Kyoto",
+]
+PEOPLE = [
+    "Robert",
+    "Sophia",
+    "Mr. Miller",
+    "Angela Brown",
+    "Carlos",
+    "Yuki",
+    "Priya",
+    "Olga Petrova",
+    "Kevin",
+    "Fatima",
+]
 BRANDS = ["Toyota", "Nike", "Coca-Cola", "Samsung", "IKEA", "Lufthansa", "Heineken", "Canon"]
 WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 9: "nine", 12: "twelve", 20: "twenty"}
 
@@ -22,7 +42,10 @@ def read_rows(name: str) -> list[tuple[Sources, list[str]]]:
     """Sources and texts."""
     rows = [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
     return [
-        (Sources(row["id"], row["raw"], row["caption"], tuple(Tag(tag) for tag in row["tags"]), row["ocr"]), row["texts"])
+        (
+            Sources(row["id"], row["raw"], row["caption"], tuple(Tag(tag) for tag in row["tags"]), row["ocr"]),
+            row["texts"],
+        )
         for row in rows
     ]
 

@@ -10,7 +10,8 @@ from ..client import Client, Limits
 from ..instruct import check_template
 from ..job import Job
 from ..prompt import Prompt
-from ..settings import ComposeSettings, ServerSettings, parse_extra
+from ..settings import CaptionSettings, ComposeSettings, ServerSettings, parse_extra
+from ..vision_captioner import VisionCaptioner
 from .composer import Composer
 from .openai import Asking, OpenAI
 from .replay import Replay
@@ -37,6 +38,17 @@ def make_composer(settings: ComposeSettings) -> Composer:
     return VLLM(prompt, asking)
 
 
+def make_vision_captioner(settings: CaptionSettings) -> VisionCaptioner:
+    """What asks a server for captions."""
+    asking = Asking(
+        settings.caption_model or settings.model or "",
+        revision=settings.revision,
+        max_tokens=settings.caption_tokens,
+        extra=parse_extra(settings.extra_body),
+    )
+    return VisionCaptioner(make_client(settings, settings.caption_url), asking, longest=settings.caption_side)
+
+
 def make_prompt(settings: ComposeSettings) -> Prompt:
     """The prompt, which must be that of the training where the model is a student."""
     prompt = Prompt.load(settings.prompt)
@@ -45,15 +57,15 @@ def make_prompt(settings: ComposeSettings) -> Prompt:
     return prompt.ascii() if settings.ascii else prompt
 
 
-def make_client(settings: ServerSettings) -> Client:
-    """What asks the server. ValueError for an address that is none."""
+def make_client(settings: ServerSettings, url: str | None = None) -> Client:
+    """What asks the server, or the one at `url`. ValueError for an address that is none."""
     limits = Limits(
         concurrency=settings.concurrency,
         read=settings.deadline,
         total=settings.deadline,
         stop_after=settings.stop_after,
     )
-    return Client(settings.base_url or "", find_key(settings.key_variable), limits)
+    return Client(url or settings.base_url or "", find_key(settings.key_variable), limits)
 
 
 def _make_replay(settings: ComposeSettings, prompt: Prompt) -> Replay:

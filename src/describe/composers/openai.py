@@ -20,6 +20,7 @@ from ..sources import Sources
 from .composer import MOST_ANSWER, Composed
 
 VERSION = 1  # raise when the code changes what is asked or taken
+WARMER = 0.7  # least temperature of questions after the first
 PLAIN = 2  # from this step on no schema is asked for
 OURS = ("messages", "model", "stream", "n", "response_format")  # keys of a request that no setting may replace
 
@@ -77,6 +78,10 @@ class Asking:
         what = json.dumps([self.seed, row, self.variant, step]).encode()
         return int.from_bytes(hashlib.sha256(what).digest()[:4], "big") >> 1
 
+    def find_temperature(self, step: int) -> float:
+        """The setting; higher where a row is asked again, since at 0 another seed draws the same words."""
+        return max(self.temperature, WARMER) if step else self.temperature
+
     def messages(self, prompt: Prompt, row: Sources, step: int, reason: str) -> list[dict[str, str]]:
         """What is said at a step: 0 first, 1 after an answer of no use, PLAIN without the schema."""
         return prompt.messages(row, prompt.hint(reason, step >= PLAIN) if step else None)
@@ -98,7 +103,7 @@ class Asking:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
-            "temperature": self.temperature,
+            "temperature": self.find_temperature(step),
             "max_tokens": self.max_tokens,
             "seed": self.find_seed(row, step),
         }
@@ -191,7 +196,7 @@ class OpenAI:
             except BadAnswer as bad:
                 reason = bad.reason
             if not answer.lost:
-                step = min(step + 1, PLAIN)
+                step += 1
             elif reason == "http 500" and step < PLAIN:  # perhaps of the schema
                 step = PLAIN
             else:

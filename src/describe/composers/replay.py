@@ -84,12 +84,12 @@ def _read_record(record: Mapping[str, Any]) -> tuple[str, int | None, Answer]:
     lost = status == "failed" or content is None
     finished = finished if isinstance(finished, str) else ""
     problem = str(why or NONE) if lost else judge_finish(finished)
-    counts = [
+    prompt, completion = (
         value if isinstance(value := record.get(key), int) else None for key in ("prompt_tokens", "completion_tokens")
-    ]
+    )
     attempts = record.get("attempts")
     text = content if isinstance(content, str) else ""
-    answer = Answer(text, finished, problem, *counts, lost=lost, spoke=not lost)
+    answer = Answer(text, finished, problem, prompt, completion, lost=lost, spoke=not lost)
     return row, attempts if isinstance(attempts, int) and attempts > 0 else None, answer
 
 

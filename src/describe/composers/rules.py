@@ -6,6 +6,7 @@ and plain, the text to fall back to where a model fails, and the one that a mode
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..lexicon.tables import tables
 from ..residual_tags import Thing, find_residual
 from ..sources import Sources
 from ..tokens import CONTEXT, fits, trim
-from ..words import content_lemmas, word_set
+from ..words import content_lemmas, find_nouns
 from .composer import Composed
 
 VERSION = 1  # of the rules: another one writes other texts
@@ -40,8 +41,6 @@ THINGS = (
     "{base}; {things} {are} also there.",
 )
 TEMPLATES = tuple(product(PLACES, NAMES, THINGS))
-# All words that the templates bring along. None says anything about a picture.
-NEUTRAL = word_set("with along together as well plus there is are also and a an the")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Rules:
         facts = find_facts(raw, caption) if caption and full else Facts()
         said = content_lemmas(" ".join((base, *facts.names, *facts.places)))
         things, special = find_residual(sources.tags, said, most)
-        if special and full and caption and not facts.names:
+        if special and full and caption and not facts.names and _is_subject(special, caption):
             facts = facts._replace(names=(special.phrase,))
         if not base:
             return self._close(join([thing.phrase for thing in things]) or _last_resort(sources))
@@ -174,6 +173,8 @@ def join(phrases: Sequence[str]) -> str:
 
 def tidy(text: str) -> str:
     """A source as one line of readable text; nothing changes in one that is."""
+    if " ." in text or " ," in text:  # as some data sets write their captions
+        return clean(text).text
     if text.isascii() and text.isprintable() and "<" not in text and "  " not in text and len(text) < 2000:
         return text.strip()
     if "<" not in text and len(text) < 2000:
@@ -200,6 +201,12 @@ def _continue(text: str) -> str:
 def _end(text: str) -> str:
     text = text.rstrip(" ,;:")
     return text if text.endswith((".", "!", "?", "…", '."', "。", "！", "？")) or not text else text + "."
+
+
+def _is_subject(special: Thing, caption: str) -> bool:
+    """Whether the tag is a more special word for the one thing that the caption begins with: a retriever for a dog."""
+    first = next(iter(find_nouns(caption)), "")
+    return first in special.above and re.search(rf"\b{re.escape(first)}\b", caption.lower()) is not None
 
 
 def _last_resort(sources: Sources) -> str:

@@ -4,6 +4,7 @@ WORDNET_FOLDER holds data.noun, index.noun, .. and cntlist.rev (Debian: wordnet-
     nouns.txt      a line per meaning: its nouns TAB line numbers of its more general meanings TAB of what it is part of
     words.txt      a line per class of other words, see CLASSES
     irregular.txt  inflected form and base, by part of speech
+    tags.txt       a vocabulary for zero-shot tagging, a tag per line
 How often a word is used is read from two places: the counts of WordNet's own tagged texts, and the vocabulary of CLIP's
 tokenizer, whose merges were made in the order of how often they came in texts of pictures.
 """
@@ -29,6 +30,7 @@ CONCRETE |= {20: "plant", 27: "substance"}
 TOPS, GROUPS, PLACES = 3, 14, 15  # the nouns of these only where hand.txt names them
 ABOVE = {*CONCRETE, TOPS, GROUPS, PLACES}  # whose meanings may be the more general ones
 PERSON = 18
+TAGGED, TAGGED_RANK = (5, 6, 13, 17, 20), 36000
 SHORT = (5, 6, 13, 20)
 MOST_SENSES = 3
 FEW = 4  # counts up to this say nothing about which meaning is the usual one
@@ -151,18 +153,18 @@ class Builder:
         return counted or self.is_compound(lemma) or self.is_short(lemma)
 
     def is_short(self, lemma: str) -> bool:
-        """Two tokens of CLIP, and a made thing, an animal, food, a plant, or a person by what he does: tricycle, golfer."""
+        """Two tokens of CLIP, and a made thing, an animal, food, a plant, or one who does: tricycle, golfer."""
         file = self.synsets[self.index["noun"][lemma][0]].file
         does = lemma.endswith(("er", "or", "ist", "man")) and any(self.is_part(lemma[:-n]) for n in (1, 2, 3))
         return (file in SHORT or (file == PERSON and does)) and len(self.encode(lemma)) == 2
 
-    def is_compound(self, lemma: str) -> bool:
+    def is_compound(self, lemma: str, most: int = KNOWN) -> bool:
         """Of two common words: surfboard."""
-        return any(self.is_part(lemma[:i]) and self.is_part(lemma[i:]) for i in range(3, len(lemma) - 2))
+        return any(self.is_part(lemma[:i], most) and self.is_part(lemma[i:], most) for i in range(3, len(lemma) - 2))
 
     def is_unlike_its_words(self, lemma: str) -> bool:
-        """Of two words of which one looks up neither: hot dog, but not race car, which is a car. Adjectives and -ing make
-        phrases as often, old man and riding horse, and are left to hand.txt."""
+        """Of two words and no kind of the second: ground ball, but not race car, which is a car. Adjectives and -ing
+        make phrases as often, old man and riding horse, and are left to hand.txt."""
         first, last = lemma.split("_")
         if first in self.index["adj"] or first.endswith("ing") or last not in self.index["noun"]:
             return False
@@ -171,8 +173,8 @@ class Builder:
             above += self.synsets[offset].parents
         return not any(last in self.synsets[offset].words for offset in above)
 
-    def is_part(self, word: str) -> bool:
-        return self.ranks.get(word, KNOWN) < KNOWN and any(word in self.index[p] for p in ("noun", "verb", "adj"))
+    def is_part(self, word: str, most: int = KNOWN) -> bool:
+        return self.ranks.get(word, most) < most and any(word in self.index[p] for p in ("noun", "verb", "adj"))
 
     def concrete_count(self, lemma: str) -> int:
         return sum(n for file, n in self.counts.noun_files.get(lemma, {}).items() if file in CONCRETE)
@@ -197,6 +199,17 @@ class Builder:
                 if senses:
                     chosen[lemma] = senses
         return chosen
+
+    def is_tag(self, lemma: str) -> bool:
+        first = self.index["noun"][lemma][0]
+        spelled = {word for offset in self.index["noun"][lemma] for word in self.synsets[offset].words}
+        is_name = any(word != lemma and word.lower() == lemma for word in spelled)
+        if "_" in lemma or self.synsets[first].file not in TAGGED or not self.is_written_small(first, lemma):
+            return False
+        counted = self.concrete_count(lemma)
+        if (is_name and not counted) or (len(lemma) < 4 and counted < 2):
+            return False
+        return self.ranks.get(lemma, TAGGED_RANK) < TAGGED_RANK or (len(lemma) > 6 and self.is_compound(lemma, 4000))
 
     def other_uses(self, chosen: dict[str, list[str]]) -> dict[str, set[str]]:
         """Of the chosen: those that are more often verbs, more often adjectives, and sometimes verbs."""
@@ -267,6 +280,15 @@ def write_irregular(builder: Builder, chosen: dict[str, list[str]]) -> None:
     write_text("irregular.txt", lines)
 
 
+def write_tags(builder: Builder, chosen: dict[str, list[str]]) -> None:
+    """Of the nouns those that are made things, animals, food, places and plants first of all, common, no verbs or
+    adjectives and no names; and hand.txt's."""
+    other = builder.other_uses(chosen)
+    never = {*builder.hand["not_tags"], *other["verb-first"], *other["adj-first"]}
+    tags = {lemma for lemma in chosen if lemma not in never and builder.is_tag(lemma)}
+    write_text("tags.txt", sorted(tags | set(builder.hand["tags"])))
+
+
 def write_text(name: str, lines: list[str]) -> None:
     write_whole(HERE / name, [("\n".join(lines) + "\n").encode()])
     print(f"{name}: {len(lines)} lines, {(HERE / name).stat().st_size:,} bytes")
@@ -281,6 +303,7 @@ def main() -> None:
     write_nouns(builder, chosen)
     write_words(builder, chosen)
     write_irregular(builder, chosen)
+    write_tags(builder, chosen)
 
 
 if __name__ == "__main__":

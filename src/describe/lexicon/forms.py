@@ -12,11 +12,13 @@ LONGEST = 64  # characters of a word that is looked up; longer ones are themselv
 REMEMBERED = 1 << 16  # words
 
 
-@lru_cache(REMEMBERED)
 def small_form(word: str) -> str:
     """Lower case, typographic apostrophes and hyphens as ASCII, without a possessive 's."""
-    if len(word) > LONGEST:
-        return word
+    return word if len(word) > LONGEST else remember_small(word)
+
+
+@lru_cache(REMEMBERED)
+def remember_small(word: str) -> str:
     small = word.lower().replace("’", "'").replace("‐", "-").replace("‑", "-")
     return small[:-2] if small.endswith("'s") and len(small) > 2 else small
 
@@ -28,11 +30,15 @@ class Form(NamedTuple):
     kind: str
 
 
-@lru_cache(REMEMBERED)
 def form(small: str) -> Form:
     """Of a word in small form."""
+    return Form(small, "base") if len(small) > LONGEST else remember_form(small)
+
+
+@lru_cache(REMEMBERED)
+def remember_form(small: str) -> Form:
     known = tables()
-    if len(small) > LONGEST or small in known.function:
+    if small in known.function:
         return Form(small, "base")
     if small in known.plurals:
         return Form(small, "base")
@@ -123,9 +129,13 @@ def is_known(small: str) -> bool:
     )
 
 
-@lru_cache(REMEMBERED)
 def is_common(small: str) -> bool:
     """Whether a word or what it comes from is in the lexicon: paddleboarders, teal-painted."""
+    return len(small) <= LONGEST and remember_common(small)
+
+
+@lru_cache(REMEMBERED)
+def remember_common(small: str) -> bool:
     found = form(small)
     if is_known(small) or (found.lemma != small and is_known(found.lemma)):
         return True

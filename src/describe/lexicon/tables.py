@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LINES = ("synonyms", "near", "supported_by", "kinds", "idioms")  # sections of hand.txt whose entries may have blanks
+LINES = ("synonyms", "near", "supported_by", "kinds")  # sections of hand.txt whose lines are read whole
+PHRASES = ("idioms", "tags")  # .. and those of words between commas, which may have blanks
 
 
 def read_lines(name: str) -> list[str]:
@@ -19,7 +20,7 @@ def read_classes(name: str) -> dict[str, list[str]]:
 
 
 def read_hand() -> dict[str, list[str]]:
-    """hand.txt: [section], then words between blanks, # comments; of those in LINES whole lines."""
+    """hand.txt: [section], then words between blanks, or as LINES and PHRASES say; # comments."""
     sections: dict[str, list[str]] = {}
     name = ""
     for line in read_lines("hand.txt"):
@@ -28,7 +29,10 @@ def read_hand() -> dict[str, list[str]]:
             name = line.strip("[]")
             sections[name] = []
         elif line:
-            sections[name] += line.split() if name not in LINES else line.split(", ") if name == "idioms" else [line]
+            if name in PHRASES:
+                sections[name] += line.split(", ")
+            else:
+                sections[name] += [line] if name in LINES else line.split()
     return sections
 
 
@@ -60,7 +64,8 @@ class Tables:
         self.plurals = frozenset(hand["plurals"])
         self.before_nouns, self.idioms = frozenset(hand["before_nouns"]), frozenset(hand["idioms"])
         self.postures, self.persons = frozenset(hand["postures"]), frozenset(hand["persons"])
-        self.capitals, self.foreign = frozenset(hand["capitals"]), frozenset(hand["foreign"])
+        self.capitals = frozenset(hand["capitals"])
+        self.only_foreign = frozenset(hand["foreign"]) - self.function
         self.numbers, self.implied = read_pairs(hand["numbers"]), read_pairs(hand["implied_numbers"])
         self.abbreviations = read_pairs(hand["abbreviations"])
         for word, kind in (line.split(", ") for line in hand["kinds"]):

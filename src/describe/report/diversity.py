@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..dedup import mix_bits
 
-MOST_KEPT = 1 << 20  # hashes of one kind: up to as many are counted exactly, beyond to about 0.1 %
+MOST_KEPT = 1 << 19  # hashes of one kind: up to as many are counted exactly, beyond to about 0.2 %
 MOST_WORDS = 1 << 16  # words of which it is known in how many rows they are
 BATCH = 1 << 16  # words that are gathered before they are hashed together
 RARE = 3  # rows, at most, that have a rare word
@@ -28,11 +28,19 @@ class Distinct:
         self.most = most or MOST_KEPT
         self.level = 0
         self.kept = np.empty(0, np.uint64)
+        self._waiting: list[NDArray[np.uint64]] = []  # merged when they are as many as the kept ones: few sorts
+        self._number = 0
 
     def add(self, values: NDArray[np.uint64]) -> None:
         """Mixed 64-bit hashes, (n,)."""
-        new = np.unique(self._sample(values))
-        self.kept = np.union1d(self.kept, new)
+        self._waiting.append(np.unique(self._sample(values)))
+        self._number += len(self._waiting[-1])
+        if self._number >= len(self.kept):
+            self._merge()
+
+    def _merge(self) -> None:
+        self.kept = np.unique(np.concatenate([self.kept, *self._waiting]))
+        self._waiting, self._number = [], 0
         while len(self.kept) > self.most:
             self.level += 1
             self.kept = self._sample(self.kept)
@@ -42,6 +50,7 @@ class Distinct:
 
     def count(self) -> int:
         """Exact while the level is 0."""
+        self._merge()
         return len(self.kept) << self.level
 
 

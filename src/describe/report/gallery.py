@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -16,18 +16,46 @@ from .numbers import plain
 SIDE, QUALITY = 224, 80  # pixels of a thumbnail's longer side, of its JPEG
 OPEN = 10  # rows that are shown at once; the others are folded
 Pictures = Callable[[dict[str, Any]], bytes | None]
+Thumbnail = tuple[int, int, bytes] | str  # width, height, JPEG; or why there is none
+Thumbnails = dict[tuple[Any, Any], Thumbnail]  # by number and id of the row
+NAMELESS = "the row names no picture"
 
 
-def draw_rows(rows: Sequence[dict[str, Any]], pictures: Pictures) -> str:
+def read_thumbnails(rows: Iterable[dict[str, Any]], pictures: Pictures) -> Thumbnails:
+    """Thumbnails of rows (of `numbers.cut_row`), in the order of their source: what came with it is read in one pass."""
+    found: Thumbnails = {}
+    for row in sorted(rows, key=lambda row: row.get("row") or 0):
+        if (key := _key(row)) not in found:
+            found[key] = _read_thumbnail(row, pictures)
+    return found
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row.get("row"), row.get("id")
+
+
+def _read_thumbnail(row: dict[str, Any], pictures: Pictures) -> Thumbnail:
+    if not row.get("image") and "row" not in row:
+        return NAMELESS
+    try:
+        data = pictures(row)
+        if data is None:
+            return "not found" if row.get("image") else NAMELESS
+        return shrink(data)
+    except (OSError, ValueError) as error:
+        return plain(str(error).removeprefix("image: "), 160)
+
+
+def draw_rows(rows: Sequence[dict[str, Any]], thumbnails: Thumbnails) -> str:
     """HTML of rows (of `numbers.cut_row`), the first OPEN of them unfolded."""
-    cards = [_draw_row(row, pictures) for row in rows]
+    cards = [_draw_row(row, thumbnails) for row in rows]
     if len(cards) <= OPEN:
         return "".join(cards) or '<div class="empty">None.</div>'
     folded = f"<details><summary>{len(cards) - OPEN} more rows</summary>{''.join(cards[OPEN:])}</details>"
     return "".join(cards[:OPEN]) + folded
 
 
-def _draw_row(row: dict[str, Any], pictures: Pictures) -> str:
+def _draw_row(row: dict[str, Any], thumbnails: Thumbnails) -> str:
     refused = row.get("composed") and row.get("composed") != row.get("generated")
     marked = [*row.get("unsupported", ()), *row.get("new_numbers", ()), *row.get("new_names", ())]
     texts = [
@@ -37,10 +65,9 @@ def _draw_row(row: dict[str, Any], pictures: Pictures) -> str:
     ]
     parts = [_about(row), f'<div class="texts">{"".join(texts)}</div>']
     if refused:
-        parts.append(
-            f'<div class="refused"><small>Written by {user(row.get("composer") or "the composer")}, not taken:</small> '
-            f"{_highlight(row['composed'], marked)}</div>"
-        )
+        who = user(plain(row.get("composer") or "the composer", 80))
+        text = _highlight(row["composed"], marked)
+        parts.append(f'<div class="refused"><small>Written by {who}, not taken:</small> {text}</div>')
     chips = [("bad", f"rejected: {reason}") for reason in row.get("rejects", ())]
     known = " ".join(row.get("rejects", ()))
     chips += [("bad", f"not in the sources: {word}") for word in row.get("unsupported", ()) if word not in known]
@@ -50,19 +77,19 @@ def _draw_row(row: dict[str, Any], pictures: Pictures) -> str:
     chips += [("", tag) for tag in row.get("tags", ())]
     if chips:
         parts.append('<div class="tags">' + "".join(_chip(kind, text) for kind, text in chips) + "</div>")
-    return f'<article class="row"><div>{_picture(row, pictures)}</div><div>{"".join(parts)}</div></article>'
+    return f'<article class="row"><div>{_draw_thumbnail(row, thumbnails[_key(row)])}</div><div>{"".join(parts)}</div></article>'
 
 
 def _about(row: dict[str, Any]) -> str:
     parts = [f'<span class="id user">{escape(plain(row.get("id"), 80))}</span>']
     if row.get("engine"):
-        parts.append(f"<span>text by {user(row['engine'])}</span>")
+        parts.append(f"<span>text by {user(plain(row['engine'], 80))}</span>")
     if row.get("unsupported_rate") is not None:
         parts.append(f"<span>unsupported nouns {100 * row['unsupported_rate']:.0f} %</span>")
     if row.get("duplicate_of") or row.get("near_duplicate_of"):
-        parts.append(f"<span>repeats {user(row.get('duplicate_of') or row.get('near_duplicate_of'))}</span>")
+        parts.append(f"<span>repeats {user(plain(row.get('duplicate_of') or row.get('near_duplicate_of'), 80))}</span>")
     if row.get("keep") is False:
-        parts.append(f"<span>dropped: {user(row.get('drop_reason') or 'no reason given')}</span>")
+        parts.append(f"<span>dropped: {user(plain(row.get('drop_reason') or 'no reason given', 80))}</span>")
     return f'<div class="about">{"".join(parts)}</div>'
 
 
@@ -99,21 +126,14 @@ def user(text: object) -> str:
     return f'<span class="user" dir="auto">{escape(str(text))}</span>'
 
 
-def _picture(row: dict[str, Any], pictures: Pictures) -> str:
+def _draw_thumbnail(row: dict[str, Any], thumbnail: Thumbnail) -> str:
     """A thumbnail, or a grey box that says why there is none."""
-    if not row.get("image"):
-        return '<div class="none">the row names no picture</div>'
-    try:
-        data = pictures(row)
-        if data is None:
-            raise ValueError("not found")
-        content = shrink(data)
-    except (OSError, ValueError) as error:
-        why = plain(str(error).removeprefix("image: "), 160)
-        return f'<div class="none"><span dir="auto">{escape(plain(row["image"], 80))}: {escape(why)}</span></div>'
-    width, height, encoded = content
+    if isinstance(thumbnail, str):
+        name = f"{plain(row['image'], 80)}: " if row.get("image") else ""
+        return f'<div class="none"><span dir="auto">{escape(name)}{escape(thumbnail)}</span></div>'
+    width, height, encoded = thumbnail
     data = base64.b64encode(encoded).decode("ascii")
-    name = escape(plain(row["image"], 80))
+    name = escape(plain(row.get("image") or row.get("id"), 80))
     return f'<img width="{width}" height="{height}" loading="lazy" alt="{name}" src="data:image/jpeg;base64,{data}">'
 
 

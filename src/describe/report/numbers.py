@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,9 +20,11 @@ SAMPLES = 50  # random rows, and as many of the worst
 GROUPS, EXAMPLES = 12, 3  # of duplicates that are shown, texts of each
 MOST_COUNTED = 1 << 16  # different phrases, reasons or groups that are counted at a time
 MOST_TEXT, MOST_LIST = 700, 16  # characters of a text, entries of a list that are kept of a row to show
-MOST_NAME = 200  # characters of a name, reason or id that is counted
+MOST_NAME, MOST_PATH = 200, 4096  # characters of a name, reason or id that is counted; of a picture's name
 MOST_TOKENS, MOST_TAGS = 512, 200  # as which more are counted
 CLIP_BIN, RATE_BINS = 200, 10  # bins for each 1 of a CLIP score, and of a rate
+_MARK = "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]"
+_MARKS = re.compile(f"({_MARK}{{4}}){_MARK}+")  # on one letter: they would be drawn over other lines
 SHOWN = (
     *("id", "image", "raw", "clean", "caption", "composed", "generated", "engine", "composer", "ocr", "tag_source"),
     *("rejects", "unsupported", "new_numbers", "new_names", "lost_facts", "flags", "tags", "compose_reason"),
@@ -316,7 +319,7 @@ def plain(text: object, most: int = MOST_TEXT) -> str:
     whole = "" if text is None else str(text)
     part = whole[:most]
     if not (part.isascii() and part.isprintable()):
-        part = "".join(map(_shown, part))
+        part = _MARKS.sub(r"\1", "".join(map(_shown, part)))
     return part if len(whole) <= most else f"{part}.. ({len(whole):,} characters)"
 
 
@@ -329,9 +332,10 @@ def _shown(character: str) -> str:
 
 
 def cut_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that are shown, bounded; `id`, `row` and `image` as they are, so that the picture is found."""
-    names = {column: row[column] for column in ("id", "row", "image") if row.get(column) is not None}
-    return {column: _cut(row[column]) for column in SHOWN if row.get(column) is not None} | names
+    """The columns of a row that are shown, bounded; the names of row and picture as they are, so that it is found."""
+    shown = {column: _cut(row[column]) for column in SHOWN if row.get(column) is not None}
+    names = {name: row[name] for name in ("id", "image") if name in shown and len(str(row[name])) <= MOST_PATH}
+    return shown | names | ({"row": row["row"]} if isinstance(row.get("row"), int) else {})
 
 
 def _cut(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .gallery import Pictures, draw_rows, user
+from .gallery import Thumbnails, draw_rows, user
 from .numbers import CONTEXT, SAMPLES, TEXTS, plain
 from .plots import Curve, draw_bars, draw_curves
 from .style import STYLE
@@ -29,7 +29,7 @@ Results = Mapping[str, Any]
 
 
 def draw_page(
-    results: Results, worst: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]], pictures: Pictures
+    results: Results, worst: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]], thumbnails: Thumbnails
 ) -> Iterator[bytes]:
     """The page in pieces. results: the content of report.json; worst, random: rows to show (of `cut_row`)."""
     title = plain(results["about"].get("title") or "Descriptions", 160)
@@ -55,7 +55,7 @@ def draw_page(
     }
     for name, rows in (("worst", worst), ("random", random)):
         yield f'<h2 id="{name}">{SECTIONS[name]}</h2>\n<p class="why">{why[name]}</p>\n'.encode()
-        yield draw_rows(rows, pictures).encode()
+        yield draw_rows(rows, thumbnails).encode()
     yield f'<h2 id="settings">{SECTIONS["settings"]}</h2>\n{_draw_settings(results)}\n</body></html>\n'.encode()
 
 
@@ -164,7 +164,7 @@ def _draw_account(results: Results) -> str:
     dropped = sum(rows["dropped"].values())
     title = f"{rows['kept']:,} of {rows['in']:,} rows are kept, {dropped:,} dropped"
     if rows["in"] and rows["undecided"] == rows["in"]:
-        title = f"{rows['in']:,} rows, none of them selected or dropped yet"
+        title = f"Rows in: {rows['in']:,}, none selected or dropped yet"
     account = _card(title, "Every row is in exactly one line.", _table(["", "rows", "share"], table, last_is_sum=True))
     engines, written = results["engines"], sum(results["engines"].values())
     top = next(iter(engines.items()), None)
@@ -186,7 +186,7 @@ def _draw_texts(results: Results) -> str:
     if generated:
         over = f"{percent(generated['over'], generated['rows'])} have" if generated["over"] else "none has"
         title = f"Half of the generated texts have up to {generated['median']} tokens; {over} more than {CONTEXT}"
-    why = f"CLIP tokens, start and end included, in bins of 3. What is right of {CONTEXT} is cut off in training."
+    why = f"CLIP tokens, start and end included, in bins of 3. What lies right of {CONTEXT} is cut off in training."
     plot = draw_curves(curves, "tokens", "share of texts", title, steps=True, line=(CONTEXT, f"context {CONTEXT}"))
     lengths = _card(title, why, _legend(list(tokens)) + plot if tokens else _empty("not measured"))
     present = [text for text in TEXTS if words[text]["texts"]]
@@ -245,11 +245,11 @@ def _draw_tags(results: Results) -> str:
     counts = {int(number): n for number, n in tags["per_image"].items()}
     mean = sum(number * n for number, n in counts.items()) / tags["rows"]
     title = f"A picture has {mean:.1f} tags; {percent(counts.get(0, 0), tags['rows'])} have none"
-    sources = ", ".join(f"{user(plain(name, 60))} ({n:,})" for name, n in tags["sources"].items())
+    sources = ", ".join(f"{user(plain(name, 60))} ({n:,})" for name, n in [*tags["sources"].items()][:5])
     last = min(max(counts), 40)
-    bars = [(number, counts.get(number, 0) / tags["rows"]) for number in range(last)]
-    bars.append((last, sum(n for number, n in counts.items() if number >= last) / tags["rows"]))
-    plot = draw_bars(bars, "tags" + (f" ({last}: or more)" if max(counts) > last else ""), "share of pictures", title)
+    shares = [(number, counts.get(number, 0) / tags["rows"]) for number in range(last)]
+    shares.append((last, sum(n for number, n in counts.items() if number >= last) / tags["rows"]))
+    plot = draw_bars(shares, "tags" + (f" ({last}: or more)" if max(counts) > last else ""), "share of pictures", title)
     per_image = _card(title, f"Tags by source: {sources}.", plot)
     coverage = tags["coverage"]
     bars = [
@@ -283,7 +283,9 @@ def _draw_support(results: Results) -> str:
     head = ["composer", "texts", "of nouns", "texts with any", "spread"]
     support = _card(title, why, _table(head, lines) if lines else _empty("not measured"))
     rejected, rows = results["rejected_rows"], results["rows"]["in"]
-    title = f"In {percent(rejected, rows)} of the rows the composed text is rejected" if rows else "There are no rows"
+    title = "No composed text is rejected"
+    if rejected:
+        title = f"In {percent(rejected, rows)} of the rows the composed text is rejected"
     why = "Why a composed text was not taken; a text may have several reasons. Another text takes its place."
     content = _counted(results["rejects"], rows, "bad") if results["rejects"] else _empty("none is rejected")
     languages = results["languages"]
@@ -297,7 +299,7 @@ def _draw_clip(results: Results) -> str:
     clip = results["clip"]
     if not clip:
         return _empty("CLIP scores were not measured: no checkpoint was given.")
-    curves, bars = [], []
+    curves = []
     scores = {text: {float(s): n for s, n in c["histogram"].items()} for text, c in clip["texts"].items()}
     low = min(min(found) for found in scores.values())
     high = max(max(found) for found in scores.values())
@@ -309,7 +311,6 @@ def _draw_clip(results: Results) -> str:
             shares[int((score - low) / width + 1e-6)] = shares.get(int((score - low) / width + 1e-6), 0) + n / rows
         bins = [(low + place * width, shares.get(place, 0.0)) for place in range(int((high - low) / width) + 2)]
         curves.append(Curve(NAMES[text], text, bins))
-        bars.append((NAMES[text], clip["texts"][text]["mean"] / max(high, 1e-9), "", text))
     means = {text: c["mean"] for text, c in clip["texts"].items()}
     title = ", ".join(f"{NAMES[text].lower()} {mean:.3f}" for text, mean in means.items())
     plot = _legend(list(scores)) + draw_curves(curves, "cosine", "share of texts", title, steps=True)
@@ -318,7 +319,7 @@ def _draw_clip(results: Results) -> str:
     title = (
         "No row has scores of both texts"
         if share is None
-        else f"{percent(share, 1)} of the generated texts score higher"
+        else f"{percent(share, 1)} of the generated texts score higher than the raw one"
     )
     why = f"Share of the {clip['pairs']:,} rows whose generated text matches its picture better than the raw text does."
     table = [[NAMES[text], f"{c['rows']:,}", f"{c['mean']:.4f}"] for text, c in clip["texts"].items()]
@@ -328,6 +329,8 @@ def _draw_clip(results: Results) -> str:
 def _draw_repeats(results: Results) -> str:
     found, rows = results["duplicates"], max(1, results["rows"]["in"])
     title = f"{found['exact']:,} texts repeat an earlier one word for word, {found['near']:,} almost"
+    if not found["exact"] + found["near"]:
+        title = "No text repeats an earlier one"
     lines = []
     for group in found["groups"]:
         texts = "<br>".join(user(text) for text in group.get("texts", ()))
@@ -340,6 +343,8 @@ def _draw_repeats(results: Results) -> str:
     repeats = _card(title, why, content)
     openings = results["openings"]
     title = f"{percent(openings['share_of_top'], 1)} of the texts begin in one of {SAMPLES} ways"
+    if openings["different"] <= SAMPLES:
+        title = f"Different openings of texts: {openings['different']}"
     why = f"The first four words; {openings['different']:,}{'' if openings['exact'] else ' or more'} different ones."
     texts = max(1, results["words"]["generated"]["texts"])
     content = (

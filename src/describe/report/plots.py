@@ -8,7 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 520, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 20, 44  # margins of the plotted area
+LEFT, RIGHT, TOP, BOTTOM = 58, 20, 20, 44  # margins of the plotted area
 
 
 class Curve(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from rwkv_clip.files import write_json, write_whole
 
 from .costs import cost_of, count_stages, scale_up
-from .gallery import Pictures
+from .gallery import Pictures, read_thumbnails
 from .numbers import count, find_examples, plain
 from .page import draw_page
 
@@ -30,8 +30,8 @@ def write_report(
         stages    {stage: {rows, seconds, failed, prompt_tokens, completion_tokens}}, in their order
         prices    {prompt, completion: for a million tokens, currency: "USD"}; None: no cost is shown
 
-    pictures: the encoded picture of a row, None where there is none; its OSError or ValueError is shown in the place of
-    the picture. Memory does not grow with the rows. OSError when a file cannot be written.
+    pictures: the encoded picture of a row, asked for in the order of `row`, its number in the source; None where there
+    is none; its OSError or ValueError is shown in the place of the picture. Memory does not grow with the rows. OSError when a file cannot be written.
     """
     numbers = count(rows())
     results = numbers.results()
@@ -49,7 +49,7 @@ def write_report(
         results[name] = [plain(row.get("id"), 200) for row in chosen]
     page = folder / "report.html"
     write_json(folder / "report.json", {"report": REPORT, **results})
-    write_whole(page, draw_page(results, worst, random, pictures))
+    write_whole(page, draw_page(results, worst, random, read_thumbnails([*worst, *random], pictures)))
     return page
 
 
