@@ -98,8 +98,7 @@ def make_tag_task(settings: Any) -> Task:
 
         tagger, pictures = Tagger.load(settings), Pictures(settings)
         job = Job(settings.output)
-        saved = job.folder / "tags" / "calibration.json"
-        tagger.calibrate(pictures.read(_take(job, settings.background)), saved)
+        tagger.calibrate(pictures.read(_take(job, settings.background)), job.folder / "tagger")
         decides |= tagger.decides
         ask = partial(_tag, tagger, pictures)
     elif settings.tagger == "text":

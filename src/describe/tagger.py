@@ -8,6 +8,7 @@ the names whose z-score is high. The calibration is kept with the job, so that a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -91,19 +92,15 @@ class Tagger:
         names = read_names(settings.tag_list)
         return cls(Towers.load(settings), names, settings)
 
-    def calibrate(self, pictures: Iterable[Found], saved: Path) -> Calibration:
-        """Take the calibration from the file `saved`, or make it of the first pictures and write it there.
+    def calibrate(self, pictures: Iterable[Found], folder: Path) -> Calibration:
+        """Take the calibration for these settings from the folder, or make it of the first pictures and keep it there.
 
-        ValueError where the file was made with other settings or of another list, or where pictures are too few.
+        ValueError where pictures are too few, DamagedError for a file that holds no calibration.
         """
+        digest = hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()
+        saved = folder / f"calibration-{digest[:12]}.json"
         if saved.exists():
-            self._known = _load(saved)
-            for key, value in self.decides.items():
-                if (was := self._known.about.get(key)) != value:
-                    raise ValueError(
-                        f"{key}: the tags of this job were calibrated with {was}, now it is {value}; go back to it, or "
-                        f"begin the tags anew (remove {saved} and the parts beside it)"
-                    )
+            self._known = _load(saved, len(self.names))
             return self._known
         chosen, parts = islice(pictures, self.settings.background), []
         while chunk := list(islice(chosen, CHUNK)):
@@ -173,13 +170,15 @@ def _save(path: Path, known: Calibration) -> None:
     write_json(path, lists)
 
 
-def _load(path: Path) -> Calibration:
+def _load(path: Path, count: int) -> Calibration:
     content = parse_json(read_bytes(path, MOST_SAVED), str(path))
     try:
         arrays = [np.array(content[name], np.float64) for name in ("mean", "std", "share")]
         about = content["about"]
-        if len({array.shape for array in arrays}) > 1 or arrays[0].ndim != 1 or not isinstance(about, dict):
+        if any(array.shape != (count,) for array in arrays) or not isinstance(about, dict):
             raise ValueError("shapes")
     except (KeyError, TypeError, ValueError):
-        raise DamagedError(f"{path}: not a calibration of tags; remove it and the parts beside it") from None
+        raise DamagedError(
+            f"{path}: not a calibration of tags; remove it, and the same command makes it anew"
+        ) from None
     return Calibration(about, *arrays)

@@ -53,6 +53,7 @@ class TransformersCaptioner:
             **({"revision": settings.captioner_revision} if settings.captioner_revision else {}),
         }
         device = choose_device(settings.device)
+        transformers.utils.logging.disable_progress_bar()  # loading takes seconds
         try:
             processor = transformers.AutoProcessor.from_pretrained(name, **common)
             model = transformers.AutoModelForImageTextToText.from_pretrained(

@@ -54,7 +54,9 @@ def blip(tmp_path_factory):
 
 
 def load(folder, **changes) -> TransformersCaptioner:
-    return TransformersCaptioner.load(parse(CaptionerSettings, {"captioner": str(folder), "device": "cpu", **changes}))
+    return TransformersCaptioner.load(
+        parse(CaptionerSettings, {"caption_model": str(folder), "device": "cpu", **changes})
+    )
 
 
 def end_sentences(captioner: TransformersCaptioner) -> None:
@@ -107,7 +109,7 @@ def test_what_decides_is_named(blip, tmp_path):
 @pytest.mark.parametrize("name", ["no-such/model", "/no/such/folder"])
 def test_nothing_is_fetched_unless_allowed(name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
-    with pytest.raises(ValueError, match=r"captioner: .*--download"):
+    with pytest.raises(ValueError, match=r"caption_model: .*--download"):
         load(name)
 
 
@@ -134,7 +136,7 @@ def test_pickled_weights_and_code_are_refused(blip, tmp_path):
 
 
 def test_a_model_is_asked_for():
-    with pytest.raises(ValueError, match="captioner: not set"):
+    with pytest.raises(ValueError, match="caption_model: not set"):
         TransformersCaptioner.load(CaptionerSettings())
 
 
