@@ -95,6 +95,13 @@ def test_captions_do_not_depend_on_the_batch(blip):
     assert captioner.caption([]) == []
 
 
+def test_a_prompt_begins_the_caption(blip):
+    captioner = load(blip, caption_tokens=6, captioner_prompt="a dog")
+    end_sentences(captioner)
+    captions = [result["caption"] for result in captioner.caption(PICTURES)]
+    assert all(caption.startswith("a dog ") for caption in captions), captions
+
+
 def test_a_caption_that_is_cut_counts_as_none(blip):
     results = load(blip, caption_tokens=4).caption(PICTURES[:2])
     assert {result["caption_reason"] for result in results} == {"cut at 4 tokens"}
