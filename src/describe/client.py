@@ -46,7 +46,8 @@ class Limits:
     """concurrency: requests at once at most. Seconds to connect, between two pieces of an answer, and of a request in
     all. most_bytes: of an answer. tries: requests for one question. back_off: seconds before the second, doubled for
     each further one, times a random factor from 0.5 to 1 that `seed` decides. stop_after: rows that fail in a row end
-    the run, 0 for never. environment: whether proxies and .netrc of the environment are used."""
+    the run, as do ten times as many whose answers were of no use; 0 for never. environment: whether proxies and .netrc
+    of the environment are used."""
 
     concurrency: int = 64
     connect: float = 10.0
@@ -106,7 +107,7 @@ class Client:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._not_before = 0.0  # on the clock of the event loop: when a server that asked for time may be asked again
-        self._failures = 0
+        self._rows = self._failures = 0  # in a row; ten failures for one row
 
     def __repr__(self) -> str:
         return f"Client({self.url!r})"
@@ -143,12 +144,13 @@ class Client:
         except (ValueError, KeyError, TypeError, RecursionError, _TooLarge):
             return None
 
-    def count_row(self, failure: str = "") -> None:
-        """Say how a row ended: "" or why it failed. ServerRefused after `stop_after` failures, none but failures."""
-        self._failures = self._failures + 1 if failure else 0
-        if failure and self._failures == self.limits.stop_after:
+    def count_row(self, failure: str = "", rejected: bool = False) -> None:
+        """Say how a row ended: "" or why there is no text; rejected: there was an answer of no use, which counts for a
+        tenth. ServerRefused after `stop_after` rows, none of which got a text."""
+        self._rows, self._failures = (self._rows + 1, self._failures + (1 if rejected else 10)) if failure else (0, 0)
+        if self._failures >= 10 * self.limits.stop_after > 0:
             raise ServerRefused(
-                f"{self.url}: {self._failures} rows in a row failed, the last with: {failure}; "
+                f"{self.url}: {self._rows} rows in a row got no text, the last: {failure}; "
                 "check the server (doctor tells what it can do) and start again: what is finished is kept"
             )
 

@@ -27,13 +27,13 @@ from .settings import (
     JobSettings,
     PriceSettings,
     ServerSettings,
+    TaggerSettings,
     TagSettings,
     TextSettings,
     VerifySettings,
     parse_extra,
 )
 from .status import describe_status
-from .tagger import TaggerSettings
 
 
 class Tables:

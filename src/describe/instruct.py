@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rwkv_clip.checkpoint import hash_file
 from rwkv_clip.config import load_json, ranged, to_dict
-from rwkv_clip.files import write_json, write_whole
+from rwkv_clip.files import hash_file, write_json, write_whole
 
 from .select import Selection
 from .sources import Sources, find_sources

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from torch.nn.functional import normalize
 
-from rwkv_clip.config import ranged
 from rwkv_clip.files import DamagedError, parse_json, read_bytes, write_json
 
 from .pictures import Found
-from .towers import CheckpointSettings, Towers
+from .settings import TaggerSettings
+from .towers import Towers
 from .words import article
 
 COLUMNS = {"tags": "str list", "tag_scores": "float list", "tag_source": "str", "tag_status": "str"}
@@ -34,23 +34,6 @@ CHUNK = 256  # pictures at a time
 MOST_LIST, MOST_NAMES, MOST_NAME = 1 << 24, 100_000, 100
 MOST_SAVED = 1 << 27
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaggerSettings(CheckpointSettings):
-    """Which names a picture gets."""
-
-    tag_list: str | None = None
-    """Text file of names, one a line; default: the list that is shipped."""
-    background: int = ranged(2000, minimum=LEAST)
-    """First pictures of the job, over which names are calibrated."""
-    min_z: float = ranged(2.5, above=0)
-    """Standard deviations by which a name has to fit better than it does on average."""
-    most_tags: int = ranged(12, minimum=1)
-    """Most tags of a picture, best first."""
-    max_share: float = ranged(0.2, above=0, maximum=1)
-    """Names that reach `min_z` on a larger fraction of the background are left out. By Cantelli's inequality that is at
-    most 1 / (1 + min_z²), so it matters only below a `min_z` of 2."""
 
 
 @dataclass(frozen=True)

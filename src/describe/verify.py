@@ -50,10 +50,12 @@ INJECTION = re.compile(
 )
 # Without one of these no pattern above matches: most texts have none, and the patterns are slow.
 MARKS = re.compile(r"[<\[`{:]|www|https?")
-TRIGGERS = """ai language detection det syn raw caption captions description descriptions text sentence sentences
-summary tag tags provided given information input source sources sure certainly course okay absolutely merged combined rewrote
-rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore disregard forget
-prompt instructions alt not think i'm won't don't"""
+TRIGGERS = """
+ai language detection det syn raw caption captions description descriptions text sentence sentences summary
+tag tags provided given information input source sources sure certainly course okay absolutely merged combined
+rewrote rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore
+disregard forget prompt instructions alt not think i'm won't don't
+"""
 WORDS = re.compile(r"[a-z']+")
 
 
@@ -102,11 +104,14 @@ def judge(
     facts = Facts(sources)
     numbers = tuple(dict.fromkeys(n for n in find_numbers(text) if n not in facts.numbers))
     names: tuple[str, ...] = ()
+    named: set[str] = set()  # words of names that the sources have: the Gate of the Golden Gate is no gate
     nouns: list[str] = []
     if spoken != "other":
-        names = tuple(dict.fromkeys(name for name in find_names(text) if not facts.hold_name(name)))
+        held = {name: facts.hold_name(name) for name in find_names(text)}
+        names = tuple(name for name in held if not held[name])
+        named = {lemma(word) for name in held if held[name] for word in words_in(name)}
         nouns = find_nouns(text)
-    unsupported = tuple(noun for noun in nouns if not facts.support.holds(noun))
+    unsupported = tuple(noun for noun in nouns if not facts.support.holds(noun) and noun not in named)
     rate = len(unsupported) / len(nouns) if nouns else None
     rejects += [
         f"{what}: {', '.join(new[:MOST_SHOWN])}" for what, new in (("numbers", numbers), ("names", names)) if new

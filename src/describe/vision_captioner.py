@@ -68,7 +68,7 @@ class VisionCaptioner:
         except ImageError as error:
             return Composed(status="failed", reason=error.reason, attempts=0)
         composed = await self._ask(row, address)
-        self.client.count_row(composed.reason if composed.status == "failed" else "")
+        self.client.count_row(composed.reason, rejected=composed.status == "rejected")
         return composed
 
     async def _ask(self, row: str, address: str) -> Composed:

@@ -115,6 +115,15 @@ def test_deadline_of_the_whole_answer():
         assert ask(server, Limits(read=0.5, total=0.4, back_off=0.01), tries=1).problem == "timeout"
 
 
+def test_deadline_between_two_pieces_of_an_answer():
+    async def work():
+        async with opened(server, Limits(read=0.3, total=600)) as client:
+            return await asyncio.wait_for(client.chat(BODY, 1), 60)
+
+    with FaultServer(first("hang")) as server:
+        assert asyncio.run(work()).problem == "timeout"
+
+
 def test_nobody_listens():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -148,8 +157,9 @@ def test_all_wait_for_a_server_that_asks_for_time():
             await asyncio.sleep(0.1)
             begun = asyncio.get_running_loop().time()
             await client.chat({"messages": [{"content": "row 2"}]})
+            waited = asyncio.get_running_loop().time() - begun
             await told
-            return asyncio.get_running_loop().time() - begun
+            return waited
 
     with FaultServer(lambda row, before: "429" if (row, before) == ("row 1", 0) else None, retry_after="1") as server:
         assert asyncio.run(work(server)) > 0.6
@@ -254,8 +264,13 @@ def test_rows_that_fail_in_a_row_end_the_run():
     client = Client("http://host", limits=Limits(stop_after=3))
     for failure in ("http 500", "http 500", "", "timeout", "timeout"):
         client.count_row(failure)
-    with pytest.raises(ServerRefused, match=r"http://host/v1: 3 rows in a row failed, the last with: reset; .*doctor"):
+    with pytest.raises(ServerRefused, match=r"http://host/v1: 3 rows in a row got no text, the last: reset; .*doctor"):
         client.count_row("reset")
+    client = Client("http://host", limits=Limits(stop_after=3))
+    for _ in range(29):
+        client.count_row("not JSON", rejected=True)
+    with pytest.raises(ServerRefused, match=r"30 rows in a row got no text, the last: not JSON"):
+        client.count_row("not JSON", rejected=True)
     endless = Client("http://host", limits=Limits(stop_after=0))
     for failure in ("", *["reset"] * 100):
         endless.count_row(failure)

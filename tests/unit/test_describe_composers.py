@@ -230,7 +230,7 @@ def test_rows_that_fail_in_a_row_end_the_run_and_scattered_ones_do_not():
     limits = Limits(concurrency=4, back_off=0.01, stop_after=5)
     with (
         FaultServer({"502_html": 1.0}) as server,
-        pytest.raises(ServerRefused, match=r"5 rows in a row failed.*http 502"),
+        pytest.raises(ServerRefused, match=r"5 rows in a row got no text.*http 502"),
     ):
         compose(openai(server, limits=limits), [row(number) for number in range(200)])
     assert sum(server.requests.values()) < 60
@@ -241,10 +241,12 @@ def test_rows_that_fail_in_a_row_end_the_run_and_scattered_ones_do_not():
     assert Counter(composed.status for composed in found.values()) == {"failed": 40, "ok": 20}
 
 
-def test_rejected_rows_do_not_end_a_run():
+def test_rejected_rows_end_a_run_only_after_ten_times_as_many():
     with FaultServer({"length": 1.0}) as server:
         found = compose(openai(server, limits=Limits(stop_after=2)), [row(number) for number in range(10)])
-    assert {composed.status for composed in found.values()} == {"rejected"}
+        assert {composed.status for composed in found.values()} == {"rejected"}
+        with pytest.raises(ServerRefused, match="20 rows in a row got no text, the last: cut at max_tokens"):
+            compose(openai(server, limits=Limits(stop_after=2)), [row(number) for number in range(40)])
 
 
 def test_the_key_is_in_no_result():

@@ -93,7 +93,7 @@ def test_quotes_and_chatter_go():
 
 def test_a_server_that_is_gone_ends_the_run():
     limits = Limits(concurrency=2, back_off=0.001, stop_after=3)
-    with pytest.raises(ServerRefused, match="3 rows in a row"):
+    with pytest.raises(ServerRefused, match="3 rows in a row got no text"):
         caption([(str(i), encode()) for i in range(50)], {"502_html": 1.0}, limits)
 
 

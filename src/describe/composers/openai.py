@@ -167,7 +167,6 @@ class OpenAI:
 
     async def compose(self, rows: Sequence[Sources]) -> AsyncIterator[tuple[int, Composed]]:
         """(place, text) of every row, as they are finished."""
-        self._check_cost()
         async for place, composed in self.client.spread(self._write, rows, self._is_spent):
             yield place, composed
         self._check_cost()
@@ -178,7 +177,7 @@ class OpenAI:
 
     async def _write(self, row: Sources) -> Composed:
         composed, detail = await self._ask(row)
-        self.client.count_row(f"{composed.reason}{detail}" if composed.status == "failed" else "")
+        self.client.count_row(f"{composed.reason}{detail}", rejected=composed.status == "rejected")
         return composed
 
     async def _ask(self, row: Sources) -> tuple[Composed, str]:

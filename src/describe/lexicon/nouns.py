@@ -104,7 +104,7 @@ def opens_noun(before: Token) -> bool:
         or small in known.adjectives
         or small in known.colours
         or small in known.numbers
-        or (small in known.function and small not in known.subjects)
+        or small in known.before_nouns
         or before.word.endswith(("'s", "’s"))
         or small.endswith(("ing", "ed"))
         or form(small).lemma in known.nouns

@@ -74,9 +74,9 @@ class Tables:
             self.add_synonyms(line.split(", "))
         self.two_words = {noun.split(" ")[0] for noun in self.nouns if " " in noun}
         self.near: dict[str, set[str]] = {}
-        for words in (line.split(", ") for line in hand["near"]):
-            for word in words:
-                self.near.setdefault(word, set()).update(words)
+        for alike in (line.split(", ") for line in hand["near"]):
+            for word in alike:
+                self.near.setdefault(word, set()).update(alike)
         for word, *others in (line.split(", ") for line in hand["supported_by"]):
             self.near.setdefault(word, set()).update(others)
         classes = {name: frozenset(words) for name, words in read_classes("words.txt").items()}

@@ -31,7 +31,8 @@ def write_report(
         prices    {prompt, completion: for a million tokens, currency: "USD"}; None: no cost is shown
 
     pictures: the encoded picture of a row, asked for in the order of `row`, its number in the source; None where there
-    is none; its OSError or ValueError is shown in the place of the picture. Memory does not grow with the rows. OSError when a file cannot be written.
+    is none; its OSError or ValueError is shown in the place of the picture. Memory does not grow with the rows. OSError
+    when a file cannot be written.
     """
     numbers = count(rows())
     results = numbers.results()
