@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from .forms import REMEMBERED, Form, form
+from .forms import REMEMBERED, Form, form, verb_stems
 from .splitting import Token, tokens_in
 from .tables import tables
 
@@ -38,6 +38,12 @@ def noun_form(small: str) -> Form | None:
     known = tables()
     base, kind = form(small)
     if base not in known.nouns or kind in ("verb", "degree") or small in known.function or small in known.numbers:
+        return None
+    if (
+        small.endswith("ing")
+        and small not in known.ing_nouns
+        and any(stem in known.verbs for stem in verb_stems(small))
+    ):
         return None
     if base in known.photo or small.removesuffix("s") in known.photo or (base in known.colours and kind != "plural"):
         return None
