@@ -276,6 +276,8 @@ class Support:
         for place in known.nouns.get(base, ()):
             if place in self.meanings or not self.meanings.isdisjoint(known.wholes_of(place)):
                 return True
+        if base.endswith("woman") and len(base) > 5 and self.person and self.holds(base[:-5] + "man"):
+            return True
         return any(parts and all(map(self.holds_part, parts)) for parts in split_noun(base))
 
     def holds_part(self, part: str) -> bool:

@@ -74,8 +74,6 @@ def is_verb_here(before: Token | None, token: Token, after: Token | None, kind: 
     known = tables()
     base = form(token.small).lemma
     mostly = base in known.verb_first
-    if not mostly and base not in known.verb_too:
-        return False
     follows = after is None or after.small in known.after_verbs or after.small in known.adverbs
     if before is None:
         return mostly and follows and not token.begins
