@@ -271,16 +271,24 @@ class Support:
             return True
         if not self.lemmas.isdisjoint(known.near.get(base, ())):
             return True
+        if any(other in self.lemmas or self.has_kind(other) for other in known.supported_by.get(base, ())):
+            return True
         for place in known.nouns.get(base, ()):
             if place in self.meanings or not self.meanings.isdisjoint(known.wholes_of(place)):
                 return True
+        if base.endswith("woman") and len(base) > 5 and self.person and self.holds(base[:-5] + "man"):
+            return True
         return any(parts and all(map(self.holds_part, parts)) for parts in split_noun(base))
 
     def holds_part(self, part: str) -> bool:
         known = tables()
         if part in self.lemmas or part in known.photo or (part in known.persons and self.person):
             return True
-        return any(place in self.meanings for place in known.nouns.get(part, ()))
+        return self.has_kind(part)
+
+    def has_kind(self, noun: str) -> bool:
+        """Something that is a kind of the noun, or the noun."""
+        return any(place in self.meanings for place in tables().nouns.get(noun, ()))
 
 
 @lru_cache(REMEMBERED)

@@ -290,6 +290,9 @@ def test_the_prompt_is_not_copied():
         ("a truck", "A vehicle."),
         ("a man", "A person."),
         ("his couch", "A sofa."),
+        ("a man in NYC", "A man in New York City with two hands."),
+        ("a hospital", "The entrance of a hospital."),
+        ("snow", "A blanket of snow, glowing."),
     ],
 )
 def test_what_sources_imply_is_no_invention(raw, text):
