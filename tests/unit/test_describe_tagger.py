@@ -250,6 +250,14 @@ def test_lists_of_names(tmp_path, text, names):
     assert read_names(tmp_path / "list.txt") == names
 
 
+def test_the_shipped_list_is_one_of_things():
+    names = read_names(None)
+    assert 1000 < len(names) < 20_000
+    shown = "person dog cat car tree house building table chair food train church forest field sign dress computer"
+    assert set(shown.split()) <= set(names)
+    assert names == sorted(set(names)) and all(name == name.strip().lower() for name in names)
+
+
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"x" * 101, b"\xff\xfe"])
 def test_lists_that_cannot_be_used_are_named(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
