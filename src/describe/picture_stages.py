@@ -45,7 +45,7 @@ class Pictures:
 
     def __init__(self, settings: Any):
         job = Job(settings.output).find_input()
-        spec, images = settings.input or job.get("input"), settings.images or job.get("images")
+        spec, images = settings.input or str(job.get("input")), settings.images or job.get("images")
         self.source: Source = open_source(spec, images)
         folder = images if images and Path(images).is_dir() else None
         self.settings = PictureSettings(
