@@ -21,6 +21,7 @@ from .prompt import Prompt
 from .select import Selection
 from .settings import (
     CaptionSettings,
+    CheckpointSettings,
     ComposeSettings,
     DedupSettings,
     InputSettings,
@@ -88,7 +89,7 @@ class DedupCommand(Tables, JobSettings, InputSettings, DedupSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportCommand(Tables, JobSettings, InputSettings, PriceSettings, TaggerSettings):
+class ReportCommand(Tables, JobSettings, InputSettings, PriceSettings, CheckpointSettings, Selection):
     """report.html and report.json; with --checkpoint also how well the texts fit the pictures."""
 
 

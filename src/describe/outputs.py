@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ def make_report(settings: Any) -> Path:
         "stages": {stage: _sum_times(job, stage) for stage in ORDER if job.read_times(stage)},
         "prices": prices if settings.price_in is not None or settings.price_out is not None else None,
     }
-    page = write_report(lambda: job.read(), about, pictures.find, job.folder)
+
+    def read() -> Iterator[dict[str, Any]]:
+        for row in job.read():
+            reason = settings.judge(row)
+            yield {**row, "keep": not reason, "drop_reason": reason or None}
+
+    page = write_report(read, about, pictures.find, job.folder)
     print(f"report: {page}", flush=True)
     return page
 

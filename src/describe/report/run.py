@@ -38,6 +38,9 @@ def write_report(
     results = numbers.results()
     find_examples(rows, results["duplicates"])
     stages = count_stages(_written(about.get("stages") or {}))
+    used = {name: results["used"][name] for name in ("prompt_tokens", "completion_tokens")}
+    if "compose" in stages and not any(stages["compose"][name] for name in used):
+        stages["compose"] |= used  # a job has them in its rows
     prices = about.get("prices")
     results |= {
         "stages": stages,
