@@ -99,8 +99,23 @@ class ExportCommand(Tables, JobSettings, InputSettings, ExportSettings, Selectio
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructCommand(Tables, JobSettings, TextSettings, InstructSettings, Selection):
-    """A training set for a composer of your own, of rows that a language model wrote."""
+class OriginSettings:
+    """Where samples come from: one of the two."""
+
+    output: str | None = None
+    """Folder of a job."""
+    instructions: str | None = None
+    """Instruction file of others, alpaca or sharegpt, or JSONL with raw, synthetic, tags and answer."""
+
+    def problems(self) -> list[str]:
+        """None or both."""
+        one = (self.output is None) != (self.instructions is None)
+        return [] if one else ["output: give the folder of a job, or --instructions FILE, one of the two"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructCommand(Tables, OriginSettings, TextSettings, InstructSettings, Selection):
+    """A training set for a composer of your own, of texts that a language model wrote."""
 
     folder: str
     """Where it is written."""

@@ -178,7 +178,9 @@ def write_training_set(
     chosen = choose(read, settings, report)
     if not report.samples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.most_common()) or "no rows"
-        raise ValueError(f"instruct: no sample is left of {report.rows:,} rows ({reasons}); lower --min-tags")
+        raise ValueError(
+            f"instruct: no sample is left of {report.rows:,} rows ({reasons}); compose first, or lower --min-tags"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     forms = {"alpaca": to_alpaca, "sharegpt": to_sharegpt, "messages": to_messages}

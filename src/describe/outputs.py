@@ -11,6 +11,7 @@ from rwkv_clip.config import to_dict
 
 from .export import export
 from .instruct import find_sample, write_training_set
+from .instruction_files import read_samples
 from .job import ORDER, Job
 from .picture_stages import Pictures
 from .prompt import Prompt
@@ -68,10 +69,14 @@ def make_export(settings: Any) -> None:
 
 
 def make_training_set(settings: Any) -> None:
-    """A training set for a composer, of a job's rows."""
-    job, prompt = Job(settings.output), Prompt.load(settings.prompt)
+    """A training set for a composer, of a job's rows or of an instruction file."""
+    prompt = Prompt.load(settings.prompt)
+    if settings.instructions is None:
+        job = Job(settings.output)
 
     def read() -> Any:
+        if settings.instructions is not None:
+            return read_samples(settings.instructions)
         return (find_sample(row, settings, settings) for row in job.read())
 
     print(write_training_set(read, Path(settings.folder), prompt, settings, settings.prompt), flush=True)

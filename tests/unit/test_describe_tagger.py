@@ -118,13 +118,16 @@ def test_names_that_fit_too_many_pictures_are_left_out():
 
 
 def test_cantelli_bounds_the_share():
-    """Why the share matters only where min_z is small, as its description says."""
+    """Why the share matters only where min_z is small, and common things get no tag, as the settings say."""
     worst = 0.0
     for fraction in np.linspace(0.01, 0.5, 50):
         cosines = np.zeros((1000, 1))
         cosines[: int(1000 * fraction)] = 1.0
         worst = max(worst, float(calibrate(cosines, 2.0, {}).share[0]))
     assert 0.15 < worst <= 0.2
+    common = np.repeat([[1.0], [0.0]], [150, 850], axis=0)  # a clear sign of a thing that 15 % of the pictures show
+    rare = np.repeat([[1.0], [0.0]], [130, 870], axis=0)
+    assert calibrate(common, 2.5, {}).share[0] == 0 and calibrate(rare, 2.5, {}).share[0] == 0.13
 
 
 @pytest.mark.parametrize("value", [0.3, np.nan, np.inf])
@@ -248,6 +251,14 @@ def test_any_checkpoint_tags(tmp_path, tiny):
 def test_lists_of_names(tmp_path, text, names):
     (tmp_path / "list.txt").write_text(text, encoding="utf-8")
     assert read_names(tmp_path / "list.txt") == names
+
+
+def test_the_shipped_list_is_one_of_things():
+    names = read_names(None)
+    assert 1000 < len(names) < 20_000
+    shown = "person dog cat car tree house building table chair food train church forest field sign dress computer"
+    assert set(shown.split()) <= set(names)
+    assert names == sorted(set(names)) and all(name == name.strip().lower() for name in names)
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"x" * 101, b"\xff\xfe"])
