@@ -42,7 +42,8 @@ class Tables:
 
     def problems(self) -> list[str]:
         """Problems of all tables."""
-        tables = [table for table in type(self).__mro__ if table is not Tables and "problems" in vars(table)]
+        mro = type(self).__mro__
+        tables = [table for table in mro if not issubclass(table, Tables) and "problems" in vars(table)]
         return [problem for table in tables for problem in vars(table)["problems"](self)]
 
 
@@ -126,9 +127,9 @@ class DoctorCommand(Tables, ServerSettings, TextSettings):
     """What a server really supports, found out in seconds. Exit code 2 where something is bad."""
 
     def problems(self) -> list[str]:
-        """What is missing."""
+        """What is missing, and the problems of its tables."""
         missing = [name for name in ("base_url", "model") if not getattr(self, name)]
-        return [f"{name}: not set; say which server and which model to ask" for name in missing]
+        return [f"{name}: not set; say which server and which model to ask" for name in missing] + super().problems()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ __all__ = [
     "load_checkpoint",
     "load_for_inference",
 ]
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 
 def __getattr__(name: str) -> Any:

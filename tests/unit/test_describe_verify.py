@@ -5,8 +5,10 @@ import random
 import re
 from pathlib import Path
 
+import pytest
+
 from rwkv_clip.describe.sources import Sources, Tag
-from rwkv_clip.describe.verify import judge
+from rwkv_clip.describe.verify import choose, judge
 from rwkv_clip.describe.words import find_numbers, plural
 
 DATA = Path(__file__).parent / "describe"
