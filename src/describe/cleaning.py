@@ -17,6 +17,7 @@ from ftfy.badness import is_bad
 
 from . import file_names, patterns
 
+VERSION = 1  # of the cleaning: another one gives other texts
 MOST_CHARACTERS = 10_000  # of a raw text that are read; what is longer is no caption
 LONGEST_WORD = 60  # ASCII characters; the longest name of a place in use has 58
 
@@ -117,7 +118,7 @@ def _decode(text: str, found: set[str]) -> str:
         found.add("html")
     if text.isascii() and text.isprintable():
         return text
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text.replace("\ufe0f", ""))
     if "\x1b" in text:
         text = patterns.TERMINAL.sub("", text)
         found.add("control")
@@ -181,7 +182,7 @@ def _drop_phrases(text: str, found: set[str]) -> str:
 
 def _clean_words(text: str, found: set[str]) -> str:
     words = text.split()
-    if words and len(words) <= 2 and file_names.is_name_of_a_camera(text):
+    if words and len(words) <= 3 and file_names.is_name_of_a_camera(text):
         found.add("file_name")
         return ""
     kept: list[str] = []

@@ -16,10 +16,12 @@ _CAMERA = re.compile(
 )
 # Whole texts that say nothing: what a program calls a picture without a name.
 _NAMELESS = re.compile(
-    r"(?:untitled|unnamed|no title|fullsizerender|screen[-_ ]?shot|image|img|picture|pic|photo|foto|scan|file|video)"
+    r"(?:untitled|unnamed|no title|no image|fullsizerender|screen[-_ ]?shot|image|img|picture|pic|photo|foto|scan|file|"
+    r"video|thumbnail|null|undefined|none|n/a|alt|(?:image|photo|alt) (?:description|caption|text))"
     r"[-_ ]?(?:#|no\.? ?)?\(?\d{0,6}\)?",
     re.IGNORECASE,
 )
+_VERSIONS = {"copy", "(large)", "(small)", "(medium)", "edited", "edit", "resized", "(2)", "(1)", "web", "final"}
 _HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")
 _PARTS = re.compile(r"[_+]+")
 _PLUS = re.compile(r"[A-Za-z]{2}\+[A-Za-z]{2}")
@@ -60,7 +62,8 @@ def _split_humps(tag: str) -> str:
 
 def is_name_of_a_camera(text: str) -> bool:
     """Whether all of the text is what a camera or a program called a picture."""
-    return bool(_NAMELESS.fullmatch(text) or _CAMERA.fullmatch(text))
+    first, _, rest = text.partition(" ")
+    return bool(_NAMELESS.fullmatch(text) or (_CAMERA.fullmatch(first) and (not rest or rest.lower() in _VERSIONS)))
 
 
 def clean_word(word: str, count: int) -> tuple[str, str]:
@@ -95,7 +98,7 @@ def _split_name(name: str, whole: bool) -> str:
     if whole and (name.count("-") >= 2 or not any("-" in part and part[-1].isalpha() for part in parts)):
         parts = [piece for part in parts for piece in part.split("-") if piece]
     if len(parts) < 2 and whole:
-        return "" if parts and _is_number_of_a_picture(parts[0]) else name
+        return "" if _NAMELESS.fullmatch(name) or (parts and _is_number_of_a_picture(parts[0])) else name
     words = [part for part in parts if not _is_clutter(part)]
     return " ".join(words)
 

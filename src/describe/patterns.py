@@ -88,7 +88,7 @@ EMOTICONS = {
 # ---- several words ---------------------------------------------------------------------------------------------------
 
 _WORD = r"[A-Z](?:\.(?:[A-Z]\.)?|[\w'’-]{0,30})"
-_NAME = rf"(?:@\w{{1,40}}|{_WORD}(?: (?:(?:van|von|de|da|del|der|di|la|le) )?{_WORD}){{0,3}})"
+_NAME = rf"(?:@\w{{1,40}}|(?:dpa|afp|epa)\b|{_WORD}(?: (?:(?:van|von|de|da|del|der|di|la|le) )?{_WORD}){{0,3}})"
 _NAMES = rf"{_NAME}(?:(?:,| ?/| ?\|) ?{_NAME}){{0,2}}"
 _SITES = _any(
     *("flickr", "instagram", "twitter", "pinterest", "facebook", "youtube", "tumblr", "reddit", "imgur", "500px"),
@@ -105,13 +105,14 @@ _PICTURE = _any(
 )
 _RIGHTS = r"(?: ?(?:by|©|\(c\)|(?:19|20)\d\d(?: ?- ?(?:19|20)?\d\d)?,?)){0,3}"
 _BY = _any(
-    r"\b(?:(?:photo|image|picture|pic|photograph)s?|photography|shot|uploaded|posted|pinned)"
+    r"\b(?:(?:photo|foto|image|picture|pic|photograph)s?|photography|photographed|shot|uploaded|posted|pinned)"
     r"(?: (?:credits?|taken|courtesy))?(?: by|:| ?©|/)",
     *(r"\b(?:photo )?credits?:", r"\bcredits? to", r"\b(?:photo |image )?courtesy of", r"©", r"\(c\)", r"\bcopyright"),
 )
 CREDIT = re.compile(
     _any(
-        rf"[(\[]?(?i:{_BY}){_RIGHTS} ?{_NAMES}[)\]]?",
+        rf"[(\[]?(?i:{_BY}){_RIGHTS} ?{_NAMES}(?: for {_NAME})?(?:,? ?(?:19|20)\d\d)?(?: ?/)?(?: ?[)\]])?",
+        r"(?i:[-,]? ?\bcc[- ]by(?:-(?:sa|nc|nd)){0,2}(?:[/ ]\d\.\d)?\b)",
         rf"(?i:[(\[|-]? ?\b(?:via|from|on) {_SITES}\b[)\]]?)",
         rf"(?:[(\[|]|(?<= )[-–—]) ?[Vv]ia {_NAME}[)\]]?",
         r"(?i:\ball rights reserved\.?|\bno copyright infringement intended\.?)",
@@ -120,10 +121,15 @@ CREDIT = re.compile(
 )
 STOCK = re.compile(
     _any(
+        rf"[-–—|.]? ?\b(?:buy|download) this (?:stock |royalty[ -]free )?{_PICTURE}(?: (?:on|from|at) \w{{1,30}})?"
+        r"(?: (?:&|and) find (?:other|more|similar) (?:images|photos|pictures))?",
         rf"(?:[|/,–—-] ?)?(?:\b(?:(?:royalty|rights)[ -](?:free|managed)|editorial|premium|free) )?\bstock {_PICTURE}\b"
         rf"(?: (?:by|from|of|(?:and|&) royalty[ -]free {_PICTURE}))?",
         rf"\broyalty[ -]free(?: {_PICTURE})?\b(?: (?:and|&) {_PICTURE}\b)?",
         rf"(?:[|/,@–—-] ?|\b(?:by|via|from) )?\b{_AGENCIES}\b(?: {_PICTURE})?",
+        r"\bclick (?:on )?(?:the |this )?(?:image |photo |picture )?(?:to|for) (?:enlarge|zoom|view|see|larger?|full)"
+        r"(?: (?:the |a )?(?:image|photo|picture|version|view|size|larger|full))*",
+        r"\bimage may contain:?|(?:[|–—-] ?)?\bwikimedia commons\b|^file:",
         r"\b(?:image|photo|picture|stock) (?:id|no\.?)[:#]? ?#?\d{3,12}\b",
     ),
     _I,
@@ -142,7 +148,7 @@ DATE = re.compile(
 EXIF = re.compile(
     r"(?<![\w/])"
     + _any(
-        *(r"[fƒ] ?/ ?\d{1,2}(?:\.\d)?", r"iso[ :-]?\d{2,6}", r"1/\d{1,5} ?s(?:ec(?:onds?|s)?)?", r"1/\d{2,5}"),
+        *(r"[fƒ](?: ?/ ?)?\d{1,2}(?:\.\d)?", r"iso[ :-]?\d{2,6}", r"1/\d{1,5} ?s(?:ec(?:onds?|s)?)?", r"1/\d{2,5}"),
         *(r"\d{1,4}(?:\.\d)? ?mm", r"exposure:? ?[\d/.]{1,8}", r"[-+]?\d\.\d ?ev"),
     )
     + r"(?![\w/])[,;|]?",
@@ -161,12 +167,18 @@ PHRASES = (
     ("file_name", re.compile("screen ?shot"), _SCREENSHOT),
     (
         "stock",
-        re.compile(r"stock|royalty|getty|alamy|dreamst|depositp|123rf|fotolia|corbis|rex f|press|(?:image|photo) [in]"),
+        re.compile(
+            r"stock|click|may con|wikim|^file:|buy th|download|royalty|getty|alamy|dreamst|depositp|123rf|fotolia|"
+            r"corbis|rex f|press|(?:image|photo) [in]"
+        ),
         STOCK,
     ),
     (
         "credit",
-        re.compile(r"\bby |photo|image|pic|shot|post|credit|court|©|\(c\)|copyr|via |(?:from|on) [fitpyr5uw]|reserved"),
+        re.compile(
+            r"\bby |photo|image|pic|shot|post|credit|court|foto|cc[- ]by|©|\(c\)|copyr|via |(?:from|on) [fitpyr5uw]|"
+            r"reserved"
+        ),
         CREDIT,
     ),
     ("date", re.compile(r"\d[-/:.]\d"), DATE),
@@ -184,7 +196,9 @@ NO_SPACES = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]{6}")  # Thai,
 CAPITAL = re.compile(r"[A-Z]")
 DIGIT = re.compile(r"\d")
 # Nothing of a text without these needs to be settled.
-UNSETTLED = re.compile(r"[^\w\s.,'’\-()!?&$%]|[.,!?()'-]{2}|[(\s][.,!?)]|(?<!\S)[-&](?!\S)|__|^\W|[^\w.!?)]$|\( ")
+UNSETTLED = re.compile(
+    r"[^\w\s.,'’\-()!?&$%]|[.,!?()'-]{2}|[(\s][.,!?)]|(?<!\S)[-&](?!\S)|__|[a-z][,;.!?][A-Za-z]|^\W|[^\w.!?)]$|\( "
+)
 PUNCTUATION = (
     (re.compile(r" ?(?:[|•¦·]|::|(?<=\s)//(?=\s))(?: ?[|•¦·])* ?"), ", "),
     (re.compile(r"[*=~^_<>\\]{2,}|(?<!\S)[*=~^_<>\\+#/](?!\S)|(?<!\S)[-–—]{2,}(?!\S)|-{3,}|#{2,}"), " "),
@@ -192,6 +206,7 @@ PUNCTUATION = (
     (re.compile(r"([!?,;:])\1+"), r"\1"),
     (re.compile(r"(?:!\?|\?!){2,}[!?]?"), "?!"),
     (re.compile(r"\.{4,}|(?<!\.)\.\.(?!\.)"), "..."),
+    (re.compile(r"(?<=[^\W\d_]{2})([,;](?=[^\W\d_]{2})|[.!?](?=[A-Z][a-z]))"), r"\1 "),
     (re.compile(r" {2,}"), " "),
     (re.compile(r" (?=[,;:!?](?:\s|$)|\.(?:\s|$))"), ""),
     (re.compile(r"[,;:]+(?=[,;.!?](?:\s|$))"), ""),
