@@ -57,6 +57,8 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         context = context_length or self.context
         if not texts:
+            import torch
+
             return torch.zeros(0, context, dtype=torch.int64)
         most = MAX_CHARACTERS if self._whole else READ * context
         return self._encode([_check_text(text, most) for text in texts], context)
