@@ -179,6 +179,7 @@ DOG = Sources(
         ("A dog with a ball and a giraffe.", "unsupported: giraffe"),
         ("A dog with 3 balls.", "numbers: 3"),
         ("Two dogs with a ball.", "numbers: 2"),
+        ("Rex has a ball and two red toys.", "numbers: 2"),
         ("A dog with a ball in Bergen.", "names: Bergen"),
         ("Bella the dog has a ball.", "names: Bella"),
         ("As an AI, I see a dog with a ball.", "meta text: as an ai"),
@@ -294,6 +295,8 @@ def test_the_prompt_is_not_copied():
         ("his couch", "A sofa."),
         ("a man in NYC", "A man in New York City with two hands."),
         ("a hospital", "The entrance of a hospital."),
+        ("a man and a woman", "Two people."),
+        ("a black dog and its puppy", "Two dogs."),
         ("snow", "A blanket of snow, glowing."),
     ],
 )
