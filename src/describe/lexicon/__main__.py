@@ -1,7 +1,7 @@
 """Builds the lexicon's data files from WordNet 3.0: python -m rwkv_clip.describe.lexicon WORDNET_FOLDER
 
 WORDNET_FOLDER holds data.noun, index.noun, .. and cntlist.rev (Debian: wordnet-base, /usr/share/wordnet). Written are
-    nouns.txt      a line per meaning: its nouns TAB line numbers of its more general meanings TAB of what it is part of
+    nouns.txt      a line per meaning: its nouns TAB lines (from 0) of its more general meanings TAB of what it is part of
     words.txt      a line per class of other words, see CLASSES
     irregular.txt  inflected form and base, by part of speech
     tags.txt       a vocabulary for zero-shot tagging, a tag per line
