@@ -131,7 +131,8 @@ def find_phrases(text: str, prompt: str) -> list[str]:
     if not prompt and MARKS.search(plain) is None and trigger_words().isdisjoint(WORDS.findall(plain)):
         return []
     patterns = (("refusal", REFUSAL), ("meta text", META), ("injection", INJECTION))
-    found = [f"{name}: {match[0].strip()}" for name, pattern in patterns if (match := pattern.search(plain))]
+    matches = [(name, match[0]) for name, pattern in patterns if (match := pattern.search(plain))]
+    found = [f"{name}: {''.join(filter(str.isprintable, shown)).strip()}" for name, shown in matches]
     if prompt and not prompt_runs(prompt).isdisjoint(word_runs(plain)):
         found.append("prompt copied")
     return found
