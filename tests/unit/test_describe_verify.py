@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_clip.describe.composers.rules import Rules
 from rwkv_clip.describe.sources import Sources, Tag
 from rwkv_clip.describe.verify import choose, judge
 from rwkv_clip.describe.words import find_numbers, plural
@@ -166,6 +167,18 @@ def test_faithful_paraphrases_pass():
     assert sum(len(texts) for _, texts in PARAPHRASES) == 200
     assert len(seen) + len(unseen) <= 20, seen + unseen
     assert len(unseen) <= 12, unseen
+
+
+def test_what_the_rules_write_passes():
+    """500 rows: the sources above with some of them missing, another's caption or tags of several rows."""
+    rng, rules = random.Random(8), Rules()
+    for i in range(500):
+        sources, other = rng.choice(ROWS)[0], rng.choice(ROWS)[0]
+        tags = tuple(rng.sample([*sources.tags, *other.tags], rng.randint(0, 7)))
+        caption = rng.choice([sources.caption, other.caption, ""])
+        row = Sources(f"{i}", rng.choice([sources.raw, ""]) if caption else sources.raw, caption, tags)
+        text = rules.write(row)
+        assert not text or judge(row, text).rejects == (), (row, text)
 
 
 DOG = Sources(
