@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 
-from .lexicon.forms import is_common, small_form
+from .lexicon.forms import form, is_common, small_form
 from .lexicon.splitting import words_in
 from .lexicon.tables import tables
 from .sources import Sources
@@ -104,7 +104,7 @@ def judge(
         rejects.append("language")
     facts = Facts(sources)
     numbers = tuple(dict.fromkeys(n for n in find_numbers(text) if n not in facts.numbers))
-    if numbers and has_pair(text):
+    if "2" in numbers and (has_pair(text) or any(map(joins_two, facts.texts))):
         numbers = tuple(number for number in numbers if number != "2")
     names: tuple[str, ...] = ()
     named: set[str] = set()  # words of names that the sources have: the Gate of the Golden Gate is no gate
@@ -131,7 +131,8 @@ def find_phrases(text: str, prompt: str) -> list[str]:
     if not prompt and MARKS.search(plain) is None and trigger_words().isdisjoint(WORDS.findall(plain)):
         return []
     patterns = (("refusal", REFUSAL), ("meta text", META), ("injection", INJECTION))
-    found = [f"{name}: {match[0].strip()}" for name, pattern in patterns if (match := pattern.search(plain))]
+    matches = [(name, match[0]) for name, pattern in patterns if (match := pattern.search(plain))]
+    found = [f"{name}: {''.join(filter(str.isprintable, shown)).strip()}" for name, shown in matches]
     if prompt and not prompt_runs(prompt).isdisjoint(word_runs(plain)):
         found.append("prompt copied")
     return found
@@ -221,6 +222,23 @@ def has_pair(text: str) -> bool:
     words = [lemma(word) for word in words_in(text)]
     counted = [after for word, after in pairwise(words) if word in ("two", "2")]
     return bool(counted) and all(word in tables().pairs for word in counted)
+
+
+def joins_two(text: str) -> bool:
+    """A man and a woman, a dog and its puppy: two people, two dogs."""
+    words = words_in(text)
+    places = (i for i, word in enumerate(words) if word == "and")
+    return any(any(map(is_one, words[max(i - 3, 0) : i])) and any(map(is_one, words[i + 1 : i + 4])) for i in places)
+
+
+def is_one(word: str) -> bool:
+    """A noun for one person or animal."""
+    known = tables()
+    base, kind = form(small_form(word))
+    alive = any(
+        not known.above(place).isdisjoint((known.person, known.animal)) for place in known.nouns.get(base, ())[:1]
+    )
+    return kind == "base" and base != "people" and (alive or base in known.persons)
 
 
 def find_lost(raw: str, text: str) -> tuple[str, ...]:

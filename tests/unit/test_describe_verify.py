@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_clip.describe.composers.rules import Rules
 from rwkv_clip.describe.sources import Sources, Tag
 from rwkv_clip.describe.verify import choose, judge
 from rwkv_clip.describe.words import find_numbers, plural
@@ -168,6 +169,18 @@ def test_faithful_paraphrases_pass():
     assert len(unseen) <= 12, unseen
 
 
+def test_what_the_rules_write_passes():
+    """500 rows: the sources above with some of them missing, another's caption or tags of several rows."""
+    rng, rules = random.Random(8), Rules()
+    for i in range(500):
+        sources, other = rng.choice(ROWS)[0], rng.choice(ROWS)[0]
+        tags = tuple(rng.sample([*sources.tags, *other.tags], rng.randint(0, 7)))
+        caption = rng.choice([sources.caption, other.caption, ""])
+        row = Sources(f"{i}", rng.choice([sources.raw, ""]) if caption else sources.raw, caption, tags)
+        text = rules.write(row)
+        assert not text or judge(row, text).rejects == (), (row, text)
+
+
 DOG = Sources(
     "1", "Rex in Oslo, May 2014", "A dog with a red ball on the grass.", (Tag("dog"), Tag("ball", 0.9), Tag("lawn"))
 )
@@ -179,6 +192,7 @@ DOG = Sources(
         ("A dog with a ball and a giraffe.", "unsupported: giraffe"),
         ("A dog with 3 balls.", "numbers: 3"),
         ("Two dogs with a ball.", "numbers: 2"),
+        ("Rex has a ball and two red toys.", "numbers: 2"),
         ("A dog with a ball in Bergen.", "names: Bergen"),
         ("Bella the dog has a ball.", "names: Bella"),
         ("As an AI, I see a dog with a ball.", "meta text: as an ai"),
@@ -294,6 +308,8 @@ def test_the_prompt_is_not_copied():
         ("his couch", "A sofa."),
         ("a man in NYC", "A man in New York City with two hands."),
         ("a hospital", "The entrance of a hospital."),
+        ("a man and a woman", "Two people."),
+        ("a black dog and its puppy", "Two dogs."),
         ("snow", "A blanket of snow, glowing."),
     ],
 )
@@ -362,7 +378,8 @@ def test_hostile_texts_are_judged(name):
     judge(DOG, text)
     judge(DOG, text[:300])
     sources = Sources("1", text, text, (Tag(text), Tag("dog")), text)
-    assert isinstance(judge(sources, "A dog with Bella and 3 horses.").rejects, tuple)
+    for verdict in (judge(sources, "A dog with Bella and 3 horses."), judge(DOG, f"A dog <|{text[:30]}|>")):
+        "".join([*verdict.rejects, *verdict.lost_facts, *verdict.new_names]).encode()  # can be stored
     assert isinstance(choose(None, "x", None, sources, text)[0], str)
 
 

@@ -170,6 +170,8 @@ def test_the_files_are_whole():
     for place in range(len(known.parents)):
         assert place in known.above(place)
         assert all(0 <= whole < len(known.parents) for whole in known.wholes_of(place))
+    sections = [line for line in lexicon.read_lines("hand.txt") if line.startswith("[")]
+    assert len(sections) == len(set(sections)) == len(lexicon.read_hand())
     tags = lexicon.read_lines("tags.txt")
     assert 2_000 <= len(tags) <= 4_500 and tags == sorted(set(tags)) and all(tags)
     assert "Princeton" in (FOLDER / "LICENSE.wordnet").read_text() and "3.0" in (FOLDER / "LICENSE.wordnet").read_text()

@@ -1,8 +1,8 @@
 """Builds the lexicon's data files from WordNet 3.0: python -m rwkv_clip.describe.lexicon WORDNET_FOLDER
 
 WORDNET_FOLDER holds data.noun, index.noun, .. and cntlist.rev (Debian: wordnet-base, /usr/share/wordnet). Written are
-    nouns.txt      a line per meaning: its nouns TAB line numbers of its more general meanings TAB of what it is part of
-    words.txt      a line per class of other words, see CLASSES
+    nouns.txt      a line per meaning: its nouns TAB more general meanings TAB what it is part of, by line, from 0
+    words.txt      a line per class: words that are no such nouns, and those that are more often something else
     irregular.txt  inflected form and base, by part of speech
     tags.txt       a vocabulary for zero-shot tagging, a tag per line
 How often a word is used is read from two places: the counts of WordNet's own tagged texts, and the vocabulary of CLIP's
