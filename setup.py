@@ -34,7 +34,7 @@ DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 
 setup(
     name="rwkv_clip",
-    version="0.7.0",
+    version="0.8.0",
     description="Contrastive image-text training with RWKV-6 towers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -46,13 +46,14 @@ setup(
         "": ["*.json"],
         "rwkv_clip": ["py.typed", "configs/**/*.json", "bert-chinese/*"],
         "rwkv_clip.ops": ["csrc/**/*"],
-        "rwkv_clip.describe": ["lexicon/*", "prompts/*"],
+        "rwkv_clip.describe": ["lexicon/*", "prompts/*", "student/*"],
     },
     entry_points={
         "console_scripts": [
             "rwkv-clip-train = rwkv_clip.training.main:main",
             "rwkv-clip-eval = rwkv_clip.eval.main:main",
             "rwkv-clip-data = rwkv_clip.data.__main__:main",
+            "rwkv-clip-describe = rwkv_clip.describe.__main__:main",
         ]
     },
     install_requires=requirements(),

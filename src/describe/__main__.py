@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and do what it says; returns the exit code."""
     import tyro
 
-    kinds = {name: command.settings for name, command in COMMANDS.items()}
+    kinds: dict[str, Any] = {name: command.settings for name, command in COMMANDS.items()}
     settings = tyro.extras.subcommand_cli_from_dict(
         kinds, args=arguments, prog="python -m rwkv_clip.describe", description=__doc__
     )

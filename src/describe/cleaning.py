@@ -17,6 +17,7 @@ from ftfy.badness import is_bad
 
 from . import file_names, patterns
 
+VERSION = 1  # of the cleaning: another one gives other texts
 MOST_CHARACTERS = 10_000  # of a raw text that are read; what is longer is no caption
 LONGEST_WORD = 60  # ASCII characters; the longest name of a place in use has 58
 

@@ -21,19 +21,20 @@ from .prompt import Prompt
 from .select import Selection
 from .settings import (
     CaptionSettings,
+    CheckpointSettings,
     ComposeSettings,
     DedupSettings,
     InputSettings,
     JobSettings,
     PriceSettings,
     ServerSettings,
+    TaggerSettings,
     TagSettings,
     TextSettings,
     VerifySettings,
     parse_extra,
 )
 from .status import describe_status
-from .tagger import TaggerSettings
 
 
 class Tables:
@@ -41,7 +42,8 @@ class Tables:
 
     def problems(self) -> list[str]:
         """Problems of all tables."""
-        tables = [table for table in type(self).__mro__ if table is not Tables and "problems" in vars(table)]
+        mro = type(self).__mro__
+        tables = [table for table in mro if not issubclass(table, Tables) and "problems" in vars(table)]
         return [problem for table in tables for problem in vars(table)["problems"](self)]
 
 
@@ -88,7 +90,7 @@ class DedupCommand(Tables, JobSettings, InputSettings, DedupSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportCommand(Tables, JobSettings, InputSettings, PriceSettings, TaggerSettings):
+class ReportCommand(Tables, JobSettings, InputSettings, PriceSettings, CheckpointSettings, Selection):
     """report.html and report.json; with --checkpoint also how well the texts fit the pictures."""
 
 
@@ -98,8 +100,23 @@ class ExportCommand(Tables, JobSettings, InputSettings, ExportSettings, Selectio
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructCommand(Tables, JobSettings, TextSettings, InstructSettings, Selection):
-    """A training set for a composer of your own, of rows that a language model wrote."""
+class OriginSettings:
+    """Where samples come from: one of the two."""
+
+    output: str | None = None
+    """Folder of a job."""
+    instructions: str | None = None
+    """Instruction file of others, alpaca or sharegpt, or JSONL with raw, synthetic, tags and answer."""
+
+    def problems(self) -> list[str]:
+        """None or both."""
+        one = (self.output is None) != (self.instructions is None)
+        return [] if one else ["output: give the folder of a job, or --instructions FILE, one of the two"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructCommand(Tables, OriginSettings, TextSettings, InstructSettings, Selection):
+    """A training set for a composer of your own, of texts that a language model wrote."""
 
     folder: str
     """Where it is written."""
@@ -110,9 +127,9 @@ class DoctorCommand(Tables, ServerSettings, TextSettings):
     """What a server really supports, found out in seconds. Exit code 2 where something is bad."""
 
     def problems(self) -> list[str]:
-        """What is missing."""
+        """What is missing, and the problems of its tables."""
         missing = [name for name in ("base_url", "model") if not getattr(self, name)]
-        return [f"{name}: not set; say which server and which model to ask" for name in missing]
+        return [f"{name}: not set; say which server and which model to ask" for name in missing] + super().problems()
 
 
 @dataclass(frozen=True, kw_only=True)

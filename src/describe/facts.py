@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from .cleaning import grade
-from .lexicon.forms import form
+from .lexicon.forms import form, is_known
 from .lexicon.tables import tables
-from .word_lists import JOINTS, LINKS, PLACES, PREPOSITIONS
+from .word_lists import ABBREVIATIONS, JOINTS, LINKS, PLACES, PREPOSITIONS, WEEKDAYS
 from .words import WORD, Token, content_lemmas, is_content, is_name, is_nominal, lemma, split_tokens
 
 LONGEST_TITLE = 12  # words of a raw text that is taken whole
 LONGEST_NAME = 8
-MOST_NAMES, MOST_PLACES = 2, 2
+MOST_NAMES, MOST_PLACES = 3, 2
 _YEAR = re.compile(r"(?:1[6-9]|20)\d\d")
+_ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)$")
 _LETTER = re.compile(r"[^\W\d_]")
 
 
@@ -36,29 +38,38 @@ def find_facts(raw: str, caption: str) -> Facts:
     if _is_whole(raw, tokens, titled):
         return Facts(names=(raw.rstrip(" .,;:!?"),)) if _is_new(tokens, known) else Facts()
     spans = [match.span() for match in WORD.finditer(raw)]
+    signed = {i for i, (start, _) in enumerate(spans) if start and raw[start - 1] in "$€£¥#"}
     names: list[str] = []
     places: list[str] = []
-    last = -1  # the token after the last place
-    for begin, end in _find_runs(tokens, titled and len(tokens) > LONGEST_TITLE):
-        if end - begin > LONGEST_NAME or not _is_new(tokens[begin:end], known):
+    latest, last = names, -1  # the list that was added to, and the token after what was added
+    for begin, end in _find_runs(tokens, titled and len(tokens) > LONGEST_TITLE, signed):
+        span = tokens[begin:end]
+        if end - begin > LONGEST_NAME or not _is_new(span, known) or all(token.small in WEEKDAYS for token in span):
             continue
-        start = spans[begin][0]
-        words = raw[start - (start > 0 and raw[start - 1] in "$€£¥#") : spans[end - 1][1]]
+        start = spans[begin][0] - (begin in signed)
+        words = raw[start : spans[end - 1][1]]
         before = _find_preposition(tokens, begin)
+        gap = raw[spans[begin - 1][1] : start] if begin == last else ""
         if before:
             places.append(f"{before} {words}")
-            last = end
-        elif begin == last and raw[spans[begin - 1][1] : start] == ", ":
-            places[-1] += f", {words}"  # in Paris, France
-            last = end
+            latest = places
+        elif _continues(gap, tokens[begin - 1]) or (gap == ", " and latest is places):
+            latest[-1] += gap + words  # in Paris, France; Tom & Jerry; St. Paul
         else:
             names.append(words)
+            latest = names
+        last = end
     if not places:
         places = _find_common_place(tokens, known)
     return Facts(tuple(dict.fromkeys(names))[:MOST_NAMES], tuple(dict.fromkeys(places))[:MOST_PLACES])
 
 
-def _find_runs(tokens: list[Token], titles: bool) -> Iterator[tuple[int, int]]:
+def _continues(gap: str, before: Token) -> bool:
+    """Whether what stands between two names makes one of them."""
+    return gap == " & " or (gap == ". " and before.small in ABBREVIATIONS)
+
+
+def _find_runs(tokens: list[Token], titles: bool, signed: set[int]) -> Iterator[tuple[int, int]]:
     """(begin, end) of the names and numbers of a text, with the words that belong to them."""
     i = 0
     while i < len(tokens):
@@ -66,10 +77,13 @@ def _find_runs(tokens: list[Token], titles: bool) -> Iterator[tuple[int, int]]:
         i = max(i + 1, end)
         if end == begin:
             continue
-        if not any(_LETTER.search(token.word) for token in tokens[begin:end]):
-            begin, end = _explain_number(tokens, begin, end)
-        elif end < len(tokens) and _is_head(tokens[end]):
-            end += 1  # the noun that the name tells more about: a Christmas TREE
+        if not any(map(_LETTER.search, (_ORDINAL.sub("", token.word) for token in tokens[begin:end]))):
+            begin, end = _explain_number(tokens, begin, end, begin in signed)
+        else:  # the noun that the name tells more about: a Christmas TREE
+            counted = _ORDINAL.search(tokens[end - 1].word) is not None
+            most = min(end + 2, len(tokens))
+            while end < most and (_is_head(tokens[end]) or (counted and _is_counted(tokens[end]))):
+                end += 1
         if end > begin:
             yield begin, end
             i = max(i, end)
@@ -77,7 +91,11 @@ def _find_runs(tokens: list[Token], titles: bool) -> Iterator[tuple[int, int]]:
 
 def _is_whole(raw: str, tokens: list[Token], titled: bool) -> bool:
     """Whether the raw text is one name or title, not a sentence: its words say more together."""
-    if not tokens or len(tokens) > LONGEST_TITLE or any(token.begins for token in tokens[1:]):
+    if (
+        not tokens
+        or len(tokens) > LONGEST_TITLE
+        or any(after.begins and before.small not in ABBREVIATIONS for before, after in pairwise(tokens))
+    ):
         return False
     return titled or grade(raw) == "name"
 
@@ -117,10 +135,11 @@ def _leads(tokens: list[Token], begin: int, i: int, titles: bool) -> bool:
     """Whether this word and the next ones are parts of one name: STATUE OF Liberty, LAKE Tahoe, Tom AND Sarah."""
     token, after = tokens[i], tokens[i + 1]
     if i == begin:  # a noun with a capital, because a sentence begins or because it is a part of the name
-        if not token.word[0].isupper() or titles or not is_nominal(token.small):
+        if not token.word[0].isupper() or titles or not is_content(token.word):
             return False
-        joint = after.small in ("of", "de") and i + 2 < len(tokens) and tokens[i + 2].joined
-        return is_name(tokens[i + 2], titles) if joint else is_name(after, titles)
+        if after.small in ("of", "de") and i + 2 < len(tokens) and tokens[i + 2].joined:
+            return is_name(tokens[i + 2], titles)
+        return (is_nominal(token.small) or not is_known(token.small)) and is_name(after, titles)
     if token.small in JOINTS and after.small == "the" and i + 2 < len(tokens) and tokens[i + 2].joined:
         return token.small == "of" and is_name(tokens[i + 2], titles)
     if token.small == "the" and tokens[i - 1].small == "of":
@@ -145,17 +164,23 @@ def _is_head(token: Token) -> bool:
     return token.joined and named and kind in ("base", "plural") and token.small not in known.function
 
 
-def _explain_number(tokens: list[Token], begin: int, end: int) -> tuple[int, int]:
-    """A number with the noun that it counts or belongs to; a year may stand alone; any other number alone says
-    nothing: (begin, begin)."""
-    if end < len(tokens) and tokens[end].joined and is_content(tokens[end].word) and tokens[end].word.isalpha():
-        base, kind = form(tokens[end].small)
-        if kind == "plural" or base in tables().nouns or base in tables().abstract:
-            return begin, end + 1
+def _explain_number(tokens: list[Token], begin: int, end: int, signed: bool) -> tuple[int, int]:
+    """A number with the noun that it counts or belongs to. A year and a number with a sign may stand alone; any other
+    says nothing: (begin, begin)."""
+    if end < len(tokens) and _is_counted(tokens[end]):
+        return begin, end + 1
     if begin and tokens[begin].joined and form(tokens[begin - 1].small).lemma in tables().nouns:
         return begin - 1, end
-    alone = end - begin == 1 and _YEAR.fullmatch(tokens[begin].word)
+    alone = end - begin == 1 and (signed or _YEAR.fullmatch(tokens[begin].word))
     return (begin, end) if alone else (begin, begin)
+
+
+def _is_counted(token: Token) -> bool:
+    """3 DOGS, the 2012 OLYMPICS, her 30th BIRTHDAY."""
+    if not token.joined or not is_content(token.word) or not token.word.isalpha():
+        return False
+    base, kind = form(token.small)
+    return kind == "plural" or base in tables().nouns or base in tables().abstract
 
 
 def _find_preposition(tokens: list[Token], begin: int) -> str:

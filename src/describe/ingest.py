@@ -94,7 +94,7 @@ def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str
 
 def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, fingerprint: list) -> dict[str, Any]:
     began, before = time.monotonic(), job.find_input()
-    conditions = tuple(map(Condition.parse, settings.where))
+    conditions = list(map(Condition.parse, settings.where))
 
     def choose(sample: list[Row]) -> Choice:
         try:

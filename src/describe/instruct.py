@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rwkv_clip.checkpoint import hash_file
 from rwkv_clip.config import load_json, ranged, to_dict
-from rwkv_clip.files import write_json, write_whole
+from rwkv_clip.files import hash_file, write_json, write_whole
 
 from .select import Selection
 from .sources import Sources, find_sources
@@ -179,7 +178,9 @@ def write_training_set(
     chosen = choose(read, settings, report)
     if not report.samples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.most_common()) or "no rows"
-        raise ValueError(f"instruct: no sample is left of {report.rows:,} rows ({reasons}); lower --min-tags")
+        raise ValueError(
+            f"instruct: no sample is left of {report.rows:,} rows ({reasons}); compose first, or lower --min-tags"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     forms = {"alpaca": to_alpaca, "sharegpt": to_sharegpt, "messages": to_messages}

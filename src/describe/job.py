@@ -24,9 +24,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rwkv_clip.checkpoint import hash_file
 from rwkv_clip.errors import SETTING
-from rwkv_clip.files import DamagedError, hold, parse_json, read_bytes, sync_folder, write_json
+from rwkv_clip.files import DamagedError, hash_file, hold, parse_json, read_bytes, sync_folder, write_json
 
 from .parquet import read_metadata, read_parquet, write_parquet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rwkv_clip.config import to_dict
 
 from .export import export
 from .instruct import find_sample, write_training_set
+from .instruction_files import read_samples
 from .job import ORDER, Job
 from .picture_stages import Pictures
 from .prompt import Prompt
@@ -32,7 +34,13 @@ def make_report(settings: Any) -> Path:
         "stages": {stage: _sum_times(job, stage) for stage in ORDER if job.read_times(stage)},
         "prices": prices if settings.price_in is not None or settings.price_out is not None else None,
     }
-    page = write_report(lambda: job.read(), about, pictures.find, job.folder)
+
+    def read() -> Iterator[dict[str, Any]]:
+        for row in job.read():
+            reason = settings.judge(row)
+            yield {**row, "keep": not reason, "drop_reason": reason or None}
+
+    page = write_report(read, about, pictures.find, job.folder)
     print(f"report: {page}", flush=True)
     return page
 
@@ -61,10 +69,14 @@ def make_export(settings: Any) -> None:
 
 
 def make_training_set(settings: Any) -> None:
-    """A training set for a composer, of a job's rows."""
-    job, prompt = Job(settings.output), Prompt.load(settings.prompt)
+    """A training set for a composer, of a job's rows or of an instruction file."""
+    prompt = Prompt.load(settings.prompt)
+    if settings.instructions is None:
+        job = Job(settings.output)
 
     def read() -> Any:
+        if settings.instructions is not None:
+            return read_samples(settings.instructions)
         return (find_sample(row, settings, settings) for row in job.read())
 
     print(write_training_set(read, Path(settings.folder), prompt, settings, settings.prompt), flush=True)

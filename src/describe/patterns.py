@@ -168,15 +168,16 @@ PHRASES = (
     (
         "stock",
         re.compile(
-            r"stock|click|may con|wikim|^file:|buy th|download|royalty|getty|alamy|dreamst|depositp|123rf|fotolia|corbis|"
-            r"rex f|press|(?:image|photo) [in]"
+            r"stock|click|may con|wikim|^file:|buy th|download|royalty|getty|alamy|dreamst|depositp|123rf|fotolia|"
+            r"corbis|rex f|press|(?:image|photo) [in]"
         ),
         STOCK,
     ),
     (
         "credit",
         re.compile(
-            r"\bby |photo|image|pic|shot|post|credit|court|foto|cc[- ]by|©|\(c\)|copyr|via |(?:from|on) [fitpyr5uw]|reserved"
+            r"\bby |photo|image|pic|shot|post|credit|court|foto|cc[- ]by|©|\(c\)|copyr|via |(?:from|on) [fitpyr5uw]|"
+            r"reserved"
         ),
         CREDIT,
     ),

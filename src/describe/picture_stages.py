@@ -8,25 +8,24 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_clip.data.sources import Source
+from rwkv_clip.files import hash_file
 
 from .columns import Column, read_column
 from .composers import make_vision_captioner
 from .ingest import open_source
 from .job import ROWS, Job, Stage
 from .pictures import PictureReader, PictureSettings
-from .scores import COLUMNS as SCORES
-from .scores import VERSION as SCORES_VERSION
-from .scores import score
 from .sources import FROM_TEXT
-from .tagger import Tagger
-from .towers import Towers
-from .transformers_captioner import TransformersCaptioner
 from .vision_captioner import VisionCaptioner
 from .words import find_nouns
 from .work import Row, Task
+
+if TYPE_CHECKING:
+    from .tagger import Tagger
+    from .transformers_captioner import TransformersCaptioner
 
 CAPTION = {"caption": "str", "caption_source": "str", "caption_status": "str", "caption_reason": "str"}
 TAGS = {
@@ -46,7 +45,7 @@ class Pictures:
 
     def __init__(self, settings: Any):
         job = Job(settings.output).find_input()
-        spec, images = settings.input or job.get("input"), settings.images or job.get("images")
+        spec, images = settings.input or str(job.get("input")), settings.images or job.get("images")
         self.source: Source = open_source(spec, images)
         folder = images if images and Path(images).is_dir() else None
         self.settings = PictureSettings(
@@ -62,7 +61,7 @@ class Pictures:
         return found.data
 
 
-# ---- captions and tags ------------------------------------------------------------------------------------------------
+# ---- captions and tags -----------------------------------------------------------------------------------------------
 
 Ask = Callable[[Sequence[Row]], AsyncIterator[tuple[int, Row]]]
 
@@ -95,10 +94,11 @@ def make_tag_task(settings: Any) -> Task:
     decides: dict[str, Any] = {"tagger": settings.tagger, "tags": _hash(settings.tags)}
     ask: Ask | None = None
     if settings.tagger == "checkpoint":
+        from .tagger import Tagger
+
         tagger, pictures = Tagger.load(settings), Pictures(settings)
         job = Job(settings.output)
-        saved = job.folder / "tags" / "calibration.json"
-        tagger.calibrate(pictures.read(_take(job, settings.background)), saved)
+        tagger.calibrate(pictures.read(_take(job, settings.background)), job.folder / "tagger")
         decides |= tagger.decides
         ask = partial(_tag, tagger, pictures)
     elif settings.tagger == "text":
@@ -120,6 +120,8 @@ def make_caption_task(settings: Any) -> Task:
         decides |= {f"captioner_{name}": value for name, value in server.decides.items()}
         ask, close = partial(_ask_server, server, Pictures(settings)), server.close
     elif settings.captioner == "transformers":
+        from .transformers_captioner import TransformersCaptioner  # and torch with it
+
         model = TransformersCaptioner.load(settings)
         decides |= model.decides
         ask = partial(_ask_model, model, Pictures(settings))
@@ -186,27 +188,28 @@ async def _tag_by_text(rows: Sequence[Row]) -> AsyncIterator[tuple[int, Row]]:
         yield place, {"tags": tags, "tag_source": FROM_TEXT if tags else None, "tag_status": "ok"}
 
 
-# ---- scores -----------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def make_score_task(settings: Any) -> Task:
     """How well the three texts of every row fit its picture."""
+    from .scores import COLUMNS, VERSION, score
+    from .towers import Towers
+
     towers, pictures = Towers.load(settings), Pictures(settings)
-    decides = {**towers.decides, "scores_version": SCORES_VERSION}
+    decides = {**towers.decides, "scores_version": VERSION}
     inputs = (*PICTURE, "raw", "caption", "generated")
-    stage = Stage("scores", SCORES, (ROWS, "caption", "verify"), inputs, decides, journaled=True)
-    return Task(stage, ask=partial(_score, towers, pictures))
+    stage = Stage("scores", COLUMNS, (ROWS, "caption", "verify"), inputs, decides, journaled=True)
 
+    async def ask(rows: Sequence[Row]) -> AsyncIterator[tuple[int, Row]]:
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            for place, columns in enumerate(score(chunk, list(pictures.read(chunk)), towers), start):
+                yield place, columns
 
-async def _score(towers: Towers, pictures: Pictures, rows: Sequence[Row]) -> AsyncIterator[tuple[int, Row]]:
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        for place, columns in enumerate(score(chunk, list(pictures.read(chunk)), towers), start):
-            yield place, columns
+    return Task(stage, ask=ask)
 
 
 def _hash(file: str | None) -> str | None:
     """SHA-256 of a file of columns: another content makes other rows."""
-    from rwkv_clip.checkpoint import hash_file
-
     return hash_file(Path(file)) if file else None

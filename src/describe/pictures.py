@@ -78,8 +78,10 @@ class PictureReader:
         results are, so that they may be a stream themselves. SourceError where the source cannot be read."""
         for row in rows:
             number, name = row["row"], row.get("image")
-            named = name is not None and self._folder is not None
-            found = Row(name, {"image": name}, self._folder) if named else self._take(number)
+            if name is not None and self._folder is not None:
+                found: Row | None = Row(name, {"image": name}, self._folder)
+            else:
+                found = self._take(number)
             if found is None:
                 yield Found(number, reason=BEYOND)
                 continue

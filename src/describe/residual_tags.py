@@ -85,8 +85,8 @@ def above(word: str) -> frozenset[str]:
 
 @lru_cache(1 << 14)
 def _forms(head: str) -> frozenset[str]:
-    """A noun, and the adjectives that tell of it: snow, snowy; wood, wooden."""
-    return frozenset({head, head + "y", head + head[-1:] + "y", head.removesuffix("e") + "y", head + "en"})
+    """A noun, and the adjectives that tell of it: snow, snowy; wood, wooden; park, parked."""
+    return frozenset({head, head + "y", head + head[-1:] + "y", head.removesuffix("e") + "y", head + "en", head + "ed"})
 
 
 def sort_tags(tags: Sequence[Tag]) -> list[Tag]:

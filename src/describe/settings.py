@@ -11,7 +11,6 @@ from tyro.conf import arg
 from rwkv_clip.config import ranged
 
 from .job import parse_shard
-from .transformers_captioner import CaptionerSettings
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -94,6 +93,70 @@ class ServerSettings:
     """Rows that fail one after the other before the run stops."""
     extra_body: str = ""
     """JSON object that is sent along, for example '{"chat_template_kwargs": {"enable_thinking": false}}'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerSettings:
+    """A captioner of transformers."""
+
+    caption_model: str | None = None
+    """Folder that `save_pretrained` wrote, or a name on the hub, for example Salesforce/blip-image-captioning-base."""
+    captioner_revision: str | None = None
+    """Revision of a model on the hub."""
+    captioner_prompt: str = ""
+    """What the model is asked with the picture: nothing for BLIP, <CAPTION> for Florence-2."""
+    download: bool = False
+    """Allow a model that is not on this machine to be fetched from the hub."""
+    caption_tokens: int = ranged(40, minimum=1, maximum=1024)
+    """Most tokens of a caption; one that is cut there counts as none."""
+    caption_batch: int = ranged(16, minimum=1)
+    """Pictures at a time."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; default: the best present."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the weights and of the arithmetic."""
+
+    def problems(self) -> list[str]:
+        """None: the model decides."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """The model that compares pictures and texts."""
+
+    checkpoint: str | None = None
+    """Run folder, checkpoint folder, .safetensors, released .pt, or open_clip:NAME[:TAG]."""
+    checkpoint_model: str | None = None
+    """Model name or JSON, where the checkpoint does not describe its model."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; default: the best present."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the weights and of the arithmetic."""
+    decoders: int = ranged(4, minimum=0)
+    """Threads that decode pictures; no figure depends on it."""
+
+    def problems(self) -> list[str]:
+        """None: the checkpoint decides."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggerSettings(CheckpointSettings):
+    """Which names a picture gets."""
+
+    tag_list: str | None = None
+    """Text file of names, one a line; default: the list that is shipped."""
+    background: int = ranged(2000, minimum=32)
+    """First pictures of the job, over which names are calibrated."""
+    min_z: float = ranged(2.5, above=0)
+    """Standard deviations by which a name has to fit better than it does on average. What is on more than
+    1 / (1 + min_z²) of the pictures (14 % at 2.5) never gets its tag: common things have to come from captions."""
+    most_tags: int = ranged(12, minimum=1)
+    """Most tags of a picture, best first."""
+    max_share: float = ranged(0.2, above=0, maximum=1)
+    """Names that reach `min_z` on a larger fraction of the background are left out; happens only below a `min_z` of 2,
+    by the bound above (Cantelli's inequality)."""
 
 
 @dataclass(frozen=True, kw_only=True)

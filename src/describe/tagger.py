@@ -8,6 +8,7 @@ the names whose z-score is high. The calibration is kept with the job, so that a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 from torch.nn.functional import normalize
 
-from rwkv_clip.config import ranged
 from rwkv_clip.files import DamagedError, parse_json, read_bytes, write_json
 
 from .pictures import Found
-from .towers import CheckpointSettings, Towers
+from .settings import TaggerSettings
+from .towers import Towers
 from .words import article
 
 COLUMNS = {"tags": "str list", "tag_scores": "float list", "tag_source": "str", "tag_status": "str"}
@@ -33,23 +34,6 @@ CHUNK = 256  # pictures at a time
 MOST_LIST, MOST_NAMES, MOST_NAME = 1 << 24, 100_000, 100
 MOST_SAVED = 1 << 27
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaggerSettings(CheckpointSettings):
-    """Which names a picture gets."""
-
-    tag_list: str | None = None
-    """Text file of names, one a line; default: the list that is shipped."""
-    background: int = ranged(2000, minimum=LEAST)
-    """First pictures of the job, over which names are calibrated."""
-    min_z: float = ranged(2.5, above=0)
-    """Standard deviations by which a name has to fit better than it does on average."""
-    most_tags: int = ranged(12, minimum=1)
-    """Most tags of a picture, best first."""
-    max_share: float = ranged(0.2, above=0, maximum=1)
-    """Names that reach `min_z` on a larger fraction of the background are left out. By Cantelli's inequality that is at
-    most 1 / (1 + min_z²), so it matters only below a `min_z` of 2."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +92,15 @@ class Tagger:
         names = read_names(settings.tag_list)
         return cls(Towers.load(settings), names, settings)
 
-    def calibrate(self, pictures: Iterable[Found], saved: Path) -> Calibration:
-        """Take the calibration from the file `saved`, or make it of the first pictures and write it there.
+    def calibrate(self, pictures: Iterable[Found], folder: Path) -> Calibration:
+        """Take the calibration for these settings from the folder, or make it of the first pictures and keep it there.
 
-        ValueError where the file was made with other settings or of another list, or where pictures are too few.
+        ValueError where pictures are too few, DamagedError for a file that holds no calibration.
         """
+        digest = hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()
+        saved = folder / f"calibration-{digest[:12]}.json"
         if saved.exists():
-            self._known = _load(saved)
-            for key, value in self.decides.items():
-                if (was := self._known.about.get(key)) != value:
-                    raise ValueError(
-                        f"{key}: the tags of this job were calibrated with {was}, now it is {value}; go back to it, or "
-                        f"begin the tags anew (remove {saved} and the parts beside it)"
-                    )
+            self._known = _load(saved, len(self.names))
             return self._known
         chosen, parts = islice(pictures, self.settings.background), []
         while chunk := list(islice(chosen, CHUNK)):
@@ -190,13 +170,15 @@ def _save(path: Path, known: Calibration) -> None:
     write_json(path, lists)
 
 
-def _load(path: Path) -> Calibration:
+def _load(path: Path, count: int) -> Calibration:
     content = parse_json(read_bytes(path, MOST_SAVED), str(path))
     try:
         arrays = [np.array(content[name], np.float64) for name in ("mean", "std", "share")]
         about = content["about"]
-        if len({array.shape for array in arrays}) > 1 or arrays[0].ndim != 1 or not isinstance(about, dict):
+        if any(array.shape != (count,) for array in arrays) or not isinstance(about, dict):
             raise ValueError("shapes")
     except (KeyError, TypeError, ValueError):
-        raise DamagedError(f"{path}: not a calibration of tags; remove it and the parts beside it") from None
+        raise DamagedError(
+            f"{path}: not a calibration of tags; remove it, and the same command makes it anew"
+        ) from None
     return Calibration(about, *arrays)

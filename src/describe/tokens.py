@@ -14,9 +14,11 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from pathlib import Path
+from unicodedata import is_normalized
 
 import ftfy
 import regex
+from ftfy.badness import is_bad
 
 CONTEXT = 77  # of CLIP's text towers, start and end of text included
 READ = 64 * CONTEXT  # characters of a text that are read, as rwkv_clip.tokenizer does
@@ -92,13 +94,37 @@ def _trim_word(word: str, context: int) -> str:
 # ---- the count -------------------------------------------------------------------------------------------------------
 
 
+class _Mended(dict):
+    """Table for str.translate, filled on demand: what ftfy makes of a character alone."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = ftfy.fix_text(chr(code))
+        return self[code]
+
+
+_mended = _Mended()
+
+
 def _split(text: str) -> list[str]:
-    """Lower-case words as the tokenizer sees them. Plain text needs no mending, which takes longer than all else."""
+    """Lower-case words as the tokenizer sees them."""
     if len(text) > READ:
         text = " ".join(text.split())[:READ]
-    if not (text.isascii() and text.isprintable() and "&" not in text):
+    if "&" in text or not text.isprintable():
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    elif not text.isascii():
+        text = _mend(text)
     return text.lower().split()
+
+
+@lru_cache(maxsize=1 << 10)  # a text is counted when it is written and again when it is checked
+def _mend(text: str) -> str:
+    """ftfy.fix_text, which takes longer than all else here, of a text without control characters and HTML: where
+    nothing looks like a wrong encoding, it changes single characters and normalizes."""
+    if not is_bad(text):
+        fixed = text.translate(_mended)
+        if is_normalized("NFC", fixed) and (fixed == text or fixed.isascii() or not is_bad(fixed)):
+            return fixed
+    return ftfy.fix_text(text)
 
 
 def _count_words(words: list[str]) -> list[int]:

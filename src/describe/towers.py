@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
 
-from rwkv_clip.config import ranged
 from rwkv_clip.data.image import ImageError
 from rwkv_clip.device import choose_device
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.tokenizer import prepare_texts
 
 from .pictures import Found, open_found
+from .settings import CheckpointSettings
 
 if TYPE_CHECKING:
     from rwkv_clip.factory import Loaded
 
 BLANK = Image.new("RGB", (32, 32))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """The model that compares pictures and texts."""
-
-    checkpoint: str | None = None
-    """Run folder, checkpoint folder, .safetensors, released .pt, or open_clip:NAME[:TAG]."""
-    checkpoint_model: str | None = None
-    """Model name or JSON, where the checkpoint does not describe its model."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; default: the best present."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights and of the arithmetic."""
-    decoders: int = ranged(4, minimum=0)
-    """Threads that decode pictures; no figure depends on it."""
-
-    def problems(self) -> list[str]:
-        """None: the checkpoint decides."""
-        return []
 
 
 class Towers:

@@ -8,48 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from rwkv_clip.checkpoint import hash_file
-from rwkv_clip.config import ranged
 from rwkv_clip.data.image import ImageError
 from rwkv_clip.device import AUTOCAST, choose_device
+from rwkv_clip.files import hash_file
 
 from .pictures import Found, open_found
+from .settings import CaptionerSettings
 
 COLUMNS = {"caption": "str", "caption_source": "str", "caption_status": "str", "caption_reason": "str"}
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionerSettings:
-    """A captioner of transformers."""
-
-    caption_model: str | None = None
-    """Folder that `save_pretrained` wrote, or a name on the hub, for example Salesforce/blip-image-captioning-base."""
-    captioner_revision: str | None = None
-    """Revision of a model on the hub."""
-    captioner_prompt: str = ""
-    """What the model is asked with the picture: nothing for BLIP, <CAPTION> for Florence-2."""
-    download: bool = False
-    """Allow a model that is not on this machine to be fetched from the hub."""
-    caption_tokens: int = ranged(40, minimum=1, maximum=1024)
-    """Most tokens of a caption; one that is cut there counts as none."""
-    caption_batch: int = ranged(16, minimum=1)
-    """Pictures at a time."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; default: the best present."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights and of the arithmetic."""
-
-    def problems(self) -> list[str]:
-        """None: the model decides."""
-        return []
 
 
 class TransformersCaptioner:
@@ -80,6 +53,7 @@ class TransformersCaptioner:
             **({"revision": settings.captioner_revision} if settings.captioner_revision else {}),
         }
         device = choose_device(settings.device)
+        transformers.utils.logging.disable_progress_bar()  # loading takes seconds
         try:
             processor = transformers.AutoProcessor.from_pretrained(name, **common)
             model = transformers.AutoModelForImageTextToText.from_pretrained(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import pairwise
 
 from .lexicon.forms import is_common, small_form
 from .lexicon.splitting import words_in
@@ -50,10 +51,12 @@ INJECTION = re.compile(
 )
 # Without one of these no pattern above matches: most texts have none, and the patterns are slow.
 MARKS = re.compile(r"[<\[`{:]|www|https?")
-TRIGGERS = """ai language detection det syn raw caption captions description descriptions text sentence sentences
-summary tag tags provided given information input source sources sure certainly course okay absolutely merged combined rewrote
-rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore disregard forget
-prompt instructions alt not think i'm won't don't"""
+TRIGGERS = """
+ai language detection det syn raw caption captions description descriptions text sentence sentences summary
+tag tags provided given information input source sources sure certainly course okay absolutely merged combined
+rewrote rewritten summarized i unable able can't cant cannot apologize apologise details context sorry ignore
+disregard forget prompt instructions alt not think i'm won't don't
+"""
 WORDS = re.compile(r"[a-z']+")
 
 
@@ -101,12 +104,17 @@ def judge(
         rejects.append("language")
     facts = Facts(sources)
     numbers = tuple(dict.fromkeys(n for n in find_numbers(text) if n not in facts.numbers))
+    if numbers and has_pair(text):
+        numbers = tuple(number for number in numbers if number != "2")
     names: tuple[str, ...] = ()
+    named: set[str] = set()  # words of names that the sources have: the Gate of the Golden Gate is no gate
     nouns: list[str] = []
     if spoken != "other":
-        names = tuple(dict.fromkeys(name for name in find_names(text) if not facts.hold_name(name)))
+        held = {name: facts.hold_name(name) for name in find_names(text)}
+        names = tuple(name for name in held if not held[name])
+        named = {lemma(word) for name in held if held[name] for word in words_in(name)}
         nouns = find_nouns(text)
-    unsupported = tuple(noun for noun in nouns if not facts.support.holds(noun))
+    unsupported = tuple(noun for noun in nouns if not facts.support.holds(noun) and noun not in named)
     rate = len(unsupported) / len(nouns) if nouns else None
     rejects += [
         f"{what}: {', '.join(new[:MOST_SHOWN])}" for what, new in (("numbers", numbers), ("names", names)) if new
@@ -190,9 +198,11 @@ class Facts:
         known, have = tables(), self.support.lemmas
         if word in have or lemma(word) in have or word in known.function or not any(c.isalpha() for c in word):
             return True
-        if any(known.abbreviations.get(short) == word for short in have & known.abbreviations.keys()):
+        if any(word in known.abbreviations[short] for short in have & known.abbreviations.keys()):
             return True
-        if known.abbreviations.get(word) in have or ("-" in word and all(map(self.hold_word, word.split("-")))):
+        if have.issuperset(known.abbreviations.get(word, word)) or (
+            "-" in word and all(map(self.hold_word, word.split("-")))
+        ):
             return True
         if len(word) > 3 and any(word in other for other in self.strange):
             return True
@@ -204,6 +214,13 @@ def is_derived(word: str, other: str) -> bool:
     shorter, longer = sorted((word, other), key=len)
     stem = max(4, len(shorter) - 2)
     return shorter[:stem] == longer[:stem] and len(longer) - len(shorter) <= 4 and len(shorter) >= 4
+
+
+def has_pair(text: str) -> bool:
+    """Two hands, two eyes: numbers that nobody needs to be told."""
+    words = [lemma(word) for word in words_in(text)]
+    counted = [after for word, after in pairwise(words) if word in ("two", "2")]
+    return bool(counted) and all(word in tables().pairs for word in counted)
 
 
 def find_lost(raw: str, text: str) -> tuple[str, ...]:

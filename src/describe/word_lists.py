@@ -10,31 +10,33 @@ def _set(words: str) -> frozenset[str]:
 PREPOSITIONS = _set("in at on near during over under along above beside outside inside through across")
 LINKS = _set("and by with v vs versus")  # between names
 JOINTS = _set("of de la le du del della di da van von der den")  # within a name
+ABBREVIATIONS = _set("st mt dr mr mrs ms no jr sr prof ft lt sgt capt")  # whose full stop ends no sentence
+WEEKDAYS = _set("monday tuesday wednesday thursday friday saturday sunday")  # no picture shows them
 PLACES = _set(
     "airport alley apartment arena attic backyard balcony bar barn basement bathroom bay beach bedroom cafe camp "
-    "campsite carnival castle cathedral cave cemetery church circus city classroom cliff club coast college concert "
-    "conference countryside court courthouse courtyard creek deck desert diner dock exhibition factory fair farm "
-    "festival forest gallery garage garden gym hall harbor harbour highway hill hospital hotel island jungle "
-    "kitchen lab laboratory lake library lobby mall market marina marathon marina meadow mosque mountain museum "
-    "nursery ocean office orchard palace parade park party pier plaza pool pond porch pub rally ranch restaurant "
-    "river room runway school sea seaside shop shore shrine stadium station store street studio suburb supermarket "
-    "swamp synagogue temple terrace theater theatre town university valley village vineyard waterfall wedding woods "
-    "workshop yard zoo"
+    "campsite carnival castle cathedral cave cemetery church circus city classroom cliff club coast college "
+    "concert conference countryside court courthouse courtyard creek deck desert diner dock exhibition factory "
+    "fair farm festival forest gallery garage garden gym hall harbor harbour highway hill hospital hotel island "
+    "jungle kitchen lab laboratory lake library lobby mall marathon marina market meadow mosque mountain museum "
+    "nursery ocean office orchard palace parade park party pier plaza pond pool porch pub rally ranch restaurant "
+    "river room runway school sea seaside shop shore shrine stadium station store street studio suburb "
+    "supermarket swamp synagogue temple terrace theater theatre town university valley village vineyard waterfall "
+    "wedding woods workshop yard zoo"
 )
 MASS = _set(  # nouns that have no a and no plural
-    "air algae art artwork asphalt bacon bark beef beer bread broccoli broth butter cake camouflage carpet "
-    "carpeting cash champagne cheese chicken china chocolate clay clothing coal cocoa coffee concrete corn cotton "
-    "cream cutlery debris denim dirt dough dust earth electricity equipment fabric fire firewood flesh flooring "
-    "flour foam fog foliage food frost fruit fur furniture garbage garlic gasoline gear gold graffiti grass "
-    "gravel greenery hair ham hay honey ice ink iron ivy jam jewelry jewellery juice junk lace land laundry lava "
-    "lead leather lettuce lightning lingerie litter luggage lumber makeup marble meat merchandise metal milk mist "
-    "money moss mud music mustard oil paint paper parsley pasta pavement pizza plastic pollen popcorn pork pottery "
-    "rain rice rope rubber rubbish rust salad salmon salt sand sauce scaffolding scenery seafood seaweed shade silk "
-    "silver silverware skin sleet smog smoke snow soap soil soup spinach stationery steam steel straw string sugar "
-    "sunlight sunshine sushi syrup tea text thread timber toast tofu traffic trash turf underwear vegetation "
-    "vinegar water weather weaponry wheat wildlife wine wood wool yarn yogurt lighting housing plumbing wiring "
-    "bedding crockery glassware footwear sportswear swimwear headgear baggage livestock cattle people police "
-    "grassland woodland farmland daylight moonlight shrubbery"
+    "air algae art artwork asphalt bacon baggage bark bedding beef beer bread broccoli broth butter cake "
+    "camouflage carpet carpeting cash cattle champagne cheese chicken china chocolate clay clothing coal cocoa "
+    "coffee concrete corn cotton cream crockery cutlery daylight debris denim dirt dough dust earth electricity "
+    "equipment fabric farmland fire firewood flesh flooring flour foam fog foliage food footwear frost frosting "
+    "fruit fur furniture garbage garlic gasoline gear glassware gold graffiti grass grassland gravel greenery "
+    "hair ham hay headgear honey housing ice icing ink iron ivy jam jewellery jewelry juice junk lace land "
+    "laundry lava lead leather lettuce lighting lightning lingerie litter livestock luggage lumber makeup marble "
+    "meat merchandise metal milk mist money moonlight moss mud music mustard oil paint paper parsley pasta "
+    "pavement people pizza plastic plumbing police pollen popcorn pork pottery rain rice rope rubber rubbish rust "
+    "salad salmon salt sand sauce scaffolding scenery seafood seaweed shade shrubbery silk silver silverware skin "
+    "sleet smog smoke snow soap soil soup spinach sportswear stationery steam steel straw string sugar sunlight "
+    "sunshine sushi swimwear syrup tea text thread timber toast tofu traffic trash turf underwear vegetation "
+    "vinegar water weaponry weather wheat wildlife wine wiring wood woodland wool yarn yogurt"
 )
 UNIQUE = _set("sky ground sun moon horizon ocean sea sunset sunrise")  # those with "the"
 ACTIVITIES = _set("fly drive float kick cut shopping")  # that are nouns too, but not in a tag

@@ -18,13 +18,14 @@ from .sources import Sources
 
 __all__ = [
     "WORD", "Support", "Token", "article", "content_lemmas", "find_names", "find_nouns", "find_numbers", "hypernyms",
-    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural", "split_tokens",
-    "split_words", "synonyms",
+    "is_colour", "is_content", "is_name", "is_nominal", "is_photo_word", "is_posture", "lemma", "plural",
+    "split_tokens", "split_words", "synonyms",
 ]  # fmt: skip
 
 HAS_NUMBER = re.compile(r"\d|[^\W_][-‐‑]")  # or a part of a word that may be one
 DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+NAMES = ("May", "Will")  # inside a sentence, though the words are function words
 LETTERS_AN = frozenset("AEFHILMNORSX")  # their names begin with a vowel: an MRI
 SILENT_H = ("hour", "honest", "honor", "honour", "heir")
 SOUND_OF_YOU = re.compile(r"(?:uni(?!n|m)|us[eu]|eu|ewe|ut[ei]|ub|one|once|ukulele|u-)", re.IGNORECASE)
@@ -153,7 +154,7 @@ def is_title(tokens: list[Token]) -> bool:
         if token.begins or len(token.word) == 1 or not token.word[0].isalpha():
             continue
         capital = token.word[0].isupper()
-        if token.small not in function:
+        if token.small not in function or token.word in NAMES or token.word.isupper():
             capitals, content = capitals + capital, content + 1
         elif capital:
             return True
@@ -167,7 +168,7 @@ def is_name(token: Token, titles: bool) -> bool:
         return False
     if token.begins or titles:
         return not is_common(token.small)
-    return token.small not in tables().function
+    return token.small not in tables().function or token.word in NAMES
 
 
 def hypernyms(noun: str) -> frozenset[str]:
@@ -189,7 +190,14 @@ def synonyms(noun: str) -> frozenset[str]:
 def irregular_plurals() -> dict[str, str]:
     pairs = tables().irregular["noun"].items()
     found = {base: plural for plural, base in pairs}
-    return found | {"person": "people", "fish": "fish", "sheep": "sheep", "deer": "deer", "child": "children"}
+    return found | {
+        "person": "people",
+        "fish": "fish",
+        "sheep": "sheep",
+        "deer": "deer",
+        "bus": "buses",
+        "gas": "gases",
+    }
 
 
 def plural(noun: str) -> str:
@@ -263,16 +271,24 @@ class Support:
             return True
         if not self.lemmas.isdisjoint(known.near.get(base, ())):
             return True
+        if any(other in self.lemmas or self.has_kind(other) for other in known.supported_by.get(base, ())):
+            return True
         for place in known.nouns.get(base, ()):
             if place in self.meanings or not self.meanings.isdisjoint(known.wholes_of(place)):
                 return True
-        return any(all(self.holds_part(part) for part in parts) for parts in split_noun(base))
+        if base.endswith("woman") and len(base) > 5 and self.person and self.holds(base[:-5] + "man"):
+            return True
+        return any(parts and all(map(self.holds_part, parts)) for parts in split_noun(base))
 
     def holds_part(self, part: str) -> bool:
         known = tables()
         if part in self.lemmas or part in known.photo or (part in known.persons and self.person):
             return True
-        return any(place in self.meanings for place in known.nouns.get(part, ()))
+        return self.has_kind(part)
+
+    def has_kind(self, noun: str) -> bool:
+        """Something that is a kind of the noun, or the noun."""
+        return any(place in self.meanings for place in tables().nouns.get(noun, ()))
 
 
 @lru_cache(REMEMBERED)
@@ -295,9 +311,15 @@ def remember_roots(word: str) -> frozenset[str]:
     found = {small, base}
     found.update(root for root in quality_roots(small) if root in tables().nouns)
     for parts in split_noun(base):
-        if len(parts) == 1 or base not in tables().nouns or "-" in base:
+        # of a noun of the lexicon only what is made of two: a snowboard is a board, but a carpet is no pet
+        if len(parts) == 1 or base not in tables().nouns or "-" in base or is_kind(base, parts[-1]):
             found |= {form(part).lemma for part in parts}
     return frozenset(found)
+
+
+def is_kind(base: str, last: str) -> bool:
+    """Whether a compound's last part says what it is: a chessboard is a gameboard."""
+    return any(noun.endswith(last) for noun in hypernyms(base))
 
 
 def undouble(stem: str) -> str:
@@ -323,7 +345,9 @@ def remember_split(base: str) -> tuple[tuple[str, ...], ...]:
     """What a noun may be made of: tabletop -> (table, top), trumpeter -> (trumpet,), fire truck -> (fire, truck)."""
     if " " in base or "-" in base:
         return (tuple(base.replace("-", " ").split()),)
-    ways = [(base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])]
+    ways: list[tuple[str, ...]] = [
+        (base[:i], base[i:]) for i in range(3, len(base) - 2) if is_known(base[:i]) and is_known(base[i:])
+    ]
     known = tables()
     person = any(known.person in known.above(place) for place in known.nouns.get(base, ())) or base not in known.nouns
     for ending in ("er", "or", "ist", "ian", "eer") if person else ():

@@ -34,8 +34,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import Bytes, parse_json, read_bytes
-from .serialization import CHUNK, CheckpointError, encode_tensors, read_tensors, read_torch
+from .files import Bytes, hash_file, parse_json, read_bytes
+from .serialization import CheckpointError, encode_tensors, read_tensors, read_torch
 
 Contents = dict[str, Callable[[], Iterable[Bytes]]]  # name of a file -> the making of what it holds
 SCHEMA = 1
@@ -239,15 +239,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     folder = inner if inner.is_dir() else folder
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (path.name[:13], not path.suffix))
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
 
 
 def verify_checkpoint(path: Path) -> None:

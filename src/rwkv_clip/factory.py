@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import find_checkpoint, hash_file, read_description, read_weights
+from .checkpoint import find_checkpoint, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
-from .files import parse_json
+from .files import hash_file, parse_json
 from .models import chinese_clip, hugging_face
 from .models.patch_dropout import drop_patches
 from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes

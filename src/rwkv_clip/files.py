@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 
 from .errors import DATA, STORAGE
 
+CHUNK = 1 << 20  # bytes that are read at a time: they stay in the cache
 Bytes = bytes | bytearray | memoryview
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,15 @@ def _open_regular(path: str, flags: int) -> int:
         return handle
     os.close(handle)
     raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

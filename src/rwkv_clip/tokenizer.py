@@ -14,9 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from open_clip.tokenizer import SimpleTokenizer
 
 CLIP_BPE = "clip-bpe"
@@ -111,7 +110,7 @@ def count_cut(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -
         return 0
     longer = tokens.shape[1] + 1
     padding = tokenizer("", longer)[0, -1]
-    full = torch.nonzero(tokens[:, -1] != padding).flatten().tolist()
+    full = (tokens[:, -1] != padding).nonzero().flatten().tolist()
     return int((tokenizer([texts[i] for i in full], longer)[:, -1] != padding).sum())
 
 
@@ -179,6 +178,8 @@ def _bert_chinese() -> dict[str, int]:
 
 
 def _encode_bert(texts: list[str], context: int) -> torch.Tensor:
+    import torch
+
     ids = torch.full((len(texts), context), PAD)
     rows = ids.numpy()
     for row, text in zip(rows, texts):

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_clip.checkpoint import find_checkpoint, hash_file, list_checkpoints
+from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints
 from rwkv_clip.config import ConfigError
 from rwkv_clip.dist import World, ask_main, judge_all
-from rwkv_clip.files import hold, new_folder
+from rwkv_clip.files import hash_file, hold, new_folder
 
 from .settings import RunSettings
 

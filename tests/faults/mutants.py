@@ -2,7 +2,7 @@
 
 python tests/faults/mutants.py [part of a name ..]     # plants them one by one in this checkout, which must be clean
 
-Lists: planted_training.py, planted_inputs.py. Each bug is an exact replacement in one file, undone at once.
+Lists: the files planted_*.py beside this one. Each bug is an exact replacement in one file, undone at once.
 Prints a table; the exit code is 1 when a test stays green.
 `test_mutants.py` keeps the list applicable.
 """
@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 
 from planted_chinese_data import CHINESE_DATA
+from planted_describe import DESCRIBE
 from planted_inputs import INPUTS
 from planted_training import TRAINING, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA]
+MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import rwkv_clip
-from rwkv_clip.checkpoint import find_checkpoint, hash_file, read_description, read_tensors
+from rwkv_clip.checkpoint import find_checkpoint, read_description, read_tensors
 from rwkv_clip.dist import join_world
+from rwkv_clip.files import hash_file
 from rwkv_clip.losses import make_objective
 from rwkv_clip.training.checkpointing import restore_snapshot
 from rwkv_clip.training.loop import Trainer

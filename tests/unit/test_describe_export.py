@@ -228,6 +228,8 @@ def test_open_clip_reads_the_tars(tmp_path, scenes):
     files = str(tmp_path / "webdataset/00000.tar")
     samples = list(wds.WebDataset(files, shardshuffle=False).decode("pilrgb").rename(image="jpg;png", text="txt"))
     assert [sample["text"] for sample in samples] == [merged(i)["generated"] for i in range(4)]
+    size = pytest.importorskip("open_clip_train.data").get_dataset_size(files)
+    assert size == (4, 1)
     assert samples[2]["json"]["synthetic"] == "a circle number 2" and samples[0]["image"].size == (48, 48)
 
 

@@ -47,6 +47,8 @@ def test_shards_workers_and_ray_make_the_same_rows(tmp_path):
         for shard in range(4):
             done = run(source, tmp_path / "shards", *asks, "--shard", f"{shard}/4")
             assert not (tmp_path / "shards" / "texts.parquet").exists() and "without --shard" in done.stdout
+            parts = {int(file.stem[-5:]) for file in (tmp_path / "shards" / "compose").glob("*.parquet")}
+            assert parts == {k for k in range(8) if k % 4 <= shard}
         run(source, tmp_path / "shards", *asks)
         asked = server.requests.copy()
         pytest.importorskip("ray", reason="pip install -e '.[ray]'")

@@ -54,7 +54,9 @@ def blip(tmp_path_factory):
 
 
 def load(folder, **changes) -> TransformersCaptioner:
-    return TransformersCaptioner.load(parse(CaptionerSettings, {"captioner": str(folder), "device": "cpu", **changes}))
+    return TransformersCaptioner.load(
+        parse(CaptionerSettings, {"caption_model": str(folder), "device": "cpu", **changes})
+    )
 
 
 def end_sentences(captioner: TransformersCaptioner) -> None:
@@ -93,6 +95,13 @@ def test_captions_do_not_depend_on_the_batch(blip):
     assert captioner.caption([]) == []
 
 
+def test_a_prompt_begins_the_caption(blip):
+    captioner = load(blip, caption_tokens=6, captioner_prompt="a dog")
+    end_sentences(captioner)
+    captions = [result["caption"] for result in captioner.caption(PICTURES)]
+    assert all(caption.startswith("a dog ") for caption in captions), captions
+
+
 def test_a_caption_that_is_cut_counts_as_none(blip):
     results = load(blip, caption_tokens=4).caption(PICTURES[:2])
     assert {result["caption_reason"] for result in results} == {"cut at 4 tokens"}
@@ -107,7 +116,7 @@ def test_what_decides_is_named(blip, tmp_path):
 @pytest.mark.parametrize("name", ["no-such/model", "/no/such/folder"])
 def test_nothing_is_fetched_unless_allowed(name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
-    with pytest.raises(ValueError, match=r"captioner: .*--download"):
+    with pytest.raises(ValueError, match=r"caption_model: .*--download"):
         load(name)
 
 
@@ -134,7 +143,7 @@ def test_pickled_weights_and_code_are_refused(blip, tmp_path):
 
 
 def test_a_model_is_asked_for():
-    with pytest.raises(ValueError, match="captioner: not set"):
+    with pytest.raises(ValueError, match="caption_model: not set"):
         TransformersCaptioner.load(CaptionerSettings())
 
 
@@ -153,3 +162,46 @@ def test_pictures_are_upright_before_the_model_sees_them(blip):
     exif[0x0112] = 6
     captioner.caption([Found(0, encode(paint(40, 20), "JPEG", exif=exif))])
     assert seen[0].size == (20, 40) and seen[0].mode == "RGB"
+
+
+def save_florence(folder) -> None:
+    """A tiny random Florence-2 that knows bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {
+        word: i
+        for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    words = Tokenizer(models.BPE(vocab, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, **special, extra_special_tokens={"image_token": "<image>"}
+    )
+    stages = {name: [value] * 4 for name, value in {"embed_dim": 8, "num_heads": 2, "num_groups": 2}.items()}
+    vision = {**stages, "depths": [1] * 4, "window_size": 4, "projection_dim": 16}
+    text = {"model_type": "bart", "vocab_size": len(tokenizer), "d_model": 16, "max_position_embeddings": 256}
+    text |= {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    text |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    image = tokenizer.image_token_id
+    config = transformers.Florence2Config(vision_config=vision, text_config=text, image_token_id=image)
+    torch.manual_seed(0)
+    transformers.Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    pictures = transformers.CLIPImageProcessor(size=size, crop_size=size)
+    pictures.image_seq_length = 5
+    transformers.Florence2Processor(pictures, tokenizer).save_pretrained(folder)
+
+
+def test_florence_is_asked_by_its_task(tmp_path):
+    """What a random one says is noise, but it was asked, with the picture."""
+    save_florence(tmp_path)
+    captioner, seen = load(tmp_path, caption_tokens=4, captioner_prompt="<CAPTION>"), []
+    generate = captioner._model.generate
+    captioner._model.generate = lambda **options: seen.append(options) or generate(**options)
+    results = captioner.caption(PICTURES[:3])
+    assert all(result["caption"] or result["caption_reason"] for result in results) and len(results) == 3
+    [asked] = seen
+    assert asked["pixel_values"].shape == (3, 3, 64, 64) and asked["do_sample"] is False
+    question = captioner._processor.batch_decode(asked["input_ids"], skip_special_tokens=True)
+    assert {text.replace("Ġ", " ").replace(" ", "") for text in question} == {"Whatdoestheimagedescribe?"}

@@ -19,13 +19,13 @@ from PIL import Image
 
 import rwkv_clip
 from helpers.tiny import make_smaller, make_tiny, to_arguments
-from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, hash_file
+from rwkv_clip.checkpoint import CheckpointError, find_checkpoint
 from rwkv_clip.config import ConfigError, load_json, parse
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import MainRankFailed, World
 from rwkv_clip.errors import explain, run_command
-from rwkv_clip.files import InUse, hold
+from rwkv_clip.files import InUse, hash_file, hold
 from rwkv_clip.training import main
 from rwkv_clip.training import run as folders
 from rwkv_clip.training.data.workers import WorkerLost

@@ -70,8 +70,5 @@ def make_client(settings: ServerSettings, url: str | None = None) -> Client:
 
 def _make_replay(settings: ComposeSettings, prompt: Prompt) -> Replay:
     place = Path(settings.answers or "")
-    options = {"attempts": settings.attempts, "context": settings.context, "schema": settings.schema}
-    if place.is_dir():
-        job = Job(place)
-        return Replay(job.read("compose"), prompt, **options)
-    return Replay(place, prompt, **options)
+    records = Job(place).read("compose") if place.is_dir() else place
+    return Replay(records, prompt, settings.attempts, settings.context, settings.schema)

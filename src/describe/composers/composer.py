@@ -36,9 +36,14 @@ class Composer(Protocol):
     its name on the command line: prompt, model, sampling, version. remote: waits for others, so that rows are worked
     on together and journaled; else it is a pure function that worker processes may run."""
 
-    name: str
-    decides: dict[str, Any]
-    remote: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def decides(self) -> dict[str, Any]: ...
+
+    @property
+    def remote(self) -> bool: ...
 
     def compose(self, rows: Sequence[Sources]) -> AsyncIterator[tuple[int, Composed]]:
         """(place in `rows`, text) for every row, as they are finished. Raises only what ends the whole run."""

@@ -28,7 +28,7 @@ MOST_THINGS, MOST_THINGS_SHORT = 5, 2
 
 # A text is one form of each kind, for what there is to say. {base}: the caption; {inner}: the same within a sentence.
 PLACES = ("{base} {place}", "{Place}, {inner}", "{base}, {place}")
-NAMES = ("{name}: {inner}", "{base}: {name}", "{base} ({name})", "{name} – {inner}", "{base} – {name}")
+NAMES = ("{name}: {inner}", "{base}: {name}", "{base} ({name})", "{name} - {inner}", "{base} - {name}")
 THINGS = (
     "{base}, with {things}.",
     "{base}, along with {things}.",
@@ -172,16 +172,13 @@ def join(phrases: Sequence[str]) -> str:
 
 
 def tidy(text: str) -> str:
-    """A source as one line of readable text; nothing changes in one that is."""
-    if " ." in text or " ," in text:  # as some data sets write their captions
-        return clean(text).text
-    if text.isascii() and text.isprintable() and "<" not in text and "  " not in text and len(text) < 2000:
-        return text.strip()
-    if "<" not in text and len(text) < 2000:
+    """A source as one line of readable text, "" where it has no letter or digit; nothing changes in one that is."""
+    plain = len(text) < 2000 and not any(mark in text for mark in (" .", " ,", "<", "  ", "|>"))
+    if not (plain and text.isascii() and text.isprintable()):
+        if not plain or any(unicodedata.category(character)[0] == "C" for character in text):
+            return clean(text).text
         text = " ".join(text.split())
-        if not any(unicodedata.category(character)[0] == "C" for character in text):
-            return text
-    return clean(text).text
+    return text.strip() if any(map(str.isalnum, text)) else ""
 
 
 def _begin(text: str) -> str:

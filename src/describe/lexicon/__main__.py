@@ -32,7 +32,7 @@ ABOVE = {*CONCRETE, TOPS, GROUPS, PLACES}  # whose meanings may be the more gene
 PERSON = 18
 TAGGED, TAGGED_RANK = (5, 6, 13, 17, 20), 36000
 SHORT = (5, 6, 13, 20)
-MOST_SENSES = 3
+MOST_SENSES = 5
 FEW = 4  # counts up to this say nothing about which meaning is the usual one
 COMMON = 8000  # merges of CLIP's vocabulary before this one make words that are common
 KNOWN = 16000  # .. words of which compounds are made
@@ -131,7 +131,7 @@ class Builder:
         """Offsets of the meanings that count for this lemma: the first that is a thing, and others that are known to be
         used. A person only where nothing else comes first: WordNet knows dogs and cats that are unloved people."""
         counts = self.counts.meanings.get(lemma, Counter())
-        found = []
+        found: list[str] = []
         for number, offset in enumerate(self.index["noun"].get(lemma, ()), 1):
             if not self.is_concrete(offset, lemma) or not self.is_written_small(offset, lemma):
                 continue
@@ -218,7 +218,8 @@ class Builder:
             counts, concrete = self.counts.parts.get(lemma, Counter()), self.concrete_count(lemma)
             if counts[2] and lemma in self.index["verb"]:
                 uses["verb-first" if counts[2] > concrete and lemma not in self.extra else "verb-too"].add(lemma)
-            if counts[3] > concrete and lemma in self.index["adj"] and lemma not in self.extra:
+            person = self.synsets[chosen[lemma][0]].file == PERSON  # the young, the brave
+            if lemma in self.index["adj"] and counts[3] + person > concrete and lemma not in self.extra:
                 uses["adj-first"].add(lemma)
         return uses
 
@@ -238,7 +239,7 @@ def order(builder: Builder, chosen: dict[str, list[str]]) -> list[str]:
     return sorted(seen)
 
 
-def write_nouns(builder: Builder, chosen: dict[str, list[str]]) -> None:
+def nouns_lines(builder: Builder, chosen: dict[str, list[str]]) -> list[str]:
     offsets = order(builder, chosen)
     place = {offset: i for i, offset in enumerate(offsets)}
     words: dict[str, list[str]] = {offset: [] for offset in offsets}
@@ -250,10 +251,10 @@ def write_nouns(builder: Builder, chosen: dict[str, list[str]]) -> None:
         _, _, parents, wholes = builder.synsets[offset]
         columns = [" ".join(str(place[other]) for other in others if other in place) for others in (parents, wholes)]
         lines.append("\t".join([",".join(sorted(words[offset])), *columns]).rstrip("\t"))
-    write_text("nouns.txt", lines)
+    return lines
 
 
-def write_words(builder: Builder, chosen: dict[str, list[str]]) -> None:
+def words_lines(builder: Builder, chosen: dict[str, list[str]]) -> list[str]:
     """Words that are common and no chosen nouns, by class; and the chosen ones that are more often something else."""
     classes: dict[str, set[str]] = {part: set() for part in PARTS}
     for part in PARTS:
@@ -264,10 +265,10 @@ def write_words(builder: Builder, chosen: dict[str, list[str]]) -> None:
             if known and small and new and re.fullmatch(r"[a-z]+(-[a-z]+)*", lemma):
                 classes[part].add(lemma)
     classes |= builder.other_uses(chosen)
-    write_text("words.txt", [f"{name}\t{' '.join(sorted(words))}" for name, words in classes.items()])
+    return [f"{name}\t{' '.join(sorted(words))}" for name, words in classes.items()]
 
 
-def write_irregular(builder: Builder, chosen: dict[str, list[str]]) -> None:
+def irregular_lines(builder: Builder, chosen: dict[str, list[str]]) -> list[str]:
     lines = []
     for part in PARTS:
         pairs = []
@@ -277,33 +278,38 @@ def write_irregular(builder: Builder, chosen: dict[str, list[str]]) -> None:
             if known and form != base and re.fullmatch(r"[a-z]+", form) and re.fullmatch(r"[a-z]+", base):
                 pairs.append(f"{form}={base}")
         lines.append(f"{part}\t{' '.join(pairs)}")
-    write_text("irregular.txt", lines)
+    return lines
 
 
-def write_tags(builder: Builder, chosen: dict[str, list[str]]) -> None:
+def tags_lines(builder: Builder, chosen: dict[str, list[str]]) -> list[str]:
     """Of the nouns those that are made things, animals, food, places and plants first of all, common, no verbs or
     adjectives and no names; and hand.txt's."""
     other = builder.other_uses(chosen)
     never = {*builder.hand["not_tags"], *other["verb-first"], *other["adj-first"]}
     tags = {lemma for lemma in chosen if lemma not in never and builder.is_tag(lemma)}
-    write_text("tags.txt", sorted(tags | set(builder.hand["tags"])))
+    return sorted(tags | set(builder.hand["tags"]))
 
 
-def write_text(name: str, lines: list[str]) -> None:
-    write_whole(HERE / name, [("\n".join(lines) + "\n").encode()])
-    print(f"{name}: {len(lines)} lines, {(HERE / name).stat().st_size:,} bytes")
+FILES = {
+    "nouns.txt": nouns_lines,
+    "words.txt": words_lines,
+    "irregular.txt": irregular_lines,
+    "tags.txt": tags_lines,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rwkv_clip.describe.lexicon", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="WORDNET_FOLDER")
-    builder = Builder(parser.parse_args().folder)
+    parser.add_argument("--output", type=Path, default=HERE, help="where the files go, else beside this one")
+    arguments = parser.parse_args()
+    builder = Builder(arguments.folder)
     chosen = builder.nouns()
-    print(f"{len(chosen)} nouns, {sum('_' in lemma for lemma in chosen)} of two words")
-    write_nouns(builder, chosen)
-    write_words(builder, chosen)
-    write_irregular(builder, chosen)
-    write_tags(builder, chosen)
+    print(f"{len(chosen):,} nouns, {sum('_' in lemma for lemma in chosen):,} of them of two words")
+    for name, lines_of in FILES.items():
+        lines = lines_of(builder, chosen)
+        write_whole(arguments.output / name, [("\n".join(lines) + "\n").encode()])
+        print(f"{name}: {len(lines):,} lines, {(arguments.output / name).stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def small_form(word: str) -> str:
 @lru_cache(REMEMBERED)
 def remember_small(word: str) -> str:
     small = word.lower().replace("’", "'").replace("‐", "-").replace("‑", "-")
-    return small[:-2] if small.endswith("'s") and len(small) > 2 else small
+    while small.endswith("'s") and len(small) > 2:
+        small = small[:-2]
+    return small.removesuffix("'")
 
 
 class Form(NamedTuple):
@@ -55,6 +57,8 @@ def remember_form(small: str) -> Form:
     for stem in verb_stems(small):
         if stem in known.verbs and small not in known.adjectives:
             return Form(stem, "verb")
+    if small in known.irregular["adj"]:
+        return Form(known.irregular["adj"][small], "degree")
     if is_known(small):
         return Form(small, "base")
     for stem in degree_stems(small):

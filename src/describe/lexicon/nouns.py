@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from .forms import REMEMBERED, Form, form
+from .forms import REMEMBERED, Form, form, verb_stems
 from .splitting import Token, tokens_in
 from .tables import tables
 
@@ -39,6 +39,12 @@ def noun_form(small: str) -> Form | None:
     base, kind = form(small)
     if base not in known.nouns or kind in ("verb", "degree") or small in known.function or small in known.numbers:
         return None
+    if (
+        small.endswith("ing")
+        and small not in known.ing_nouns
+        and any(stem in known.verbs for stem in verb_stems(small))
+    ):
+        return None
     if base in known.photo or small.removesuffix("s") in known.photo or (base in known.colours and kind != "plural"):
         return None
     return Form(base, kind)
@@ -68,8 +74,6 @@ def is_verb_here(before: Token | None, token: Token, after: Token | None, kind: 
     known = tables()
     base = form(token.small).lemma
     mostly = base in known.verb_first
-    if not mostly and base not in known.verb_too:
-        return False
     follows = after is None or after.small in known.after_verbs or after.small in known.adverbs
     if before is None:
         return mostly and follows and not token.begins
@@ -104,7 +108,7 @@ def opens_noun(before: Token) -> bool:
         or small in known.adjectives
         or small in known.colours
         or small in known.numbers
-        or (small in known.function and small not in known.subjects)
+        or small in known.before_nouns
         or before.word.endswith(("'s", "’s"))
         or small.endswith(("ing", "ed"))
         or form(small).lemma in known.nouns

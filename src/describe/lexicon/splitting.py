@@ -44,7 +44,8 @@ def remember_tokens(text: str) -> list[Token]:
 
 
 def split_tokens(text: str) -> list[Token]:
-    tokens, end = [], 0
+    tokens: list[Token] = []
+    end = 0
     for match in WORD.finditer(text):
         start = match.start()
         between = text[end:start]

@@ -67,18 +67,20 @@ class Tables:
         self.capitals = frozenset(hand["capitals"])
         self.only_foreign = frozenset(hand["foreign"]) - self.function
         self.numbers, self.implied = read_pairs(hand["numbers"]), read_pairs(hand["implied_numbers"])
-        self.abbreviations = read_pairs(hand["abbreviations"])
+        self.abbreviations = {short: whole.split("+") for short, whole in read_pairs(hand["abbreviations"]).items()}
+        self.ing_nouns, self.pairs = frozenset(hand["ing_nouns"]), frozenset(hand["pairs"])
         for word, kind in (line.split(", ") for line in hand["kinds"]):
             self.add_kind(word, kind)
         for line in hand["synonyms"]:
             self.add_synonyms(line.split(", "))
         self.two_words = {noun.split(" ")[0] for noun in self.nouns if " " in noun}
         self.near: dict[str, set[str]] = {}
-        for words in (line.split(", ") for line in hand["near"]):
-            for word in words:
-                self.near.setdefault(word, set()).update(words)
+        self.supported_by: dict[str, set[str]] = {}
+        for alike in (line.split(", ") for line in hand["near"]):
+            for word in alike:
+                self.near.setdefault(word, set()).update(alike)
         for word, *others in (line.split(", ") for line in hand["supported_by"]):
-            self.near.setdefault(word, set()).update(others)
+            self.supported_by.setdefault(word, set()).update(others)
         classes = {name: frozenset(words) for name, words in read_classes("words.txt").items()}
         self.abstract, self.verbs, self.adjectives = classes["noun"], classes["verb"], classes["adj"]
         self.adverbs, self.verb_first = classes["adv"], classes["verb-first"]

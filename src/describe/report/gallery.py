@@ -22,7 +22,7 @@ NAMELESS = "the row names no picture"
 
 
 def read_thumbnails(rows: Iterable[dict[str, Any]], pictures: Pictures) -> Thumbnails:
-    """Thumbnails of rows (of `numbers.cut_row`), in the order of their source: what came with it is read in one pass."""
+    """Thumbnails of rows (of `numbers.cut_row`), read in the order of their source, which is one pass over it."""
     found: Thumbnails = {}
     for row in sorted(rows, key=lambda row: row.get("row") or 0):
         if (key := _key(row)) not in found:
@@ -77,7 +77,8 @@ def _draw_row(row: dict[str, Any], thumbnails: Thumbnails) -> str:
     chips += [("", tag) for tag in row.get("tags", ())]
     if chips:
         parts.append('<div class="tags">' + "".join(_chip(kind, text) for kind, text in chips) + "</div>")
-    return f'<article class="row"><div>{_draw_thumbnail(row, thumbnails[_key(row)])}</div><div>{"".join(parts)}</div></article>'
+    picture = _draw_thumbnail(row, thumbnails[_key(row)])
+    return f'<article class="row"><div>{picture}</div><div>{"".join(parts)}</div></article>'
 
 
 def _about(row: dict[str, Any]) -> str:

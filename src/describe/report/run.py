@@ -31,12 +31,16 @@ def write_report(
         prices    {prompt, completion: for a million tokens, currency: "USD"}; None: no cost is shown
 
     pictures: the encoded picture of a row, asked for in the order of `row`, its number in the source; None where there
-    is none; its OSError or ValueError is shown in the place of the picture. Memory does not grow with the rows. OSError when a file cannot be written.
+    is none; its OSError or ValueError is shown in the place of the picture. Memory does not grow with the rows. OSError
+    when a file cannot be written.
     """
     numbers = count(rows())
     results = numbers.results()
     find_examples(rows, results["duplicates"])
     stages = count_stages(_written(about.get("stages") or {}))
+    used = {name: results["used"][name] for name in ("prompt_tokens", "completion_tokens")}
+    if "compose" in stages and not any(stages["compose"][name] for name in used):
+        stages["compose"] |= used  # a job has them in its rows
     prices = about.get("prices")
     results |= {
         "stages": stages,

@@ -14,10 +14,9 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..files import OutsideError, find_below, read_bytes
@@ -27,6 +26,9 @@ from .image import MAX_BYTES, ImageError, inspect_image, open_image
 from .recordio import Header, pack
 from .records import EXACT, checksum
 from .rows import MAX_TEXT_BYTES, Problem, Row
+
+if TYPE_CHECKING:
+    import torch
 
 OUTSIDE = "image outside the image folder"
 NO_RAW = "no raw text"
@@ -172,7 +174,7 @@ class Encoder:
         if any(len(text) > READ * self.context for text in texts):
             return self.tokenize(texts), cut.tolist()
         ids = longer[:, :-1]
-        ids[:, -1] = torch.where(cut, longer[:, -1], ids[:, -1])
+        ids[cut, -1] = longer[cut, -1]
         return ids, cut.tolist()
 
     def _find_unused(self, fields: dict[str, Any], used: list[str | None]) -> list[str]:
