@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answers import Answer, read_envelope
-from .gate import Gate
+from .gate import TOLD, Gate
 
 if TYPE_CHECKING:
     import aiohttp
@@ -33,6 +33,7 @@ FATAL = {
     404: "check the URL (http://host:8000/v1) and the name of the model, which the server lists under /models",
 }
 MOST_500 = 2  # llama.cpp says 500 where the model's words do not fit its format: the same question brings the same
+MOST_429 = 6  # so often a question may be turned away without that counting as one of its tries
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After asks for
 ORIGIN = "give the address that it leads to, if you trust it"
 
@@ -120,15 +121,20 @@ class Client:
         """
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         most = self.limits.tries if tries is None else tries
-        errors = 0
-        for number in range(1, most + 1):
+        number = errors = turned_away = 0
+        while True:
             await self._wait_for_server()
             status, answer, after = await self._post(data)
-            errors += status == 500
             if answer.problem:
                 self.problems[answer.problem] += 1
+            if status == 429 and turned_away < MOST_429:
+                turned_away += 1
+                await self._back_off(turned_away, after)
+                continue
+            number += 1
+            errors += status == 500
             again = status in RETRIED or (status == 0 and answer.lost)
-            if not again or number == most or errors == MOST_500:
+            if not again or number >= most or errors == MOST_500:
                 break
             await self._back_off(number, after)
         return replace(answer, requests=number)
@@ -197,20 +203,20 @@ class Client:
     async def _post(self, data: bytes) -> tuple[int, Answer, float | None]:
         """Send one request: (status or 0, answer, seconds that the server asks to wait)."""
         era = await self.gate.enter()
-        overloaded: bool | None = None
+        errors: int | None = None
         try:
             async with self._open().post(f"{self.url}/chat/completions", data=data, allow_redirects=False) as reply:
-                overloaded = reply.status == 429 or reply.status >= 500
+                errors = TOLD if reply.status == 429 else int(reply.status >= 500)
                 body = await self._read(reply)
                 after = _read_retry_after(reply.headers.get("Retry-After"))
                 return reply.status, self._understand(reply, body), after
         except _TooLarge:
             return 200, Answer(problem=f"answer over {self.limits.most_bytes} bytes"), None
         except _lost_errors() as error:
-            overloaded = isinstance(error, asyncio.TimeoutError)
+            errors = 1 if isinstance(error, asyncio.TimeoutError) else None
             return 0, Answer(problem=_name(error), content=self.mask(str(error))[:500], lost=True), None
         finally:
-            self.gate.leave(era, overloaded)
+            self.gate.leave(era, errors)
 
     async def _read(self, reply: aiohttp.ClientResponse) -> bytes:
         pieces, size = [], 0

@@ -133,7 +133,8 @@ async def _check_longest_row(client: Client, prompt: Prompt, asking: Asking) -> 
     answer = await client.chat(asking.body(prompt, Sources("0", words, words, tags, words)), 2)
     if answer.lost:
         room = "raise the server's context, or its context for each slot"
-        return Finding("longest row", False, f"no answer: {_say(answer)}", room)
+        remedy = room if answer.problem == "prompt too long" else "look into the server's log: it may have crashed"
+        return Finding("longest row", False, f"no answer: {_say(answer)}", remedy)
     taken = "an unknown number of" if answer.prompt_tokens is None else f"{answer.prompt_tokens:,}"
     return Finding("longest row", True, f"{taken} prompt tokens")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import collections
 
-BURST = 0.4  # share of overloaded answers from which on fewer are asked; scattered errors are no sign of overload
+BURST = 0.4  # share of errors from which on fewer are asked; scattered ones are no sign of overload
+TOLD = 2  # errors that an answer 429 counts for, which says so and cannot mean anything else
 LEAST_SEEN = 10  # answers before a burst can be told
 
 
@@ -43,20 +44,20 @@ class Gate:
             self.inside += 1
         return self._era
 
-    def leave(self, era: int, overloaded: bool | None) -> None:
-        """Give the place back. overloaded: what the answer said, None where there was none."""
+    def leave(self, era: int, errors: int | None) -> None:
+        """Give the place back. errors: 0 for a good answer, 1 for an error, TOLD for 429, None for no sign."""
         self.inside -= 1
-        if overloaded is not None and era == self._era:
-            self._judge(overloaded)
+        if errors is not None and era == self._era:
+            self._judge(errors)
         self._admit()
 
-    def _judge(self, overloaded: bool) -> None:
+    def _judge(self, errors: int) -> None:
         self._seen += 1
-        self._bad += overloaded
-        if not overloaded:
+        self._bad += errors
+        if not errors:
             self.limit = min(self.most, self.limit + 1 / self.limit)
         window = max(LEAST_SEEN, int(self.limit))
-        if overloaded and self._seen >= LEAST_SEEN and self._bad > BURST * self._seen:
+        if errors and self._seen >= LEAST_SEEN and self._bad > BURST * self._seen:
             self.limit = max(1.0, self.limit / 2)
             self.halved += 1
             self._era += 1

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("aiohttp")
 from helpers.fault_server import FaultServer
-from rwkv_clip.describe.client import Client, Limits, ServerRefused, _read_retry_after, complete_url
-from rwkv_clip.describe.gate import LEAST_SEEN, Gate
+from rwkv_clip.describe.client import MOST_429, Client, Limits, ServerRefused, _read_retry_after, complete_url
+from rwkv_clip.describe.gate import LEAST_SEEN, TOLD, Gate
 
 QUICK = Limits(back_off=0.01, stop_after=0)
 IMPATIENT = Limits(read=0.3, total=1.0, back_off=0.01, stop_after=0)  # where nothing comes
@@ -72,7 +72,8 @@ def test_what_is_no_address_is_refused_without_its_password(given):
 def test_what_may_pass_is_asked_again(fault):
     with FaultServer(first(fault)) as server:
         answer = ask(server, IMPATIENT if fault in ("hang", "slow_body") else QUICK)
-    assert (answer.problem, answer.requests, server.requests["row 1"]) == ("", 2, 2)
+    tries = 1 if fault == "429" else 2  # to be turned away is none
+    assert (answer.problem, answer.requests, server.requests["row 1"]) == ("", tries, 2)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +89,10 @@ def test_what_may_pass_is_asked_again(fault):
     ],
 )
 def test_what_does_not_pass_is_given_up_with_a_reason(fault, problem, requests):
-    with FaultServer(first(fault, 9)) as server:
+    with FaultServer(first(fault, 99)) as server:
         answer = ask(server, IMPATIENT if fault == "hang" else QUICK)
     assert (answer.problem, answer.lost, answer.requests) == (problem, True, requests)
-    assert server.requests["row 1"] == requests
+    assert server.requests["row 1"] == requests + MOST_429 * (fault == "429")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_what_does_not_pass_is_given_up_with_a_reason(fault, problem, requests):
 )
 def test_answers_of_no_use_are_not_asked_for_again_here(fault):
     """Another question may help, which is the composer's to ask."""
-    with FaultServer(first(fault, 9)) as server:
+    with FaultServer(first(fault, 99)) as server:
         answer = ask(server)
     assert answer.problem and not answer.lost and server.requests["row 1"] == 1
 
@@ -247,6 +248,23 @@ class Serving(FaultServer):
         return await self._send(writer, 200, "application/json", self.body)
 
 
+def test_a_server_with_less_room_gets_fewer_questions_and_answers_all():
+    class Small(FaultServer):
+        def choose(self, row, before):
+            return "429" if self._now > 6 else None
+
+    async def work():
+        async with opened(server, Limits(concurrency=40, back_off=0.02)) as client:
+            bodies = [{"messages": [{"content": f"row {i}"}]} for i in range(400)]
+            answers = [answer async for _, answer in client.spread(client.chat, bodies)]
+            return answers, client
+
+    with Small(delay=0.005) as server:
+        answers, client = asyncio.run(work())
+    assert len(answers) == 400 and not any(answer.problem for answer in answers)
+    assert client.gate.halved > 1 and client.gate.limit < 30
+
+
 def test_models_are_listed():
     async def work(address):
         async with opened(address) as client:
@@ -342,6 +360,7 @@ def test_the_limit_is_halved_on_bursts_and_grows_back():
     assert gate.limit == 32 and gate.halved == 1
     outcomes(gate, 10 * LEAST_SEEN, lambda number: True)
     assert gate.limit == 1
+    assert outcomes(Gate(64), 30, lambda number: TOLD * (number % 4 == 0)).halved >= 1  # 429 says it plainly
     outcomes(gate, 5000, lambda number: False)
     assert gate.limit == 64
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("aiohttp")
 from helpers.describe_hostile import hostile_texts
 from helpers.fault_server import FaultServer
-from rwkv_clip.describe.client import Client, Limits, ServerRefused
+from rwkv_clip.describe.client import MOST_429, Client, Limits, ServerRefused
 from rwkv_clip.describe.composers.openai import Asking, CostReached, OpenAI
 from rwkv_clip.describe.composers.replay import Replay
 from rwkv_clip.describe.prompt import Prompt
@@ -125,7 +125,7 @@ def test_rows_without_a_usable_answer_keep_the_reason(fault, status, reason, att
     if fault == "wrong_schema":  # on the last tries it is plain text, and no text
         reason = "not JSON"
     assert (composed.status, composed.reason, composed.attempts) == (status, reason, attempts)
-    assert composed.text == "" and len(bodies) == attempts
+    assert composed.text == "" and len(bodies) == attempts + MOST_429 * (fault == "429")
 
 
 def test_a_500_that_comes_twice_is_asked_for_without_the_schema():
@@ -198,7 +198,8 @@ def test_a_server_of_many_faults_loses_no_row_and_every_token_is_counted():
     statuses = Counter(composed.status for composed in found.values())
     assert statuses["ok"] >= 0.99 * 400 and max(composed.attempts for composed in found.values()) <= 4
     assert all(composed.reason for composed in found.values() if composed.status != "ok")
-    assert sum(server.requests.values()) == sum(composed.attempts for composed in found.values())
+    turned_away = sum(fault == "429" for _, fault in server.log)
+    assert sum(server.requests.values()) == sum(composed.attempts for composed in found.values()) + turned_away
     for name, total in zip(("prompt_tokens", "completion_tokens"), server.usage):
         assert getattr(composer, name) == total == sum(getattr(c, name) or 0 for c in found.values())
     assert len({fault for _, fault in server.log}) == len(MIX) + 1

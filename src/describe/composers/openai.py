@@ -32,8 +32,9 @@ class CostReached(ValueError):
 @dataclass(frozen=True, slots=True)
 class Asking:
     """How a model is asked. revision: only noted. schema: ask for the prompt's JSON schema. extra: more keys of the
-    request's body; null takes one of ours out. attempts: requests for a row. context: CLIP tokens that a text may have.
-    price_in, price_out: of a million tokens; with max_cost, in the same money, they end the run.
+    request's body; null takes one of ours out. attempts: requests for a row, those turned away (429) left out.
+    context: CLIP tokens that a text may have. price_in, price_out: of a million tokens; with max_cost, in
+    the same money, they end the run.
     """
 
     model: str
