@@ -5,8 +5,8 @@ from __future__ import annotations
 from planted_training import Mutant
 
 KILLS, JOB, RUN = "faults/test_describe_kills.py::", "unit/test_describe_job.py::", "unit/test_describe_run.py::"
-VERIFY, RULES, CLIENT = (f"unit/test_describe_{name}.py" for name in ("verify", "rules", "client"))
-EXPORT, TOKENS = "unit/test_describe_export.py", "unit/test_describe_tokens.py"
+VERIFY, CLIENT = (f"unit/test_describe_{name}.py" for name in ("verify", "client"))
+TOKENS = "unit/test_describe_tokens.py"
 
 DESCRIBE = [
     Mutant(
@@ -71,5 +71,47 @@ DESCRIBE = [
         "return count_tokens(text) <= context",
         "return True",
         TOKENS,
+    ),
+    Mutant(
+        "an answer that is cut counts",
+        "describe/answers.py",
+        '    if finish in _CUT:\n        return "cut at max_tokens"\n',
+        "",
+        "unit/test_describe_answers.py",
+    ),
+    Mutant(
+        "redirects are followed, with the key",
+        "describe/client.py",
+        "allow_redirects=False)",
+        "allow_redirects=True)",
+        CLIENT,
+    ),
+    Mutant(
+        "an answer may have any size",
+        "describe/client.py",
+        "            if size > self.limits.most_bytes:",
+        "            if size > 1 << 40:",
+        CLIENT,
+    ),
+    Mutant(
+        "a server that asks for time is asked at once",
+        "describe/client.py",
+        "            self._not_before = max(",
+        "            self._not_bfore = max(",
+        CLIENT,
+    ),
+    Mutant(
+        "a row's text may hold places of the prompt",
+        "describe/prompt.py",
+        "    return _PLACE.sub(lambda match: values.get(match[1], match[0]), template)",
+        "    return template.format(**values)",
+        "unit/test_describe_prompt.py",
+    ),
+    Mutant(
+        "tokens of answers that were of no use are not counted",
+        "describe/composers/openai.py",
+        "            tally.add(answer)\n            try",
+        "            try",
+        "unit/test_describe_composers.py",
     ),
 ]

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HOMES = {"rwkv_clip": "", "training": "training", "eval": "eval"}  # folder of src -> folder below rwkv_clip
+HOMES = {
+    "rwkv_clip": "",
+    "training": "training",
+    "eval": "eval",
+    "describe": "describe",
+}  # folder of src -> folder below rwkv_clip
 
 
 def test_every_file_of_the_sources_is_installed(tmp_path):
@@ -28,7 +33,8 @@ def test_commands_exist(monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
     runpy.run_path(str(ROOT / "setup.py"))
     scripts = given["entry_points"]["console_scripts"]
-    assert [line.split(" = ")[0] for line in scripts] == ["rwkv-clip-train", "rwkv-clip-eval", "rwkv-clip-data"]
+    names = ("train", "eval", "data", "describe")
+    assert [line.split(" = ")[0] for line in scripts] == [f"rwkv-clip-{name}" for name in names]
     for line in scripts:
         module, _, function = line.split(" = ")[1].partition(":")
         assert callable(getattr(importlib.import_module(module), function))
