@@ -82,8 +82,8 @@ DESCRIBE = [
     Mutant(
         "redirects are followed, with the key",
         "describe/client.py",
-        "allow_redirects=False)",
-        "allow_redirects=True)",
+        '/chat/completions", data=data, allow_redirects=False)',
+        '/chat/completions", data=data, allow_redirects=True)',
         CLIENT,
     ),
     Mutant(
