@@ -19,10 +19,9 @@ from typing import Any
 
 from rwkv_clip.config import ConfigError, check
 from rwkv_clip.errors import INTERRUPTED, STOPPED, run_command
+from rwkv_clip.processes import heed_signals
 
 from .commands import COMMANDS
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,23 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(settings: Any) -> int:
     if problems := check(settings):
         raise ConfigError(problems)
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _stop)
+    heed_signals()
     command = next(command for command in COMMANDS.values() if command.settings is type(settings))
     try:
         return command.run(settings) or 0
     except KeyboardInterrupt as stopped:
         print("describe: stopped; the same command goes on, and no finished row is lost", file=sys.stderr)
         return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
-
-
-def _stop(number: int, _: Any) -> None:
-    """The first signal ends the work in good order, a second one at once."""
-    for other in SIGNALS:
-        if signal.getsignal(other) == _stop:
-            signal.signal(other, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

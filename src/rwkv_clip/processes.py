@@ -21,6 +21,7 @@ from multiprocessing import connection, get_context, parent_process, resource_tr
 from .errors import SETTING
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CHUNK = 16  # items per task: an image takes milliseconds, so tasks stay short and queues small
 
 
@@ -73,6 +74,21 @@ def follow_parent(number: signal.Signals) -> None:
     This also reaches a stopped process, which cannot watch its parent. Outside Linux it does nothing."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def heed_signals() -> None:
+    """From now on the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt(number), which ends the work in good
+    order, and a second one ends this process at once. A signal that is ignored, as nohup has it, stays so."""
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _: object) -> None:
+    for other in STOPPING:
+        if signal.getsignal(other) == _stop:
+            signal.signal(other, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 def _start_tracker() -> None:

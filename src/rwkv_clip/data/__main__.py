@@ -17,9 +17,8 @@ from typing import Annotated
 import tyro
 
 from ..errors import INTERRUPTED, STOPPED, run_command
+from ..processes import heed_signals
 from .build import BuildSettings, build_records
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -46,23 +45,13 @@ def main() -> int:
 
 
 def _command() -> int:
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _stop)
+    heed_signals()
     try:
         print(build_records(**vars(parse())))
     except KeyboardInterrupt as stopped:
         print("data2rec: stopped; run the same command again to go on (complete shards are kept)", file=sys.stderr)
         return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
     return 0
-
-
-def _stop(number: int, _) -> None:
-    """The first signal ends the work in good order, a second one at once."""
-    for other in SIGNALS:
-        if signal.getsignal(other) == _stop:
-            signal.signal(other, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
