@@ -93,26 +93,29 @@ def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str
 
 
 def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, fingerprint: list) -> dict[str, Any]:
-    began, before = time.monotonic(), job.find_input()
+    began, before, notes = time.monotonic(), job.find_input(), []
     conditions = list(map(Condition.parse, settings.where))
 
     def choose(sample: list[Row]) -> Choice:
         try:
             return choose_fields(sample, settings.texts, None, CONTEXT)
-        except FieldError:
+        except FieldError as error:
             if settings.texts:
                 raise
+            notes.append(f"{error}; pictures without texts need --captions or --captioner")
             return NO_TEXTS  # pictures that are to be captioned first
 
     folder = source.files[0] if source.kind == PAIRS and len(source.files) == 1 else None
     reader = Reader(survey(source.rows(), conditions, choose), settings, folder)
     bar = tqdm(source.rows(), total=source.count(), unit="row", disable=None, desc="reading")
     skipped: Counter[str] = Counter()
+    have: Counter[str] = Counter(raw=0, caption=0, tags=0)
     rows = islice(_select(bar, conditions, reader, skipped), settings.limit)
     count = part = 0
     while batch := list(islice(rows, job.part_rows)):
         write_parquet(job.part(ROWS, part), {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
         count, part = count + len(batch), part + 1
+        have.update(name for row in batch for name in ("raw", "caption", "tags") if row[name])
     if not count:
         reasons = "; ".join(f"{reason}: {n}" for reason, n in skipped.most_common(3))
         raise ValueError(f"input: {settings.input} has no row with a text or a picture ({reasons or 'it is empty'})")
@@ -122,7 +125,7 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
             f"another --output"
         )
     about = {"fingerprint": fingerprint, "parts": part, "rows": count, "skipped": dict(skipped)}
-    job.note_input({**about, "input": settings.input, "images": settings.images})
+    job.note_input({**about, "have": have, "notes": notes, "input": settings.input, "images": settings.images})
     job.note_time(ROWS, rows=count, seconds=round(time.monotonic() - began, 3))
     return job.find_input()
 

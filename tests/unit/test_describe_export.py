@@ -267,6 +267,20 @@ def test_rows_whose_pictures_came_with_them_are_not_sent_to_a_folder(tmp_path, s
     assert report.next == f"records: python data2rec.py {tmp_path}/webdataset PREFIX --texts raw synthetic generated"
 
 
+@pytest.mark.parametrize(
+    ("missing", "end"),
+    [
+        ({}, "--texts raw synthetic generated"),
+        ({"caption": None}, "--texts raw generated"),
+        ({"raw": ""}, "--texts raw=synthetic generated"),
+        ({"raw": "", "caption": None, "generated": ""}, "see what `rows:` says above"),
+    ],
+)
+def test_the_command_for_records_names_texts_that_there_are(tmp_path, missing, end):
+    rows = [merged(i, **missing) for i in range(3)]
+    assert export(lambda: iter(rows), tmp_path, ExportSettings(), Selection()).next.endswith(end)
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
