@@ -151,6 +151,12 @@ def need_texts(job: Job, command: str) -> None:
         raise ValueError(f"output: not all rows of {job.folder} are verified yet; `verify` goes before `{command}`")
 
 
+def need_scores(job: Job, settings: Any) -> None:
+    """ValueError where rows are to be chosen by CLIP scores, and none are there nor will be."""
+    if settings.min_clip is not None and not getattr(settings, "checkpoint", None) and not job.has("scores"):
+        raise ValueError("min_clip: the job has no CLIP scores; give --checkpoint to `run` or `report`")
+
+
 def _say(stage: str, rows: int, counts: dict[str, int]) -> None:
     told = [f"{rows:,} rows", *(f"{n:,} {name}" for name, n in counts.items() if n)]
     print(f"{stage}: {', '.join(told)}", flush=True)

@@ -18,6 +18,7 @@ from rwkv_clip.data.records import RecordSet
 from rwkv_clip.data.sources import Source
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import draw_train_scene
+from rwkv_clip.describe.cleaning import clean
 from rwkv_clip.describe.export import ExportError, ExportSettings, export
 from rwkv_clip.describe.parquet import read_metadata, read_parquet
 from rwkv_clip.describe.pictures import PictureReader, PictureSettings, encode_upright, open_found, read_pictures
@@ -75,8 +76,11 @@ def scenes(tmp_path):
         ({"require_picture": True}, {"image": None}, "no picture"),
         ({"require": ("raw", "synthetic")}, {"caption": " "}, "no synthetic text"),
         ({"require": ("generated",)}, {"generated": None}, "no generated text"),
-        ({"drop_flags": ("slur", "pii")}, {"flags": ["url", "pii"]}, "flag pii"),
+        ({"drop_flags": ("emoji", "pii")}, {"flags": ["url", "pii"]}, "flag pii"),
         ({"drop_flags": ("pii",)}, {"flags": None}, ""),
+        ({"drop_flags": ("pii",)}, {"flags": list(clean("call 555-123-4567").flags)}, "flag pii"),
+        ({"drop_flags": ("pii",)}, {"flags": list(clean("mail bob@example.com").flags)}, "flag pii"),
+        ({"drop_flags": ("pii_phone",)}, {"flags": ["pii_email"]}, ""),
         ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.2}, ""),
         ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.21}, "more than 0.2 of the nouns unsupported"),
         ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.9, "engine": "rules"}, ""),

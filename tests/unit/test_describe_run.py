@@ -131,6 +131,8 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
             "extra_body: not JSON",
         ),
         (["--context", "2"], "context: 2 must be at least 8"),
+        (["--drop-flags", "pi"], "drop_flags: 'pi' is no flag; there are pii, "),
+        (["--min-clip", "0.2"], "min_clip: the job has no CLIP scores"),
         (["--where", "color=red"], "no row has a field 'color'"),
         (["--texts", "raw=alt"], "no row has a text 'alt'"),
     ],
