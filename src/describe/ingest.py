@@ -69,7 +69,7 @@ VERSION = 1  # of what is made of a row; a change makes earlier jobs' rows other
 def make_stage(settings: InputSettings) -> Stage:
     """The stage that reads."""
     fields = {name: getattr(settings, name) for name in ("texts", "tags_field", "ocr_field", "id_field", "where")}
-    return Stage(ROWS, COLUMNS, (), (), {**fields, "limit": settings.limit, "rows_version": VERSION})
+    return Stage(ROWS, COLUMNS, (), (), {**fields, "rows_version": VERSION})
 
 
 def open_source(spec: str, images: str | None) -> Source:
@@ -86,7 +86,7 @@ def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str
     with hold(job.folder / "rows.lock", f"the rows of {job.folder}", "wait until it has read them"):
         job.agree(stage, new_run)
         before = job.find_input()
-        fingerprint = source.fingerprint()
+        fingerprint = [*source.fingerprint(), settings.limit]  # a higher limit is an input that has grown
         if before.get("fingerprint") == fingerprint:
             return before
         return _read(job, stage, source, settings, fingerprint)

@@ -94,6 +94,20 @@ def test_texts_that_are_not_found_are_told(tmp_path):
     )
 
 
+def test_a_trial_of_the_first_rows_grows_to_all_and_asks_for_none_again(tmp_path):
+    source, job = write_rows(tmp_path, 30), tmp_path / "job"
+    with FaultServer() as server:
+        asks = ("--composer", "openai", "--base-url", server.url, "--model", "tiny", "--part-rows", "8")
+        run(source, job, *asks, "--limit", "12")
+        assert len(read_texts(job)) == 12
+        told = run(source, job, *asks).stdout
+        assert "compose: 30 rows, 18 made, 12 as before" in told and len(read_texts(job)) == 30
+        run(source, tmp_path / "whole", *asks)
+        assert read_texts(job) == read_texts(tmp_path / "whole")
+        refused = run(source, job, *asks, "--limit", "5", check=False)
+    assert refused.returncode == 2 and "has 5 rows, the job was begun with 30" in refused.stderr
+
+
 def test_why_rows_failed_is_told(tmp_path):
     asks = ("--composer", "openai", "--base-url", "http://127.0.0.1:9/v1", "--model", "m")
     told = run(write_rows(tmp_path, 3), tmp_path / "job", *asks).stdout
