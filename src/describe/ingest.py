@@ -111,20 +111,26 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
     skipped: Counter[str] = Counter()
     have: Counter[str] = Counter(raw=0, caption=0, tags=0)
     rows = islice(_select(bar, conditions, reader, skipped), settings.limit)
-    count = part = 0
+    count, aside = 0, list[Path]()  # parts lie aside until it is known that they may take the place of former ones
     while batch := list(islice(rows, job.part_rows)):
-        write_parquet(job.part(ROWS, part), {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
-        count, part = count + len(batch), part + 1
+        aside.append(job.part(ROWS, len(aside)).with_suffix(".new"))
+        write_parquet(aside[-1], {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
+        count += len(batch)
         have.update(name for row in batch for name in ("raw", "caption", "tags") if row[name])
     if not count:
         reasons = "; ".join(f"{reason}: {n}" for reason, n in skipped.most_common(3))
         raise ValueError(f"input: {settings.input} has no row with a text or a picture ({reasons or 'it is empty'})")
     if count < before.get("rows", 0):
+        for file in aside:
+            file.unlink()
         raise ValueError(
             f"input: {settings.input} has {count} rows, the job was begun with {before['rows']}; give all of them, or "
             f"another --output"
         )
-    about = {"fingerprint": fingerprint, "parts": part, "rows": count, "skipped": dict(skipped)}
+    job.forget_input()  # a kill from here on has the input read again
+    for number, file in enumerate(aside):
+        file.replace(job.part(ROWS, number))
+    about = {"fingerprint": fingerprint, "parts": len(aside), "rows": count, "skipped": dict(skipped)}
     job.note_input({**about, "have": have, "notes": notes, "input": settings.input, "images": settings.images})
     job.note_time(ROWS, rows=count, seconds=round(time.monotonic() - began, 3))
     return job.find_input()

@@ -108,6 +108,19 @@ def test_a_trial_of_the_first_rows_grows_to_all_and_asks_for_none_again(tmp_path
     assert refused.returncode == 2 and "has 5 rows, the job was begun with 30" in refused.stderr
 
 
+def test_an_input_that_has_shrunk_is_refused_and_changes_nothing(tmp_path):
+    source, job = write_rows(tmp_path, 30), tmp_path / "job"
+    run(source, job, "--part-rows", "8")
+    before = {file: file.read_bytes() for file in (job / "rows").iterdir()}
+    whole = source.read_text()
+    source.write_text("".join(whole.splitlines(keepends=True)[:5]))
+    refused = run(source, job, check=False)
+    assert refused.returncode == 2 and "has 5 rows, the job was begun with 30" in refused.stderr
+    assert {file: file.read_bytes() for file in (job / "rows").iterdir()} == before
+    source.write_text(whole)
+    assert "compose: 30 rows, 30 as before" in run(source, job).stdout
+
+
 def test_why_rows_failed_is_told(tmp_path):
     asks = ("--composer", "openai", "--base-url", "http://127.0.0.1:9/v1", "--model", "m")
     told = run(write_rows(tmp_path, 3), tmp_path / "job", *asks).stdout
