@@ -26,12 +26,10 @@ from .commands import COMMANDS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and do what it says; returns the exit code."""
-    import tyro
+    from .flags import parse_flags
 
-    kinds: dict[str, Any] = {name: command.settings for name, command in COMMANDS.items()}
-    settings = tyro.extras.subcommand_cli_from_dict(
-        kinds, args=arguments, prog="python -m rwkv_clip.describe", description=__doc__
-    )
+    kinds = {name: command.settings for name, command in COMMANDS.items()}
+    settings = parse_flags(kinds, arguments, "python -m rwkv_clip.describe", __doc__ or "")
     return run_command(lambda: _run(settings), "describe", memory="use fewer --workers", one_line=True)
 
 

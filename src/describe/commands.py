@@ -149,7 +149,7 @@ class Command:
 
 
 def _run_all(settings: RunSettings) -> None:
-    run.open_job(settings)
+    run.need_scores(run.open_job(settings), settings)
     if settings.captions or settings.captioner != "none":
         run.caption(settings)
     if settings.tags or settings.tagger != "none":

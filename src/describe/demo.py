@@ -29,11 +29,11 @@ class DemoSettings:
     output: str
     """Folder for rows.jsonl and images/."""
     rows: int = ranged(200, minimum=1, maximum=1_000_000)
-    """Scenes."""
+    """How many pictures to draw."""
     size: int = ranged(128, minimum=16, maximum=1024)
-    """Pixels on a side."""
+    """Pixels on a side of each."""
     seed: int = ranged(0, minimum=0)
-    """Of the scenes."""
+    """Seed of the scenes."""
 
     def problems(self) -> list[str]:
         """None beyond the limits."""

@@ -5,6 +5,7 @@ Whoever does, the same function makes the same parts in the same folder; only th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -89,6 +90,7 @@ def _with_ray(
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # a plan of the one step that there is
         parts = ray.data.from_items([{"part": number} for number in numbers], override_num_blocks=len(numbers))
         made = parts.map(partial(_make_with_ray, settings, build), concurrency=settings.workers)
         counts: Counter[str] = Counter(rows=0, made=0, failed=0)

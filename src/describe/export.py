@@ -173,16 +173,22 @@ def _to_line(record: Row) -> bytes:
 
 def _say_next(output: Path, settings: ExportSettings, pictures: PictureSettings | None, report: ExportReport) -> str:
     """How records are made of what was written: with the pictures of the folder, or with those in the tars."""
-    named = report.missing["image"] < report.written
+    named, texts = report.missing["image"] < report.written, [t for t in TEXTS if report.missing[t] < report.written]
+    if not report.written:
+        return "no row is left; see why above"
+    if not texts:
+        return "no row has a text, so there is nothing to train on; see what `rows:` says above"
+    if texts[0] != "raw":  # which stands in for a missing text, so data2rec.py wants one
+        texts[0] = f"raw={texts[0]}"
     if "webdataset" in settings.to and not (named and "parquet" in settings.to):
-        return f"records: python data2rec.py {shlex.quote(str(output / TARS))} PREFIX --texts {' '.join(TEXTS)}"
+        return f"records: python data2rec.py {shlex.quote(str(output / TARS))} PREFIX --texts {' '.join(texts)}"
     if "parquet" not in settings.to:
         return ""
     if not named and report.written:
-        return "records: the pictures came with the rows; export --to webdataset, and give the tars to data2rec.py"
+        return "records: no row names a picture; if they came with the rows, export --to webdataset, for data2rec.py"
     folder = shlex.quote(pictures.images) if pictures is not None and pictures.images else "FOLDER"
     file = shlex.quote(str(output / PARQUET))
-    return f"records: python data2rec.py {file} PREFIX --images {folder} --texts {' '.join(TEXTS)}"
+    return f"records: python data2rec.py {file} PREFIX --images {folder} --texts {' '.join(texts)}"
 
 
 # ---- tars ------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ VERSION = 1  # of what is made of a row; a change makes earlier jobs' rows other
 def make_stage(settings: InputSettings) -> Stage:
     """The stage that reads."""
     fields = {name: getattr(settings, name) for name in ("texts", "tags_field", "ocr_field", "id_field", "where")}
-    return Stage(ROWS, COLUMNS, (), (), {**fields, "limit": settings.limit, "rows_version": VERSION})
+    return Stage(ROWS, COLUMNS, (), (), {**fields, "rows_version": VERSION})
 
 
 def open_source(spec: str, images: str | None) -> Source:
@@ -86,43 +86,52 @@ def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str
     with hold(job.folder / "rows.lock", f"the rows of {job.folder}", "wait until it has read them"):
         job.agree(stage, new_run)
         before = job.find_input()
-        fingerprint = source.fingerprint()
+        fingerprint = [*source.fingerprint(), settings.limit]  # a higher limit is an input that has grown
         if before.get("fingerprint") == fingerprint:
             return before
         return _read(job, stage, source, settings, fingerprint)
 
 
 def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, fingerprint: list) -> dict[str, Any]:
-    began, before = time.monotonic(), job.find_input()
+    began, before, notes = time.monotonic(), job.find_input(), []
     conditions = list(map(Condition.parse, settings.where))
 
     def choose(sample: list[Row]) -> Choice:
         try:
             return choose_fields(sample, settings.texts, None, CONTEXT)
-        except FieldError:
+        except FieldError as error:
             if settings.texts:
                 raise
+            notes.append(f"{error}; pictures without texts need --captions or --captioner")
             return NO_TEXTS  # pictures that are to be captioned first
 
     folder = source.files[0] if source.kind == PAIRS and len(source.files) == 1 else None
     reader = Reader(survey(source.rows(), conditions, choose), settings, folder)
     bar = tqdm(source.rows(), total=source.count(), unit="row", disable=None, desc="reading")
     skipped: Counter[str] = Counter()
+    have: Counter[str] = Counter(raw=0, caption=0, tags=0)
     rows = islice(_select(bar, conditions, reader, skipped), settings.limit)
-    count = part = 0
+    count, aside = 0, list[Path]()  # parts lie aside until it is known that they may take the place of former ones
     while batch := list(islice(rows, job.part_rows)):
-        write_parquet(job.part(ROWS, part), {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
-        count, part = count + len(batch), part + 1
+        aside.append(job.part(ROWS, len(aside)).with_suffix(".new"))
+        write_parquet(aside[-1], {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
+        count += len(batch)
+        have.update(name for row in batch for name in ("raw", "caption", "tags") if row[name])
     if not count:
         reasons = "; ".join(f"{reason}: {n}" for reason, n in skipped.most_common(3))
         raise ValueError(f"input: {settings.input} has no row with a text or a picture ({reasons or 'it is empty'})")
     if count < before.get("rows", 0):
+        for file in aside:
+            file.unlink()
         raise ValueError(
             f"input: {settings.input} has {count} rows, the job was begun with {before['rows']}; give all of them, or "
             f"another --output"
         )
-    about = {"fingerprint": fingerprint, "parts": part, "rows": count, "skipped": dict(skipped)}
-    job.note_input({**about, "input": settings.input, "images": settings.images})
+    job.forget_input()  # a kill from here on has the input read again
+    for number, file in enumerate(aside):
+        file.replace(job.part(ROWS, number))
+    about = {"fingerprint": fingerprint, "parts": len(aside), "rows": count, "skipped": dict(skipped)}
+    job.note_input({**about, "have": have, "notes": notes, "input": settings.input, "images": settings.images})
     job.note_time(ROWS, rows=count, seconds=round(time.monotonic() - began, 3))
     return job.find_input()
 

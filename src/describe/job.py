@@ -120,6 +120,10 @@ class Job:
         """All of the input has been read. `about`: what `find_input` gives from now on."""
         write_json(self.folder / ROWS / "input.json", about)
 
+    def forget_input(self) -> None:
+        """The rows are about to change: until `note_input`, no command takes them for whole."""
+        (self.folder / ROWS / "input.json").unlink(missing_ok=True)
+
     def has(self, stage: str) -> bool:
         """Whether all parts of a stage are there."""
         return self.is_read() and all(self.part(stage, k).exists() for k in range(self.count_parts()))

@@ -16,6 +16,7 @@ from .job import ORDER, Job
 from .picture_stages import Pictures
 from .prompt import Prompt
 from .report import write_report
+from .run import need_scores, need_texts
 
 SECRET = ("key_variable",)  # the name of a variable is no secret, but nobody's business either
 VERSIONS = ("rwkv-clip", "pyarrow", "aiohttp", "torch")
@@ -63,6 +64,8 @@ def _find_version(name: str) -> str | None:
 def make_export(settings: Any) -> None:
     """The job's texts as files."""
     job, pictures = Job(settings.output), Pictures(settings)
+    need_texts(job, "export")
+    need_scores(job, settings)
     source = pictures.source if "webdataset" in settings.to else None
     about = {"made_by": "rwkv_clip.describe"}
     print(export(lambda: job.read(), job.folder, settings, settings, source, pictures.settings, about), flush=True)

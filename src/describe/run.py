@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from rwkv_clip.files import InUse
 from .dedup import find_duplicates
 from .executors import Build, make_stage
 from .ingest import ingest
-from .job import ROWS, Job, Stage
+from .job import ROWS, Job, Stage, parse_shard
 from .picture_stages import make_caption_task, make_score_task, make_tag_task
 from .settings import ComposeSettings
 from .stages import make_compose_task, make_verify_task
+from .status import find_reasons
 from .work import Task
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,16 @@ def open_job(settings: Any) -> Job:
                 raise
             time.sleep(WAIT)
             continue
-        _say(ROWS, Counter(rows=about["rows"], **{f"skipped, {k}": n for k, n in about["skipped"].items()}))
+        _say_input(about)
         return job
+
+
+def _say_input(about: dict[str, Any]) -> None:
+    """What was found in the input: a field under another name would go unseen otherwise."""
+    told = [f"{about['rows']:,} rows", *(f"{n:,} skipped ({reason})" for reason, n in about["skipped"].items())]
+    if have := about.get("have"):
+        told.append(f"with raw text {have['raw']:,}, caption {have['caption']:,}, tags {have['tags']:,}")
+    print(f"{ROWS}: {', '.join(told)}", *about.get("notes", ()), sep="\n  note: ", flush=True)
 
 
 def caption(settings: Any) -> None:
@@ -66,7 +74,11 @@ def compose(settings: Any) -> None:
 
 
 def verify(settings: Any) -> None:
-    """The stage `verify` of a job whose texts are composed."""
+    """The stage `verify` of a job whose texts are composed. ValueError where they are not."""
+    job = Job(settings.output)
+    which, of = parse_shard(settings.shard)
+    if not all(job.part("compose", number).exists() for number in range(job.count_parts())[which::of]):
+        raise ValueError(f"output: not all rows of {job.folder} are composed yet; `compose` goes before `verify`")
     _make(settings, build_verify)
 
 
@@ -97,12 +109,18 @@ def build_verify(settings: Any) -> Task:
 
 def _make(settings: Any, build: Build) -> None:
     counts = make_stage(settings, build)
-    _say(build.__name__.removeprefix("build_"), counts)
+    stage = build.__name__.removeprefix("build_")
+    told = {"made": counts["made"] - counts["failed"], "as before": counts["rows"] - counts["made"]}
+    _say(stage, counts["rows"], told)
+    if counts["failed"]:
+        reasons = find_reasons(Job(settings.output), stage)
+        print(f"  failed: {counts['failed']:,}{reasons}; the same command tries them again", flush=True)
 
 
 def dedup(settings: Any) -> None:
     """Which rows repeat an earlier one: the whole job at once, by its generated texts."""
     job = Job(settings.output)
+    need_texts(job, "dedup")
     stage = Stage("dedup", DEDUP, ("verify",), (), {"threshold": settings.near, "dedup_version": 1}, whole=True)
     job.agree(stage, settings.new_run)
     numbers = range(job.count_parts())
@@ -124,10 +142,21 @@ def dedup(settings: Any) -> None:
         place += len(rows)
     job.note_time("dedup", rows=place, seconds=round(time.monotonic() - began, 3))
     exact, near = int((found.exact >= 0).sum()), int((found.near >= 0).sum())
-    _say("dedup", Counter({"rows": place, "equal to an earlier one": exact, "nearly equal": near}))
+    _say("dedup", place, {"equal to an earlier one": exact, "nearly equal": near})
 
 
-def _say(stage: str, counts: Counter[str]) -> None:
-    kept = {"rows kept": counts["rows"] - counts["made"]} if "made" in counts else {}
-    told = {**counts, **kept}
-    print(f"{stage}: " + ", ".join(f"{name} {n:,}" for name, n in told.items() if n or name == "rows"), flush=True)
+def need_texts(job: Job, command: str) -> None:
+    """ValueError where the texts of a job are not chosen yet."""
+    if not job.has("verify"):
+        raise ValueError(f"output: not all rows of {job.folder} are verified yet; `verify` goes before `{command}`")
+
+
+def need_scores(job: Job, settings: Any) -> None:
+    """ValueError where rows are to be chosen by CLIP scores, and none are there nor will be."""
+    if settings.min_clip is not None and not getattr(settings, "checkpoint", None) and not job.has("scores"):
+        raise ValueError("min_clip: the job has no CLIP scores; give --checkpoint to `run` or `report`")
+
+
+def _say(stage: str, rows: int, counts: dict[str, int]) -> None:
+    told = [f"{rows:,} rows", *(f"{n:,} {name}" for name, n in counts.items() if n)]
+    print(f"{stage}: {', '.join(told)}", flush=True)

@@ -8,7 +8,11 @@ from typing import Any, Literal
 
 from rwkv_clip.config import ranged
 
+from .cleaning import FLAGS
+
 TEXTS = {"raw": "raw", "synthetic": "caption", "generated": "generated"}  # name in a record -> column of a row
+
+PII = "pii"  # all flags that begin with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +28,16 @@ class Selection:
     require: tuple[Literal["raw", "synthetic", "generated"], ...] = ()
     """Texts that a row must have."""
     drop_flags: tuple[str, ...] = ()
-    """Drop rows whose raw text has one of these flags, for example pii."""
+    """Drop rows whose raw text has one of these flags, such as url; pii stands for pii_email and pii_phone."""
     drop_unsupported: float | None = ranged(None, minimum=0, maximum=1)
     """Drop rows with a larger fraction of nouns in their composed text that no source supports; fallbacks stay."""
     min_clip: float | None = ranged(None, minimum=-1, maximum=1)
     """Lowest CLIP score of the generated text; rows that have none are dropped under a reason of their own."""
 
     def problems(self) -> list[str]:
-        """Nothing that the limits do not say."""
-        return []
+        """Flags that no row can have: they would drop nothing, unseen."""
+        unknown = [flag for flag in self.drop_flags if flag != PII and flag not in FLAGS]
+        return [f"drop_flags: {flag!r} is no flag; there are {', '.join((PII, *FLAGS))}" for flag in unknown]
 
     def judge(self, row: Mapping[str, Any]) -> str:
         """Why a merged row of a job is dropped, in words to count by; "" where it is kept."""
@@ -45,7 +50,7 @@ class Selection:
             if not has_text(row, name):
                 return f"no {name} text"
         for flag in self.drop_flags:
-            if flag in (row.get("flags") or ()):
+            if any(found == flag or (flag == PII and found.startswith("pii_")) for found in row.get("flags") or ()):
                 return f"flag {flag}"
         if (row.get("tokens_generated") or 2) - 2 < self.min_tokens:
             return f"fewer than {self.min_tokens} tokens"

@@ -20,7 +20,7 @@ class JobSettings:
     """Where the job is, and how its parts are worked on. None of these decides what a text is."""
 
     output: str
-    """Folder of the job. The same command goes on where an earlier one stopped."""
+    """Folder of the job: one for each input and composer. The same command goes on where an earlier one stopped."""
     workers: int = ranged(2, minimum=1)
     """Processes for work that waits for nobody (cleaning, the rules composer, checks)."""
     shard: str | None = None
@@ -31,9 +31,9 @@ class JobSettings:
     ray_address: str | None = None
     """Ray's cluster, `auto` for the one this machine belongs to; default: Ray on this machine only."""
     retry_failed: bool = True
-    """Try rows again that failed before."""
+    """Try rows that failed before again."""
     new_run: bool = False
-    """Put rows aside that were made with other settings, and make them anew."""
+    """Put rows that were made with other settings aside, and make them anew."""
 
     def problems(self) -> list[str]:
         """Problems of these settings."""
@@ -52,17 +52,17 @@ class InputSettings:
     input: str | None = None
     """JSONL, CSV/TSV, JSON, Parquet, webdataset tars, a folder of pictures with texts, or an .npy of token ids."""
     images: str | None = None
-    """Folder that names of pictures start from; for an .npy the file that lists the pictures."""
+    """Folder that names of pictures start from; default: that of the input. For an .npy: the file that lists them."""
     texts: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()
-    """As for data2rec.py: `raw=FIELD synthetic=FIELD`."""
+    """Fields of the raw text and the caption, as for data2rec.py: `raw=FIELD synthetic=FIELD`."""
     tags_field: str | None = None
     """Field of the tags: a list, or a text in which | , or ; separate them."""
     ocr_field: str | None = None
-    """Field of text that was read in the picture."""
+    """Field of the text that was read in the picture."""
     id_field: str | None = None
     """Field of the row's id; default: id, key, uid or image_id, else the row's place in its file."""
     where: Annotated[tuple[str, ...], arg(metavar="CONDITION ...")] = ()
-    """Which rows to take: FIELD=VALUE, FIELD!=VALUE, FIELD>=NUMBER."""
+    """Take only rows for which all hold: FIELD=VALUE, FIELD!=VALUE, FIELD>=NUMBER."""
     image_field: str | None = None
     """Field of the picture or its path, where it has none of the usual names."""
     allow_outside: bool = False
@@ -70,7 +70,7 @@ class InputSettings:
     limit: int | None = ranged(None, minimum=1)
     """Take the first rows only, for a trial."""
     part_rows: int | None = ranged(None, minimum=1)
-    """Rows of a part, fixed when a job begins; default 5000."""
+    """Rows per part file, fixed when a job begins; default 5000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerSettings:
-    """A captioner of transformers."""
+    """A captioner in this process (--captioner transformers)."""
 
     caption_model: str | None = None
     """Folder that `save_pretrained` wrote, or a name on the hub, for example Salesforce/blip-image-captioning-base."""
@@ -110,11 +110,11 @@ class CaptionerSettings:
     caption_tokens: int = ranged(40, minimum=1, maximum=1024)
     """Most tokens of a caption; one that is cut there counts as none."""
     caption_batch: int = ranged(16, minimum=1)
-    """Pictures at a time."""
+    """Pictures that the captioner takes at a time."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; default: the best present."""
+    """Of models in this process: cpu, cuda, cuda:1, mps; default: the best present."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights and of the arithmetic."""
+    """Of models in this process: type of the weights and of the arithmetic."""
 
     def problems(self) -> list[str]:
         """None: the model decides."""
@@ -123,16 +123,16 @@ class CaptionerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """The model that compares pictures and texts."""
+    """The model that compares pictures and texts: it gives CLIP scores, and tags with --tagger checkpoint."""
 
     checkpoint: str | None = None
     """Run folder, checkpoint folder, .safetensors, released .pt, or open_clip:NAME[:TAG]."""
     checkpoint_model: str | None = None
     """Model name or JSON, where the checkpoint does not describe its model."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; default: the best present."""
+    """Of models in this process: cpu, cuda, cuda:1, mps; default: the best present."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights and of the arithmetic."""
+    """Of models in this process: type of the weights and of the arithmetic."""
     decoders: int = ranged(4, minimum=0)
     """Threads that decode pictures; no figure depends on it."""
 
@@ -143,12 +143,12 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TaggerSettings(CheckpointSettings):
-    """Which names a picture gets."""
+    """Which names a picture gets (--tagger checkpoint)."""
 
     tag_list: str | None = None
     """Text file of names, one a line; default: the list that is shipped."""
     background: int = ranged(2000, minimum=32)
-    """First pictures of the job, over which names are calibrated."""
+    """How many of the first pictures of the job names are calibrated on."""
     min_z: float = ranged(2.5, above=0)
     """Standard deviations by which a name has to fit better than it does on average. What is on more than
     1 / (1 + min_z²) of the pictures (14 % at 2.5) never gets its tag: common things have to come from captions."""
@@ -202,7 +202,7 @@ class TextSettings:
     context: int = ranged(77, minimum=8)
     """Tokens of CLIP that a text may have, start and end included."""
     seed: int = ranged(0, minimum=0)
-    """Of the job: every row's seed follows from it and the row's id."""
+    """Seed of the job: every row's seed follows from it and the row's id."""
     prompt: str = "grounded"
     """grounded (strict JSON), paper (the published clauses), or a JSON file."""
 
@@ -216,7 +216,7 @@ class PriceSettings:
     price_out: float | None = ranged(None, minimum=0)
     """Price of a million completion tokens."""
     currency: str = "USD"
-    """Of the prices."""
+    """Currency of the prices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,19 +230,19 @@ class ComposeSettings(ServerSettings, TextSettings, PriceSettings):
     ascii: bool = False
     """Let the schema allow plain ASCII only: for servers that fail on free text (llama.cpp)."""
     temperature: float = ranged(0.0, minimum=0, maximum=2)
-    """Of the sampling; 0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     max_tokens: int = ranged(160, minimum=1)
     """Most tokens of an answer; one that is cut there counts as none."""
     attempts: int = ranged(4, minimum=1)
     """Requests for a row until an answer is usable."""
     variant: Literal["full", "short"] = "full"
-    """Of the rules composer: short takes the caption and two tags."""
+    """For --composer rules: short takes the caption and two tags only."""
     answers: str | None = None
-    """For replay: JSONL of recorded answers, or the folder of an earlier job."""
+    """For --composer replay: JSONL of recorded answers, or the folder of an earlier job."""
     student_of: str | None = None
     """Folder of `instruct` that the model was trained on: refuse another prompt than that of the training."""
     max_cost: float | None = ranged(None, above=0)
-    """Stop when the tokens of this command have cost as much; everything is kept."""
+    """Stop when the tokens of this command have cost this much; everything is kept."""
 
     def problems(self) -> list[str]:
         """Problems of these settings."""

@@ -18,7 +18,7 @@ def describe_status(folder: str | Path) -> str:
     if not job.is_read():
         return f"{folder}: the input has not been read to the end; `run --input ..` goes on"
     parts, rows = job.count_parts(), job.count_rows()
-    lines = [f"{folder}: {rows:,} rows in {parts} parts of {job.part_rows:,}"]
+    lines = [f"{folder}: {rows:,} rows in {parts} part{'s' * (parts > 1)} of {job.part_rows:,}"]
     lines += [_line(job, stage, parts) for stage in ORDER if (job.folder / stage).is_dir()]
     return "\n".join(lines)
 
@@ -32,17 +32,18 @@ def _line(job: Job, stage: str, parts: int) -> str:
     seconds, made = sum(entry.get("seconds", 0) for entry in times), sum(entry.get("rows", 0) for entry in times)
     told = [f"{len(there)} of {parts} parts"]
     told += [f"{begun:,} rows of others finished"] if begun else []
-    told += [f"{failed:,} rows failed{_reasons(job, stage, there)}"] if failed else []
+    told += [f"{failed:,} rows failed{find_reasons(job, stage)}"] if failed else []
     told += [f"{made / seconds:,.0f} rows/s"] if seconds else []
     return f"  {stage}: " + ", ".join(told)
 
 
-def _reasons(job: Job, stage: str, parts: list[int]) -> str:
-    """The commonest reasons, in brackets."""
+def find_reasons(job: Job, stage: str) -> str:
+    """Why rows of a stage failed, the commonest reasons, in brackets; "" where that is not noted."""
     if stage not in STATUS:
         return ""
     status, reason = STATUS[stage]
-    rows = (row for k in parts for row in read_parquet(job.part(stage, k), STATUS[stage]))
+    parts = [part for k in range(job.count_parts()) if (part := job.part(stage, k)).exists()]
+    rows = (row for part in parts for row in read_parquet(part, STATUS[stage]))
     found = Counter(row[reason] for row in rows if row[status] == "failed")
     return " (" + "; ".join(f"{text}: {n:,}" for text, n in found.most_common(SHOWN)) + ")"
 

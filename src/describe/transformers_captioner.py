@@ -61,7 +61,7 @@ class TransformersCaptioner:
             )
         except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            remedy = "" if settings.download else "; --download allows to fetch it"
+            remedy = "" if settings.download else "; --download lets it be fetched"
             raise ValueError(f"caption_model: {name!r} cannot be loaded ({first}){remedy}") from None
         if getattr(processor, "image_processor", None) is None:
             raise ValueError(f"caption_model: {name!r} takes no pictures; name an image-text-to-text model")

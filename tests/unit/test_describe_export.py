@@ -18,6 +18,7 @@ from rwkv_clip.data.records import RecordSet
 from rwkv_clip.data.sources import Source
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import draw_train_scene
+from rwkv_clip.describe.cleaning import clean
 from rwkv_clip.describe.export import ExportError, ExportSettings, export
 from rwkv_clip.describe.parquet import read_metadata, read_parquet
 from rwkv_clip.describe.pictures import PictureReader, PictureSettings, encode_upright, open_found, read_pictures
@@ -75,8 +76,11 @@ def scenes(tmp_path):
         ({"require_picture": True}, {"image": None}, "no picture"),
         ({"require": ("raw", "synthetic")}, {"caption": " "}, "no synthetic text"),
         ({"require": ("generated",)}, {"generated": None}, "no generated text"),
-        ({"drop_flags": ("slur", "pii")}, {"flags": ["url", "pii"]}, "flag pii"),
+        ({"drop_flags": ("emoji", "pii")}, {"flags": ["url", "pii"]}, "flag pii"),
         ({"drop_flags": ("pii",)}, {"flags": None}, ""),
+        ({"drop_flags": ("pii",)}, {"flags": list(clean("call 555-123-4567").flags)}, "flag pii"),
+        ({"drop_flags": ("pii",)}, {"flags": list(clean("mail bob@example.com").flags)}, "flag pii"),
+        ({"drop_flags": ("pii_phone",)}, {"flags": ["pii_email"]}, ""),
         ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.2}, ""),
         ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.21}, "more than 0.2 of the nouns unsupported"),
         ({"drop_unsupported": 0.2}, {"unsupported_rate": 0.9, "engine": "rules"}, ""),
@@ -265,6 +269,20 @@ def test_rows_whose_pictures_came_with_them_are_not_sent_to_a_folder(tmp_path, s
     assert report.missing == {"image": 3} and "webdataset" in report.next
     report = export(lambda: iter(rows), tmp_path, ExportSettings(to=ALL), Selection(), source, pictures)
     assert report.next == f"records: python data2rec.py {tmp_path}/webdataset PREFIX --texts raw synthetic generated"
+
+
+@pytest.mark.parametrize(
+    ("missing", "end"),
+    [
+        ({}, "--texts raw synthetic generated"),
+        ({"caption": None}, "--texts raw generated"),
+        ({"raw": ""}, "--texts raw=synthetic generated"),
+        ({"raw": "", "caption": None, "generated": ""}, "see what `rows:` says above"),
+    ],
+)
+def test_the_command_for_records_names_texts_that_there_are(tmp_path, missing, end):
+    rows = [merged(i, **missing) for i in range(3)]
+    assert export(lambda: iter(rows), tmp_path, ExportSettings(), Selection()).next.endswith(end)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,63 @@ def test_a_changed_setting_is_refused_by_name(tmp_path):
     assert len(read_texts(tmp_path / "job")) == 20
 
 
+@pytest.mark.parametrize(
+    ("command", "before"), [("verify", "`compose`"), ("dedup", "`verify`"), ("export", "`verify`")]
+)
+def test_a_stage_before_its_turn_is_refused(tmp_path, capsys, command, before):
+    job = tmp_path / "job"
+    assert main([command, "--input", str(write_rows(tmp_path, 3)), "--output", str(job)]) == 2
+    told = capsys.readouterr().err.strip()
+    assert f"{before} goes before `{command}`" in told and len(told.splitlines()) == 1
+    assert not (job / command / "part-00000.parquet").exists() and not (job / "texts.parquet").exists()
+
+
+def test_texts_that_are_not_found_are_told(tmp_path):
+    """Fields under other names would otherwise give a job of empty texts that looks well."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"image": "1.jpg", "alt": "a red bike"}\n' * 2)
+    told = run(source, tmp_path / "job").stdout
+    assert "rows: 2 rows, with raw text 0, caption 0, tags 0" in told
+    assert "they have image, alt; say where it is, --texts raw=FIELD" in told and "nothing to train on" in told
+    assert "python data2rec.py" not in told
+    assert (
+        "rows: 2 rows, with raw text 2, caption 0, tags 0" in run(source, tmp_path / "b", "--texts", "raw=alt").stdout
+    )
+
+
+def test_a_trial_of_the_first_rows_grows_to_all_and_asks_for_none_again(tmp_path):
+    source, job = write_rows(tmp_path, 30), tmp_path / "job"
+    with FaultServer() as server:
+        asks = ("--composer", "openai", "--base-url", server.url, "--model", "tiny", "--part-rows", "8")
+        run(source, job, *asks, "--limit", "12")
+        assert len(read_texts(job)) == 12
+        told = run(source, job, *asks).stdout
+        assert "compose: 30 rows, 18 made, 12 as before" in told and len(read_texts(job)) == 30
+        run(source, tmp_path / "whole", *asks)
+        assert read_texts(job) == read_texts(tmp_path / "whole")
+        refused = run(source, job, *asks, "--limit", "5", check=False)
+    assert refused.returncode == 2 and "has 5 rows, the job was begun with 30" in refused.stderr
+
+
+def test_an_input_that_has_shrunk_is_refused_and_changes_nothing(tmp_path):
+    source, job = write_rows(tmp_path, 30), tmp_path / "job"
+    run(source, job, "--part-rows", "8")
+    before = {file: file.read_bytes() for file in (job / "rows").iterdir()}
+    whole = source.read_text()
+    source.write_text("".join(whole.splitlines(keepends=True)[:5]))
+    refused = run(source, job, check=False)
+    assert refused.returncode == 2 and "has 5 rows, the job was begun with 30" in refused.stderr
+    assert {file: file.read_bytes() for file in (job / "rows").iterdir()} == before
+    source.write_text(whole)
+    assert "compose: 30 rows, 30 as before" in run(source, job).stdout
+
+
+def test_why_rows_failed_is_told(tmp_path):
+    asks = ("--composer", "openai", "--base-url", "http://127.0.0.1:9/v1", "--model", "m")
+    told = run(write_rows(tmp_path, 3), tmp_path / "job", *asks).stdout
+    assert "failed: 3 (no connection: 3); the same command tries them again" in told and "3 rules" in told
+
+
 def test_no_secret_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-verysecret123")
     source = write_rows(tmp_path, 12)
@@ -103,6 +160,8 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
             "extra_body: not JSON",
         ),
         (["--context", "2"], "context: 2 must be at least 8"),
+        (["--drop-flags", "pi"], "drop_flags: 'pi' is no flag; there are pii, "),
+        (["--min-clip", "0.2"], "min_clip: the job has no CLIP scores"),
         (["--where", "color=red"], "no row has a field 'color'"),
         (["--texts", "raw=alt"], "no row has a text 'alt'"),
     ],
@@ -131,7 +190,7 @@ def test_rows_of_other_kinds(tmp_path):
     first, second = read_texts(tmp_path / "csv")
     assert first["id"] == "1" and first["synthetic"] == "a bike" and "wall" in first["generated"]
     assert second["raw"] is None and second["generated"].rstrip(".").lower() == "a dog"
-    assert "neither a text nor a picture 1" in done.stdout
+    assert "1 skipped (neither a text nor a picture)" in done.stdout
     run(tmp_path / "csv" / "texts.parquet", tmp_path / "again")
     assert [row["synthetic"] for row in read_texts(tmp_path / "again")] == ["a bike", "a dog"]
     odd = tmp_path / "odd.jsonl"
