@@ -5,7 +5,10 @@ The input may grow: then it is read again, and what was made of its former rows 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,7 @@ from rwkv_clip.data.fields import (
 )
 from rwkv_clip.data.rows import IMAGE_ENDINGS, Row
 from rwkv_clip.data.sources import PAIRS, Source
-from rwkv_clip.files import hold
+from rwkv_clip.files import hash_file, hold, sync_folder
 
 from .cleaning import clean
 from .job import ROWS, Job, Stage
@@ -63,6 +66,7 @@ URLS = ("url", "source_url")
 FROM_INPUT = "input"
 MOST_TAGS = 256
 NO_TEXTS = Choice(Texts(("raw",), ("raw",)))
+FRESH = "reading"  # folder of rows that are being read
 VERSION = 1  # of what is made of a row; a change makes earlier jobs' rows others
 
 
@@ -87,9 +91,17 @@ def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str
         job.agree(stage, new_run)
         before = job.find_input()
         fingerprint = source.fingerprint()
-        if before.get("fingerprint") == fingerprint:
+        if before.get("fingerprint") == fingerprint and before.get("sha256") == _hash_parts(job, before["parts"]):
             return before
         return _read(job, stage, source, settings, fingerprint)
+
+
+def _hash_parts(job: Job, parts: int) -> str | None:
+    """SHA-256 of the parts of the rows, None where one is missing."""
+    files = [job.part(ROWS, number) for number in range(parts)]
+    if not all(file.exists() for file in files):
+        return None
+    return hashlib.sha256(" ".join(map(hash_file, files)).encode()).hexdigest()
 
 
 def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, fingerprint: list) -> dict[str, Any]:
@@ -110,8 +122,12 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
     skipped: Counter[str] = Counter()
     rows = islice(_select(bar, conditions, reader, skipped), settings.limit)
     count = part = 0
+    fresh = job.folder / ROWS / FRESH  # what was read before stays until all has been read
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
     while batch := list(islice(rows, job.part_rows)):
-        write_parquet(job.part(ROWS, part), {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
+        file = fresh / job.part(ROWS, part).name
+        write_parquet(file, {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
         count, part = count + len(batch), part + 1
     if not count:
         reasons = "; ".join(f"{reason}: {n}" for reason, n in skipped.most_common(3))
@@ -121,10 +137,22 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
             f"input: {settings.input} has {count} rows, the job was begun with {before['rows']}; give all of them, or "
             f"another --output"
         )
+    _replace_parts(job, fresh, part)
     about = {"fingerprint": fingerprint, "parts": part, "rows": count, "skipped": dict(skipped)}
+    about["sha256"] = _hash_parts(job, part)
     job.note_input({**about, "input": settings.input, "images": settings.images})
     job.note_time(ROWS, rows=count, seconds=round(time.monotonic() - began, 3))
     return job.find_input()
+
+
+def _replace_parts(job: Job, fresh: Path, parts: int) -> None:
+    """The parts that were read take the place of former ones. A kill in between: all is read again."""
+    job.forget_input()
+    for number in range(parts):
+        file = job.part(ROWS, number)
+        os.replace(fresh / file.name, file)
+    fresh.rmdir()
+    sync_folder(job.folder / ROWS)
 
 
 def _select(

@@ -16,6 +16,7 @@ from .job import ORDER, Job
 from .picture_stages import Pictures
 from .prompt import Prompt
 from .report import write_report
+from .select import Selection
 
 SECRET = ("key_variable",)  # the name of a variable is no secret, but nobody's business either
 VERSIONS = ("rwkv-clip", "pyarrow", "aiohttp", "torch")
@@ -24,6 +25,7 @@ VERSIONS = ("rwkv-clip", "pyarrow", "aiohttp", "torch")
 def make_report(settings: Any) -> Path:
     """report.html and report.json of a job."""
     job, pictures = Job(settings.output), Pictures(settings)
+    job.check_begun()
     prices = {"prompt": settings.price_in, "completion": settings.price_out, "currency": settings.currency}
     about = {
         "title": f"Descriptions of {job.folder.name}",
@@ -63,9 +65,17 @@ def _find_version(name: str) -> str | None:
 def make_export(settings: Any) -> None:
     """The job's texts as files."""
     job, pictures = Job(settings.output), Pictures(settings)
+    _check_stages(job, settings)
     source = pictures.source if "webdataset" in settings.to else None
     about = {"made_by": "rwkv_clip.describe"}
     print(export(lambda: job.read(), job.folder, settings, settings, source, pictures.settings, about), flush=True)
+
+
+def _check_stages(job: Job, selection: Selection) -> None:
+    """ValueError where rows would be chosen or written by a stage that is not there as a whole."""
+    job.check_begun()
+    if selection.duplicates != "keep":
+        job.check(["dedup"])
 
 
 def make_training_set(settings: Any) -> None:
@@ -73,6 +83,8 @@ def make_training_set(settings: Any) -> None:
     prompt = Prompt.load(settings.prompt)
     if settings.instructions is None:
         job = Job(settings.output)
+        job.check(["compose", "verify"])
+        _check_stages(job, settings)
 
     def read() -> Any:
         if settings.instructions is not None:

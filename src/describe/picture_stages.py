@@ -199,7 +199,7 @@ def make_score_task(settings: Any) -> Task:
     towers, pictures = Towers.load(settings), Pictures(settings)
     decides = {**towers.decides, "scores_version": VERSION}
     inputs = (*PICTURE, "raw", "caption", "generated")
-    stage = Stage("scores", COLUMNS, (ROWS, "caption", "verify"), inputs, decides, journaled=True)
+    stage = Stage("scores", COLUMNS, (ROWS, "caption", "verify"), inputs, decides, journaled=True, needs=("verify",))
 
     async def ask(rows: Sequence[Row]) -> AsyncIterator[tuple[int, Row]]:
         for start in range(0, len(rows), CHUNK):

@@ -103,6 +103,7 @@ def _make(settings: Any, build: Build) -> None:
 def dedup(settings: Any) -> None:
     """Which rows repeat an earlier one: the whole job at once, by its generated texts."""
     job = Job(settings.output)
+    job.check(["verify"])
     stage = Stage("dedup", DEDUP, ("verify",), (), {"threshold": settings.near, "dedup_version": 1}, whole=True)
     job.agree(stage, settings.new_run)
     numbers = range(job.count_parts())

@@ -1,0 +1,150 @@
+"""Jobs of descriptions in unlucky hands: inputs that change, parts that go, commands in any order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rwkv_clip.describe.__main__ import main
+from tests.helpers.describing import make_rows, read_texts
+
+
+def write(file: Path, rows: list) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def run(command: str, job: Path, *arguments: object) -> int:
+    return main([command, "--output", str(job), *map(str, arguments)])
+
+
+def ids(job: Path) -> list[str]:
+    return [row["id"] for row in read_texts(job)]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A finished job of 20 rows in 4 parts, of rows.jsonl beside it."""
+    write(tmp_path / "rows.jsonl", make_rows(20))
+    assert run("run", tmp_path / "job", "--input", tmp_path / "rows.jsonl", "--part-rows", 5) == 0
+    return tmp_path / "job"
+
+
+class TestTheInputChanges:
+    def test_a_shrunk_input_leaves_the_rows_as_they_were(self, job: Path) -> None:
+        file = job.parent / "rows.jsonl"
+        whole = file.read_bytes()
+        write(file, make_rows(20)[10:])
+        assert run("run", job, "--input", file) == 2
+        file.write_bytes(whole)
+        assert run("run", job, "--input", file) == 0
+        assert ids(job) == [f"r{i}" for i in range(20)]
+
+    def test_an_input_that_turns_out_damaged_leaves_the_rows_as_they_were(self, job: Path) -> None:
+        file = job.parent / "rows.jsonl"
+        before = {part.name: part.read_bytes() for part in (job / "rows").glob("*.parquet")}
+        file.write_text("".join(json.dumps({**row, "id": "new"}) + "\n" for row in make_rows(20)) + "{")
+        assert run("run", job, "--input", file) == 3
+        assert {part.name: part.read_bytes() for part in (job / "rows").glob("*.parquet")} == before
+        assert run("export", job) == 0
+
+    @pytest.mark.parametrize("command", ["report", "verify", "dedup", "export", "instruct"])
+    @pytest.mark.parametrize("change", ["edited", "grown"])
+    def test_a_command_alone_says_which_stage_is_behind(
+        self, job: Path, command: str, change: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        rows = make_rows(23)
+        if change == "edited":
+            rows = [{**row, "raw": row["raw"].replace("dog", "zebra")} for row in rows[:20]]
+        write(job.parent / "rows.jsonl", rows)
+        assert run("compose", job, "--input", job.parent / "rows.jsonl", "--shard", "3/4") == 0
+        capsys.readouterr()
+        more = ["--folder", job.parent / "set"] if command == "instruct" else []
+        assert run(command, job, *more) == 2
+        told = capsys.readouterr().err
+        assert "other rows" in told or "not made yet" in told
+        assert "again" in told or "first" in told
+        assert run("run", job, "--input", job.parent / "rows.jsonl") == 0
+        assert [row["raw"] for row in read_texts(job)] == [row["raw"] for row in rows]
+
+
+class TestPartsGo:
+    @pytest.mark.parametrize("stage", ["rows", "compose", "verify", "dedup"])
+    @pytest.mark.parametrize("how", ["deleted", "damaged", "of another place"])
+    def test_the_same_command_makes_them_anew(
+        self, job: Path, stage: str, how: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        before = (job / "texts.parquet").read_bytes()
+        part = job / stage / "part-00001.parquet"
+        command = "run", job, "--input", job.parent / "rows.jsonl"
+        if how == "damaged":
+            part.write_bytes(part.read_bytes()[:100])
+            if stage != "rows":
+                assert run(*command) == 3
+                assert f"{part}: not a whole Parquet file" in capsys.readouterr().err  # which says what to do:
+                part.unlink()
+        elif how == "of another place":
+            part.write_bytes((job / stage / "part-00002.parquet").read_bytes())
+        else:
+            part.unlink()
+        assert run(*command) == 0
+        assert (job / "texts.parquet").read_bytes() == before
+
+    @pytest.mark.parametrize("command", ["compose", "verify", "dedup", "report", "export"])
+    def test_rows_that_are_gone_are_never_left_out(
+        self, job: Path, command: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        (job / "rows" / "part-00001.parquet").unlink()
+        assert run(command, job) == 3
+        assert "is missing; the command with --input reads it anew" in capsys.readouterr().err
+
+
+class TestTheWrongOrder:
+    @pytest.mark.parametrize(
+        ("done", "command", "missing"),
+        [
+            (["rows"], "verify", "compose"),
+            (["rows"], "dedup", "verify"),
+            (["rows", "compose"], "dedup", "verify"),
+            (["rows", "compose"], "instruct", "verify"),
+            (["rows", "compose", "verify"], "export --duplicates near", "dedup"),
+        ],
+    )
+    def test_names_the_stage_that_is_missing(
+        self, tmp_path: Path, done: list[str], command: str, missing: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        job, file = tmp_path / "job", write(tmp_path / "rows.jsonl", make_rows(6))
+        name, *more = command.split()
+        assert run("export", job, "--input", file) == 0  # reads
+        for stage in done[1:]:
+            assert run(stage, job) == 0
+        more += ["--folder", str(tmp_path / "set")] if name == "instruct" else []
+        assert run(name, job, *more) == 2
+        assert f"run {missing} first" in capsys.readouterr().err
+
+    def test_an_export_between_two_shards_is_refused(self, job: Path, capsys: pytest.CaptureFixture) -> None:
+        (job / "verify" / "part-00002.parquet").unlink()
+        assert run("export", job) == 2
+        assert "verify: part 2" in capsys.readouterr().err
+
+    def test_a_dedup_too_early_does_no_harm_later(self, tmp_path: Path) -> None:
+        job, file = tmp_path / "job", write(tmp_path / "rows.jsonl", make_rows(6))
+        assert run("dedup", job, "--input", file) == 2
+        assert run("run", job, "--input", file) == 0
+        assert len(ids(job)) == 6
+
+
+class TestSeveralCommandsBeginAtOnce:
+    def test_what_another_has_begun_is_no_folder_of_something_else(self, tmp_path: Path) -> None:
+        """The first of several has made the folder, and is about to name job.json (or was killed then)."""
+        job = tmp_path / "job"
+        job.mkdir()
+        (job / "job.json.1.part").write_text("{")
+        assert run("run", job, "--input", write(tmp_path / "rows.jsonl", make_rows(6)), "--shard", "0/2") == 0
+
+    def test_another_folder_is(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        (tmp_path / "photo.jpg").write_text("x")
+        assert run("run", tmp_path, "--input", "rows.jsonl") == 2
+        assert "holds other files and no job" in capsys.readouterr().err
