@@ -28,6 +28,7 @@ from rwkv_clip.data.fields import (
     choose_fields,
     find_field,
     find_tokens,
+    list_fields,
     survey,
 )
 from rwkv_clip.data.rows import IMAGE_ENDINGS, Row
@@ -72,7 +73,10 @@ VERSION = 1  # of what is made of a row; a change makes earlier jobs' rows other
 
 def make_stage(settings: InputSettings) -> Stage:
     """The stage that reads."""
-    fields = {name: getattr(settings, name) for name in ("texts", "tags_field", "ocr_field", "id_field", "where")}
+    fields = {
+        name: getattr(settings, name)
+        for name in ("texts", "tags_field", "ocr_field", "id_field", "image_field", "where")
+    }
     return Stage(ROWS, COLUMNS, (), (), {**fields, "limit": settings.limit, "rows_version": VERSION})
 
 
@@ -109,6 +113,7 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
     conditions = list(map(Condition.parse, settings.where))
 
     def choose(sample: list[Row]) -> Choice:
+        _check_names(sample, settings)
         try:
             return choose_fields(sample, settings.texts, None, CONTEXT)
         except FieldError:
@@ -143,6 +148,14 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
     job.note_input({**about, "input": settings.input, "images": settings.images})
     job.note_time(ROWS, rows=count, seconds=round(time.monotonic() - began, 3))
     return job.find_input()
+
+
+def _check_names(sample: list[Row], settings: InputSettings) -> None:
+    """ValueError for a field that was named and that no row of the sample has."""
+    for setting in ("tags_field", "ocr_field", "id_field", "image_field"):
+        name = getattr(settings, setting)
+        if name and all(find_field(row.fields, name) is None for row in sample):
+            raise ValueError(f"{setting}: no row has a field {name!r}; they have {list_fields(sample)}")
 
 
 def _replace_parts(job: Job, fresh: Path, parts: int) -> None:
@@ -181,6 +194,7 @@ class Reader:
             "tags": _put_first(settings.tags_field, TAGS),
             "ocr": _put_first(settings.ocr_field, OCR),
             "id": _put_first(settings.id_field, IDS),
+            "image": _put_first(settings.image_field, IMAGE_FIELDS),
         }
 
     def __call__(self, number: int, row: Row) -> dict[str, Any]:
@@ -228,7 +242,7 @@ class Reader:
             return next((name for name in names if (self.folder / name).is_file()), None)
         if row.image is not None:
             return None
-        value = _find(row, IMAGE_FIELDS)
+        value = _find(row, self._named["image"])
         if isinstance(value, dict):
             value = None if value.get("bytes") else value.get("path")
         return _repair(value).strip() or None if isinstance(value, str) else None

@@ -148,3 +148,33 @@ class TestSeveralCommandsBeginAtOnce:
         (tmp_path / "photo.jpg").write_text("x")
         assert run("run", tmp_path, "--input", "rows.jsonl") == 2
         assert "holds other files and no job" in capsys.readouterr().err
+
+
+class TestNames:
+    def test_a_named_field_of_pictures_is_taken(self, tmp_path: Path) -> None:
+        rows = [{"photo": "0.jpg", "raw": "a dog at home", "image": "wrong.jpg"}, {"photo": "1.jpg"}]
+        file, job = write(tmp_path / "rows.jsonl", rows), tmp_path / "job"
+        assert run("run", job, "--input", file, "--image-field", "photo") == 0
+        assert [row["image"] for row in read_texts(job)] == ["0.jpg", "1.jpg"]
+
+    @pytest.mark.parametrize("setting", ["tags-field", "ocr-field", "id-field", "image-field"])
+    def test_a_name_that_no_row_has_is_refused(
+        self, tmp_path: Path, setting: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        file = write(tmp_path / "rows.jsonl", make_rows(3))
+        assert run("run", tmp_path / "job", "--input", file, f"--{setting}", "tagz") == 2
+        told = capsys.readouterr().err
+        assert setting.replace("-", "_") in told and "'tagz'" in told and "synthetic" in told
+
+
+class TestRecordedAnswers:
+    def test_other_answers_are_never_taken_for_the_former(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        rows, job, answers = write(tmp_path / "rows.jsonl", make_rows(3)), tmp_path / "job", tmp_path / "answers.jsonl"
+        command = "run", job, "--input", rows, "--composer", "replay", "--answers", answers
+        write(answers, [{"id": f"r{i}", "content": json.dumps({"text": "A dog near a ball."})} for i in range(3)])
+        assert run(*command) == 0
+        write(answers, [{"id": f"r{i}", "content": json.dumps({"text": "A ball near a dog."})} for i in range(3)])
+        assert run(*command) == 2
+        assert "answers: was" in capsys.readouterr().err
+        assert run(*command, "--new-run") == 0
+        assert read_texts(job)[0]["generated"] == "A ball near a dog."
