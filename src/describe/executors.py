@@ -42,6 +42,8 @@ def make_stage(settings: JobSettings, build: Build) -> Counter[str]:
             counts = make_parts(job, task, numbers, settings.retry_failed, bar.update)
         else:
             counts = _with_processes(settings, build, numbers, bar.update)
+    if task.tell is not None and (told := task.tell()):
+        print(told, flush=True)
     if counts["made"]:
         seconds = round(time.monotonic() - began, 3)
         job.note_time(task.stage.name, rows=counts["made"], failed=counts["failed"], seconds=seconds)

@@ -66,6 +66,7 @@ LICENSES = ("license", "licence")
 URLS = ("url", "source_url")
 FROM_INPUT = "input"
 MOST_TAGS = 256
+MOST_TEXT = 1 << 14  # characters of a text that are kept: a part of rows is held in memory
 NO_TEXTS = Choice(Texts(("raw",), ("raw",)))
 FRESH = "reading"  # folder of rows that are being read
 VERSION = 1  # of what is made of a row; a change makes earlier jobs' rows others
@@ -199,7 +200,7 @@ class Reader:
 
     def __call__(self, number: int, row: Row) -> dict[str, Any]:
         """RowError for a row that has nothing to make a text of."""
-        raw, caption = self._find_texts(row)
+        raw, caption = (text[:MOST_TEXT] for text in self._find_texts(row))
         tags = parse_tags(_find(row, self._named["tags"]))
         ocr = _to_text(_find(row, self._named["ocr"]))
         image = self._name_picture(row)
@@ -281,7 +282,7 @@ def _find(row: Row, names: Sequence[str]) -> Any:
 def _to_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         value = " ".join(item for item in value if isinstance(item, str))
-    return _repair(value).strip() if isinstance(value, str) else ""
+    return _repair(value[:MOST_TEXT]).strip() if isinstance(value, str) else ""
 
 
 def _repair(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_clip.describe.__main__ import main
+from rwkv_clip.describe.job import Job
 from tests.helpers.describing import make_rows, read_texts
 
 
@@ -178,3 +179,36 @@ class TestRecordedAnswers:
         assert "answers: was" in capsys.readouterr().err
         assert run(*command, "--new-run") == 0
         assert read_texts(job)[0]["generated"] == "A ball near a dog."
+
+
+class TestFilesOfColumns:
+    @pytest.mark.parametrize(("command", "what"), [("captions", "caption"), ("tags", "tags")])
+    def test_a_file_with_other_ids_is_told(
+        self, tmp_path: Path, command: str, what: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        rows = write(tmp_path / "rows.jsonl", [{"id": row["id"], "raw": row["raw"]} for row in make_rows(4)])
+        file = write(tmp_path / "more.jsonl", [{"id": f"x{i}", what: "a dog"} for i in range(3)])
+        assert run("run", tmp_path / "job", "--input", rows, f"--{command}", file) == 0
+        told = capsys.readouterr().out
+        assert "0 rows found; 4 rows that are not in the file; 3 entries that no row asked for" in told
+
+    def test_an_empty_one_too(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        rows = write(tmp_path / "rows.jsonl", [{"id": "a", "raw": "a dog at home"}])
+        file = write(tmp_path / "more.jsonl", [{"id": "a", "caption": ""}])
+        assert run("run", tmp_path / "job", "--input", rows, "--captions", file) == 0
+        assert "0 rows found; " in capsys.readouterr().out
+
+
+def test_long_texts_are_kept_in_part_only(tmp_path: Path) -> None:
+    """5,000 rows of a part are in memory at once."""
+    row = {
+        "id": "a",
+        "raw": "a dog " * 100_000,
+        "synthetic": "a cat " * 100_000,
+        "ocr": "x " * 10**6,
+        "url": "u" * 10**6,
+    }
+    assert run("run", tmp_path / "job", "--input", write(tmp_path / "rows.jsonl", [row])) == 0
+    (found,) = Job(tmp_path / "job").read("rows")
+    assert max(len(value) for value in found.values() if isinstance(value, str)) <= 1 << 14
+    assert "cut" in found["flags"]
