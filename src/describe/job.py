@@ -90,7 +90,7 @@ class Job:
             return
         if part_rows is None:
             raise ValueError(f"output: {self.folder} holds no job; begin one with `run --input ROWS --output DIR`")
-        others = self.folder.is_dir() and any(not file.name.startswith(about.name) for file in self.folder.iterdir())
+        others = self.folder.is_dir() and any(not file.name.startswith("job.") for file in self.folder.iterdir())
         if others and not about.exists():  # of several commands that begin at once another may have been first
             raise ValueError(f"output: {self.folder} holds other files and no job; give an empty or new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,10 @@ class Job:
     def find_input(self) -> dict[str, Any]:
         """What was read: fingerprint, parts, rows, skipped; {} before all of it was."""
         file = self.folder / ROWS / "input.json"
-        return _load(file) if file.exists() else {}
+        found = _load(file) if file.exists() else {}
+        if found and not all(isinstance(found.get(name), int) and found[name] > 0 for name in ("parts", "rows")):
+            raise DamagedError(f"{file}: has no parts and rows; remove it, and the command with --input reads it anew")
+        return found
 
     def note_input(self, about: dict[str, Any]) -> None:
         """All of the input has been read. `about`: what `find_input` gives from now on."""
@@ -294,7 +297,8 @@ class Job:
     def read_times(self, stage: str) -> list[dict[str, Any]]:
         """What `note_time` was told, in order."""
         file = self.folder / stage / "times.jsonl"
-        return [entry for entry in _read_lines(file) if isinstance(entry, dict)]
+        entries = (entry for entry in _read_lines(file) if isinstance(entry, dict))
+        return [entry for entry in entries if all(isinstance(value, (int, float)) for value in entry.values())]
 
 
 class Journal:
@@ -354,7 +358,7 @@ def _read_lines(file: Path) -> Iterator[Any]:
 def _load(file: Path) -> dict[str, Any]:
     found = parse_json(read_bytes(file, MOST), str(file))
     if not isinstance(found, dict):
-        raise DamagedError(f"{file}: holds no settings; remove it and its folder, and start again")
+        raise DamagedError(f"{file}: holds no settings; remove it, and start the command again")
     return found
 
 

@@ -212,3 +212,25 @@ def test_long_texts_are_kept_in_part_only(tmp_path: Path) -> None:
     (found,) = Job(tmp_path / "job").read("rows")
     assert max(len(value) for value in found.values() if isinstance(value, str)) <= 1 << 14
     assert "cut" in found["flags"]
+
+
+class TestNotesOfTheJob:
+    @pytest.mark.parametrize("text", ['{"parts": "x", "rows": null}', "[]", "{", '{"parts": 0, "rows": 0}', ""])
+    def test_a_damaged_note_of_the_input_says_what_to_do(
+        self, job: Path, text: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        note = job / "rows" / "input.json"
+        note.write_text(text)
+        for command in ("status", "export", "report"):
+            assert run(command, job) == 3
+            assert str(note) in capsys.readouterr().err
+        note.unlink()
+        assert run("run", job, "--input", job.parent / "rows.jsonl") == 0
+        assert len(ids(job)) == 20
+
+    @pytest.mark.parametrize("line", ['{"seconds": "x", "rows": "y"}', '{"rows": [1]}', "5", "{"])
+    def test_the_log_of_times_decides_nothing(self, job: Path, line: str) -> None:
+        with open(job / "compose" / "times.jsonl", "a") as file:
+            file.write(line + "\n")
+        assert run("status", job) == 0
+        assert run("report", job) == 0
