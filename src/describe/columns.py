@@ -83,6 +83,10 @@ class Column:
         """Entries that no row asked for so far."""
         raise NotImplementedError
 
+    def tell(self) -> str:
+        """How many rows the file had something for, "" where no row asked."""
+        return str(self) if self.counts["asked"] else ""
+
     def __str__(self) -> str:
         what = self.kind if self.kind in ("tags", "ocr") else f"{self.kind} texts"
         counts = {**self.counts, "entries that no row asked for": self.count_unused()}

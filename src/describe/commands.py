@@ -148,6 +148,16 @@ class Command:
     run: Callable[[Any], int | None]
 
 
+def _owning(work: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`work` on a job that no other command works on."""
+
+    def do(settings: Any) -> None:
+        with run.own_job(settings):
+            work(settings)
+
+    return do
+
+
 def _run_all(settings: RunSettings) -> None:
     run.need_scores(run.open_job(settings), settings)
     if settings.captions or settings.captioner != "none":
@@ -173,7 +183,7 @@ def _on_job(work: Callable[[Any], Any]) -> Callable[[Any], None]:
         run.open_job(settings)
         work(settings)
 
-    return do
+    return _owning(do)
 
 
 def _report(settings: ReportCommand) -> None:
@@ -207,13 +217,13 @@ def _demo(settings: DemoSettings) -> None:
 
 
 COMMANDS = {
-    "run": Command(RunSettings, _run_all),
+    "run": Command(RunSettings, _owning(_run_all)),
     "caption": Command(CaptionCommand, _on_job(run.caption)),
     "tag": Command(TagCommand, _on_job(run.tag)),
     "compose": Command(ComposeCommand, _on_job(run.compose)),
     "verify": Command(VerifyCommand, _on_job(run.verify)),
     "dedup": Command(DedupCommand, _on_job(run.dedup)),
-    "report": Command(ReportCommand, _report),
+    "report": Command(ReportCommand, _owning(_report)),
     "export": Command(ExportCommand, _on_job(outputs.make_export)),
     "instruct": Command(InstructCommand, outputs.make_training_set),
     "doctor": Command(DoctorCommand, _doctor),

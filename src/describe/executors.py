@@ -31,6 +31,9 @@ def make_stage(settings: JobSettings, build: Build) -> Counter[str]:
     job.agree(task.stage, settings.new_run)
     which, of = parse_shard(settings.shard)
     numbers = list(range(job.count_parts()))[which::of]
+    job.check(
+        [stage for stage in task.stage.reads if stage in task.stage.needs or job.has_begun(stage, numbers)], numbers
+    )
     rows = sum(min(job.part_rows, job.count_rows() - number * job.part_rows) for number in numbers)
     began = time.monotonic()
     with tqdm(total=rows, unit="row", disable=None, desc=task.stage.name) as bar:
@@ -40,6 +43,8 @@ def make_stage(settings: JobSettings, build: Build) -> Counter[str]:
             counts = make_parts(job, task, numbers, settings.retry_failed, bar.update)
         else:
             counts = _with_processes(settings, build, numbers, bar.update)
+    if task.tell is not None and (told := task.tell()):
+        print(told, flush=True)
     if counts["made"]:
         seconds = round(time.monotonic() - began, 3)
         job.note_time(task.stage.name, rows=counts["made"], failed=counts["failed"], seconds=seconds)

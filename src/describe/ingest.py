@@ -5,7 +5,10 @@ The input may grow: then it is read again, and what was made of its former rows 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +28,12 @@ from rwkv_clip.data.fields import (
     choose_fields,
     find_field,
     find_tokens,
+    list_fields,
     survey,
 )
 from rwkv_clip.data.rows import IMAGE_ENDINGS, Row
 from rwkv_clip.data.sources import PAIRS, Source
-from rwkv_clip.files import hold
+from rwkv_clip.files import hash_file, hold, sync_folder
 
 from .cleaning import clean
 from .job import ROWS, Job, Stage
@@ -62,13 +66,18 @@ LICENSES = ("license", "licence")
 URLS = ("url", "source_url")
 FROM_INPUT = "input"
 MOST_TAGS = 256
+MOST_TEXT = 1 << 14  # characters of a text that are kept: a part of rows is held in memory
 NO_TEXTS = Choice(Texts(("raw",), ("raw",)))
+FRESH = "reading"  # folder of rows that are being read
 VERSION = 1  # of what is made of a row; a change makes earlier jobs' rows others
 
 
 def make_stage(settings: InputSettings) -> Stage:
     """The stage that reads."""
-    fields = {name: getattr(settings, name) for name in ("texts", "tags_field", "ocr_field", "id_field", "where")}
+    fields = {
+        name: getattr(settings, name)
+        for name in ("texts", "tags_field", "ocr_field", "id_field", "image_field", "where")
+    }
     return Stage(ROWS, COLUMNS, (), (), {**fields, "rows_version": VERSION})
 
 
@@ -87,9 +96,17 @@ def ingest(job: Job, settings: InputSettings, new_run: bool = False) -> dict[str
         job.agree(stage, new_run)
         before = job.find_input()
         fingerprint = [*source.fingerprint(), settings.limit]  # a higher limit is an input that has grown
-        if before.get("fingerprint") == fingerprint:
+        if before.get("fingerprint") == fingerprint and before.get("sha256") == _hash_parts(job, before["parts"]):
             return before
         return _read(job, stage, source, settings, fingerprint)
+
+
+def _hash_parts(job: Job, parts: int) -> str | None:
+    """SHA-256 of the parts of the rows, None where one is missing."""
+    files = [job.part(ROWS, number) for number in range(parts)]
+    if not all(file.exists() for file in files):
+        return None
+    return hashlib.sha256(" ".join(map(hash_file, files)).encode()).hexdigest()
 
 
 def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, fingerprint: list) -> dict[str, Any]:
@@ -97,6 +114,7 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
     conditions = list(map(Condition.parse, settings.where))
 
     def choose(sample: list[Row]) -> Choice:
+        _check_names(sample, settings)
         try:
             return choose_fields(sample, settings.texts, None, CONTEXT)
         except FieldError as error:
@@ -111,11 +129,14 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
     skipped: Counter[str] = Counter()
     have: Counter[str] = Counter(raw=0, caption=0, tags=0)
     rows = islice(_select(bar, conditions, reader, skipped), settings.limit)
-    count, aside = 0, list[Path]()  # parts lie aside until it is known that they may take the place of former ones
+    count = part = 0
+    fresh = job.folder / ROWS / FRESH  # what was read before stays until all has been read
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
     while batch := list(islice(rows, job.part_rows)):
-        aside.append(job.part(ROWS, len(aside)).with_suffix(".new"))
-        write_parquet(aside[-1], {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
-        count += len(batch)
+        file = fresh / job.part(ROWS, part).name
+        write_parquet(file, {"id": "str", "inputs": "str", **COLUMNS}, [batch], {"failed": "0"})
+        count, part = count + len(batch), part + 1
         have.update(name for row in batch for name in ("raw", "caption", "tags") if row[name])
     if not count:
         reasons = "; ".join(f"{reason}: {n}" for reason, n in skipped.most_common(3))
@@ -127,13 +148,30 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
             f"input: {settings.input} has {count} rows, the job was begun with {before['rows']}; give all of them, or "
             f"another --output"
         )
-    job.forget_input()  # a kill from here on has the input read again
-    for number, file in enumerate(aside):
-        file.replace(job.part(ROWS, number))
-    about = {"fingerprint": fingerprint, "parts": len(aside), "rows": count, "skipped": dict(skipped)}
+    _replace_parts(job, fresh, part)
+    about = {"fingerprint": fingerprint, "parts": part, "rows": count, "skipped": dict(skipped)}
+    about["sha256"] = _hash_parts(job, part)
     job.note_input({**about, "have": have, "notes": notes, "input": settings.input, "images": settings.images})
     job.note_time(ROWS, rows=count, seconds=round(time.monotonic() - began, 3))
     return job.find_input()
+
+
+def _check_names(sample: list[Row], settings: InputSettings) -> None:
+    """ValueError for a field that was named and that no row of the sample has."""
+    for setting in ("tags_field", "ocr_field", "id_field", "image_field"):
+        name = getattr(settings, setting)
+        if name and all(find_field(row.fields, name) is None for row in sample):
+            raise ValueError(f"{setting}: no row has a field {name!r}; they have {list_fields(sample)}")
+
+
+def _replace_parts(job: Job, fresh: Path, parts: int) -> None:
+    """The parts that were read take the place of former ones. A kill in between: all is read again."""
+    job.forget_input()
+    for number in range(parts):
+        file = job.part(ROWS, number)
+        os.replace(fresh / file.name, file)
+    fresh.rmdir()
+    sync_folder(job.folder / ROWS)
 
 
 def _select(
@@ -162,11 +200,12 @@ class Reader:
             "tags": _put_first(settings.tags_field, TAGS),
             "ocr": _put_first(settings.ocr_field, OCR),
             "id": _put_first(settings.id_field, IDS),
+            "image": _put_first(settings.image_field, IMAGE_FIELDS),
         }
 
     def __call__(self, number: int, row: Row) -> dict[str, Any]:
         """RowError for a row that has nothing to make a text of."""
-        raw, caption = self._find_texts(row)
+        raw, caption = (text[:MOST_TEXT] for text in self._find_texts(row))
         tags = parse_tags(_find(row, self._named["tags"]))
         ocr = _to_text(_find(row, self._named["ocr"]))
         image = self._name_picture(row)
@@ -209,7 +248,7 @@ class Reader:
             return next((name for name in names if (self.folder / name).is_file()), None)
         if row.image is not None:
             return None
-        value = _find(row, IMAGE_FIELDS)
+        value = _find(row, self._named["image"])
         if isinstance(value, dict):
             value = None if value.get("bytes") else value.get("path")
         return _repair(value).strip() or None if isinstance(value, str) else None
@@ -248,7 +287,7 @@ def _find(row: Row, names: Sequence[str]) -> Any:
 def _to_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         value = " ".join(item for item in value if isinstance(item, str))
-    return _repair(value).strip() if isinstance(value, str) else ""
+    return _repair(value[:MOST_TEXT]).strip() if isinstance(value, str) else ""
 
 
 def _repair(text: str) -> str:

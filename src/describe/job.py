@@ -18,9 +18,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,10 +46,10 @@ class Changed(ValueError):
 class Stage:
     """What one stage adds to every row.
 
-    columns: {name: kind}, its own. reads: the stages whose columns it is given, where they are there. inputs: the
-    columns that decide its result. decides: the settings that do, by their names on the command line. status: the
-    column that says `failed` for a row that is to be tried again. journaled: every finished row is kept at once.
-    whole: a part of it depends on all parts of the stages it reads.
+    columns: {name: kind}, its own. reads: the stages whose columns it is given, where they are there. needs: those of
+    them that have to be there. inputs: the columns that decide its result. decides: the settings that do, by their
+    names on the command line. status: the column that says `failed` for a row that is to be tried again. journaled:
+    every finished row is kept at once. whole: a part of it depends on all parts of the stages it reads.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Stage:
     status: str | None = None
     journaled: bool = False
     whole: bool = False
+    needs: tuple[str, ...] = ()
 
     def key(self, row: dict[str, Any]) -> str:
         """Hash of the row's inputs."""
@@ -89,7 +90,8 @@ class Job:
             return
         if part_rows is None:
             raise ValueError(f"output: {self.folder} holds no job; begin one with `run --input ROWS --output DIR`")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        others = self.folder.is_dir() and any(not file.name.startswith("job.") for file in self.folder.iterdir())
+        if others and not about.exists():  # of several commands that begin at once another may have been first
             raise ValueError(f"output: {self.folder} holds other files and no job; give an empty or new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.part_rows = part_rows
@@ -114,15 +116,20 @@ class Job:
     def find_input(self) -> dict[str, Any]:
         """What was read: fingerprint, parts, rows, skipped; {} before all of it was."""
         file = self.folder / ROWS / "input.json"
-        return _load(file) if file.exists() else {}
+        found = _load(file) if file.exists() else {}
+        if found and not all(isinstance(found.get(name), int) and found[name] > 0 for name in ("parts", "rows")):
+            raise DamagedError(f"{file}: has no parts and rows; remove it, and the command with --input reads it anew")
+        return found
 
     def note_input(self, about: dict[str, Any]) -> None:
         """All of the input has been read. `about`: what `find_input` gives from now on."""
         write_json(self.folder / ROWS / "input.json", about)
 
     def forget_input(self) -> None:
-        """The rows are about to change: until `note_input`, no command takes them for whole."""
-        (self.folder / ROWS / "input.json").unlink(missing_ok=True)
+        """The rows are about to change: until `note_input` they count as not read."""
+        file = self.folder / ROWS / "input.json"
+        file.unlink(missing_ok=True)
+        sync_folder(file.parent)
 
     def has(self, stage: str) -> bool:
         """Whether all parts of a stage are there."""
@@ -131,6 +138,33 @@ class Job:
     def stages(self) -> list[str]:
         """The stages that are there as a whole."""
         return [stage for stage in ORDER if self.has(stage)]
+
+    def check(self, stages: Sequence[str], numbers: Sequence[int] | None = None) -> None:
+        """ValueError where one of these parts (default: all) of the stages is missing, or was made of other rows than
+        those that are there now."""
+        for number in range(self.count_parts()) if numbers is None else numbers:
+            now = hash_file(self._find_rows(number))
+            for stage in stages:
+                file = self.part(stage, number)
+                if not file.exists():
+                    raise ValueError(f"{stage}: part {number} of {self.folder} is not made yet; run {stage} first")
+                if read_metadata(file).get("rows", now) != now:
+                    raise ValueError(_tell_stale(stage, number, self.folder))
+
+    def check_begun(self) -> None:
+        """As `check`, for every stage of which a part has been made."""
+        self.check([stage for stage in ORDER if self.has_begun(stage, range(self.count_parts()))])
+
+    def has_begun(self, stage: str, numbers: Iterable[int]) -> bool:
+        """Whether any of these parts of a stage that follows the rows is there."""
+        return stage != ROWS and any(self.part(stage, number).exists() for number in numbers)
+
+    def _find_rows(self, number: int) -> Path:
+        """The file of a part of the rows. DamagedError."""
+        file = self.part(ROWS, number)
+        if not file.exists():
+            raise DamagedError(f"{file}: is missing; the command with --input reads it anew")
+        return file
 
     def count_rows(self) -> int:
         """Rows of the job."""
@@ -147,12 +181,15 @@ class Job:
         return chain.from_iterable(self._merge(k, chosen) for k in range(self.count_parts()))
 
     def _merge(self, number: int, stages: Sequence[str]) -> Iterator[dict[str, Any]]:
+        self._find_rows(number)
         present = [stage for stage in stages if self.part(stage, number).exists()]
-        for rows in zip(*(read_parquet(self.part(stage, number)) for stage in present), strict=True):
+        if not present:
+            raise ValueError(f"{stages[0]}: part {number} of {self.folder} is not made yet; run {stages[0]} first")
+        for rows in zip_longest(*(read_parquet(self.part(stage, number)) for stage in present)):
             merged: dict[str, Any] = {}
-            for row in rows:
-                if merged and row["id"] != merged["id"]:
-                    raise DamagedError(f"{self.folder}: rows of part {number} differ between {' and '.join(present)}")
+            for stage, row in zip(present, rows):
+                if row is None or rows[0] is None or row["id"] != rows[0]["id"]:
+                    raise DamagedError(_tell_stale(stage, number, self.folder))
                 merged.update(row)
             yield merged
 
@@ -217,6 +254,7 @@ class Job:
             return False
         about = read_metadata(file)
         made = about.get("made_of") == (made_of or self.made_of(stage, number))
+        made = made and about.get("rows") == hash_file(self._find_rows(number))
         return made and not (retry_failed and stage.status and about.get("failed") != "0")
 
     def write_part(
@@ -226,7 +264,11 @@ class Job:
         made = [
             {"id": row["id"], "inputs": stage.key(row), **result} for row, result in zip(rows, results, strict=True)
         ]
-        about = {"made_of": made_of or self.made_of(stage, number), "failed": str(sum(map(stage.has_failed, results)))}
+        about = {
+            "made_of": made_of or self.made_of(stage, number),
+            "rows": hash_file(self._find_rows(number)),
+            "failed": str(sum(map(stage.has_failed, results))),
+        }
         file = self.part(stage.name, number)
         write_parquet(file, {**KEYS, **stage.columns}, [made], about)
         sync_folder(file.parent)
@@ -255,7 +297,8 @@ class Job:
     def read_times(self, stage: str) -> list[dict[str, Any]]:
         """What `note_time` was told, in order."""
         file = self.folder / stage / "times.jsonl"
-        return [entry for entry in _read_lines(file) if isinstance(entry, dict)]
+        entries = (entry for entry in _read_lines(file) if isinstance(entry, dict))
+        return [entry for entry in entries if all(isinstance(value, (int, float)) for value in entry.values())]
 
 
 class Journal:
@@ -315,8 +358,12 @@ def _read_lines(file: Path) -> Iterator[Any]:
 def _load(file: Path) -> dict[str, Any]:
     found = parse_json(read_bytes(file, MOST), str(file))
     if not isinstance(found, dict):
-        raise DamagedError(f"{file}: holds no settings; remove it and its folder, and start again")
+        raise DamagedError(f"{file}: holds no settings; remove it, and start the command again")
     return found
+
+
+def _tell_stale(stage: str, number: int, folder: Path) -> str:
+    return f"{stage}: part {number} of {folder} was made of other rows than those there now; run {stage} again"
 
 
 def _show(value: Any) -> str:

@@ -17,6 +17,7 @@ from .picture_stages import Pictures
 from .prompt import Prompt
 from .report import write_report
 from .run import need_scores, need_texts
+from .select import Selection
 
 SECRET = ("key_variable",)  # the name of a variable is no secret, but nobody's business either
 VERSIONS = ("rwkv-clip", "pyarrow", "aiohttp", "torch")
@@ -25,6 +26,7 @@ VERSIONS = ("rwkv-clip", "pyarrow", "aiohttp", "torch")
 def make_report(settings: Any) -> Path:
     """report.html and report.json of a job."""
     job, pictures = Job(settings.output), Pictures(settings)
+    job.check_begun()
     prices = {"prompt": settings.price_in, "completion": settings.price_out, "currency": settings.currency}
     about = {
         "title": f"Descriptions of {job.folder.name}",
@@ -66,9 +68,17 @@ def make_export(settings: Any) -> None:
     job, pictures = Job(settings.output), Pictures(settings)
     need_texts(job, "export")
     need_scores(job, settings)
+    _check_stages(job, settings)
     source = pictures.source if "webdataset" in settings.to else None
     about = {"made_by": "rwkv_clip.describe"}
     print(export(lambda: job.read(), job.folder, settings, settings, source, pictures.settings, about), flush=True)
+
+
+def _check_stages(job: Job, selection: Selection) -> None:
+    """ValueError where rows would be chosen or written by a stage that is not there as a whole."""
+    job.check_begun()
+    if selection.duplicates != "keep":
+        job.check(["dedup"])
 
 
 def make_training_set(settings: Any) -> None:
@@ -76,6 +86,8 @@ def make_training_set(settings: Any) -> None:
     prompt = Prompt.load(settings.prompt)
     if settings.instructions is None:
         job = Job(settings.output)
+        job.check(["compose", "verify"])
+        _check_stages(job, settings)
 
     def read() -> Any:
         if settings.instructions is not None:

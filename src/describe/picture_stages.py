@@ -106,7 +106,7 @@ def make_tag_task(settings: Any) -> Task:
     stage = Stage(
         "tags", TAGS, (ROWS, "caption"), (*PICTURE, "id", "tags", "clean", "caption"), decides, "tag_status", True
     )
-    return Task(stage, ask=fill(column, ask, _tags_of))
+    return Task(stage, ask=fill(column, ask, _tags_of), tell=column.tell if column is not None else None)
 
 
 def make_caption_task(settings: Any) -> Task:
@@ -126,7 +126,9 @@ def make_caption_task(settings: Any) -> Task:
         decides |= model.decides
         ask = partial(_ask_model, model, Pictures(settings))
     stage = Stage("caption", CAPTION, (ROWS,), (*PICTURE, "id", "caption"), decides, "caption_status", True)
-    return Task(stage, ask=fill(column, ask, _caption_of), close=close)
+    return Task(
+        stage, ask=fill(column, ask, _caption_of), close=close, tell=column.tell if column is not None else None
+    )
 
 
 async def _ask_server(
@@ -199,7 +201,7 @@ def make_score_task(settings: Any) -> Task:
     towers, pictures = Towers.load(settings), Pictures(settings)
     decides = {**towers.decides, "scores_version": VERSION}
     inputs = (*PICTURE, "raw", "caption", "generated")
-    stage = Stage("scores", COLUMNS, (ROWS, "caption", "verify"), inputs, decides, journaled=True)
+    stage = Stage("scores", COLUMNS, (ROWS, "caption", "verify"), inputs, decides, journaled=True, needs=("verify",))
 
     async def ask(rows: Sequence[Row]) -> AsyncIterator[tuple[int, Row]]:
         for start in range(0, len(rows), CHUNK):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_clip.files import InUse
+from rwkv_clip.files import InUse, hold
 
 from .dedup import find_duplicates
 from .executors import Build, make_stage
@@ -25,11 +27,24 @@ DEDUP = {"duplicate_of": "str", "near_duplicate_of": "str"}
 WAIT = 1.0  # seconds between two looks at whether another command has read the input
 
 
-def open_job(settings: Any) -> Job:
-    """The job of a command, its input read to the end. One command reads; others that share the job wait for it."""
+@contextlib.contextmanager
+def own_job(settings: Any) -> Iterator[None]:
+    """One command at a time works on a job, or several with --shard. InUse, before anything is touched."""
+    job = _begin(settings)
+    shared = parse_shard(settings.shard)[1] > 1
+    with hold(job.folder / "job.lock", str(job.folder), "wait for it, or give each its own --shard", shared=shared):
+        yield
+
+
+def _begin(settings: Any) -> Job:
     begun = (Path(settings.output) / "job.json").exists()
     part_rows = settings.part_rows or (None if begun or not settings.input else PART_ROWS)
-    job = Job(settings.output, part_rows)
+    return Job(settings.output, part_rows)
+
+
+def open_job(settings: Any) -> Job:
+    """The job of a command, its input read to the end. One command reads; others that share the job wait for it."""
+    job = _begin(settings)
     if settings.input is None:
         job.count_parts()
         return job
@@ -121,6 +136,7 @@ def dedup(settings: Any) -> None:
     """Which rows repeat an earlier one: the whole job at once, by its generated texts."""
     job = Job(settings.output)
     need_texts(job, "dedup")
+    job.check(["verify"])
     stage = Stage("dedup", DEDUP, ("verify",), (), {"threshold": settings.near, "dedup_version": 1}, whole=True)
     job.agree(stage, settings.new_run)
     numbers = range(job.count_parts())

@@ -83,7 +83,7 @@ def make_verify_task(settings: VerifySettings) -> Task:
     rules, prompt = Rules(seed=settings.seed, context=settings.context), Prompt.load(settings.prompt)
     chosen = {name: getattr(settings, name) for name in ("language", "max_unsupported", "context")}
     decides = {**chosen, "prompt": prompt.sha256, "fallback": rules.decides, "checks": CHECKS}
-    stage = Stage("verify", VERIFY, (ROWS, "caption", "tags", "compose"), (), decides)
+    stage = Stage("verify", VERIFY, (ROWS, "caption", "tags", "compose"), (), decides, needs=("compose",))
     return Task(stage, make=partial(_verify, rules, settings, f"{prompt.system}\n{prompt.user}"))
 
 

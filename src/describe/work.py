@@ -19,13 +19,14 @@ class Task:
     """A stage and how its rows are made.
 
     make: a row -> its columns, a pure function. ask, in its place for a journaled stage: rows -> (place, columns) as
-    they are finished. close: lets go of what `ask` holds.
+    they are finished. close: lets go of what `ask` holds. tell: what there is to say when all is made, "" for nothing.
     """
 
     stage: Stage
     make: Callable[[Row], Row] | None = None
     ask: Callable[[Sequence[Row]], AsyncIterator[tuple[int, Row]]] | None = None
     close: Callable[[], Any] | None = None
+    tell: Callable[[], str] | None = None
 
 
 def make_parts(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from rwkv_clip.files import hash_file
 from rwkv_clip.keys import find_key
 
 from ..client import Client, Limits
@@ -70,5 +74,11 @@ def make_client(settings: ServerSettings, url: str | None = None) -> Client:
 
 def _make_replay(settings: ComposeSettings, prompt: Prompt) -> Replay:
     place = Path(settings.answers or "")
-    records = Job(place).read("compose") if place.is_dir() else place
-    return Replay(records, prompt, settings.attempts, settings.context, settings.schema)
+    records: Path | Iterable[Mapping[str, Any]] = place
+    files = [place]
+    if place.is_dir():
+        job = Job(place)
+        records, files = job.read("compose"), [job.part("compose", number) for number in range(job.count_parts())]
+    replay = Replay(records, prompt, settings.attempts, settings.context, settings.schema)
+    replay.decides["answers"] = hashlib.sha256(" ".join(map(hash_file, files)).encode()).hexdigest()
+    return replay
