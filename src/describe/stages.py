@@ -20,7 +20,7 @@ from .tokens import count_tokens
 from .verify import choose, judge
 from .work import Row, Task
 
-CHECKS = 1  # version of the checks: a change makes earlier verdicts others
+CHECKS = 2  # version of the checks: a change makes earlier verdicts others
 COMPOSE = {
     "composed": "str",
     "composer": "str",

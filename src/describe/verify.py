@@ -1,8 +1,8 @@
 """Checks a composed text against its sources, and chooses the text that a row ends with.
 
 A model may say what no source says. Rejected are texts with numbers, proper names or things that are in no source, that
-talk about their making or refuse, that are in another language or longer than the context. The noun check is that of
-CHAIR (arXiv 1809.02156) with the row's own sources in place of annotated objects.
+deny what no source denies, that talk about their making or refuse, that are in another language or longer than the
+context. The noun check is that of CHAIR (arXiv 1809.02156) with the row's own sources in place of annotated objects.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ rewrote rewritten summarized i unable able can't cant cannot apologize apologise
 disregard forget prompt instructions alt not think i'm won't don't
 """
 WORDS = re.compile(r"[a-z']+")
+NEGATION = re.compile(r"\b(?:no(?!\.)|not|cannot|without|w/o|never|none|nobody|nothing|neither|nor)\b|n't\b")
+NAMING = frozenset(["in", "at", "from", "near", "to", "named", "called", "lake", "mount"])  # "of": groups too
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,9 @@ def judge(
     nouns: list[str] = []
     if spoken != "other":
         held = {name: facts.hold_name(name) for name in find_names(text)}
-        names = tuple(name for name in held if not held[name])
+        names = tuple(name for name in held if not held[name]) + find_small_names(text, facts)
+        if denied := find_negation(text, sources):
+            rejects.append(f"negation: {denied}")
         named = {lemma(word) for name in held if held[name] for word in words_in(name)}
         nouns = find_nouns(text)
     unsupported = tuple(noun for noun in nouns if not facts.support.holds(noun) and noun not in named)
@@ -136,6 +140,24 @@ def find_phrases(text: str, prompt: str) -> list[str]:
     if prompt and not prompt_runs(prompt).isdisjoint(word_runs(plain)):
         found.append("prompt copied")
     return found
+
+
+def find_negation(text: str, sources: Sources) -> str:
+    """The word by which a text denies something, "" where a source denies something too. What is not there no source
+    says, so that a text turns "a dog" into "no dog" and has the right nouns."""
+    found = NEGATION.search(text.lower().replace("’", "'"))
+    if found is None:
+        return ""
+    told = (sources.raw, sources.caption, sources.ocr)
+    return "" if any(NEGATION.search(source.lower().replace("’", "'")) for source in told) else found[0]
+
+
+def find_small_names(text: str, facts: Facts) -> tuple[str, ...]:
+    """Names in lower case: "in paris", "a dog named rex". Of words that neither the lexicon nor a source has only those
+    after a word that names come after: others are as often rare verbs and adjectives."""
+    pairs = pairwise(words_in(text))
+    new = [word for before, word in pairs if before.lower() in NAMING and word.isalpha() and word.islower()]
+    return tuple(dict.fromkeys(word for word in new if not is_common(word) and not facts.hold_word(word)))
 
 
 @cache

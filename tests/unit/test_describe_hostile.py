@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from rwkv_clip.describe.__main__ import main
+from rwkv_clip.describe.composers.rules import Rules
 from rwkv_clip.describe.job import Job
+from rwkv_clip.describe.sources import Sources
+from rwkv_clip.describe.verify import judge
 from tests.helpers.describing import make_rows, read_texts
 
 
@@ -234,3 +237,42 @@ class TestNotesOfTheJob:
             file.write(line + "\n")
         assert run("status", job) == 0
         assert run("report", job) == 0
+
+
+class TestWhatNoSourceSays:
+    sources = Sources("a", raw="the dog at the lake", caption="a dog stands near a lake")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "No dog stands near a lake.",
+            "A dog without a lake.",
+            "A dog does not stand near a lake.",
+            "A dog doesn't stand near a lake.",
+            "A dog doesn’t stand near a lake.",
+            "Neither a dog nor a lake.",
+        ],
+    )
+    def test_denials_are_rejected(self, text: str) -> None:
+        assert any(reason.startswith("negation: ") for reason in judge(self.sources, text).rejects)
+
+    def test_those_of_a_source_are_not(self) -> None:
+        for raw in ("no dog at the lake", "NOT a dog", "a lake w/o dogs", "dogs don’t swim"):
+            assert not judge(Sources("a", raw, self.sources.caption), "A lake without a dog.").rejects
+        assert not judge(Sources("a", "#5 dog at the lake"), "Dog No. 5 at the lake.").rejects
+
+    @pytest.mark.parametrize("name", ["paris", "tahoe", "rex", "zürich"])
+    @pytest.mark.parametrize("before", ["named", "in", "near"])
+    def test_names_in_lower_case_are_names(self, name: str, before: str) -> None:
+        text = f"A dog stands near a lake {before} {name}."
+        assert f"names: {name}" in judge(self.sources, text).rejects
+        assert not judge(Sources("a", f"{name.title()} dog", self.sources.caption), text).rejects
+
+
+class TestWhatWeWriteOurselves:
+    def test_passes_all_checks(self) -> None:
+        words = "no dog without IMG_1.JPG in zzyzx of qwert, not a lake named rex"
+        for raw in (words, words.upper(), words.title()):
+            for caption in ("a dog in xyzzy", "nothing in here", ""):
+                sources = Sources("a", raw, caption)
+                assert not judge(sources, Rules().write(sources)).rejects
