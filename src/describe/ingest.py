@@ -142,8 +142,7 @@ def _read(job: Job, stage: Stage, source: Source, settings: InputSettings, finge
         reasons = "; ".join(f"{reason}: {n}" for reason, n in skipped.most_common(3))
         raise ValueError(f"input: {settings.input} has no row with a text or a picture ({reasons or 'it is empty'})")
     if count < before.get("rows", 0):
-        for file in aside:
-            file.unlink()
+        shutil.rmtree(fresh)
         raise ValueError(
             f"input: {settings.input} has {count} rows, the job was begun with {before['rows']}; give all of them, or "
             f"another --output"
