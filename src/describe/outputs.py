@@ -16,7 +16,7 @@ from .job import ORDER, Job
 from .picture_stages import Pictures
 from .prompt import Prompt
 from .report import write_report
-from .run import need_scores, need_texts
+from .run import need_scores
 from .select import Selection
 
 SECRET = ("key_variable",)  # the name of a variable is no secret, but nobody's business either
@@ -66,7 +66,7 @@ def _find_version(name: str) -> str | None:
 def make_export(settings: Any) -> None:
     """The job's texts as files."""
     job, pictures = Job(settings.output), Pictures(settings)
-    need_texts(job, "export")
+    job.check(["verify"])
     need_scores(job, settings)
     _check_stages(job, settings)
     source = pictures.source if "webdataset" in settings.to else None

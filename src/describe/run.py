@@ -90,10 +90,6 @@ def compose(settings: Any) -> None:
 
 def verify(settings: Any) -> None:
     """The stage `verify` of a job whose texts are composed. ValueError where they are not."""
-    job = Job(settings.output)
-    which, of = parse_shard(settings.shard)
-    if not all(job.part("compose", number).exists() for number in range(job.count_parts())[which::of]):
-        raise ValueError(f"output: not all rows of {job.folder} are composed yet; `compose` goes before `verify`")
     _make(settings, build_verify)
 
 
@@ -135,7 +131,6 @@ def _make(settings: Any, build: Build) -> None:
 def dedup(settings: Any) -> None:
     """Which rows repeat an earlier one: the whole job at once, by its generated texts."""
     job = Job(settings.output)
-    need_texts(job, "dedup")
     job.check(["verify"])
     stage = Stage("dedup", DEDUP, ("verify",), (), {"threshold": settings.near, "dedup_version": 1}, whole=True)
     job.agree(stage, settings.new_run)
@@ -159,12 +154,6 @@ def dedup(settings: Any) -> None:
     job.note_time("dedup", rows=place, seconds=round(time.monotonic() - began, 3))
     exact, near = int((found.exact >= 0).sum()), int((found.near >= 0).sum())
     _say("dedup", place, {"equal to an earlier one": exact, "nearly equal": near})
-
-
-def need_texts(job: Job, command: str) -> None:
-    """ValueError where the texts of a job are not chosen yet."""
-    if not job.has("verify"):
-        raise ValueError(f"output: not all rows of {job.folder} are verified yet; `verify` goes before `{command}`")
 
 
 def need_scores(job: Job, settings: Any) -> None:

@@ -121,7 +121,7 @@ class TestTheWrongOrder:
     ) -> None:
         job, file = tmp_path / "job", write(tmp_path / "rows.jsonl", make_rows(6))
         name, *more = command.split()
-        assert run("export", job, "--input", file) == 0  # reads
+        assert run("caption", job, "--input", file) == 0  # reads
         for stage in done[1:]:
             assert run(stage, job) == 0
         more += ["--folder", str(tmp_path / "set")] if name == "instruct" else []
