@@ -92,7 +92,8 @@ class ServerSettings:
     stop_after: int = ranged(50, minimum=1)
     """Rows that fail one after the other before the run stops."""
     extra_body: str = ""
-    """JSON object that is sent along, for example '{"chat_template_kwargs": {"enable_thinking": false}}'."""
+    """JSON object that is sent along, for example '{"chat_template_kwargs": {"enable_thinking": false}}'. It is
+    written into the job's folder: no place for a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
