@@ -203,7 +203,7 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
     report.add(case, "chance", **chance(images, captions))
     for label in CHOICES:
         own = [result for result in results if result["method"] == label]
-        figures = {name: 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
+        figures = {short(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
         for name in ("mean_recall", "cifar10"):
             if all(name in run for run in own):
                 values = [100 * run[name] for run in own]
@@ -213,6 +213,12 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
     kept = ("method", "seed", "images", "captions", "mean_recall", "cifar10", *RECALLS)
     runs = [{name: run[name] for name in kept if name in run} for run in results]
     report.facts |= {"jobs": args.jobs, "preset": PRESET, "model": MODEL, "runs": runs}
+
+
+def short(name: str) -> str:
+    """text_to_image_R@1 -> t2i_R1."""
+    way, _, k = name.partition("_R@")
+    return f"{'t2i' if way.startswith('text') else 'i2t'}_R{k}"
 
 
 def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
