@@ -161,8 +161,9 @@ def false_alarms(rows: list[tuple[Sources, list[str]]]) -> list[tuple[str, tuple
 
 
 def test_faithful_paraphrases_pass():
-    """200 written by hand before the checker. The even rows were looked at while its word lists were made; of the odd ones
-    only the number of alarms, but for a few that were read when rules against denials and names in lower case came."""
+    """200 written by hand before the checker. The even rows were looked at while its word lists were made; of the odd
+    ones only the number of alarms, but for a few that were read when rules against denials and lower-case names came.
+    """
     seen, unseen = false_alarms(PARAPHRASES[::2]), false_alarms(PARAPHRASES[1::2])
     assert sum(len(texts) for _, texts in PARAPHRASES) == 200
     assert len(seen) + len(unseen) <= 20, seen + unseen
