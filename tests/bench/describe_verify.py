@@ -1,6 +1,6 @@
 """Checks of composed texts: rows per second and process, and the time until the first word is known.
 
-python tests/bench/verify.py [--rows 10000]
+python tests/bench/describe_verify.py [--rows 10000]
 
 The rows are those of the tests (tests/unit/describe), each text with its row's number at the end, so that no text comes
 twice. Check: of the tests' faithful paraphrases no more are rejected than the tests allow.
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10000, help="texts that are checked (10000)")
     args = parser.parse_args()
     args.device = torch.device("cpu")
-    report = Report("verify", args.device, commit=args.commit)
+    report = Report("describe_verify", args.device, commit=args.commit)
     paraphrases = read_rows()
     report.gate("false alarms", sum(bool(judge(*row).rejects) for row in paraphrases), FALSE_ALARMS)
     rows = [
