@@ -16,6 +16,7 @@ from rwkv_clip.data.image import ImageError
 
 from .clip_retrieval import is_clip_retrieval, read_clip_retrieval
 from .encoding import Model
+from .engines import Searcher, attach_engine
 from .features import is_features, read_features
 from .indexing import read_index
 from .parts import PICTURES
@@ -47,7 +48,9 @@ class Collection:
 
     def __init__(self, name: str, rows: Rows, vectors: Vectors, model: Model | None):
         assert len(rows) == len(vectors), f"{len(rows)} rows, {len(vectors)} vectors"
-        self.name, self.vectors, self.model, self._rows = name, vectors, model, rows
+        self.name, self.model, self._rows = name, model, rows
+        self.vectors: Searcher = vectors
+        self._exact = vectors
 
     @classmethod
     def open(
@@ -84,6 +87,10 @@ class Collection:
         else:
             raise ValueError(f"{folder}: holds no index of pictures, no features and no img_emb of clip-retrieval")
         return cls(folder.resolve().name, rows, vectors, _find_model(about, folder, checkpoint, model, device))
+
+    def attach(self, engine: str, name: str) -> None:
+        """Search by another engine from now on, see `engines.attach_engine`."""
+        self.vectors = attach_engine(self._exact, engine, name)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -69,23 +69,24 @@ class ExportSettings(CollectionSettings):
     """clip-retrieval: its files, also for autofaiss. qdrant, lancedb: their extras are needed."""
     target: str
     """A new folder; for qdrant also the address of a server, http://localhost:6333."""
-    collection: str = "pictures"
-    """Name of the collection or table."""
 
 
 def open_collection(settings: CollectionSettings) -> Collection:
     """What `settings` name, brought up to date first where they name pictures."""
     if settings.images:
         bring_up_to_date(settings)
-        return Collection.open(settings.index_folder(), device=settings.device)
-    assert settings.features is not None, "problems() sees to it"
-    return Collection.open(
-        settings.features,
-        images=settings.image_root,
-        checkpoint=settings.checkpoint,
-        model=settings.model,
-        device=settings.device,
-    )
+        collection = Collection.open(settings.index_folder(), device=settings.device)
+    else:
+        assert settings.features is not None, "problems() sees to it"
+        collection = Collection.open(
+            settings.features,
+            images=settings.image_root,
+            checkpoint=settings.checkpoint,
+            model=settings.model,
+            device=settings.device,
+        )
+    collection.attach(settings.engine, settings.collection)
+    return collection
 
 
 def bring_up_to_date(settings: SourceSettings) -> None:

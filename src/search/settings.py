@@ -11,6 +11,8 @@ from typing import Literal
 
 from rwkv_clip.config import ranged
 
+from .engines import EXACT
+
 INDICES = Path("logs") / "search"  # where indices go that are given no place
 
 
@@ -61,6 +63,11 @@ class CollectionSettings(SourceSettings):
 
     features: str | None = None
     """Folder of an index, of features that `eval.main features` wrote, or of clip-retrieval's files (img_emb/)."""
+    engine: str = EXACT
+    """exact, or what finds near rows beyond a few million: faiss:FACTORY (faiss:HNSW32), usearch, qdrant:TARGET or
+    lancedb:FOLDER, the last two of what `export` wrote."""
+    collection: str = "pictures"
+    """Name of the collection or table of qdrant or lancedb."""
 
     def problems(self) -> list[str]:
         """None of the two, or both."""
