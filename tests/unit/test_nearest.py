@@ -109,9 +109,11 @@ def test_every_coarse_score_is_within_its_bound(name, product):
 
 
 def test_the_rounding_of_a_query_counts(product):
-    """Items that half precision holds exactly, along what it takes away from the query."""
+    """Items that half precision holds exactly, along what it takes away from the query, and across the query."""
     query = unit(1, seed=4)
-    lost = query - query.astype(np.float16)
+    rounded = query.astype(np.float16).astype(np.float32)
+    lost = query - rounded
+    lost -= (lost @ rounded.T) * rounded / (rounded @ rounded.T)
     items = (lost / np.linalg.norm(lost)).astype(np.float16).astype(np.float32).repeat(900, 0)
     queries = exact_features(torch.from_numpy(query))
     coarse, error = nearest._score_coarsely(halved(items), queries)
