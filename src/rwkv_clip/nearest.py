@@ -104,8 +104,8 @@ def search(
     if total <= (_FEW if allowed is None else _FEW_ALLOWED):
         rows = np.arange(len(gallery)) if allowed is None else np.flatnonzero(allowed)
         items = torch.from_numpy(gallery.exact(rows))
-        places, scores = nearest_items(asked.float(), items, count)
-        return rows[places.numpy()], scores.numpy()
+        places, similarities = nearest_items(asked.float(), items, count)
+        return rows[places.numpy()], similarities.numpy()
     barred = None if allowed is None else torch.from_numpy(~allowed)
     found = []
     for part in asked.split(max(1, _SCORES // len(gallery))):
@@ -114,8 +114,7 @@ def search(
             coarse.masked_fill_(barred, -torch.inf)
         found.append(_best(gallery.exact, part, *_find_candidates(coarse, count, error), count))
         del coarse  # before the next ones are made
-    rows, scores = (np.concatenate(parts) for parts in zip(*found))
-    return rows, scores
+    return np.concatenate([rows for rows, _ in found]), np.concatenate([scores for _, scores in found])
 
 
 def _check(gallery: Gallery, queries: np.ndarray, allowed: np.ndarray | None) -> Tensor:

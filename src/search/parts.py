@@ -125,8 +125,8 @@ class Store:
         ]
         write_whole(self.work / f"{number}.jsonl", [line.encode() for line in lines])
         matrix = map_matrix(self.work / f"{number}.npy")
-        for row, (picture, place) in enumerate(zip(pictures, kept)):
-            self._note(picture.hash, picture.stamp, matrix, row, place, True)
+        for row, (picture, copy) in enumerate(zip(pictures, kept)):
+            self._note(picture.hash, picture.stamp, matrix, row, copy, True)
 
     def blocks(self, hashes: Sequence[str]) -> Iterator[np.ndarray]:
         """The vectors of these pictures in order, float32 (some, C) at a time."""

@@ -56,7 +56,9 @@ class PictureSource:
     count: int | None = None
 
 
-def open_source(spec: str, root: str | None = None, image_field: str | None = None, outside: bool = False):
+def open_source(
+    spec: str, root: str | None = None, image_field: str | None = None, outside: bool = False
+) -> PictureSource:
     """The `PictureSource` that `spec` names: a picture, a folder, a glob, records, or any input of the record builder.
 
     root: folder of the pictures that a manifest names, where it is not the manifest's. ValueError where there is none.
