@@ -1,6 +1,7 @@
 """Collections that others wrote, exports, engines and the commands."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -297,6 +298,21 @@ def test_without_a_package_its_extra_is_named(name, monkeypatch, tmp_path):
     kind = name.removesuffix("_client")
     with pytest.raises(ImportError, match=rf"{kind}"):
         attach_engine(make_collection(20).vectors, f"{kind}:{tmp_path}", "x")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
+def test_a_signal_is_said(number, code, monkeypatch, capsys, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt(number)
+
+    monkeypatch.setattr("rwkv_clip.search.commands.index_pictures", stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert run("index", "--images", str(tmp_path), "--checkpoint", "run") == code
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert "goes on where it was" in capsys.readouterr().err
 
 
 def test_hostile_texts_are_printed_on_one_line(tmp_path, model, capsys):

@@ -205,6 +205,26 @@ def test_every_kind_of_source(tmp_path, model, make: Callable[[Path], str]):
             found.select({"cold": ["True"]})
 
 
+def test_a_folder_with_pictures_means_these(folder, tmp_path, model):
+    """Whatever lies beside them, an index included."""
+    (folder / "labels.csv").write_text("name,label\na,1\n")
+    (folder / "notes.json").write_text("[1]")
+    write_records(folder / "old", [encode(paint(8, 8))])
+    for _ in range(2):
+        assert index(folder, folder / "index").rows == len(NAMES)
+
+
+def test_a_picture_and_a_glob_of_pictures(folder, tmp_path, model):
+    (folder / "blue.txt").write_text("sea")
+    assert index(folder / "blue.png", tmp_path / "one").rows == 1
+    found = Collection.open(tmp_path / "one")
+    assert (found.describe(0)["id"], found.describe(0)["text"]) == ("blue.png", "sea") and found.picture(0)
+    index(folder / "**" / "[!b]*.png", tmp_path / "glob")
+    names = {Path(name).name for name in ids(tmp_path / "glob")}
+    assert names == {f"{color}.png" for color in NAMES} - {"blue.png"}
+    assert all(Collection.open(tmp_path / "glob").picture(row) for row in range(len(NAMES) - 1))
+
+
 def test_copies_of_a_tar_outlive_it_and_are_swept(tmp_path, model):
     spec, output = make_tar(tmp_path), tmp_path / "index"
     index(spec, output)
