@@ -32,7 +32,11 @@ _QUERY = [
         {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "default": DEFAULT_RESULTS},
         "Results of this answer.",
     ),
-    ("offset", {**_WHOLE, "default": 0}, f"Results to leave out, for the next page; offset + k is at most {MAX_DEPTH:,}."),
+    (
+        "offset",
+        {**_WHOLE, "default": 0},
+        f"Results to leave out, for the next page; offset + k is at most {MAX_DEPTH:,}.",
+    ),
 ]
 _RESULT = {
     "type": "object",
@@ -42,16 +46,20 @@ _RESULT = {
         "row": {**_WHOLE, "description": "Its number in this collection."},
         "score": {"type": ["number", "null"], "description": "Cosine similarity to the query; null without a query."},
         "image": {"type": "string", "description": "Address of the picture on this server."},
-        "thumbnail": {"type": "string", "description": f"Address of a small JPEG; ?side= takes {SIDES[0]} to {SIDES[1]}."},
+        "thumbnail": {
+            "type": "string",
+            "description": f"Address of the picture, small; ?side= takes {SIDES[0]} to {SIDES[1]}.",
+        },
         "text": {"type": "string", "description": "Its caption, empty without one."},
     },
     "additionalProperties": {"description": "Further metadata, by name."},
 }
 _ANSWER = {
     "type": "object",
-    "required": ["results", "query", "milliseconds"],
+    "required": ["results", "total", "query", "milliseconds"],
     "properties": {
         "results": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}, "description": "Best first."},
+        "total": {**_WHOLE, "description": "Rows that were searched: all, or those that pass the filters."},
         "query": {"type": "object", "description": "The query as it was understood."},
         "milliseconds": {
             "type": "object",
@@ -65,7 +73,12 @@ _KNN = {
         "text": _TEXT,
         "image": {"type": "string", "description": "A picture, base64."},
         "embedding_input": {"type": "array", "items": _NUMBER},
-        "num_images": {"type": "integer", "default": 100, "maximum": MAX_RESULTS, "description": "Results with metadata."},
+        "num_images": {
+            "type": "integer",
+            "default": 100,
+            "maximum": MAX_RESULTS,
+            "description": "Results with metadata.",
+        },
         "num_result_ids": {"type": "integer", "maximum": MAX_DEPTH, "description": "Results in all."},
         "modality": {"enum": ["image"]},
         "indice_name": _TEXT,
@@ -97,9 +110,7 @@ def describe_api(fields: Collection[str]) -> dict[str, Any]:
             },
         },
         "/api/picture/{row}": {"get": _operation("A row's picture", "image/*", [_ROW])},
-        "/api/thumbnail/{row}": {
-            "get": _operation("A row's picture as a small JPEG", "image/jpeg", [_ROW, _side()])
-        },
+        "/api/thumbnail/{row}": {"get": _operation("A row's picture, small", "image/jpeg", [_ROW, _side()])},
         "/api/about": {"get": _operation("Model, number of rows, fields with their values, texts to try", "object")},
         "/api/openapi.json": {"get": _operation("This contract as an OpenAPI document", "object")},
         "/knn-service": {"post": _operation("Search as clip-retrieval's clients ask", "array", body=_KNN)},
@@ -107,7 +118,10 @@ def describe_api(fields: Collection[str]) -> dict[str, Any]:
             "post": _operation(
                 "Metadata of rows as clip-retrieval's clients ask",
                 "array",
-                body={"type": "object", "properties": {"ids": {"type": "array", "items": _WHOLE}, "indice_name": _TEXT}},
+                body={
+                    "type": "object",
+                    "properties": {"ids": {"type": "array", "items": _WHOLE}, "indice_name": _TEXT},
+                },
             )
         },
         "/indices-list": {"get": _operation("Names of the collections: one", "array")},
@@ -161,18 +175,19 @@ def draw_contract(document: dict[str, Any]) -> str:
             parts.append(_draw_operation(path, method, operation))
     rows = [(name, prop.get("description", "")) for name, prop in _RESULT["properties"].items()]
     parts.append(f"<section><h2>A result</h2>{_draw_table(rows)}</section>")
-    parts.append(f"<section><h2>Errors</h2><p>{{\"error\": one line}} with</p>{_draw_table(_ERRORS.items())}</section>")
+    parts.append(f'<section><h2>Errors</h2><p>{{"error": one line}} with</p>{_draw_table(_ERRORS.items())}</section>')
     example = (
         "curl 'http://localhost:8000/api/search?q=a+red+circle&amp;k=5'\n"
-        "curl -T photo.jpg -X POST -H 'Content-Type: image/jpeg' 'http://localhost:8000/api/search?k=5'\n"
+        "curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' 'http://localhost:8000/api/search?k=5'\n"
         "curl -F picture=@photo.jpg -F text='at night' -F weight=0.4 http://localhost:8000/api/search"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="/icon.svg"><link rel="stylesheet" href="/style.css"><title>API</title></head>'
-        f'<body class="contract"><main><p><a href="/">Back to the search page</a></p><h1>{escape(about["title"])}: the API'
-        f'</h1><p>{escape(about["description"])} As a document: <a href="/api/openapi.json">openapi.json</a>.</p>'
+        f'<body class="contract"><main><p><a href="/">Back to the search page</a></p><h1>{escape(about["title"])}: '
+        f"the API</h1>"
+        f'<p>{escape(about["description"])} As a document: <a href="/api/openapi.json">openapi.json</a>.</p>'
         f"<pre>{example}</pre>{''.join(parts)}</main></body></html>"
     )
 

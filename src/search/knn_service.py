@@ -76,7 +76,9 @@ def read_ids(content: Mapping[str, Any], rows: int) -> list[int]:
 def write_results(
     rows: list[int], scores: list[float | None], described: list[dict[str, Any]], base: str
 ) -> list[dict[str, Any]]:
-    """The answer of `/knn-service`: metadata for the first rows, as many as are `described`. base: this server's URL."""
+    """The answer of `/knn-service`, with metadata for the first rows, as many as are `described`.
+
+    base: this server's URL."""
     results: list[dict[str, Any]] = []
     for place, (row, score) in enumerate(zip(rows, scores)):
         result: dict[str, Any] = {}

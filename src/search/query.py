@@ -63,7 +63,8 @@ class Query:
 def read_query(
     pairs: Iterable[tuple[str, str]], rows: int, fields: Collection[str], picture: bytes | None = None
 ) -> Query:
-    """A query of the parameters `pairs`; `rows`: of the collection, `fields`: those that may be filtered. RequestError."""
+    """A query of the parameters `pairs`. rows: of the collection; fields: those by which it may be filtered.
+    RequestError."""
     given: dict[str, str] = {}
     filters: dict[str, list[str]] = {}
     for name, value in pairs:

@@ -208,16 +208,18 @@ class _Handlers:
         return write_json(await self.service.answer(self._read(pairs, body)))
 
     async def picture(self, request: Request) -> Response:
-        data, kind = await self.service.picture(self._row(request))
-        return Response(data, media_type=kind, headers={"Cache-Control": DAY})
+        return await self._show(self._row(request))
 
     async def thumbnail(self, request: Request) -> Response:
         side = request.query_params.get("side", "256")
         least, most = SIDES
         if not (side.isascii() and side.isdigit() and len(side) < 6 and least <= int(side) <= most):
             raise RequestError(f"side: {shorten(side)!r} is not a whole number from {least} to {most}")
-        data = await self.service.thumbnail(self._row(request), int(side))
-        return Response(data, media_type="image/jpeg", headers={"Cache-Control": DAY})
+        return await self._show(self._row(request), int(side))
+
+    async def _show(self, row: int, side: int = 0) -> Response:
+        data, kind = await self.service.picture(row, side)
+        return Response(data, media_type=kind, headers={"Cache-Control": DAY})
 
     async def tell(self, request: Request) -> Response:
         return write_json(await self.service.about())
@@ -230,22 +232,22 @@ class _Handlers:
 
     async def knn_service(self, request: Request) -> Response:
         content = read_object(await self._read_body(request, MAX_JSON))
-        query, shown = read_knn_query(content, self.service.name)
+        query, shown = read_knn_query(content, self.service.collection.name)
         if query.picture is not None and len(query.picture) > MAX_UPLOAD:
             raise _too_large(MAX_UPLOAD)
-        rows, scores, _ = await self.service.find(query)
+        rows, scores, _, _ = await self.service.find(query)
         described = await self.service.describe(rows[:shown])
         return write_json(write_results(rows, scores, described, str(request.base_url).rstrip("/")))
 
     async def metadata(self, request: Request) -> Response:
         content = read_object(await self._read_body(request, 1 << 20))
-        check_index(content, self.service.name)
+        check_index(content, self.service.collection.name)
         rows = read_ids(content, len(self.service.collection))
         described = await self.service.describe(rows)
         return write_json([{"id": row, "metadata": about} for row, about in zip(rows, described)])
 
     async def indices(self, request: Request) -> Response:
-        return write_json([self.service.name])
+        return write_json([self.service.collection.name])
 
     def _read(self, pairs: list[tuple[str, str]], picture: bytes | None = None) -> Query:
         alike = [("q" if name == "text" and name not in self.service.fields else name, value) for name, value in pairs]

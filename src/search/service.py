@@ -7,50 +7,31 @@ Encoding and describing run in a small pool of threads, searches in one thread t
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from functools import cache, lru_cache
+from pathlib import PurePath
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rwkv_clip.data.image import inspect_image
 
 from .batching import Batcher
-from .query import Query, RequestError, shorten
-from .thumbnails import Thumbnails, show_picture
+from .collection import Collection
+from .encoding import Model
+from .query import MAX_DEPTH, MAX_LETTERS, MAX_RESULTS, MAX_UPLOAD, Query, RequestError, shorten
+from .thumbnails import Thumbnails, name_type
 
 MOST_SEARCHES, MOST_PICTURES = 64, 512  # that are under way or wait; more are told to come again
 WORKERS, PICTURE_WORKERS = 2, 2
-EXAMPLES, EXAMPLE_LETTERS = 6, 72
+EXAMPLES, EXAMPLE_LETTERS = 4, 120
+MOST_COUNTED = 20_000_000  # rows times values up to which the values of fields are counted
 SMALLEST = 1e-6  # length of a sum of two unit vectors that still has a direction
 Result = TypeVar("Result")
-
-
-class Vectors(Protocol):
-    """Unit vectors of all rows."""
-
-    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores (queries, k) of the best, ties in the order of rows."""
-
-    def take(self, rows: Sequence[int]) -> np.ndarray:
-        """Vectors (rows, width), float32."""
-
-
-class Collection(Protocol):
-    """What the server needs of a collection of pictures."""
-
-    vectors: Vectors
-
-    def __len__(self) -> int: ...
-    def picture(self, row: int) -> bytes: ...
-    def describe(self, row: int) -> dict[str, Any]: ...
-    def filters(self) -> Mapping[str, Mapping[str, int]]: ...
-    def select(self, filters: Mapping[str, Sequence[str]]) -> np.ndarray: ...
-    def encode_text(self, text: str) -> np.ndarray: ...
-    def encode_picture(self, data: bytes) -> np.ndarray: ...
 
 
 class Busy(RequestError):
@@ -80,14 +61,14 @@ class Service:
 
     def __init__(self, collection: Collection):
         self.collection = collection
-        self.name = str((getattr(collection, "about", None) or {}).get("name", "pictures"))
-        self.fields = {name: dict(values) for name, values in collection.filters().items()}
+        self.fields = {name: {show_value(v): v for v in values} for name, values in collection.filters().items()}
         self._searches, self._pictures = Room(MOST_SEARCHES), Room(MOST_PICTURES)
         self._workers = ThreadPoolExecutor(WORKERS, "encode")
         self._painters = ThreadPoolExecutor(PICTURE_WORKERS, "picture")
         self._batcher = Batcher(collection.vectors.search)
         self._thumbnails = Thumbnails(collection.picture)
         self._allowed = lru_cache(maxsize=32)(self._select)  # a byte a row; the same object for the same filters
+        self._about = cache(self._find_about)
 
     def close(self) -> None:
         """End the threads after what they are doing."""
@@ -96,16 +77,17 @@ class Service:
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, query: Query) -> dict[str, Any]:
-        """{"results": [..], "query": .., "milliseconds": ..}: the answer as JSON has it. RequestError, ImageError."""
-        rows, scores, times = await self.find(query)
+        """{"results": [..], "total": .., "query": .., "milliseconds": ..} as JSON has it. RequestError, ImageError."""
+        rows, scores, total, times = await self.find(query)
         start = time.perf_counter()
         results = await self._run(self._workers, lambda: [self._result(*pair) for pair in zip(rows, scores)])
         times["describe"] = _since(start)
         times["total"] = round(sum(times.values()), 3)
-        return {"results": results, "query": query.to_json(), "milliseconds": times}
+        return {"results": results, "total": total, "query": query.to_json(), "milliseconds": times}
 
-    async def find(self, query: Query) -> tuple[list[int], list[float | None], dict[str, float]]:
-        """Rows, scores and milliseconds by step. Without a query: rows in their order, without scores."""
+    async def find(self, query: Query) -> tuple[list[int], list[float | None], int, dict[str, float]]:
+        """Rows, scores, how many rows were searched, and milliseconds by step. Without a query: rows in their order,
+        without scores."""
         with self._searches:
             start = time.perf_counter()
             allowed = await self._run(self._workers, lambda: self._allowed(tuple(query.filters.items())))
@@ -113,28 +95,27 @@ class Service:
             times = {"encode": _since(start)}
             start, last = time.perf_counter(), query.offset + query.k
             if vector is None:
-                found = np.arange(len(self.collection)) if allowed is None else np.flatnonzero(allowed)
-                rows = found[query.offset : last].tolist()
+                found = range(len(self.collection)) if allowed is None else np.flatnonzero(allowed)
+                rows = [int(row) for row in found[query.offset : last]]
                 scores: list[float | None] = [None] * len(rows)
             else:
                 wanted = min(last, len(self.collection))
                 answer = await asyncio.wrap_future(self._batcher.submit(vector, wanted, allowed))
                 rows, scores = (part[query.offset :].tolist() for part in answer)
             times["search"] = _since(start)
-        kept = [(row, score) for row, score in zip(rows, scores) if row >= 0]  # fewer are allowed than were asked for
-        return [row for row, _ in kept], [score for _, score in kept], times
+        return rows, scores, len(self.collection) if allowed is None else int(np.count_nonzero(allowed)), times
 
     async def describe(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Id, text and metadata of rows."""
-        return await self._run(self._workers, lambda: [to_plain(self.collection.describe(row)) for row in rows])
+        return await self._run(self._workers, lambda: [self._describe(row) for row in rows])
 
-    async def thumbnail(self, row: int, side: int) -> bytes:
-        """A JPEG of at most `side` pixels on a side."""
-        return await self._paint(lambda: self._thumbnails.make(row, side))
-
-    async def picture(self, row: int) -> tuple[bytes, str]:
-        """A row's picture and its media type."""
-        return await self._paint(lambda: show_picture(self.collection.picture(row), f"row {row}"))
+    async def picture(self, row: int, side: int = 0) -> tuple[bytes, str]:
+        """A row's picture, of at most `side` pixels on a side (0: as it is), and its media type."""
+        if side:
+            data = await self._paint(lambda: self._thumbnails.make(row, side))
+        else:
+            data = await self._paint(lambda: self.collection.picture(row))
+        return data, name_type(data)
 
     async def about(self) -> dict[str, Any]:
         """Model, rows, fields with their values, and texts to try."""
@@ -144,7 +125,7 @@ class Service:
         with self._pictures:
             try:
                 return await self._run(self._painters, work)
-            except (OSError, ValueError) as error:
+            except (OSError, LookupError, ValueError) as error:
                 # the reason may name a file of this machine
                 raise RequestError("this row's picture cannot be read", 404) from error
 
@@ -152,51 +133,84 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def _select(self, filters: tuple[tuple[str, tuple[str, ...]], ...]) -> np.ndarray | None:
-        return self.collection.select(dict(filters)) if filters else None
+        if not filters:
+            return None
+        wanted = {name: [self.fields[name].get(value, value) for value in values] for name, values in filters}
+        return self.collection.select(wanted)
 
     def _encode(self, query: Query) -> np.ndarray | None:
         """The unit vector (width,), float32, that is searched for; None where nothing was asked."""
         seen = self._see(query)
         if not query.text:
             return seen
-        said = to_unit(self.collection.encode_text(query.text))
+        said = to_unit(self._model().encode_text(query.text))
         return said if seen is None else mix(said, seen, query.weight)
 
     def _see(self, query: Query) -> np.ndarray | None:
         """The vector of what is not a text."""
         if query.picture is not None:
             inspect_image(query.picture, "picture")
-            return to_unit(self.collection.encode_picture(query.picture))
+            return to_unit(self._model().encode_picture(query.picture))
         if query.row is not None:
             return to_unit(self.collection.vectors.take([query.row])[0])
         if query.vector is not None:
             given = to_unit(np.asarray(query.vector, np.float32))
-            width = self.collection.vectors.take([0]).shape[1] if len(self.collection) else len(given)
+            width = self.collection.vectors.width
             if len(given) != width:
                 raise RequestError(f"embedding_input: {len(given)} numbers; this model's vectors have {width}")
             return given
         return None
 
+    def _model(self) -> Model:
+        if self.collection.model is None:
+            raise RequestError(
+                "no model is known for this collection: search by a row, or start with --checkpoint", 501
+            )
+        return self.collection.model
+
+    def _describe(self, row: int) -> dict[str, Any]:
+        """Id, text and the fields beside them, as JSON says them."""
+        about = self.collection.describe(row)
+        own = {"id": about.get("id", row), "text": about.get("text") or ""}
+        return to_plain({**about.get("fields", {}), **own})
+
     def _result(self, row: int, score: float | None) -> dict[str, Any]:
-        about = to_plain(self.collection.describe(row))
-        text = about.pop("text", None)
-        own = {"id": about.pop("id", row), "row": row, "score": None if score is None else round(float(score), 6)}
-        own |= {"image": f"/api/picture/{row}", "thumbnail": f"/api/thumbnail/{row}", "text": text or ""}
+        about = self._describe(row)
+        own = {"id": about.pop("id"), "row": row, "score": None if score is None else round(float(score), 6)}
+        own |= {"image": f"/api/picture/{row}", "thumbnail": f"/api/thumbnail/{row}", "text": about.pop("text")}
         return own | {name: value for name, value in about.items() if name not in own}
 
-    def _about(self) -> dict[str, Any]:
+    def _find_about(self) -> dict[str, Any]:
         rows, texts = len(self.collection), []
         for row in range(0, rows, max(1, rows // 64)):
-            text = self.collection.describe(row).get("text")
-            if isinstance(text, str) and 0 < len(text) <= EXAMPLE_LETTERS:
+            text = self._describe(row)["text"]
+            if 0 < len(text) <= EXAMPLE_LETTERS:
                 texts.append(text)
-        step = max(1, len(texts) // EXAMPLES)
-        fields = {
-            name: [{"value": value, "count": int(count)} for value, count in values.items()]
-            for name, values in self.fields.items()
+        shortest = sorted(dict.fromkeys(texts), key=len)[:EXAMPLES]
+        counted = rows * sum(map(len, self.fields.values())) <= MOST_COUNTED
+        fields = {}
+        for name, values in self.fields.items():
+            fields[name] = [{"value": shown, "count": None} for shown in values]
+            for one, value in zip(fields[name], values.values()) if counted else ():
+                one["count"] = int(self.collection.select({name: [value]}).sum())
+        return {
+            "name": self.collection.name,
+            "model": name_model(getattr(self.collection.model, "checkpoint", "")),
+            "rows": rows,
+            "fields": fields,
+            "examples": [text for text in dict.fromkeys(texts) if text in shortest],
+            "limits": {"letters": MAX_LETTERS, "bytes": MAX_UPLOAD, "k": MAX_RESULTS, "depth": MAX_DEPTH},
         }
-        known = to_plain(dict(getattr(self.collection, "about", {}) or {}))
-        return {**known, "rows": rows, "fields": fields, "examples": to_plain(list(dict.fromkeys(texts[::step]))[:EXAMPLES])}
+
+
+def name_model(checkpoint: str) -> str:
+    """What to call a model by its checkpoint: the last two parts of a path, which tell no more of this machine."""
+    return "/".join(PurePath(checkpoint).parts[-2:])
+
+
+def show_value(value: Any) -> str:
+    """A field's value as a filter has it: true, 3, 0.5, a text."""
+    return value if isinstance(value, str) else json.dumps(to_plain(value))
 
 
 def to_unit(vector: np.ndarray) -> np.ndarray:
