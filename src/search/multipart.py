@@ -31,22 +31,29 @@ def read_parts(content_type: str, body: bytes) -> list[Part]:
     found = _BOUNDARY.search(content_type)
     if not found:
         raise RequestError("multipart: the content type names no boundary")
-    mark = b"--" + (found[1] or found[2]).encode("latin-1", "replace")
-    # Each mark stands at the start of a line. The first one may be the body's first line.
-    pieces = (b"\r\n" + body).split(b"\r\n" + mark, MAX_PARTS + 2)
-    if len(pieces) > MAX_PARTS + 2:
-        raise RequestError(f"multipart: more than {MAX_PARTS} parts")
-    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
-        raise RequestError("multipart: the body ends before its last boundary")
-    return [_read_part(piece) for piece in pieces[1:-1]]
+    mark = re.escape(b"--" + (found[1] or found[2]).encode("latin-1", "replace"))
+    # A mark stands at the start of a line, which may be the body's first, and has its line for itself.
+    whole = b"\r\n" + body
+    marks = re.finditer(rb"\r\n" + mark + rb"(--|[ \t]*(?=\r\n))", whole)
+    parts: list[Part] = []
+    start = None
+    for place in marks:
+        if start is not None:
+            parts.append(_read_part(whole[start : place.start()]))
+        if place[1] == b"--":
+            return parts
+        if len(parts) == MAX_PARTS:
+            raise RequestError(f"multipart: more than {MAX_PARTS} parts")
+        start = place.end()
+    raise RequestError("multipart: the body ends before its last boundary")
 
 
 def _read_part(piece: bytes) -> Part:
-    start = piece.find(b"\r\n")
-    end = piece.find(b"\r\n\r\n", start, start + MAX_HEADER + 4)
-    if start < 0 or piece[:start].strip(b" \t") or end < 0:
+    """A part of what stands between two marks; it begins with the end of the first one's line."""
+    end = piece.find(b"\r\n\r\n", 0, MAX_HEADER + 4)
+    if end < 0:
         raise RequestError("multipart: a part without a header")
-    for line in piece[start + 2 : end].split(b"\r\n"):
+    for line in piece[2:end].split(b"\r\n"):
         key, _, value = line.partition(b":")
         if key.strip().lower() == b"content-disposition" and (name := _NAME.search(b";" + value)):
             text = (name[1] if name[1] is not None else name[2]).decode("utf-8", "replace")
