@@ -130,7 +130,13 @@ def _pieces(blocks: Iterable[np.ndarray], shape: tuple[int, int]) -> Iterator[by
     assert rows == shape[0], f"{rows} rows of {shape[0]}"
 
 
-def _header(shape: tuple[int, int], dtype: type) -> bytes:
+def encode_array(array: np.ndarray) -> list[bytes | memoryview]:
+    """The content of a .npy file."""
+    array = np.ascontiguousarray(array)
+    return [_header(array.shape, array.dtype.type), array.data.cast("B") if array.size else b""]
+
+
+def _header(shape: tuple[int, ...], dtype: type) -> bytes:
     stream = io.BytesIO()
     about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, about)

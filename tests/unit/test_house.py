@@ -116,7 +116,7 @@ def test_files_and_functions_are_read_in_one_sitting(path):
 
 OPTIONAL = {
     "nvidia.dali": {"dali_loader.py"},
-    "pyarrow": {"parquet.py", "clip_retrieval.py"},
+    "pyarrow": {"parquet.py", "clip_retrieval.py", "lancedb.py"},
     "aiohttp": {"client.py"},
     "ray": {"executors.py"},
     "vllm": {"vllm.py"},
@@ -130,7 +130,7 @@ OPTIONAL = {
     "uvicorn": {"server.py"},
     "qdrant_client": {"qdrant.py"},
     "lancedb": {"lancedb.py"},
-    "usearch": set(),
+    "usearch": {"approximate.py"},
 }
 
 
