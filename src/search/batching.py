@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MOST = 32  # queries in one pass
 Search = Callable[[np.ndarray, int, Any], tuple[np.ndarray, np.ndarray]]
 
 
@@ -28,7 +27,8 @@ class _Waiting(NamedTuple):
 class Batcher:
     """One thread that searches: `search(vectors (n, width), count, allowed)` -> rows (n, count), scores (n, count)."""
 
-    def __init__(self, search: Search, most: int = MOST):
+    def __init__(self, search: Search, most: int):
+        """most: queries in one pass."""
         self._search, self._most = search, most
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="search", daemon=True)

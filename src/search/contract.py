@@ -25,7 +25,7 @@ _QUERY = [
     (
         "weight",
         {"type": "number", "minimum": 0, "maximum": 1, "default": DEFAULT_WEIGHT},
-        "The text's share where a text is mixed with a picture or a row.",
+        "The picture's share where a text is mixed with a picture or a row.",
     ),
     (
         "k",
@@ -179,7 +179,7 @@ def draw_contract(document: dict[str, Any]) -> str:
     example = (
         "curl 'http://localhost:8000/api/search?q=a+red+circle&amp;k=5'\n"
         "curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' 'http://localhost:8000/api/search?k=5'\n"
-        "curl -F picture=@photo.jpg -F text='at night' -F weight=0.4 http://localhost:8000/api/search"
+        "curl -F picture=@photo.jpg -F text='at night' -F weight=0.6 http://localhost:8000/api/search"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

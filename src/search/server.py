@@ -107,9 +107,9 @@ def build_app(
 
 def serve(
     collection: Collection,
-    *,
     host: str = LOOPBACK,
     port: int = 8000,
+    *,
     allow_host: Sequence[str] = (),
     allow_origin: Sequence[str] = (),
     ready: Callable[[str], object] = print,

@@ -25,8 +25,10 @@ from .collection import Collection
 from .encoding import Model
 from .query import MAX_DEPTH, MAX_LETTERS, MAX_RESULTS, MAX_UPLOAD, Query, RequestError, shorten
 from .thumbnails import Thumbnails, name_type
+from .vectors import Vectors
 
 MOST_SEARCHES, MOST_PICTURES = 64, 512  # that are under way or wait; more are told to come again
+MOST_TOGETHER = 32  # queries in one pass over the vectors
 WORKERS, PICTURE_WORKERS = 2, 2
 EXAMPLES, EXAMPLE_LETTERS = 4, 120
 MOST_COUNTED = 20_000_000  # rows times values up to which the values of fields are counted
@@ -65,7 +67,9 @@ class Service:
         self._searches, self._pictures = Room(MOST_SEARCHES), Room(MOST_PICTURES)
         self._workers = ThreadPoolExecutor(WORKERS, "encode")
         self._painters = ThreadPoolExecutor(PICTURE_WORKERS, "picture")
-        self._batcher = Batcher(collection.vectors.search)
+        # An engine's answer to one query may depend on the others that it gets with it.
+        together = MOST_TOGETHER if isinstance(collection.vectors, Vectors) else 1
+        self._batcher = Batcher(collection.vectors.search, together)
         self._thumbnails = Thumbnails(collection.picture)
         self._allowed = lru_cache(maxsize=32)(self._select)  # a byte a row; the same object for the same filters
         self._about = cache(self._find_about)
@@ -223,8 +227,8 @@ def to_unit(vector: np.ndarray) -> np.ndarray:
 
 
 def mix(text: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
-    """weight * text + (1 - weight) * other of unit vectors, at length 1 again."""
-    total = weight * text.astype(np.float64) + (1 - weight) * other.astype(np.float64)
+    """(1 - weight) * text + weight * other of unit vectors, at length 1 again."""
+    total = (1 - weight) * text.astype(np.float64) + weight * other.astype(np.float64)
     if np.linalg.norm(total) < SMALLEST:
         raise RequestError("text and picture are opposite, and their mixture has no direction; change the weight")
     return to_unit(total)

@@ -128,7 +128,7 @@ def test_a_mixture_is_the_renormalised_sum(client, collection, weight, way):
         seen = collection.model.encode_picture(collection.picture(row)).astype(np.float64)
         files = {"picture": ("a.jpg", collection.picture(row))}
         found = answer(client.post("/api/search", files=files, data={"text": text, "weight": weight, "k": 10}))
-    mixed = weight * said + (1 - weight) * seen
+    mixed = (1 - weight) * said + weight * seen
     rows, scores = collection.vectors.search((mixed / np.linalg.norm(mixed)).astype(np.float32)[None], 10)
     assert rows_of(found) == rows[0].tolist()
     assert [result["score"] for result in found["results"]] == pytest.approx(scores[0].tolist(), abs=1e-5)
