@@ -32,7 +32,8 @@ class RequestError(ValueError):
 class Query:
     """One question: a text, a picture, a row of the collection, a vector, or a text with one of the others.
 
-    weight: the picture's share where a text is mixed with one (or a row), 0 to 1. filters: field -> values, one of which a row has.
+    weight: the picture's (or the row's) share where a text is mixed with it, 0 to 1. filters: field -> values, one of
+    which a row has.
     """
 
     text: str = ""

@@ -11,9 +11,7 @@ import argparse
 from pathlib import Path
 from urllib.parse import quote
 
-from .browser import missing, open_browser
-
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+from .browser import PHONE, missing, open_browser
 
 
 def take_screenshot(
