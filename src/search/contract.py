@@ -144,7 +144,7 @@ def _parameter(name: str, schema: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _side() -> dict[str, Any]:
-    schema = {"type": "integer", "minimum": SIDES[0], "maximum": SIDES[1], "default": 256}
+    schema: dict[str, Any] = {"type": "integer", "minimum": SIDES[0], "maximum": SIDES[1], "default": 256}
     return _parameter("side", schema, "Pixels of the longer side.")
 
 

@@ -58,7 +58,7 @@ MOST_UPLOADS = 16  # bodies that are being read at the same time
 PATIENCE = 15.0  # seconds without a byte of a body
 WHOLE_PATIENCE = 120.0  # seconds for all of it
 GRACE = 5  # seconds that requests have left once the server is told to end
-DAY = "public, max-age=86400"
+DAY = "private, max-age=86400, immutable"
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -208,18 +208,20 @@ class _Handlers:
         return write_json(await self.service.answer(self._read(pairs, body)))
 
     async def picture(self, request: Request) -> Response:
-        return await self._show(self._row(request))
+        return await self._show(request)
 
     async def thumbnail(self, request: Request) -> Response:
         side = request.query_params.get("side", "256")
         least, most = SIDES
         if not (side.isascii() and side.isdigit() and len(side) < 6 and least <= int(side) <= most):
             raise RequestError(f"side: {shorten(side)!r} is not a whole number from {least} to {most}")
-        return await self._show(self._row(request), int(side))
+        return await self._show(request, int(side))
 
-    async def _show(self, row: int, side: int = 0) -> Response:
-        data, kind = await self.service.picture(row, side)
-        return Response(data, media_type=kind, headers={"Cache-Control": DAY})
+    async def _show(self, request: Request, side: int = 0) -> Response:
+        """A row's picture. Browsers keep it where the address names the version: rows may be others after a restart."""
+        data, kind = await self.service.picture(self._row(request), side)
+        kept = request.query_params.get("v") == self.service.version
+        return Response(data, media_type=kind, headers={"Cache-Control": DAY if kept else "no-cache"})
 
     async def tell(self, request: Request) -> Response:
         return write_json(await self.service.about())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ class Service:
 
     def __init__(self, collection: Collection):
         self.collection = collection
+        self.version = secrets.token_hex(4)  # of what the rows are: another start may have another index
         self.fields = {name: {show_value(v): v for v in values} for name, values in collection.filters().items()}
         self._searches, self._pictures = Room(MOST_SEARCHES), Room(MOST_PICTURES)
         self._workers = ThreadPoolExecutor(WORKERS, "encode")
@@ -94,8 +96,7 @@ class Service:
         without scores."""
         with self._searches:
             start = time.perf_counter()
-            allowed = await self._run(self._workers, lambda: self._allowed(tuple(query.filters.items())))
-            vector = await self._run(self._workers, lambda: self._encode(query))
+            allowed, vector = await self._run(self._workers, lambda: self._prepare(query))
             times = {"encode": _since(start)}
             start, last = time.perf_counter(), query.offset + query.k
             if vector is None:
@@ -135,6 +136,9 @@ class Service:
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def _prepare(self, query: Query) -> tuple[np.ndarray | None, np.ndarray | None]:
+        return self._allowed(tuple(query.filters.items())), self._encode(query)
 
     def _select(self, filters: tuple[tuple[str, tuple[str, ...]], ...]) -> np.ndarray | None:
         if not filters:
@@ -199,6 +203,7 @@ class Service:
                 one["count"] = int(self.collection.select({name: [value]}).sum())
         return {
             "name": self.collection.name,
+            "version": self.version,
             "model": name_model(getattr(self.collection.model, "checkpoint", "")),
             "rows": rows,
             "fields": fields,

@@ -2,12 +2,12 @@
 
 python tests/bench/serve.py [--rows 100000 1000000 --width 640 --users 20 --queries 10]
 
-Random unit vectors, memory-mapped as an index has them, and an encoder that takes no time: with a model its own time is
+Random unit vectors, memory-mapped as an index has them, and an encoder that takes no time: a model's own is
 added (tests/bench/encode.py). The parts are those that the server says (encode, search, describe) and, as `HTTP`, the
 rest of what the client waits: the request, its parsing, JSON, the answer. The plain product is numpy's in float32 with
-the vectors in memory. Twenty users: each sends its next query when the answer to its last one is there. The server runs
-in this process, so clients and server share its cores. The answers to three queries are compared with those of the exact
-search before any time is printed.
+the vectors in memory. Twenty users: each sends its next query when the answer to its last one is there. The server
+runs in this process, so clients and server share its cores. The answers to three queries are compared with those of
+the exact search before any time is printed.
 """
 
 from __future__ import annotations

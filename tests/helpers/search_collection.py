@@ -26,6 +26,7 @@ from rwkv_clip.data.image import open_image
 from rwkv_clip.demo.captions import write_texts
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import draw_test_scenes
+from rwkv_clip.search.pictures import show_upright
 from rwkv_clip.search.vectors import Vectors
 
 WIDTH = 256  # of a vector; half of it for words
@@ -82,13 +83,7 @@ class StandIn:
     def picture(self, row: int, max_side: int = 0) -> bytes:
         if not self._pictures[row]:
             raise LookupError("no picture")
-        if not max_side:
-            return self._pictures[row]
-        image = open_image(self._pictures[row])
-        image.thumbnail((max_side, max_side))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=88)
-        return buffer.getvalue()
+        return show_upright(self._pictures[row], max_side)
 
     def describe(self, row: int) -> dict[str, Any]:
         return self._rows[row]

@@ -168,8 +168,17 @@ def test_pictures_and_thumbnails(client, collection):
     for side in (32, 64, 96, 400):
         small = client.get(f"/api/thumbnail/3?side={side}")
         assert max(Image.open(io.BytesIO(small.content)).size) == min(side, 96)
-        assert "max-age" in small.headers["cache-control"]
+        assert small.headers["cache-control"] == "no-cache"
     assert "not a row" in answer(client.get(f"/api/picture/{ROWS}"), 404)
+
+
+def test_pictures_are_kept_as_long_as_the_rows_are_the_same(client, collection):
+    version = answer(client.get("/api/about"))["version"]
+    for path in ("/api/picture/3", "/api/thumbnail/3"):
+        assert "max-age" in client.get(f"{path}?v={version}").headers["cache-control"]
+        assert client.get(f"{path}?v=other").headers["cache-control"] == "no-cache"
+    with testclient.TestClient(build_app(collection), base_url="http://localhost") as restarted:
+        assert answer(restarted.get("/api/about"))["version"] != version
 
 
 def test_a_picture_that_cannot_be_read_names_no_file():

@@ -19,6 +19,7 @@ const pictures = new Map(); // number -> {file, url}, uploaded since the page wa
 const answers = new Map(); // question -> {results, milliseconds, ended}
 let question = readAddress();
 let answer = null;
+let told = null; // the promise of `about`
 let request = null; // AbortController of the one under way
 
 // ---- the question --------------------------------------------------------------------------------------------------
@@ -54,6 +55,8 @@ const address = (asked) => {
   return given ? `/?${given}` : "/";
 };
 const key = (asked) => `${asked.upload ?? ""} ${address(asked)}`;
+/** Browsers keep what has a version in its address. */
+const thumbnail = (row, side) => `/api/thumbnail/${row}?side=${side}${about.version ? `&v=${about.version}` : ""}`;
 const isAsked = ({ text, row, upload }) => Boolean(text) || row !== null || upload !== null;
 
 /** Ask, with a new entry in the history or in place of this one. */
@@ -128,7 +131,7 @@ async function show(y = null) {
 async function load(asked, offset, signal) {
   busy(true, offset);
   try {
-    const part = await fetchPart(asked, offset, signal);
+    const [part] = await Promise.all([fetchPart(asked, offset, signal), told]);
     if (signal.aborted) return;
     const before = offset ? answer.results : [];
     const depth = offset + part.results.length;
@@ -199,7 +202,7 @@ function drawQuestion() {
   input.value = text;
   input.placeholder = row !== null || upload !== null ? words.placeholderMixed : words.placeholder;
   drawBox();
-  const source = upload !== null ? pictures.get(upload)?.url : row !== null ? `/api/thumbnail/${row}?side=128` : null;
+  const source = upload !== null ? pictures.get(upload)?.url : row !== null ? thumbnail(row, 128) : null;
   $("token").hidden = !source;
   if (source) $("token-image").src = source;
   else $("token-image").removeAttribute("src");
@@ -232,7 +235,7 @@ async function drawSubject() {
   }
   link.href = `/api/picture/${row}`;
   link.title = words.open;
-  image.src = `/api/thumbnail/${row}?side=512`;
+  image.src = thumbnail(row, 512);
   const shown = findRow(row) || (await fetchJson(`/api/search?row=${row}&k=1`).then((found) => found.results.find((one) => one.row === row), () => null));
   if (question.row !== row) return;
   image.alt = shown?.text || "";
@@ -289,7 +292,7 @@ function makeTile(result) {
     broken.append($("message").querySelector("svg").cloneNode(true), make("span", "user", `${result.id}: ${words.unreadable}`));
     image.replaceWith(broken);
   });
-  image.src = `${result.thumbnail}?side=${THUMBNAIL}`;
+  image.src = thumbnail(result.row, THUMBNAIL);
   frame.append(image, make("span", "like", words.moreLikeThis));
   if (score) frame.append(make("span", "score", score));
   const caption = make("span", "caption user", result.text || "");
@@ -557,7 +560,7 @@ async function start() {
   translate(document);
   grid.setAttribute("aria-label", words.grid);
   const y = history.state?.y ?? null;
-  const told = fetchJson("/api/about").then((found) => {
+  told = fetchJson("/api/about").then((found) => {
     about = found;
     for (const name of question.filters.keys()) if (!(name in about.fields)) question.filters.delete(name);
     makeMenus();
