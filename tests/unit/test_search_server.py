@@ -347,6 +347,12 @@ def test_bodies_that_are_no_pictures(client, body, status):
         answer(client.post("/api/search", files={"picture": ("a.png", body)}), status)
 
 
+def test_a_body_of_no_known_length_is_read_to_the_limit(client):
+    pieces = (bytes(1 << 20) for _ in range(64))
+    answer(client.post("/api/search", content=pieces, headers={"content-type": "image/png"}), 413)
+    answer(client.post("/metadata", content=iter([b" " * (1 << 20), b" " * 9])), 413)
+
+
 MULTIPART = "multipart/form-data; boundary=mark"
 HEAD = b'Content-Disposition: form-data; name="picture"; filename="a"\r\n\r\n'
 
