@@ -24,9 +24,9 @@ from .metrics import exact_features, nearest_items
 
 _BLOCK = 64  # neighbouring rows that are compared as one, by the best of them
 _ROWS = 1024  # that are converted to float32 at a time: 2.5 MiB of 640 numbers, which stay in the cache
-_EXACT_ROWS = 8192  # that are scored exactly at a time
-_SCORES = 1 << 25  # coarse scores that are kept at a time: 128 MiB
-_FEW = 4096  # rows up to which a float64 product of all is as quick
+_EXACT_ROWS = 4096  # that are scored exactly at a time
+_SCORES = 1 << 24  # coarse scores that are kept at a time: 64 MiB
+_FEW, _FEW_ALLOWED = 512, 4096  # rows, and allowed ones, up to which all are scored exactly
 _ONE_BY_ONE = 2  # queries up to which the product in half precision pays
 _LONGEST = 1.01  # vectors that `exact_features` accepts
 _HALF, _SINGLE = 2.0**-11, 2.0**-24  # the largest relative error of rounding
@@ -101,22 +101,20 @@ def search(
     count = min(max(count, 0), total)
     if not len(queries) or not count:
         return np.zeros((len(queries), count), np.int64), np.zeros((len(queries), count))
-    if total <= _FEW:
+    if total <= (_FEW if allowed is None else _FEW_ALLOWED):
         rows = np.arange(len(gallery)) if allowed is None else np.flatnonzero(allowed)
         items = torch.from_numpy(gallery.exact(rows))
-        places, scores = nearest_items(asked.float(), items, count)
-        return rows[places.numpy()], scores.numpy()
+        places, similarities = nearest_items(asked.float(), items, count)
+        return rows[places.numpy()], similarities.numpy()
     barred = None if allowed is None else torch.from_numpy(~allowed)
-    rows, scores = np.empty((len(asked), count), np.int64), np.empty((len(asked), count))
-    step = max(1, _SCORES // len(gallery))
-    for start in range(0, len(asked), step):
-        part = asked[start : start + step]
-        for place, (coarse, error) in enumerate(zip(*_score_coarsely(gallery, part)), start):
-            if barred is not None:
-                coarse.masked_fill_(barred, -torch.inf)
-            candidates = _find_candidates(coarse, count, error)
-            rows[place], scores[place] = _best(gallery.exact, asked[place].numpy(), candidates, count)
-    return rows, scores
+    found = []
+    for part in asked.split(max(1, _SCORES // len(gallery))):
+        coarse, error = _score_coarsely(gallery, part)
+        if barred is not None:
+            coarse.masked_fill_(barred, -torch.inf)
+        found.append(_best(gallery.exact, part, *_find_candidates(coarse, count, error), count))
+        del coarse  # before the next ones are made
+    return np.concatenate([rows for rows, _ in found]), np.concatenate([scores for _, scores in found])
 
 
 def _check(gallery: Gallery, queries: np.ndarray, allowed: np.ndarray | None) -> Tensor:
@@ -133,36 +131,30 @@ def _check(gallery: Gallery, queries: np.ndarray, allowed: np.ndarray | None) ->
 
 @dataclass(frozen=True)
 class _Error:
-    """A coarse score c is within fixed + relative |c| of the exact one."""
+    """A coarse score c of query i is within fixed[i] + relative |c| of the exact one."""
 
-    fixed: float
-    relative: float = 0.0
+    fixed: Tensor  # float64 (q, 1)
+    relative: float
 
 
-def _score_coarsely(gallery: Gallery, asked: Tensor) -> tuple[Tensor, list[_Error]]:
-    """Scores float32 (q, n), and how far those of each query may be off."""
+def _score_coarsely(gallery: Gallery, asked: Tensor) -> tuple[Tensor, _Error]:
+    """Scores float32 (q, n), and how far they may be off."""
     half = all(part.dtype == np.float16 for part in gallery.coarse)
-    products = _products(half and len(asked) <= _ONE_BY_ONE and multiplies_halves())
+    product = _choose_product(half and len(asked) <= _ONE_BY_ONE and multiplies_halves())
     scores = torch.empty(len(asked), len(gallery))
-    ends = list(accumulate(map(len, gallery.coarse)))
-    for part, end in zip(gallery.coarse, ends):
-        products(torch.from_numpy(part), asked, scores[:, end - len(part) : end])
-    longest = _LONGEST + gallery.lost
-    rounding = gallery.width * _SINGLE / (1 - gallery.width * _SINGLE)
-    errors = []
-    for query in asked:
-        if products is _halves:
-            rounded = query.half().double()
-            apart, length, relative = float((query - rounded).norm()), float(rounded.norm()), _HALF / (1 - _HALF)
-        else:  # values on the grid below 1 are float32
-            apart, length, relative = 0.0, float(query.norm()), 0.0
-        # |q.x - q'.x'| <= |q - q'| |x| + |q'| |x - x'|, then the sum, then what underflows
-        fixed = apart * _LONGEST + length * gallery.lost + rounding * length * longest + 2.0**-24 * (relative > 0)
-        errors.append(_Error(fixed * (1 + 2.0**-30) + gallery.width * 2.0**-126, relative))
-    return scores, errors
+    for part, end in zip(gallery.coarse, accumulate(map(len, gallery.coarse))):
+        product(torch.from_numpy(part), asked, scores[:, end - len(part) : end])
+    # float32 holds the grid's values below 1, so only the product in half precision rounds the query.
+    rounded = asked.half().double() if product is _halves else asked
+    apart, length = (asked - rounded).norm(dim=1, keepdim=True), rounded.norm(dim=1, keepdim=True)
+    share = gallery.width * _SINGLE / (1 - gallery.width * _SINGLE)
+    # |q.x - q'.x'| <= |q - q'| |x| + |q'| |x - x'|, then the sum's own error, then what underflows
+    fixed = apart * _LONGEST + length * (gallery.lost + share * (_LONGEST + gallery.lost))
+    least = 2.0**-24 if product is _halves else gallery.width * 2.0**-126
+    return scores, _Error(fixed * (1 + 2.0**-30) + least, _HALF / (1 - _HALF) if product is _halves else 0.0)
 
 
-def _products(half: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
+def _choose_product(half: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
     if half:
         return _halves
     # Where the process allows itself less than float32 in products, only float64 is sure to have it.
@@ -220,37 +212,52 @@ def _seconds(call: Callable[[], object]) -> float:
 # ---- exact ones ------------------------------------------------------------------------------------------------------
 
 
-def _find_candidates(coarse: Tensor, count: int, error: _Error) -> np.ndarray:
-    """Rows, increasing, whose coarse score (float32 (n,), -inf where barred) allows them to be among the best."""
-    whole = len(coarse) // _BLOCK * _BLOCK
-    blocks = coarse[:whole].view(-1, _BLOCK).amax(1)
-    best = torch.cat([blocks, coarse[whole:]])
+def _find_candidates(coarse: Tensor, count: int, error: _Error) -> tuple[np.ndarray, np.ndarray]:
+    """(queries, rows) in order, all pairs whose coarse score (float32 (q, n), -inf where barred) allows the row to be
+    among the `count` best."""
+    whole = coarse.shape[1] // _BLOCK * _BLOCK
+    blocks = coarse[:, :whole].unflatten(1, (-1, _BLOCK)).amax(2)
+    best = torch.cat([blocks, coarse[:, whole:]], dim=1)
     # As many blocks have a row that is this good, so `count` rows are, within the error.
-    enough = float((best if len(best) >= count else coarse).topk(count).values[-1])
-    if enough == -np.inf:
-        enough = float(coarse.topk(count).values[-1])
-    if not np.isfinite(enough):
+    enough = best.topk(count, dim=1).values[:, -1] if best.shape[1] >= count else coarse.new_full((1,), -torch.inf)
+    if (enough == -torch.inf).any():
+        enough = coarse.topk(count, dim=1).values[:, -1]
+    if best.isnan().any() or not torch.isfinite(enough).all():
         raise DamagedError("items: hold numbers that are not finite; write the vectors again")
-    least = enough - error.fixed - error.relative * abs(enough)  # that the `count` best have exactly
+    good = enough[:, None].double()
+    least = good - error.fixed - error.relative * good.abs()  # that the `count` best have exactly
     bound = least - error.fixed
-    bound /= 1 + error.relative if bound >= 0 else 1 - error.relative
-    limit = float(np.nextafter(np.float32(bound - 2.0**-40), np.float32(-np.inf)))
-    good = torch.nonzero(blocks >= limit).flatten()
-    if len(good) > len(blocks) // 8:
-        return torch.nonzero(coarse >= limit).flatten().numpy()
-    inside = torch.nonzero(coarse[:whole].view(-1, _BLOCK)[good] >= limit)
-    rest = torch.nonzero(coarse[whole:] >= limit).flatten() + whole
-    return torch.cat([good[inside[:, 0]] * _BLOCK + inside[:, 1], rest]).numpy()
+    bound = bound / (1 + error.relative * bound.sign()) - 2.0**-40
+    limit = torch.nextafter(bound.float(), torch.tensor(-torch.inf))
+    queries, places = torch.nonzero(blocks >= limit, as_tuple=True)
+    if len(queries) > blocks.numel() // 8:
+        found, rows = torch.nonzero(coarse >= limit, as_tuple=True)
+        return found.numpy(), rows.numpy()
+    which, offsets = torch.nonzero(
+        coarse[:, :whole].unflatten(1, (-1, _BLOCK))[queries, places] >= limit[queries], as_tuple=True
+    )
+    more, rest = torch.nonzero(coarse[:, whole:] >= limit, as_tuple=True)
+    queries = torch.cat([queries[which], more])
+    rows = torch.cat([places[which] * _BLOCK + offsets, rest + whole])
+    order = torch.argsort(queries, stable=True)
+    return queries[order].numpy(), rows[order].numpy()
 
 
-def _best(exact: Exact, query: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` best of the candidate rows by exact similarity, ties in the order of the rows."""
-    places, scores = np.empty(0, np.int64), np.empty(0)
+def _best(
+    exact: Exact, asked: Tensor, queries: np.ndarray, rows: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, similarities), (q, count) each: the best of each query's candidates, of which it has `count` or more, by
+    exact similarity, ties in the order of the rows."""
+    scores = np.empty(len(rows))
     for start in range(0, len(rows), _EXACT_ROWS):
-        part = rows[start : start + _EXACT_ROWS]
-        vectors = exact_features(torch.from_numpy(exact(part)), "items").numpy()
-        scores, places = np.concatenate([scores, vectors @ query]), np.concatenate([places, part])
-        # Earlier rows come first, and a stable sort keeps them before equal ones.
-        order = np.argsort(-scores, kind="stable")[:count]
-        scores, places = scores[order], places[order]
-    return places, scores
+        part = slice(start, start + _EXACT_ROWS)
+        wanted, back = np.unique(rows[part], return_inverse=True)
+        vectors = exact_features(torch.from_numpy(exact(wanted)), "items")
+        first, last = queries[part][0], queries[part][-1]
+        if first == last:
+            scores[part] = (vectors @ asked[first]).numpy()[back]
+        else:
+            scores[part] = (vectors[back] * asked[queries[part]]).sum(1).numpy()
+    order = np.lexsort((rows, -scores, queries))
+    places = np.searchsorted(queries, np.arange(len(asked)))[:, None] + np.arange(count)
+    return rows[order][places], scores[order][places]

@@ -91,7 +91,8 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_lines(path: Path) -> tuple[list[str | int], np.ndarray]:
     """Ids and vectors of {"image_id", "feature"} lines."""
-    ids, vectors = [], []
+    ids: list[str | int] = []
+    vectors: list[np.ndarray] = []
     for number, row in enumerate(_read_rows(path), 1):
         try:
             vector = np.asarray(row.get("feature"), np.float32)

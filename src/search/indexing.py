@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -144,6 +144,11 @@ class _Seen(NamedTuple):
     problem: str = ""
 
 
+def _pass_on(pixels: Any) -> Any:
+    """Stands for the preprocessing that is done already."""
+    return pixels
+
+
 class _Run:
     """One run over a source. about: what about.json will say of the model and the source."""
 
@@ -157,7 +162,7 @@ class _Run:
     ):
         self.output, self.source, self.encoding, self.about = output, source, encoding, about
         self.preprocess = extractor.preprocess
-        self.extractor = dataclasses.replace(extractor, preprocess=lambda pixels: pixels)
+        self.extractor = dataclasses.replace(extractor, preprocess=_pass_on)
         self.before = read_index(output)
         old = output / self.before["data"] if self.before else None
         same = all(self.before.get(name) == about[name] for name in MODEL)
@@ -192,7 +197,7 @@ class _Run:
         gone = self._publish(found, dict(sorted(skipped.items())))
         return Summary(len(found), encoded, gone, dict(skipped))
 
-    def _look(self) -> Iterator[_Seen]:
+    def _look(self) -> Generator[_Seen, None, None]:
         from rwkv_clip.features import read_ahead
 
         return read_ahead(self._look_at, self.source.items(), self.encoding.workers, self.encoding.batch_size)
@@ -221,8 +226,8 @@ class _Run:
     def _encode(self, group: dict[str, _Seen]) -> None:
         """Encode and keep what waits in `group`, and empty it."""
         if group:
-            pixels = [seen.pixels for seen in group.values()]
-            vectors = self.extractor.encode_images(lambda i: pixels[i], len(pixels)).numpy()  # type: ignore[arg-type,return-value]
+            pixels: list[Any] = [seen.pixels for seen in group.values()]
+            vectors = self.extractor.encode_images(pixels.__getitem__, len(pixels)).numpy()
             self.store.add([New(seen.hash, seen.item.stamp, seen.copy) for seen in group.values()], vectors)
             group.clear()
 

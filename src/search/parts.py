@@ -8,6 +8,7 @@ pictures that came inside other files are records in pictures/, one file for eac
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -81,14 +82,26 @@ class Store:
         with suppress(OSError, DamagedError):
             if parse_json(read_bytes(about, MAX_JSON), str(about)) == identity:
                 return
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._drop_work()
         self.work.mkdir(parents=True)
         write_json(about, identity)
 
+    def _drop_work(self) -> None:
+        """Remove all parts at once: what is removed file by file may be left half."""
+        aside = self.work.with_suffix(".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        if self.work.exists():
+            os.replace(self.work, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
     def _read_parts(self) -> None:
         for path in sorted(self.work.glob("*.jsonl")):
-            rows = [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
-            matrix = map_matrix(path.with_suffix(".npy"))
+            try:
+                rows = [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
+                matrix = map_matrix(path.with_suffix(".npy"))
+            except (DamagedError, FileNotFoundError):  # lost power: the pictures are encoded again
+                path.unlink()
+                continue
             self._last = max(self._last, int(path.stem))
             for number, row in enumerate(rows):
                 self._note(row["hash"], row["stamp"], matrix, number, row["kept"], True)
@@ -112,8 +125,8 @@ class Store:
         ]
         write_whole(self.work / f"{number}.jsonl", [line.encode() for line in lines])
         matrix = map_matrix(self.work / f"{number}.npy")
-        for row, (picture, place) in enumerate(zip(pictures, kept)):
-            self._note(picture.hash, picture.stamp, matrix, row, place, True)
+        for row, (picture, copy) in enumerate(zip(pictures, kept)):
+            self._note(picture.hash, picture.stamp, matrix, row, copy, True)
 
     def blocks(self, hashes: Sequence[str]) -> Iterator[np.ndarray]:
         """The vectors of these pictures in order, float32 (some, C) at a time."""
@@ -129,7 +142,7 @@ class Store:
 
     def finish(self, used: set[str]) -> None:
         """Remove what only a run that goes on would need."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._drop_work()
         for path in self.output.glob("*.part"):
             path.unlink(missing_ok=True)
         self.remove_unused(used)

@@ -67,11 +67,16 @@ class QdrantEngine:
 
     def __init__(self, target: str, name: str, width: int, client: Any = None):
         self._client, self._name = client or connect(target), name
-        if not self._client.collection_exists(name):
-            raise ValueError(f"engine: {target} has no collection {name!r}; write it: search export --to qdrant")
-        size = self._client.get_collection(name).config.params.vectors.size
-        if size != width:
-            raise ValueError(f"engine: {name!r} of {target} has vectors of {size} numbers, not {width}; export again")
+        problem = self._find_problem(target, width)
+        if problem:
+            self._client.close()  # a folder is open for one client only
+            raise ValueError(f"engine: {problem}")
+
+    def _find_problem(self, target: str, width: int) -> str:
+        if not self._client.collection_exists(self._name):
+            return f"{target} has no collection {self._name!r}; write it: search export --to qdrant"
+        size = self._client.get_collection(self._name).config.params.vectors.size
+        return "" if size == width else f"{self._name!r} of {target} has vectors of {size} numbers, not {width}"
 
     def find(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and similarities, best first."""

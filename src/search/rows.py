@@ -125,7 +125,8 @@ class ListedRows:
     """Rows in memory."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], pictures: Pictures):
-        self._rows, self._pictures = rows, pictures
+        self._rows: Sequence[dict[str, Any]] | Lines = rows
+        self._pictures = pictures
         self._fields = Fields.survey(rows, len(rows))
 
     def __len__(self) -> int:
@@ -158,7 +159,7 @@ class IndexedRows(ListedRows):
         self._rows, self._pictures, self._fields = lines, pictures, Fields.read(folder, count)
 
 
-class Lines(Sequence):
+class Lines:
     """The rows of a file of JSON lines, memory-mapped."""
 
     def __init__(self, path: Path):
@@ -174,7 +175,7 @@ class Lines(Sequence):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, row: Any) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> dict[str, Any]:
         found = parse_json(bytes(self._map[self._ends[row] : self._ends[row + 1]]), f"{self._path}: line {row + 1}")
         if not isinstance(found, dict) or not {"id", "text", "fields", "place"} <= found.keys():
             raise DamagedError(f"{self._path}: line {row + 1} is no row of an index; {AGAIN}")

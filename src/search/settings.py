@@ -21,7 +21,8 @@ class SourceSettings:
     """What pictures are indexed, and by which model."""
 
     images: str | None = None
-    """Folder of pictures (no captions needed), .rec, tar, JSONL, Parquet, a glob of these, or a picture."""
+    """Folder of pictures (no captions needed), .rec, tar, JSONL, Parquet, a glob of these, or a picture. A folder with
+    pictures means these; name the manifest in it for what that says of them."""
     image_root: str | None = None
     """Folder of the pictures that a manifest names; default: that of the manifest, or images/ in it."""
     image_field: str | None = None

@@ -6,6 +6,7 @@ Records, tars, Parquet files and manifests are read as for training. Addresses a
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -56,26 +57,43 @@ class PictureSource:
     count: int | None = None
 
 
-def open_source(spec: str, root: str | None = None, image_field: str | None = None, outside: bool = False):
+def open_source(
+    spec: str, root: str | None = None, image_field: str | None = None, outside: bool = False
+) -> PictureSource:
     """The `PictureSource` that `spec` names: a picture, a folder, a glob, records, or any input of the record builder.
 
-    root: folder of the pictures that a manifest names, where it is not the manifest's. ValueError where there is none.
+    A folder with pictures in it means these, whatever else it holds; one without, the files of the builder's kinds in
+    it. root: folder of the pictures that a manifest names, where it is not the manifest's. ValueError where there is
+    none.
     """
-    if os.path.isfile(spec) and is_picture(spec.rpartition(".")[2].lower()):
-        folder, name = os.path.split(os.path.abspath(spec))
-        one = _Folder([Path(folder)], outside, only=name)
-        return PictureSource(FOLDER, one.items, one.folders, outside=outside, count=1)
+    if files := _list_pictures(spec):
+        names: dict[Path, list[str]] = {}
+        for file in files:
+            names.setdefault(Path(os.path.abspath(file)).parent, []).append(os.path.basename(file))
+        single = _Folder(list(names), outside, names)
+        return PictureSource(FOLDER, single.items, single.folders, outside=outside, count=len(files))
+    if os.path.isdir(spec) and (count := (folder_source := _Folder([Path(spec).absolute()], outside)).count()):
+        return PictureSource(FOLDER, folder_source.items, folder_source.folders, outside=outside, count=count)
     if _names_records(spec):
         records = RecordSet(os.path.abspath(spec) if os.path.exists(spec) else spec)
         spec = os.path.abspath(spec)
         return PictureSource(RECORDS, lambda: _record_items(records), [], spec, count=len(records))
     source = Source(spec, root, outside, alone=True)
-    if source.kind == PAIRS:
-        folder_source = _Folder([file.absolute() for file in source.files], outside)
-        count = folder_source.count()
-        return PictureSource(FOLDER, folder_source.items, folder_source.folders, outside=outside, count=count)
+    if source.kind == PAIRS:  # a list of folders
+        several = _Folder([file.absolute() for file in source.files], outside)
+        return PictureSource(FOLDER, several.items, several.folders, outside=outside, count=several.count())
     rows = _Rows(source, root, image_field, outside)
     return PictureSource(ROWS, rows.items, rows.roots, outside=outside, count=source.count())
+
+
+def _list_pictures(spec: str) -> list[str]:
+    """Files of pictures that a name or a glob means, sorted; [] where it means anything else."""
+    files = [spec] if os.path.exists(spec) or not glob.has_magic(spec) else sorted(glob.glob(spec, recursive=True))
+    return files if all(os.path.isfile(file) and _is_picture(file) for file in files) else []
+
+
+def _is_picture(name: str) -> bool:
+    return is_picture(name.rpartition(".")[2].lower())
 
 
 def _names_records(spec: str) -> bool:
@@ -93,29 +111,27 @@ def _names_records(spec: str) -> bool:
 
 
 class _Folder:
-    """Every picture file of these folders and those below, nothing hidden; id: the path in its folder."""
+    """Every picture file of these folders and those below, nothing hidden; id: the path in its folder. only: those
+    files of each folder, and nothing below."""
 
-    def __init__(self, folders: list[Path], outside: bool, only: str | None = None):
+    def __init__(self, folders: list[Path], outside: bool, only: dict[Path, list[str]] | None = None):
         self.folders, self._outside, self._only = folders, outside, only
 
     def count(self) -> int:
-        names = (name for folder in self.folders for _, names in walk(folder) for name in names)
-        return sum(is_picture(name.rpartition(".")[2].lower()) for name in names)
+        """How many files look like pictures."""
+        return sum(_is_picture(name) for folder in self.folders for _, names in walk(folder) for name in names)
 
     def items(self) -> Iterator[Item]:
         """In the order of `walk`, those of a folder by name."""
         for number, folder in enumerate(self.folders):
             for place, names in walk(folder):
-                if self._only is not None:
-                    names = [name for name in names if name == self._only]
-                groups = group_files(names)
-                owners = {name: files for files in groups.values() for _, name in files}
-                for name in names:
-                    if name in owners and is_picture(name.rpartition(".")[2].lower()):
+                owners = {name: files for files in group_files(names).values() for _, name in files}
+                for name in names if self._only is None else self._only[folder]:
+                    if name in owners and _is_picture(name):
                         path = Path(place, name)
                         yield self._item(number, folder, path, [pair for pair in owners[name] if pair[1] != name])
                 if self._only is not None:
-                    return
+                    break
 
     def _item(self, number: int, folder: Path, path: Path, others: list[tuple[str, str]]) -> Item:
         name = os.path.relpath(path, folder)

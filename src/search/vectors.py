@@ -96,6 +96,11 @@ class Vectors:
         """
         return search(self._gallery, queries, k, allowed)
 
+    def warm(self) -> None:
+        """Read all that a search reads, so that the first one takes no longer than others."""
+        if len(self):
+            self.search(np.eye(1, self.width, dtype=np.float32), 1)
+
     def blocks(self) -> Iterator[np.ndarray]:
         """All vectors in order, float32 (some, C) at a time."""
         for start in range(0, len(self), ROWS):
