@@ -52,12 +52,38 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST = {"amp": torch.float32, "amp_bf16": torch.float32, "amp_bfloat16": torch.float32}  # of the weights
 Model = str | Path | dict[str, Any] | ModelSpec
+_added: dict[str, dict[str, Any]] = {}  # name -> model JSON
 M = TypeVar("M", bound=nn.Module)
 
 
 def list_models() -> list[str]:
-    """Our presets. `open_clip.list_models()` names work too."""
-    return list_presets("models")
+    """Our presets, and those of `add_model_config`. `open_clip.list_models()` names work too."""
+    return sorted({*list_presets("models"), *_added})
+
+
+def add_model_config(path: str | Path) -> list[str]:
+    """Give the model JSON at `path`, or each in that folder, its file's name as a preset name, in this process.
+
+    Returns the names. ConfigError for what does not describe a model, or has the name of a shipped preset."""
+    path = Path(path)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    found = {file.stem: parse_spec(load_json(file)).to_json() for file in files}
+    if taken := sorted(found.keys() & set(list_presets("models"))):
+        raise ConfigError([f"{path}: {name} is the name of a shipped preset; rename the file" for name in taken])
+    _added.update(found)
+    return list(found)
+
+
+def get_model_config(model: Model) -> dict[str, Any] | None:
+    """The JSON of a model, by name (`hf-hub:` and `local-dir:` too): of open_clip's in its form, of others in ours.
+    None for an unknown name."""
+    try:
+        spec = resolve_spec(model)[1]
+    except ConfigError:
+        if isinstance(model, str) and not model.startswith((HUB, LOCAL)) and not model.endswith(".json"):
+            return None
+        raise
+    return getattr(spec, "description", None) or spec.to_json()
 
 
 def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
@@ -69,6 +95,8 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
     if not isinstance(model, (str, Path)):
         return model.name, model
     name = str(model).replace("/", "-")
+    if name in _added:
+        return name, parse_spec(_added[name])
     if name in list_models():
         return name, parse_spec(load_json(CONFIGS / "models" / f"{name}.json"))
     if chinese_clip.is_structure(str(model)):
@@ -138,6 +166,8 @@ def create_model(
     net = spec.build(tag) if tag else changed.build()
     if tag and changed != spec:
         net = move_weights(net, changed.build())
+    if net.logit_scale.is_meta and (weights or image or text):
+        raise ConfigError(["pretrained: the meta device holds no numbers; build the model there without weights"])
     if weights and not tag:
         load_checkpoint(net, weights)
     load_towers(net, image, text)
@@ -160,14 +190,16 @@ def _find_source(
     if holds_weights(model):
         if pretrained:
             raise ConfigError([f"pretrained: {str(model)!r} has weights of its own; leave out {str(pretrained)!r}"])
-        _, spec, weights = describe(model, cache=cache)  # type: ignore[arg-type] # it is a name
+        _, spec, found = describe(model, cache=cache)  # type: ignore[arg-type] # it is a name
+        weights: str | Path | None = found
     else:
         name, spec = resolve_spec(model)
         released = next((one for one in RELEASED if tuple(one) == (name, str(pretrained))), None)
-        named = str(pretrained or "").startswith((HUB, LOCAL)) or find_released(str(pretrained or ""))
-        weights = (
-            fetch_released(released, cache) if released else find_weights(pretrained, cache) if named else pretrained
-        )
+        weights = pretrained
+        if released:
+            weights = fetch_released(released, cache)
+        elif pretrained and (str(pretrained).startswith((HUB, LOCAL)) or find_released(str(pretrained))):
+            weights = find_weights(pretrained, cache)
     if overrides.get("load_weights") is False:
         weights = None
     if overrides.get("require_pretrained") and not weights:

@@ -47,8 +47,8 @@ _REFUSED = {
     "aug_cfg": (None, "training transforms are settings of rwkv_clip.training (--crop-area, --auto-augment, ..)"),
 }
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-_CHANGING = ("force_image_size", "force_context_length", "force_quick_gelu", "force_preprocess_cfg")
-_CHANGING += tuple(f"image_{name}" for name in _PREPROCESSING)
+_TOWERS = ("force_image_size", "force_context_length", "force_quick_gelu")
+_CHANGING = (*_TOWERS, "force_preprocess_cfg", *(f"image_{name}" for name in _PREPROCESSING))
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
@@ -119,7 +119,7 @@ def _as_setting(value: Any) -> Any:
 
 
 def _changes_towers(overrides: Mapping[str, Any]) -> bool:
-    return any(overrides.get(name) not in (None, False) for name in _CHANGING[:3])
+    return any(overrides.get(name) not in (None, False) for name in _TOWERS)
 
 
 def _describe(name: str) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def find_codec(tokenizer: Tokenizer) -> Codec:
     if hasattr(theirs, "sot_token_id"):  # open_clip's SimpleTokenizer
         # Its padding is 0, which is also the token "!" followed by no space: a decoded text keeps that.
         return Codec(theirs.sot_token_id, theirs.eot_token_id, None, theirs.encode, theirs.decode)
-    inner = getattr(theirs, "tokenizer", None)  # of transformers, in open_clip's HFTokenizer
+    inner: Any = getattr(theirs, "tokenizer", None)  # of transformers, in open_clip's HFTokenizer
     ends = [getattr(inner, f"{one}_token_id", None) for one in ("bos", "cls", "eos", "sep", "pad")]
     start, end = (next((one for one in pair if one is not None), None) for pair in (ends[:2], ends[2:4]))
     if end is None:

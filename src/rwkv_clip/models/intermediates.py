@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .specification import suggest
 
 _OF_A_SIDE = {"indices": None, "output_fmt": "", "output_extra_tokens": False}
-_OPTIONS = ("normalize", "normalize_intermediates", "intermediates_only", "stop_early")
-_OPTIONS += ("output_logits", "output_logit_scale_bias")
+_OPTIONS = (
+    *("normalize", "normalize_intermediates", "intermediates_only", "stop_early"),
+    *("output_logits", "output_logit_scale_bias"),
+)
 
 
 def run_model(model: Any, image: Tensor | None, text: Tensor | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import open_clip
+import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transformer import TextTransformer, Transformer, VisionTransformer, text_global_pool
@@ -158,7 +159,7 @@ class OpenClipConfig:
             for key in table
             if key not in ("open_clip", *names)
         ]
-        ways = {key: table[key] for key in PREPROCESSING if key in table}
+        ways: dict[str, Any] = {key: table[key] for key in PREPROCESSING if key in table}
         problems += [
             f"{key}: {value!r} is not one of {', '.join(PREPROCESSING[key])}"
             for key, value in ways.items()
@@ -215,7 +216,8 @@ class OpenClipConfig:
         if isinstance(self.source, str):
             pixels = dict(zip(("mean", "std"), self.pixels))
             with fetching("pretrained" if tag else "model", tag or self.source):
-                model = open_clip.create_model(self.source, pretrained=tag, force_preprocess_cfg=pixels)
+                device = torch.empty(0).device  # the default: meta, where only a structure is wanted
+                model = open_clip.create_model(self.source, pretrained=tag, device=device, force_preprocess_cfg=pixels)
             model.__class__ = _CLASSES[type(model)]
             return model
         source = dict(self.source)
@@ -251,7 +253,7 @@ class OpenClipConfig:
         name = name_for_tag(self.source, pretrained)
         weights = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), pretrained)
         mean, std = (tuple(weights.get(key) or own) for key, own in zip(("mean", "std"), CLIP_PIXELS))
-        ways = {key: weights[key] for key in PREPROCESSING if weights.get(key) in PREPROCESSING[key]}
+        ways: dict[str, Any] = {key: weights[key] for key in PREPROCESSING if weights.get(key) in PREPROCESSING[key]}
         return OpenClipConfig(name, (mean, std), **ways), pretrained
 
     @property

@@ -195,17 +195,19 @@ class RWKVCLIP(ContrastiveModel):
         """Freeze the image tower except its last groups: embedding, blocks, last block with norm, projection.
 
         freeze_bn_stats: also the statistics of the batch norms of a ResNet; other towers have none."""
-        if freeze_bn_stats and hasattr(self.image_model, "attnpool"):
-            self.image_model.lock(unlocked_groups, freeze_bn_stats)
+        tower: Any = self.image_model
+        if freeze_bn_stats and hasattr(tower, "attnpool"):
+            tower.lock(unlocked_groups, freeze_bn_stats)
         else:
-            self.image_model.lock(unlocked_groups)
+            tower.lock(unlocked_groups)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """The same for the text tower. freeze_layer_norm=False leaves its LayerNorms as they are."""
-        norms = [module for module in self.text_model.modules() if isinstance(module, nn.LayerNorm)]
+        tower: Any = self.text_model
+        norms = [module for module in tower.modules() if isinstance(module, nn.LayerNorm)]
         spared = [] if freeze_layer_norm else [parameter for norm in norms for parameter in norm.parameters()]
         before = [parameter.requires_grad for parameter in spared]
-        self.text_model.lock(unlocked_layers)
+        tower.lock(unlocked_layers)
         for parameter, trains in zip(spared, before):
             parameter.requires_grad_(trains)
 
