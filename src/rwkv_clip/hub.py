@@ -32,6 +32,7 @@ from .factory import DESCRIPTION, describe
 from .files import write_json, write_whole
 from .model_card import Card, write_card
 from .models import hugging_face
+from .models.released import strip_prefixes
 from .models.specification import ModelSpec
 from .models.two_tower import ModelConfig
 from .pretrained import CONFIG, HUB, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, TRANSFORMERS_CONFIG, WEIGHTS
@@ -67,23 +68,24 @@ def save_pretrained(
 ) -> Path:
     """Write a model of `create_model`, or any checkpoint that `load_for_inference` opens, as a new folder; returns it.
 
-    name: in the model card, org/name or a title; default the model's. license: an identifier of the hub (mit,
-    apache-2.0, ..); without one the card says unknown. metrics: numbers for the card, beside the last validation of a
-    training run. transformers: see above. structure: preset or JSON of a checkpoint that does not describe its model.
-    The folder appears when all of it is written. ConfigError for a folder that is not empty, or a model that
-    transformers would not have.
+    name: in the model card, org/name or a title; default the checkpoint's or the folder's. license: an identifier of
+    the hub (mit, apache-2.0, ..); without one the card says unknown. metrics: numbers for the card, beside the last
+    validation of a training run. transformers: see above. structure: preset or JSON of a checkpoint that does not
+    describe its model. The folder appears when all of it is written. ConfigError for a folder that is not empty, or a
+    model that transformers would not have.
     """
-    folder, found = Path(folder), _collect(model, structure)
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError([f"folder: {folder} exists and is not empty; name a new one"])
-    chinese = transformers and _kinds(found.spec) == ("open_clip", "bert")
-    if transformers and not chinese and _kinds(found.spec) != ("rwkv", "rwkv"):
-        raise ConfigError(
-            [f"transformers: there is no code for {' with '.join(_kinds(found.spec))}; save it without transformers"]
-        )
-    with _new_folder(folder) as part:
+    found = _collect(model, (name or folder.name).split("/")[-1], structure)
+    kinds = kinds_of(found.spec)
+    chinese = transformers and kinds == ("open_clip", "bert")
+    if transformers and not chinese and kinds != ("rwkv", "rwkv"):
+        raise ConfigError([f"transformers: there is no code for {' with '.join(kinds)}; save it without transformers"])
+    with new_folder(folder) as part:
         if chinese:
-            _write_chinese_clip(part, found)
+            assert isinstance(found.spec, ModelConfig)
+            write_chinese_clip(part, found.spec, found.weights)
         elif isinstance(found.spec, ModelConfig):
             _write_own(part, found, transformers)
         else:
@@ -134,11 +136,13 @@ def push_to_hub(
 # ---- what is exported ------------------------------------------------------------------------------------------------
 
 
-def _collect(model: nn.Module | str | Path, structure: str | None) -> Export:
+def _collect(model: nn.Module | str | Path, title: str, structure: str | None) -> Export:
+    """title: the name of a model that has none."""
     if isinstance(model, nn.Module):
         if not hasattr(model, "spec"):
             raise ConfigError([f"model: a {type(model).__name__} was not made by create_model; save its state_dict()"])
-        return Export(model.spec.name, model.spec, model.state_dict())  # type: ignore[union-attr,arg-type]
+        spec: Any = model.spec
+        return Export(title, spec, strip_prefixes(model.state_dict()))
     name, spec, path = describe(model, structure)
     with torch.device("meta"):  # for names and shapes
         frame = spec.build()
@@ -162,7 +166,7 @@ def _read_metrics(path: Path, state: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _kinds(spec: ModelSpec) -> tuple[str, ...]:
+def kinds_of(spec: ModelSpec) -> tuple[str, ...]:
     """The families of both towers, or of the whole model."""
     if not isinstance(spec, ModelConfig):
         return (spec.name,)
@@ -173,7 +177,7 @@ def _kinds(spec: ModelSpec) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, which gets its name when the block has ended well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -210,11 +214,12 @@ def _preprocessing(spec: ModelSpec) -> dict[str, Any]:
     return {"size": size, "mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": spec.resize_mode}
 
 
-def _write_chinese_clip(part: Path, found: Export) -> None:
-    assert isinstance(found.spec, ModelConfig)
-    write_json(part / TRANSFORMERS_CONFIG, hugging_face.write_configuration(found.spec))
-    write_whole(part / WEIGHTS, encode_tensors(hugging_face.to_state(found.weights), {"format": "pt"}))
+def write_chinese_clip(part: Path, spec: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """The files of transformers' ChineseCLIPModel. ConfigError for a model that transformers does not have."""
+    config = hugging_face.write_configuration(spec)
+    write_whole(part / WEIGHTS, encode_tensors(hugging_face.to_state(weights), {"format": "pt"}))
     write_whole(part / "vocab.txt", [VOCABULARY.read_bytes()])
+    write_json(part / TRANSFORMERS_CONFIG, config)
 
 
 # ---- the card --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ with where each lies; a sha256 is given where their authors published one, and c
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def find_released(name: str) -> Released | None:
     there are such files, unless that is the path of a file."""
     model, _, tag = name.partition(":")
     found = [one for one in RELEASED if one.model == model]
-    if not tag or not found or Path(name).exists():
+    if not tag or not found or os.path.exists(name):
         return None
     for one in found:
         if one.tag == tag:
@@ -175,7 +176,7 @@ def _fetch_folder(name: str, cache: str | Path | None) -> Path:
 
 def layout_of(folder: Path) -> str | None:
     """The configuration file that tells a folder's layout; None where there is none."""
-    return next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    return next((name for name in LAYOUTS if os.path.isfile(folder / name)), None)  # False for names too long
 
 
 def find_weights(place: str | Path, cache: str | Path | None = None) -> Path:

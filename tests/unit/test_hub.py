@@ -185,6 +185,16 @@ def test_convert_reads_an_export(tmp_path):
     check_equal(model, rwkv_clip.create_model(OURS["BERT"], pretrained=tmp_path / "released.pt"))
 
 
+def test_the_command_writes_an_export(finished, tmp_path):
+    said = convert(finished, tmp_path / "export", "hub", license="mit")
+    assert "README.md, model.safetensors, rwkv_clip_config.json" in said
+    assert 'license: "mit"' in (tmp_path / "export" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="exists; name a new folder"):
+        convert(finished, tmp_path / "export", "hub")
+    with pytest.raises(ConfigError, match="license: 'mit' has no effect in safetensors"):
+        convert(finished, tmp_path / "x.safetensors", "safetensors", license="mit")
+
+
 # ---- damaged and hostile folders -------------------------------------------------------------------------------------
 
 

@@ -233,9 +233,8 @@ class OpenClipConfig:
         with fetching("tokenizer", f"that of {self.name}"):
             if isinstance(self.source, str):
                 tokenizer = open_clip.get_tokenizer(self.source)
-            else:  # a program that a repository brings is not run: transformers asks, and has no answer
-                settings = text.get("tokenizer_kwargs") or {}
-                settings = {key: value for key, value in settings.items() if key != "trust_remote_code"}
+            else:  # a program that a repository brings is not run
+                settings = {**(text.get("tokenizer_kwargs") or {}), "trust_remote_code": False}
                 context = text.get("context_length", 77)
                 tokenizer = HFTokenizer(text["hf_tokenizer_name"], context_length=context, **settings)
         if isinstance(tokenizer, open_clip.SimpleTokenizer):

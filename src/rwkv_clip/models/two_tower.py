@@ -135,11 +135,11 @@ class RWKVCLIP(ContrastiveModel):
 
     spec: ModelConfig
     logit_bias: None = None
+    output_dict = False
 
     def __init__(self, spec: ModelConfig):
         super().__init__()
         self.spec = spec
-        self.output_dict = False
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.text_model = spec.text.build(spec.embed_dim)
         self.image_model = spec.image.build(spec.embed_dim)
