@@ -3,18 +3,18 @@
     python -m rwkv_clip.convert logs/my-run model.safetensors --to safetensors
     python -m rwkv_clip.convert logs/my-run clip_cn_mine.pt --to chinese-clip
     python -m rwkv_clip.convert clip_cn_vit-b-16.pt hub/vit-b-16 --to transformers
+    python -m rwkv_clip.convert logs/my-run export --to hub --license mit
 
-INPUT is a run folder, a checkpoint folder, a weights file, a released file of Chinese-CLIP or a folder of transformers
-(config.json and model.safetensors). OUTPUT is a .safetensors file (every model, described inside, so that it loads by
-its name alone), a .pt file (Chinese-CLIP's layout) or a new folder (transformers' ChineseCLIPModel).
+INPUT is whatever --checkpoint takes: a run folder, a checkpoint folder, a weights file, a folder with a configuration
+(transformers', open_clip's, ours), hf-hub:org/name. OUTPUT is a .safetensors file (every model, described inside, so
+that it loads by its name alone), a .pt file (Chinese-CLIP's layout) or a new folder: transformers' ChineseCLIPModel, or
+for the hub configuration, weights and a model card, which open_clip opens where the model is one of its own.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,29 +27,38 @@ from torch import Tensor
 from .config import ConfigError
 from .errors import run_command
 from .factory import DESCRIPTION, describe, read_fitting_weights
-from .files import write_json, write_whole
-from .models import chinese_clip, hugging_face
+from .files import write_whole
+from .hub import kinds_of, new_folder, save_pretrained, write_chinese_clip
+from .models import chinese_clip
 from .models.specification import ModelSpec
 from .models.two_tower import ModelConfig
 from .serialization import encode_tensors
-from .tokenizer import VOCABULARY
 
-Layout = Literal["chinese-clip", "transformers", "safetensors"]
+Layout = Literal["chinese-clip", "transformers", "safetensors", "hub"]
 SUFFIXES = {"chinese-clip": ".pt", "safetensors": ".safetensors"}
 
 
-def convert(source: str | Path, output: str | Path, to: Layout, model: str | None = None) -> str:
+def convert(
+    source: str | Path, output: str | Path, to: Layout, model: str | None = None, license: str | None = None
+) -> str:
     """Write the weights in `source` to `output` in the layout `to`; returns a line that says what was written.
 
-    model: preset name or JSON of a source that does not describe its model. An existing file is replaced when the new
-    one is whole; a folder must not exist. ConfigError for what the layout cannot hold, ValueError for weights that do
-    not fit the model, OSError.
+    model: preset name or JSON of a source that does not describe its model. license: for the model card. An existing
+    file is replaced when the new one is whole; a folder must not exist. ConfigError for what the layout cannot hold,
+    ValueError for weights that do not fit the model, OSError.
     """
     output = Path(output)
     if to in SUFFIXES and (output.suffix != SUFFIXES[to] or output.is_dir()):
         raise ConfigError([f"output: {output} is not the name of a {SUFFIXES[to]} file, which {to} is; change it"])
-    if to == "transformers" and output.exists():
+    if to in ("transformers", "hub") and output.exists():
         raise ConfigError([f"output: {output} exists; name a new folder"])
+    if license and to != "hub":
+        raise ConfigError([f"license: {license!r} has no effect in {to}, which has no model card; leave it out"])
+    if to == "hub":
+        files = sorted(
+            path.name for path in save_pretrained(source, output, license=license, structure=model).iterdir()
+        )
+        return f"{output}: {', '.join(files)}"
     name, spec, path = describe(source, model)
     state = read_fitting_weights(spec.build(), path)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +76,7 @@ def write_released(output: Path, name: str, spec: ModelSpec, state: dict[str, Te
     """Chinese-CLIP's layout: a dict of torch.save, keys with `module.`; epoch and step 0, as at a start.
 
     ConfigError for towers that it does not have."""
-    kinds = _kinds(spec)
+    kinds = kinds_of(spec)
     if kinds != ("open_clip", "bert"):
         raise ConfigError(
             [f"to: chinese-clip has CLIP's image towers with BERT, not {' with '.join(kinds)}; write safetensors"]
@@ -82,24 +91,9 @@ def write_folder(output: Path, spec: ModelSpec, state: dict[str, Tensor]) -> Non
     """A folder of transformers: config.json, model.safetensors and the vocabulary; it appears when all of it is
     written. ConfigError for a model that transformers does not have."""
     if not isinstance(spec, ModelConfig):
-        raise ConfigError([f"to: transformers has no {' with '.join(_kinds(spec))}; write safetensors"])
-    config = hugging_face.write_configuration(spec)
-    part = output.with_name(f"{output.name}.{os.getpid()}.part")
-    part.mkdir()
-    try:
-        write_whole(part / "model.safetensors", encode_tensors(hugging_face.to_state(state), {"format": "pt"}))
-        write_whole(part / "vocab.txt", [VOCABULARY.read_bytes()])
-        write_json(part / "config.json", config)
-        os.rename(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _kinds(spec: ModelSpec) -> tuple[str, ...]:
-    """The families of both towers, or of the whole model."""
-    if not isinstance(spec, ModelConfig):
-        return (spec.name,)
-    return tuple(tower.to_json().get("kind", "rwkv") for tower in (spec.image, spec.text))
+        raise ConfigError([f"to: transformers has no {' with '.join(kinds_of(spec))}; write safetensors"])
+    with new_folder(output) as part:
+        write_chinese_clip(part, spec, state)
 
 
 @dataclass(frozen=True)
@@ -112,6 +106,8 @@ class Command:
     """Layout of the output."""
     model: str | None = None
     """Preset name or JSON of the model, where INPUT does not describe it."""
+    license: str | None = None
+    """Licence in the model card of --to hub, by the hub's identifier: mit, apache-2.0, .."""
 
 
 def main() -> int:
@@ -121,7 +117,7 @@ def main() -> int:
 
 def _command() -> int:
     command = tyro.cli(Command, prog="rwkv_clip.convert", description=__doc__)
-    print(convert(command.source, command.output, command.to, command.model))
+    print(convert(command.source, command.output, command.to, command.model, command.license))
     return 0
 
 

@@ -8,46 +8,95 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import find_checkpoint, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
+from .data.image import to_rgb
 from .files import hash_file, parse_json
 from .models import chinese_clip, hugging_face
 from .models.patch_dropout import drop_patches
-from .models.released import OPENAI_ENTRIES, convert_config, is_released_config, strip_prefixes
+from .models.released import convert_config, is_released_config, strip_prefixes
 from .models.specification import CLIP_PIXELS, ContrastiveModel, ModelSpec, load_family
 from .models.two_tower import ModelConfig
+from .overrides import Overrides, changes, check_overrides, choose_towers, override
+from .pretrained import (
+    CONFIG,
+    HUB,
+    LOCAL,
+    OPEN_CLIP_CONFIG,
+    RELEASED,
+    fetch_released,
+    find_released,
+    find_weights,
+    layout_of,
+    locate,
+    read_layout,
+)
 from .serialization import CheckpointError, read_about
 from .tokenizer import Tokenizer
 from .transform import prepare, train_transform, val_transform
+from .weights import load_checkpoint as load_checkpoint  # also found here
+from .weights import load_towers, move_weights
+from .weights import read_fitting_weights as read_fitting_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"amp": torch.float32, "amp_bf16": torch.float32, "amp_bfloat16": torch.float32}  # of the weights
 Model = str | Path | dict[str, Any] | ModelSpec
+_added: dict[str, dict[str, Any]] = {}  # name -> model JSON
 M = TypeVar("M", bound=nn.Module)
-log = logging.getLogger(__name__)
 
 
 def list_models() -> list[str]:
-    """Our presets. `open_clip.list_models()` names work too."""
-    return list_presets("models")
+    """Our presets, and those of `add_model_config`. `open_clip.list_models()` names work too."""
+    return sorted({*list_presets("models"), *_added})
+
+
+def add_model_config(path: str | Path) -> list[str]:
+    """Give the model JSON at `path`, or each in that folder, its file's name as a preset name, in this process.
+
+    Returns the names. ConfigError for what does not describe a model, or has the name of a shipped preset."""
+    path = Path(path)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    found = {file.stem: parse_spec(load_json(file)).to_json() for file in files}
+    if taken := sorted(found.keys() & set(list_presets("models"))):
+        raise ConfigError([f"{path}: {name} is the name of a shipped preset; rename the file" for name in taken])
+    _added.update(found)
+    return list(found)
+
+
+def get_model_config(model: Model) -> dict[str, Any] | None:
+    """The JSON of a model, by name (`hf-hub:` and `local-dir:` too): of open_clip's in its form, of others in ours.
+    None for an unknown name."""
+    try:
+        spec = resolve_spec(model)[1]
+    except ConfigError:
+        if isinstance(model, str) and not model.startswith((HUB, LOCAL)) and not model.endswith(".json"):
+            return None
+        raise
+    return getattr(spec, "description", None) or spec.to_json()
 
 
 def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
-    """Name, JSON path, dict or specification -> (name, specification). ConfigError for anything else."""
+    """Name, JSON path, dict, specification, or what holds weights and describes them (`hf-hub:org/name`,
+    `local-dir:path`, a folder) -> (name, specification). ConfigError for anything else."""
     if isinstance(model, dict):
         spec = parse_spec(model)
         return spec.name, spec
     if not isinstance(model, (str, Path)):
         return model.name, model
     name = str(model).replace("/", "-")
+    if name in _added:
+        return name, parse_spec(_added[name])
     if name in list_models():
         return name, parse_spec(load_json(CONFIGS / "models" / f"{name}.json"))
     if chinese_clip.is_structure(str(model)):
@@ -57,6 +106,8 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
         if not isinstance(data, dict):
             raise ConfigError([f"{model}: expected a JSON object that describes a model"])
         return Path(model).stem, parse_spec(data)
+    if holds_weights(model):
+        return describe(model)[:2]
     import open_clip
 
     if name in open_clip.list_models():
@@ -64,6 +115,13 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
     near = difflib.get_close_matches(name, [*list_models(), *open_clip.list_models()], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"ours: {', '.join(list_models())}"
     raise ConfigError([f"model: {str(model)!r} is not a preset, .json file or open_clip model; {hint}"])
+
+
+def holds_weights(model: Model) -> bool:
+    """Whether what names a model also holds its weights: a place on the hub, or a folder with a configuration."""
+    if not isinstance(model, (str, Path)):
+        return False
+    return str(model).startswith((HUB, LOCAL)) or layout_of(Path(model)) is not None
 
 
 def parse_spec(data: dict[str, Any]) -> ModelSpec:
@@ -81,32 +139,72 @@ def create_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     drop_path: float | None = None,
-    pretrained_image: str | Path | None = None,
-    pretrained_text: str | Path | None = None,
-    force_patch_dropout: float = 0.0,
+    pretrained_image: str | Path | bool | None = None,
+    pretrained_text: str | Path | bool | None = None,
+    force_patch_dropout: float | None = 0.0,
+    **overrides: Unpack[Overrides],
 ) -> ContrastiveModel:
-    """Build a model; `model` is a preset name, the path of a JSON, a dict (ours, released or open_clip's keys).
+    """Build a model; `model` is a preset name, the path of a JSON, a dict (ours, released or open_clip's keys), or what
+    holds weights, too: `hf-hub:org/name[@revision]`, `local-dir:path`, a folder with a configuration.
 
-    pretrained: weights as for `load_checkpoint`, or an open_clip tag when the model is open_clip's. precision: fp32, or
-    bf16 / fp16 to hold the weights in that type (decays stay float32). drop_path overrides the image tower's rate.
-    pretrained_image, pretrained_text: weights of one tower, see `load_towers`. force_patch_dropout: fraction of patches
-    that a ViT leaves out in training. `model(image, text)` returns what open_clip's models do, `model(image, text,
-    needs=names)` features by name.
+    pretrained: weights as for `load_checkpoint`, an open_clip tag when the model is open_clip's, or a tag of released
+    weights (`list_pretrained`). precision: fp32, or bf16 / fp16 to hold the weights in that type (decays stay float32);
+    amp and amp_bf16 hold them in fp32, for autocast. drop_path overrides the image tower's rate. pretrained_image,
+    pretrained_text: weights of one tower, see `load_towers`. force_patch_dropout: fraction of patches that a ViT leaves
+    out in training. overrides: open_clip's further arguments, see `Overrides`. `model(image, text)` returns what
+    open_clip's models do, `model(image, text, needs=names)` features by name.
     """
-    if precision not in DTYPES:
-        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES)}"])
-    _, spec = resolve_spec(model)
+    if precision not in DTYPES | AUTOCAST:
+        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES | AUTOCAST)}"])
+    check_overrides(overrides)
+    image, text = choose_towers(pretrained_image, pretrained_text, overrides)
+    spec, weights = _find_source(model, pretrained, overrides)
     if drop_path is not None:
         spec = spec.with_drop_path(drop_path)
-    spec, tag = spec.find_tag(str(pretrained)) if pretrained else (spec, None)
-    net = spec.build(tag)
-    if pretrained and not tag:
-        load_checkpoint(net, pretrained)
-    load_towers(net, pretrained_image, pretrained_text)
+    spec, tag = spec.find_tag(str(weights)) if weights else (spec, None)
+    changed = parse_spec(override(spec.to_json(), overrides)) if changes(overrides) else spec
+    net = spec.build(tag) if tag else changed.build()
+    if tag and changed != spec:
+        net = move_weights(net, changed.build())
+    if net.logit_scale.is_meta and (weights or image or text):
+        raise ConfigError(["pretrained: the meta device holds no numbers; build the model there without weights"])
+    if weights and not tag:
+        load_checkpoint(net, weights)
+    load_towers(net, image, text)
     if force_patch_dropout:
         drop_patches(net, force_patch_dropout)
-    net.spec = spec
-    return cast_weights(net, DTYPES[precision]).to(device).eval()
+    net.spec = changed
+    set_preprocessing(net)
+    if overrides.get("output_dict") is not None:
+        net.output_dict = bool(overrides["output_dict"])
+    net = cast_weights(net, (DTYPES | AUTOCAST)[precision])
+    return (net if net.logit_scale.is_meta else net.to(device)).eval()
+
+
+def _find_source(
+    model: Model, pretrained: str | Path | None, overrides: Overrides
+) -> tuple[ModelSpec, str | Path | None]:
+    """The model and its weights, a path or a tag; None: none. ConfigError where weights are asked for twice, or must
+    be there and are not named."""
+    cache = overrides.get("cache_dir")
+    if holds_weights(model):
+        if pretrained:
+            raise ConfigError([f"pretrained: {str(model)!r} has weights of its own; leave out {str(pretrained)!r}"])
+        _, spec, found = describe(model, cache=cache)  # type: ignore[arg-type] # it is a name
+        weights: str | Path | None = found
+    else:
+        name, spec = resolve_spec(model)
+        released = next((one for one in RELEASED if tuple(one) == (name, str(pretrained))), None)
+        weights = pretrained
+        if released:
+            weights = fetch_released(released, cache)
+        elif pretrained and (str(pretrained).startswith((HUB, LOCAL)) or find_released(str(pretrained))):
+            weights = find_weights(pretrained, cache)
+    if overrides.get("load_weights") is False:
+        weights = None
+    if overrides.get("require_pretrained") and not weights:
+        raise ConfigError(["pretrained: not set; name a file or a tag, see list_pretrained()"])
+    return spec, weights
 
 
 def cast_weights(model: M, dtype: torch.dtype) -> M:
@@ -123,114 +221,61 @@ def create_model_and_transforms(
     pretrained: str | Path | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
+    **overrides: Any,
 ) -> tuple[ContrastiveModel, Callable, Callable]:
-    """(model, preprocess for training, preprocess for evaluation); transforms map a PIL image to (3, h, w) float."""
-    net = create_model(model, pretrained, precision, device)
+    """(model, preprocess for training, preprocess for evaluation); transforms map a PIL image to (3, h, w) float.
+
+    overrides: further arguments of `create_model`."""
+    net = create_model(model, pretrained, precision, device, **overrides)
     return net, train_transform(net.spec.image_size), preprocess_of(net)
 
 
-def get_tokenizer(model: Model) -> Tokenizer:
-    """Tokenizer of a model: texts -> int64 (n, context)."""
-    return resolve_spec(model)[1].tokenizer()
+def create_model_from_pretrained(
+    model: Model,
+    pretrained: str | Path | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    return_transform: bool = True,
+    **overrides: Any,
+) -> ContrastiveModel | tuple[ContrastiveModel, Callable]:
+    """A model with weights and its preprocess for evaluation (open_clip's function of this name). ConfigError without
+    weights."""
+    net = create_model(model, pretrained, precision, device, **{**overrides, "require_pretrained": True})
+    return (net, preprocess_of(net)) if return_transform else net
+
+
+def get_tokenizer(model: Model, context_length: int | None = None, cache_dir: str | Path | None = None) -> Tokenizer:
+    """Tokenizer of a model: texts -> int64 (n, context). context_length: another one than the model's."""
+    spec = describe(model, cache=cache_dir)[1] if holds_weights(model) else resolve_spec(model)[1]  # type: ignore[arg-type]
+    tokenizer = spec.tokenizer()
+    return tokenizer if context_length is None else tokenizer.with_context(context_length)
 
 
 def preprocess_of(model: ContrastiveModel) -> Callable:
     """Evaluation transform of a model from `create_model`: PIL image of any mode -> float (3, h, w)."""
-    size, (mean, std) = model.spec.image_size, model.spec.pixels
-    if (mean, std) == CLIP_PIXELS:
-        return val_transform(size, getattr(model.spec, "resize_mode", "shortest"))
+    size, (mean, std), mode = model.spec.image_size, model.spec.pixels, model.spec.resize_mode
+    interpolation = getattr(model.spec, "interpolation", "bicubic")
+    if (mean, std) == CLIP_PIXELS and interpolation == "bicubic":
+        return val_transform(size, mode)
     import open_clip
 
-    theirs = open_clip.image_transform(size, is_train=False, mean=mean, std=std)
-    theirs.transforms[:0] = prepare(size)
+    theirs = open_clip.image_transform(
+        size, is_train=False, mean=mean, std=std, resize_mode=mode, interpolation=interpolation
+    )
+    theirs.transforms[:0] = prepare(size) if mode == "shortest" else [to_rgb]
     return theirs
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load weights strictly: a checkpoint or run folder of ours, .safetensors, or a released .pt state dict.
-
-    `module.` and `_orig_mod.` prefixes and what OpenAI's files hold besides weights are removed; values are cast to the
-    model's dtypes. ValueError names every missing, unexpected and misshapen key.
-    """
-    model.load_state_dict(read_fitting_weights(model, path))
-
-
-def load_towers(model: ContrastiveModel, image: str | Path | None, text: str | Path | None) -> None:
-    """Load the image tower of a CLIP (OpenAI's keys, `visual.*`; its temperature, too) and the encoder of a BERT, each
-    from a file of its own; what else these hold is left out. Strictly, but for the projection of the text tower, which
-    a BERT does not have. ConfigError for a model without such a tower, ValueError as `load_checkpoint`.
-
-    NOTE(parity): the released code rounds all weights to float16 on the way, these and new ones; here nothing is.
-    """
-    own = model.state_dict()
-    if image is not None:
-        state = chinese_clip.image_tower_of(strip_prefixes(_read_state(image)), "image_model.")
-        wanted = {key for key in own if key.startswith("image_model.")}
-        if not wanted:
-            raise ConfigError(["pretrained_image: the model has no image_model; give whole weights (pretrained)"])
-        model.load_state_dict(_fit(own, state, image, wanted), strict=False)
-    if text is not None:
-        if "text_model.embeddings.word_embeddings.weight" not in own:
-            raise ConfigError(["pretrained_text: the model's text tower is no BERT; give whole weights (pretrained)"])
-        state = chinese_clip.text_tower_of(strip_prefixes(_read_state(text)), "text_model.")
-        wanted = {key for key in own if key.startswith("text_model.") and key != "text_model.proj"}
-        model.load_state_dict(_fit(own, state, text, wanted), strict=False)
-
-
-def _read_state(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file, a folder of ours, or one of transformers."""
-    return read_weights(find_weights(path))
-
-
-def find_weights(path: str | Path) -> Path:
-    """The weights in a folder of transformers, which has a config.json beside them; any other path as it is."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        return path
-    files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None and any(path.glob("*.index.json")):
-        raise CheckpointError(
-            f"{path}: its weights are in several files, which are not read; save it whole with transformers: "
-            "ChineseCLIPModel.from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size='100GB')"
-        )
-    if found is None:
-        raise CheckpointError(f"{path}: has a config.json, but neither {files[0].name} nor {files[1].name}")
-    return found
-
-
-def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
-    state, own = strip_prefixes(_read_state(path)), model.state_dict()
-    if hugging_face.is_state(state):
-        state = hugging_face.from_state(state)
-    elif chinese_clip.is_released_state(state) and not chinese_clip.is_released_state(own):
-        state = chinese_clip.from_released(state)
-    marks = [state.pop(key) for key in OPENAI_ENTRIES if key in state and key not in own]
-    if marks and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
-        log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (NAME-quickgelu)", path)
-    return _fit(own, state, path, own.keys())
-
-
-def _fit(
-    own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path, wanted: Collection[str]
-) -> dict[str, Tensor]:
-    """The state with its position embeddings resized. ValueError unless it has all of `wanted`, keys of the model,
-    with their shapes, and no key that the model does not have."""
-    positions = chinese_clip.POSITIONS
-    if {positions} <= state.keys() & own.keys() and state[positions].shape[1:] == own[positions].shape[1:]:
-        state[positions] = chinese_clip.fit_positions(state[positions], len(own[positions]))
-    problems = [f"missing: {key}" for key in own if key in wanted and key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in own]
-    problems += [
-        f"shape of {key}: checkpoint {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  .. and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys)\n  {shown}")
-    return state
+def set_preprocessing(model: ContrastiveModel) -> None:
+    """What open_clip keeps on `model.visual`: image_mean, image_std, and preprocess_cfg, a table of both and more."""
+    mean, std = model.spec.pixels
+    visual: Any = model.visual
+    visual.image_mean, visual.image_std = mean, std
+    visual.preprocess_cfg = {
+        **{"size": model.spec.image_size, "mode": "RGB", "mean": mean, "std": std},
+        **{"interpolation": getattr(model.spec, "interpolation", "bicubic"), "resize_mode": model.spec.resize_mode},
+        "fill_color": 0,
+    }
 
 
 @dataclass
@@ -252,7 +297,8 @@ def load_for_inference(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> Loaded:
-    """Open a run folder, checkpoint folder, weights file, or `open_clip:NAME[:TAG]`.
+    """Open a run folder, checkpoint folder, weights file, `open_clip:NAME[:TAG]`, `hf-hub:org/name[@revision]`,
+    `local-dir:path`, or released weights by name (`list_pretrained`).
 
     Most describe their model, see `describe`; a bare weights file needs `model` (a name or the path of a JSON).
     """
@@ -271,21 +317,23 @@ def load_for_inference(
 DESCRIPTION = "rwkv_clip"  # the text beside the tensors of a file that describes its model: JSON of name and spec
 
 
-def describe(checkpoint: str | Path, model: str | None = None) -> tuple[str, ModelSpec, Path]:
+def describe(
+    checkpoint: str | Path, model: str | None = None, cache: str | Path | None = None
+) -> tuple[str, ModelSpec, Path]:
     """(name, specification, weights) of what holds weights; `model` where that is not told by itself.
 
-    Run and checkpoint folders, folders of transformers, files that `rwkv_clip.convert` wrote and the released files of
-    Chinese-CLIP tell. ConfigError for others without `model`.
+    Run and checkpoint folders, places on the hub and folders with a configuration (ours, open_clip's, transformers'),
+    files that `rwkv_clip.convert` wrote, the released files of Chinese-CLIP and released weights by name tell.
+    ConfigError for others without `model`. cache: for downloads.
     """
-    path = find_weights(checkpoint)
+    place = locate(checkpoint, cache)
+    path = find_weights(place)
     if model is not None:
         return *resolve_spec(model), find_checkpoint(path)
-    if path != Path(checkpoint):
-        where = Path(checkpoint) / "config.json"
-        data = load_json(where)
-        if not isinstance(data, dict):
-            raise ConfigError([f"{where}: expected a JSON object that describes a model"])
-        return Path(checkpoint).name, hugging_face.convert_configuration(data, str(where)), path
+    if path != place:
+        return *_read_layout(place, str(checkpoint)), path
+    if released := find_released(str(checkpoint)):
+        return *resolve_spec(released.model), path
     path = find_checkpoint(path)
     if described := read_description(path):
         return described["model"], resolve_spec(described["spec"])[1], path
@@ -299,3 +347,17 @@ def describe(checkpoint: str | Path, model: str | None = None) -> tuple[str, Mod
         name, found = chinese_clip.infer_configuration(state)
         return name, found, path
     raise ConfigError([f"model: {checkpoint} holds weights only; name its model (preset or JSON path)"])
+
+
+def _read_layout(folder: Path, named: str) -> tuple[str, ModelSpec]:
+    """Name and specification that the configuration in a folder tells; `named` is how the folder was asked for."""
+    layout, data = read_layout(folder)
+    where = str(folder / layout)
+    if layout == CONFIG:
+        if not isinstance(data.get("spec"), dict):
+            raise ConfigError([f"{where}: has no table spec, which describes the model; export the weights again"])
+        return str(data.get("model")), parse_spec(data["spec"])
+    name = named.removeprefix(HUB) if named.startswith(HUB) else folder.resolve().name
+    if layout == OPEN_CLIP_CONFIG:
+        return name, load_family("open_clip").OpenClipConfig.from_layout(data, where)
+    return name, hugging_face.convert_configuration(data, where)

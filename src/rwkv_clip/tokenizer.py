@@ -8,11 +8,11 @@ of extension E apart (`parity/test_chinese_clip_tokens.py`).
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ READ = 64  # characters per token of context that are read: no token is much lon
 
 
 class Tokenizer:
-    """Callable: str or list of str -> int64 tensor (n, context), SOT and EOT included, zero padded.
+    """Callable: str, or list, tuple or array of str -> int64 tensor (n, context), SOT and EOT included, zero padded.
 
     A text longer than the context is cut and keeps EOT as its last token (open_clip's rule). Of a text of thousands of
     characters only the beginning is read, enough to fill the context: a tokenizer takes a second per megabyte.
@@ -49,7 +49,43 @@ class Tokenizer:
         self.name, self.vocab_size, self.context = name, vocab_size, context
         self._encode, self.prepare, self._whole = encode, prepare, whole
 
+    @property
+    def context_length(self) -> int:
+        """The context, by open_clip's name."""
+        return self.context
+
+    @property
+    def sot_token_id(self) -> int:
+        """Start of text. ValueError as for `encode`."""
+        return find_codec(self).start
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text. ValueError as for `encode`."""
+        return find_codec(self).end
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of any length, without start, end and padding. ValueError for another library's tokenizer that
+        cannot say them."""
+        return find_codec(self).encode(_check_text(text, MAX_CHARACTERS))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of ids, a list or a tensor of one dimension; start, end and padding are left out. What the tokenizer
+        has changed (case, spaces) stays changed. ValueError as for `encode`."""
+        codec = find_codec(self)
+        ids = [int(token) for token in tokens]
+        ids = ids[: ids.index(codec.end)] if codec.end in ids else ids
+        return codec.decode([token for token in ids if token not in (codec.start, codec.padding)])
+
+    def with_context(self, context: int) -> Tokenizer:
+        """The same for another context."""
+        if self.name in NAMES:
+            return make_tokenizer(self.name, context)
+        return Tokenizer(self.name, self._encode, self.vocab_size, context, self.prepare, self._whole)
+
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
+        if not isinstance(texts, (str, list, tuple)) and hasattr(texts, "tolist"):  # numpy's, pandas', pyarrow's
+            texts = texts.tolist()
         if not isinstance(texts, (str, list, tuple)):
             raise ValueError(
                 f"texts: {str(texts)[:80]!r} is a {type(texts).__name__}, should be a str or a list of them"
@@ -101,6 +137,38 @@ def make_tokenizer(name: str = CLIP_BPE, context: int = 77) -> Tokenizer:
     if name != CLIP_BPE:
         raise ValueError(f"tokenizer: {name!r} is not known; valid names: {', '.join(map(repr, NAMES))}")
     return Tokenizer(name, _encode_clip, _clip_bpe().vocab_size, context)
+
+
+class Codec(NamedTuple):
+    """A tokenizer without start, end and padding."""
+
+    start: int
+    end: int
+    padding: int | None  # None where 0 is a token as any other
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+
+def find_codec(tokenizer: Tokenizer) -> Codec:
+    """What `encode` and `decode` use. ValueError for another library's tokenizer that cannot say it."""
+    if tokenizer.name == BERT_CHINESE:
+        return Codec(START, END, PAD, lambda text: list(_find_pieces(text)), _join_pieces)
+    theirs: Any = _clip_bpe() if tokenizer.name == CLIP_BPE else tokenizer._encode
+    if hasattr(theirs, "sot_token_id"):  # open_clip's SimpleTokenizer
+        # Its padding is 0, which is also the token "!" followed by no space: a decoded text keeps that.
+        return Codec(theirs.sot_token_id, theirs.eot_token_id, None, theirs.encode, theirs.decode)
+    inner: Any = getattr(theirs, "tokenizer", None)  # of transformers, in open_clip's HFTokenizer
+    ends = [getattr(inner, f"{one}_token_id", None) for one in ("bos", "cls", "eos", "sep", "pad")]
+    start, end = (next((one for one in pair if one is not None), None) for pair in (ends[:2], ends[2:4]))
+    if end is None:
+        raise ValueError(f"tokenizer: {tokenizer.name!r} does not say its start and end of text; use its own functions")
+    return Codec(
+        -1 if start is None else start,
+        end,
+        ends[4],
+        lambda text: inner.encode(text, add_special_tokens=False),
+        inner.decode,
+    )
 
 
 def count_cut(texts: Sequence[str], tokens: torch.Tensor, tokenizer: Callable) -> int:
@@ -217,6 +285,27 @@ def _find_longest(word: str) -> list[int]:
         found.append(vocabulary[prefix + word[begin:end]])
         begin = end
     return found
+
+
+def _join_pieces(ids: list[int]) -> str:
+    """Words of pieces: no space between ideographs, one between other words."""
+    pieces = _pieces()
+    text, before = "", ""
+    for token in ids:
+        piece = pieces[token]
+        joined = piece.startswith("##") or not text or _is_ideograph(piece) or _is_ideograph(before)
+        text, before = text + ("" if joined else " ") + piece.removeprefix("##"), piece
+    return text
+
+
+@lru_cache(maxsize=1)
+def _pieces() -> list[str]:
+    """Id -> word piece."""
+    return list(_bert_chinese())
+
+
+def _is_ideograph(piece: str) -> bool:
+    return len(piece) == 1 and any(a <= ord(piece) <= b for a, b in _IDEOGRAPHS)
 
 
 def _prepare_chinese(text: str) -> str:

@@ -27,7 +27,7 @@ from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
-from rwkv_clip.factory import create_model, preprocess_of, resolve_spec
+from rwkv_clip.factory import create_model, holds_weights, preprocess_of, resolve_spec
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
 from rwkv_clip.losses import Objective, make_objective
@@ -206,6 +206,8 @@ def _make_model(work: Work) -> ContrastiveModel:
     torch.manual_seed(settings.run.seed)
     device = "cpu" if is_sharded(settings.parallel, world) else world.device  # sharding moves it
     weights = {key: value for key, value in to_dict(settings.model).items() if key != "model"}
+    if holds_weights(settings.model.model) and weights["pretrained"] is None:
+        weights["pretrained"] = settings.model.model
     model = create_model(work.spec, device=device, **weights)
     freeze_parameters(model, settings.freezing)
     return model

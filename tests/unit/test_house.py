@@ -20,13 +20,13 @@ FILES = sorted(SRC.rglob("*.py"))
 ROOMS = [
     {"errors", "keys"},
     {"config", "files", "fonts"},
-    {"processes", "device"},
-    {"dist", "tokenizer", "metrics", "nearest", "serialization", "checkpoint"},
+    {"processes", "device", "downloads"},
+    {"dist", "tokenizer", "metrics", "nearest", "serialization", "checkpoint", "pretrained"},
     {"ops", "data", "losses"},
     {"transform"},
     {"models"},
-    {"factory", "features", "demo"},
-    {"retrieval", "convert"},
+    {"factory", "features", "demo", "overrides", "weights"},
+    {"retrieval", "convert", "hub", "model_card"},
     {"__init__"},
 ]
 
@@ -124,7 +124,8 @@ OPTIONAL = {
     "faiss": {"search.py", "approximate.py"},
     "lmdb": {"lmdb.py"},
     "pybase64": {"lmdb.py"},
-    "transformers": {"transformers_captioner.py"},
+    "transformers": {"transformers_captioner.py", "modeling_rwkv_clip.py"},
+    "huggingface_hub": {"downloads.py"},
     "tokenizers": set(),
     "starlette": {"server.py"},
     "uvicorn": {"server.py"},

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ConfigError, parse, ranged, to_dict
 from ..tokenizer import BERT_CHINESE, MOST_POSITIONS, PAD, Tokenizer, make_tokenizer
+from .intermediates import collect
 from .specification import Encoded
 from .tower import Tower
 
@@ -171,6 +172,7 @@ class BertTower(Tower):
     def __init__(self, config: BertConfig, embed_dim: int | None):
         super().__init__(config.width, embed_dim)
         self.config = config
+        self.context_length, self.vocab_size = config.context, config.vocab
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.depth))})
         self._init_values()
@@ -222,6 +224,20 @@ class BertTower(Tower):
         if layout.places is None:
             return hidden.unflatten(0, layout.shape)[:, 0]
         return hidden[(layout.places % layout.shape[1] == 0).nonzero().flatten()]
+
+    @property
+    def blocks_in_order(self) -> list[nn.Module]:
+        return list(self._layers)
+
+    def collect_blocks(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The same of packed tokens; zero at padding."""
+        features, seen = collect(self.blocks_in_order, lambda: self(inputs))
+        found = []
+        for (_, layout), out in seen:
+            tokens = layout.spread(out)
+            tokens = tokens if layout.read is None else tokens * layout.read[:, 0, 0, :, None]
+            found.append(F.pad(tokens, (0, 0, 0, inputs.shape[1] - layout.shape[1])))
+        return features, found
 
     def groups(self) -> list[list[Any]]:
         return [[self.embeddings], *([layer] for layer in self._layers)]

@@ -7,30 +7,31 @@ one of another family. `_embeds`, `_global_pool` and the builders of towers are 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import open_clip
+import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transformer import TextTransformer, Transformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..errors import is_out_of_memory
+from ..downloads import fetching
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from ..transform import ResizeMode
+from .layers import number_layers
 from .outputs import name_features
 from .specification import CLIP_PIXELS, ContrastiveModel, Encoded, Pixels, suggest
 
+PREPROCESSING = {"resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}  # of pictures
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
-_NETWORK = ("httpx", "httpcore", "requests", "urllib", "huggingface_hub", "ssl")  # modules of network errors
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,10 @@ class NamedFeatures(ContrastiveModel):
             return name_features(self, image, text, needs)
         return super().forward(image, text, *arguments, **named)
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Name of a parameter -> number of its layer, for timm's layer decay, see `layers.number_layers`."""
+        return number_layers(self)
+
     def encode_parts(self, side: str, inputs: Tensor) -> Encoded:
         """Features of one side, not normalised, and what they were made from."""
         return encode_image(self.visual, inputs) if side == "image" else self._encode_text_parts(inputs)
@@ -136,7 +141,8 @@ class OpenClipConfig:
 
     source: str | dict[str, Any]
     pixels: Pixels = CLIP_PIXELS  # of the weights that it was made from
-    resize_mode: ClassVar[ResizeMode] = "shortest"
+    resize_mode: ResizeMode = "shortest"
+    interpolation: str = "bicubic"  # or bilinear, of pictures
 
     def __repr__(self) -> str:
         """Unchanged since version 0.2: it is part of the key of cached features."""
@@ -147,10 +153,17 @@ class OpenClipConfig:
         """From {"open_clip": source, "pixels": ..} or the description alone. ConfigError lists every problem."""
         table = data if "open_clip" in data else {"open_clip": data}
         source, pixels = table["open_clip"], table.get("pixels", CLIP_PIXELS)
+        names = [f.name for f in dataclasses.fields(cls)][1:]
         problems = [
-            f"{key}: unknown setting; {suggest(key, ('open_clip', 'pixels'))}"
+            f"{key}: unknown setting; {suggest(key, ('open_clip', *names))}"
             for key in table
-            if key not in ("open_clip", "pixels")
+            if key not in ("open_clip", *names)
+        ]
+        ways: dict[str, Any] = {key: table[key] for key in PREPROCESSING if key in table}
+        problems += [
+            f"{key}: {value!r} is not one of {', '.join(PREPROCESSING[key])}"
+            for key, value in ways.items()
+            if value not in PREPROCESSING[key]
         ]
         if isinstance(source, dict):
             problems += [
@@ -158,42 +171,76 @@ class OpenClipConfig:
                 for key in ("vision_cfg", "text_cfg")
                 if not isinstance(source.get(key), dict)
             ]
-        elif source not in (names := open_clip.list_models()):
-            problems.append(
-                f"open_clip: {source!r} is neither a model of open_clip's nor a table; {suggest(source, names)}"
-            )
+        elif source not in open_clip.list_models():
+            near = suggest(source, open_clip.list_models())
+            problems.append(f"open_clip: {source!r} is neither a model of open_clip's nor a table; {near}")
         try:
             mean, std = (tuple(map(float, values)) for values in pixels)
         except (TypeError, ValueError):
             problems.append(f"pixels: {pixels!r} is not two lists of three numbers, mean and std")
         if problems:
             raise ConfigError(problems)
-        return cls(source, (mean, std))
+        return cls(source, (mean, std), **ways)
+
+    @classmethod
+    def from_layout(cls, data: dict[str, Any], where: str) -> OpenClipConfig:
+        """The content of an open_clip_config.json -> model, without the weights of towers that it may name: a file of
+        the whole follows. ConfigError, with `where`, for what is not one, or not supported."""
+        model, images = data.get("model_cfg"), data.get("preprocess_cfg", {})
+        if not isinstance(model, dict) or not isinstance(images, dict):
+            raise ConfigError([f"{where}: model_cfg and preprocess_cfg are tables in open_clip's layout; correct it"])
+        source = json.loads(json.dumps(model))
+        for table, key in (("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_model_pretrained")):
+            if isinstance(source.get(table), dict) and source[table].get(key.removesuffix("pretrained") + "name"):
+                source[table][key] = False
+        pixels = [images.get(key) or own for key, own in zip(("mean", "std"), CLIP_PIXELS)]
+        ways = {key: images[key] for key in PREPROCESSING if images.get(key)}
+        try:
+            return cls.parse({"open_clip": source, "pixels": pixels, **ways})
+        except ConfigError as error:
+            raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
     def to_json(self) -> dict[str, Any]:
-        pixels = {} if self.pixels == CLIP_PIXELS else {"pixels": self.pixels}
-        return json.loads(json.dumps({"open_clip": self.source, **pixels}))
+        plain = OpenClipConfig("")
+        changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+        changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}
+        return json.loads(json.dumps({"open_clip": self.source, **changed}))
+
+    def to_layout(self) -> dict[str, Any]:
+        """The content of an open_clip_config.json."""
+        mean, std = self.pixels
+        images = {"mean": mean, "std": std, "interpolation": self.interpolation, "resize_mode": self.resize_mode}
+        return {"model_cfg": self.description, "preprocess_cfg": json.loads(json.dumps(images))}
 
     def build(self, tag: str | None = None) -> ContrastiveModel:
         if isinstance(self.source, str):
             pixels = dict(zip(("mean", "std"), self.pixels))
             with fetching("pretrained" if tag else "model", tag or self.source):
-                model = open_clip.create_model(self.source, pretrained=tag, force_preprocess_cfg=pixels)
+                device = torch.empty(0).device  # the default: meta, where only a structure is wanted
+                model = open_clip.create_model(self.source, pretrained=tag, device=device, force_preprocess_cfg=pixels)
             model.__class__ = _CLASSES[type(model)]
             return model
         source = dict(self.source)
-        kind = CustomTextCLIP if source.pop("custom_text", False) else CLIP
-        return _build("model", source, lambda: kind(**source))
+        custom = source.pop("custom_text", False) or "hf_model_name" in source["text_cfg"]
+        kind: Any = CoCa if "multimodal_cfg" in source else CustomTextCLIP if custom else CLIP
+        with fetching("model", str(source["text_cfg"].get("hf_model_name", "model"))):
+            return _build("model", source, lambda: kind(**source))
 
     def tokenizer(self) -> Tokenizer:
-        if not isinstance(self.source, str):
-            return make_tokenizer(context=self.source["text_cfg"].get("context_length", 77))
-        with fetching("tokenizer", f"that of {self.source}"):
-            tokenizer = open_clip.get_tokenizer(self.source)
+        text = self.description.get("text_cfg", {})
+        if not isinstance(self.source, str) and "hf_tokenizer_name" not in text:
+            return make_tokenizer(context=text.get("context_length", 77))
+        with fetching("tokenizer", f"that of {self.name}"):
+            if isinstance(self.source, str):
+                tokenizer = open_clip.get_tokenizer(self.source)
+            else:  # a program that a repository brings is not run
+                settings = {**(text.get("tokenizer_kwargs") or {}), "trust_remote_code": False}
+                context = text.get("context_length", 77)
+                tokenizer = HFTokenizer(text["hf_tokenizer_name"], context_length=context, **settings)
         if isinstance(tokenizer, open_clip.SimpleTokenizer):
             return make_tokenizer(context=tokenizer.context_length)
         vocab = tokenizer.vocab_size if hasattr(tokenizer, "vocab_size") else len(tokenizer.tokenizer)  # Hugging Face's
-        return Tokenizer(f"open_clip:{self.source}", tokenizer, vocab, tokenizer.context_length)
+        return Tokenizer(f"open_clip:{self.name}", tokenizer, vocab, tokenizer.context_length)
 
     def with_drop_path(self, rate: float) -> OpenClipConfig:
         raise ConfigError([f"drop_path: {self.name} is an open_clip model; only RWKV towers take this setting"])
@@ -205,7 +252,8 @@ class OpenClipConfig:
         name = name_for_tag(self.source, pretrained)
         weights = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), pretrained)
         mean, std = (tuple(weights.get(key) or own) for key, own in zip(("mean", "std"), CLIP_PIXELS))
-        return OpenClipConfig(name, (mean, std)), pretrained
+        ways: dict[str, Any] = {key: weights[key] for key in PREPROCESSING if weights.get(key) in PREPROCESSING[key]}
+        return OpenClipConfig(name, (mean, std), **ways), pretrained
 
     @property
     def name(self) -> str:
@@ -213,15 +261,16 @@ class OpenClipConfig:
 
     @property
     def vocabulary(self) -> int | None:
-        text = self._description.get("text_cfg", {})
+        text = self.description.get("text_cfg", {})
         return None if "hf_model_name" in text else text.get("vocab_size", 49408)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        return _image_size(self._description.get("vision_cfg", {}))
+        return _image_size(self.description.get("vision_cfg", {}))
 
     @property
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """In open_clip's form."""
         return self.source if isinstance(self.source, dict) else open_clip.get_model_config(self.source) or {}
 
 
@@ -319,41 +368,6 @@ TOWERS = {"image": OpenClipImageConfig, "text": OpenClipTextConfig}
 
 
 # ---- weights that open_clip fetches ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def fetching(field: str, what: str) -> Iterator[None]:
-    """While open_clip may fetch `what` from the network: a ConfigError that names it if that fails.
-
-    Its libraries raise many kinds of errors, one caused by the other: a failed download has a system's or a network's
-    error somewhere in that chain. An error of this machine (a full disk, no memory) is raised unchanged.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
-        if own := next(filter(_is_of_this_machine, chain), None):
-            raise own from None
-        if not any(isinstance(e, OSError) or type(e).__module__.startswith(_NETWORK) for e in chain):
-            raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(
-            [
-                f"{field}: {what!r} must be downloaded once, which failed ({reason[:200]}); run it where there is a "
-                "network, copy its cache (~/.cache/huggingface) here, or give the weights as a file"
-            ]
-        ) from error
-
-
-def _is_of_this_machine(error: BaseException) -> bool:
-    """Whether a disk is full or not writable, or memory ran out."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    closed = isinstance(error, PermissionError) and error.filename is not None
-    return full or closed or is_out_of_memory(error)
 
 
 def name_for_tag(name: str, tag: str) -> str:

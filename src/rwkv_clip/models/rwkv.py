@@ -128,17 +128,25 @@ class PatchEmbed(nn.Module):
         return F.linear(pixels, self.projection.weight.flatten(1), self.projection.bias)
 
 
+def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, rows * columns, W) of one grid -> those of another: bicubic, corners not aligned."""
+    grid = table.float().unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
+
+
 class ImageTower(Tower):
     """Images (B, 3, h, w), any h and w -> features: the class token, or the mean of all tokens."""
 
     def __init__(self, config: ImageTowerConfig, embed_dim: int | None = None):
         super().__init__(config.width, embed_dim)
         self.config = config
-        self.grid = self._grid_of(config.image_size)
+        self.image_size = config.image_size
+        self.grid = self.grid_of(config.image_size)
         self.patch_embed = PatchEmbed(config.patch, config.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], config.width))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()  # also on the meta device
         blocks = [Block(config, IMAGE_STYLE, i == 0, rate) for i, rate in enumerate(rates)]
         self.layers = nn.ModuleList(blocks)
         self.drop_numbers: Tensor | None = None  # see RWKVCLIP.set_drop_numbers
@@ -156,22 +164,21 @@ class ImageTower(Tower):
             for parameter in block.ffn.mix_parameters():
                 parameter.copy_(fraction)
 
-    def _grid_of(self, size: Iterable[int]) -> tuple[int, int]:
+    def grid_of(self, size: Iterable[int]) -> tuple[int, int]:
+        """Patches of a picture of (height, width): rows, columns."""
         rows, columns = (-(-side // self.config.patch) for side in size)
         return rows, columns
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:
             return self.pos_embed
-        table = self.pos_embed.float().unflatten(1, self.grid).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-        return table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return resize_table(self.pos_embed, self.grid, grid)
 
     def forward_tokens(self, image: Tensor) -> Tensor:
         """Tokens (B, T, width) after the last LayerNorm, row by row; the class token, if there is one, comes last."""
         if image.dim() != 4 or image.shape[1] != 3:
             raise ValueError(f"image: expected shape (B, 3, height, width), got {tuple(image.shape)}")
-        grid = self._grid_of(image.shape[-2:])
+        grid = self.grid_of(image.shape[-2:])
         x = self.patch_embed(image.to(self.patch_embed.projection.weight.dtype)) + self._positions(grid)
         if self.cls_token is not None:
             x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
@@ -182,6 +189,14 @@ class ImageTower(Tower):
 
     def pool(self, tokens: Tensor) -> Tensor:
         return tokens[:, -1] if self.cls_token is not None else tokens.mean(1)
+
+    @property
+    def blocks_in_order(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.ln1
 
     def groups(self) -> list[list[Any]]:
         embedding = [self.patch_embed, self.pos_embed, *([] if self.cls_token is None else [self.cls_token])]
@@ -194,6 +209,7 @@ class TextTower(Tower):
     def __init__(self, config: TextTowerConfig, embed_dim: int | None = None):
         super().__init__(config.width, embed_dim)
         self.config = config
+        self.context_length, self.vocab_size = config.context, config.vocab
         self.emb = nn.Embedding(config.vocab, config.width)
         blocks = [Block(config, TEXT_STYLE, i == 0) for i in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -243,6 +259,14 @@ class TextTower(Tower):
 
     def pool(self, tokens: Tensor) -> Tensor:
         return F.normalize(tokens, dim=-1).mean(1)
+
+    @property
+    def blocks_in_order(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.ln_out
 
     def groups(self) -> list[list[Any]]:
         return [[self.emb], *([block] for block in self.blocks[:-1]), [self.blocks[-1], self.ln_out]]

@@ -58,6 +58,11 @@ class ContrastiveModel(nn.Module):
     encode_image: Callable[..., Tensor]  # (image, normalize=False)
     encode_text: Callable[..., Tensor]  # (text, normalize=False)
     encode_parts: Callable[[str, Tensor], Encoded]  # of a side, "image" or "text"
+    get_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (image, text)
+    forward_intermediates: Callable[..., dict[str, Any]]
+    no_weight_decay: Callable[[], set[str]]
+    group_matcher: Callable[..., Callable[[str], int]]  # timm's
+    output_dict: bool
     set_grad_checkpointing: Callable[[bool], None]
     set_drop_numbers: Callable[[Tensor | None], None]  # of a model with `drop_branches`
 

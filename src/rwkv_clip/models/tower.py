@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .intermediates import collect
+from .layers import find_undecayed, number_layers
 from .specification import Encoded
 
 
@@ -45,6 +48,29 @@ class Tower(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.encode(inputs).features
+
+    @property
+    def blocks_in_order(self) -> list[nn.Module]:
+        """Its blocks, first to last."""
+        raise NotImplementedError
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """The norm after the last block; None where blocks end with one."""
+        return None
+
+    def collect_blocks(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features, not normalised, and what each block puts out, (B, T, width)."""
+        features, seen = collect(self.blocks_in_order, lambda: self(inputs))
+        return features, [out for _, out in seen]
+
+    def no_weight_decay(self) -> set[str]:
+        """See `RWKVCLIP.no_weight_decay`."""
+        return find_undecayed(self)
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """See `RWKVCLIP.group_matcher`."""
+        return number_layers(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass while training."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..config import ConfigError, parse, ranged
 from ..tokenizer import BERT_CHINESE, CLIP_BPE, END, Tokenizer
 from ..transform import ResizeMode
+from .intermediates import run_model
+from .layers import find_undecayed, number_layers
 from .outputs import SIDES, name_features
 from .rwkv import ImageTowerConfig, TextTowerConfig
 from .specification import ContrastiveModel, Encoded, ImageSpec, Pixels, TextSpec, parse_tower
@@ -132,6 +134,8 @@ class RWKVCLIP(ContrastiveModel):
     """Two towers whose features are compared by cosine times exp(logit_scale). The interface is open_clip's."""
 
     spec: ModelConfig
+    logit_bias: None = None
+    output_dict = False
 
     def __init__(self, spec: ModelConfig):
         super().__init__()
@@ -156,25 +160,74 @@ class RWKVCLIP(ContrastiveModel):
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, needs: Iterable[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Tensor]:
-        """Normalised image features, normalised text features, exp(logit_scale); with `needs` see `name_features`."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Any]:
+        """Normalised image features, normalised text features, exp(logit_scale); of an input that is not given, None.
+
+        As a dict with open_clip's names (image_features, text_features, logit_scale) if `output_dict` is set; with
+        `needs` see `name_features`."""
         if needs is not None:
             return name_features(self, image, text, needs)
-        features = None if image is None else self.encode_image(image, normalize=True)
-        return features, None if text is None else self.encode_text(text, normalize=True), self.logit_scale.exp()
+        images = None if image is None else self.encode_image(image, normalize=True)
+        texts = None if text is None else self.encode_text(text, normalize=True)
+        scale = self.logit_scale.exp()
+        if self.output_dict:
+            return {"image_features": images, "text_features": texts, "logit_scale": scale}
+        return images, texts, scale
+
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosines, images by texts, and their transpose."""
+        images, texts = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
+        logits = self.logit_scale.exp() * images @ texts.T
+        return logits, logits.T
+
+    def forward_intermediates(
+        self, image: Tensor | None = None, text: Tensor | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Features and what the blocks put out, by open_clip's names and options, see `intermediates.run_model`."""
+        return run_model(self, image, text, options)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass while training."""
         self.image_model.set_grad_checkpointing(enable)
         self.text_model.set_grad_checkpointing(enable)
 
-    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
-        """Freeze the image tower except its last groups: embedding, blocks, last block with norm, projection."""
-        self.image_model.lock(unlocked_groups)
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower except its last groups: embedding, blocks, last block with norm, projection.
 
-    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
-        """The same for the text tower."""
-        self.text_model.lock(unlocked_layers)
+        freeze_bn_stats: also the statistics of the batch norms of a ResNet; other towers have none."""
+        tower: Any = self.image_model
+        if freeze_bn_stats and hasattr(tower, "attnpool"):
+            tower.lock(unlocked_groups, freeze_bn_stats)
+        else:
+            tower.lock(unlocked_groups)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """The same for the text tower. freeze_layer_norm=False leaves its LayerNorms as they are."""
+        tower: Any = self.text_model
+        norms = [module for module in tower.modules() if isinstance(module, nn.LayerNorm)]
+        spared = [] if freeze_layer_norm else [parameter for norm in norms for parameter in norm.parameters()]
+        before = [parameter.requires_grad for parameter in spared]
+        tower.lock(unlocked_layers)
+        for parameter, trains in zip(spared, before):
+            parameter.requires_grad_(trains)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm's and open_clip's optimizers should not decay, see `layers.find_undecayed`."""
+        return find_undecayed(self)
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Name of a parameter -> number of its layer, for timm's layer decay, see `layers.number_layers`."""
+        return number_layers(self)
+
+    @property
+    def visual(self) -> Any:
+        """The image tower, by open_clip's name. The names of parameters begin with image_model."""
+        return self.image_model
+
+    @property
+    def text(self) -> Any:
+        """The text tower, by open_clip's name. The names of parameters begin with text_model."""
+        return self.text_model
 
     @property
     def drop_branches(self) -> int:
@@ -194,3 +247,7 @@ class RWKVCLIP(ContrastiveModel):
     @property
     def image_size(self) -> tuple[int, int]:
         return self.spec.image_size
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.spec.vocabulary
