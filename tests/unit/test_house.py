@@ -26,7 +26,8 @@ ROOMS = [
     {"transform"},
     {"models"},
     {"factory", "features", "demo"},
-    {"retrieval", "convert"},
+    {"retrieval", "convert", "exporting"},
+    {"export"},
     {"__init__"},
 ]
 
@@ -125,6 +126,7 @@ OPTIONAL = {
     "lmdb": {"lmdb.py"},
     "pybase64": {"lmdb.py"},
     "transformers": {"transformers_captioner.py"},
+    "onnx": {"graphs.py"},  # and onnxscript, onnxruntime
     "tokenizers": set(),
 }
 

@@ -15,7 +15,7 @@ _chosen = "auto"
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former since torch 2.7
 
 
-class set_backend:  # noqa: N801 - called like a function, with or without `with`
+class set_backend:  # called like a function, with or without `with`
     """Compute all operators by `name` from here on, or inside a `with` block; returns after it to what was before.
 
     "auto": native kernels and registered operators wherever they run (the default). "torch": formulas of PyTorch's own

@@ -8,9 +8,9 @@ product, whose result is taken where its pairs are (`torch.where`): as cheap to 
 counts in an interpreter of graphs.
 
 Blocks of BLOCK tokens are not cut any further: their factors are taken from the block's middle, and one of the two is
-above 1. Within a block, exponents of a step are therefore cut off at STEEP, where a factor is below 2e-9 (float64: far
-below 1e-16): no factor is above exp(4 * STEEP), which fits, and what is cut off is below the rounding of a sum to which
-the neighbour comes with the factor 1.
+above 1, by up to MIDDLE steps. The exponent of a step is therefore cut off at STEEP, so that exp(MIDDLE * STEEP) fits
+with room for r and k; a factor of a step that should be smaller is exp(-STEEP), 1.6e-6 (float64: 1e-50), beside the
+neighbour's of 1. Larger blocks would have fewer levels and a larger error; 13 gives 49 tokens two levels.
 
 Chunks meet in states, as in `chunked.py`; here each state is one weighted sum over all chunks, with the products of
 the whole chunks between them, so that no loop depends on the length.
@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 8
-CHUNK = 64
-STEEP = {torch.float32: 20.0, torch.float64: 160.0}
+BLOCK, MIDDLE = 13, 6
+CHUNK = 4 * BLOCK
+STEEP = {torch.float32: 80.0 / MIDDLE, torch.float64: 690.0 / MIDDLE}
 
 
 def wkv6_plain(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def wkv6_plain(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         rows = [x.to(dtype).transpose(1, 2) for x in (r, k, v, w)]  # (B, H, T, N)
         steep = torch.exp(rows.pop()).clamp(max=STEEP[dtype])
         u = u.to(dtype).unsqueeze(1)
-        if isinstance(tokens, int) and tokens <= CHUNK + 2 * BLOCK:
+        if isinstance(tokens, int) and tokens <= 2 * CHUNK:
             y = _score(*rows, steep, u) @ rows[2]
         else:
             y = _run_chunks(*rows, steep, u, tokens)
@@ -73,12 +73,15 @@ class _Tables:
         i = torch.arange(count, device=device)
         t, j = i[:, None], i[None, :]
         same = t // BLOCK == j // BLOCK
-        middle = t // BLOCK * BLOCK + BLOCK // 2
-        # Sums from the middle of a block up to a token, without it (read by the later of a pair) or with it: of one
-        # sign each, positive where the token comes before the middle.
+        start = t // BLOCK * BLOCK
+        middle = start + MIDDLE
+        # Sums from the middle of a block up to a token, without it (for the later of a pair) or with it: of one sign
+        # each, positive where the token comes before the middle. The first token of a block is never the later one, nor
+        # the last one the earlier: without their sums, none has more than MIDDLE steps.
         self.block = [
-            (((j >= t) & (j < middle)).to(dtype) - ((j >= middle) & (j < t)).to(dtype)) * same,
-            (((j >= middle) & (j <= t)).to(dtype) - ((j > t) & (j < middle)).to(dtype)) * same,
+            (((j >= t) & (j < middle)).to(dtype) - ((j >= middle) & (j < t)).to(dtype)) * (same & (t > start)),
+            (((j >= middle) & (j <= t)).to(dtype) - ((j > t) & (j < middle)).to(dtype))
+            * (same & (t < start + BLOCK - 1)),
         ]
         self.later, self.earlier = same & (j < t), same & (j > t)
         self.reaches, self.pairs = [], []
