@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from .parts import Part, first_line
+from .parts import Part, first_line, quiet
 
 OPSET = 18
 ONE_FILE = 1_900_000_000  # bytes of weights; a file of protobuf has less than 2 GiB, larger weights lie beside it
@@ -39,7 +37,7 @@ def write_graph(program: torch.export.ExportedProgram, part: Part, path: Path) -
     import onnx
 
     try:
-        with _quiet():
+        with quiet():
             made = torch.onnx.export(
                 program,
                 opset_version=OPSET,
@@ -144,7 +142,7 @@ def quantize_graph(source: Path, path: Path, part: Part, way: Quantization, exam
     }
     try:
         onnx.save(graph.model, str(plain), save_as_external_data=large, location=f"{plain.name}.data")
-        with _quiet():
+        with quiet():
             if way == "dynamic":
                 quantization.quantize_dynamic(plain, path, extra_options={"MatMulConstBOnly": True}, **shared)
             else:
@@ -174,14 +172,3 @@ def _read_examples(part: Part, examples: Sequence[Tensor]) -> Any:
             return None if inputs is None else {part.input: inputs.numpy()}
 
     return Reader()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice of these libraries, which is for those who call them."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

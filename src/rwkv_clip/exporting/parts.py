@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +50,22 @@ class Part:
         return [self.make_input(batch, wide) for batch in TRIED for wide in {False, len(self.dynamic) > 1}]
 
 
-class _Encoder(nn.Module):
-    """One side of a model as it is."""
+class _ImageEncoder(nn.Module):
+    """The image side of a model as it is. (A graph keeps the names of arguments.)"""
 
-    def __init__(self, model: ContrastiveModel, side: str):
+    def __init__(self, model: ContrastiveModel):
         super().__init__()
-        self.model, self.side = model, side
+        self.model = model
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        encode = self.model.encode_image if self.side == "image" else self.model.encode_text
-        return encode(inputs)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model.encode_image(pixel_values)
+
+
+class _TextEncoder(_ImageEncoder):
+    """The text side."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model.encode_text(input_ids)
 
 
 def make_parts(model: ContrastiveModel, size: tuple[int, int] | None) -> list[Part]:
@@ -81,7 +90,7 @@ def make_parts(model: ContrastiveModel, size: tuple[int, int] | None) -> list[Pa
                     f"{own[0]} x {own[1]} only; leave image_size out"
                 ]
             )
-        module = _Encoder(copy.deepcopy(model), "image")
+        module = _ImageEncoder(model)
 
     def make_pixels(batch: int, wide: bool) -> Tensor:
         height, width = (shape[0] + shape[0] // 2 + 1, shape[1] + 3) if wide else shape
@@ -97,7 +106,7 @@ def _make_text_part(model: ContrastiveModel) -> Part:
     tokenizer = model.spec.tokenizer()
     tower: Any = getattr(model, "text_model", None)
     context, vocab = tokenizer.context, model.spec.vocabulary or tokenizer.vocab_size
-    module: nn.Module = FlatTextTower(tower) if isinstance(tower, TextTower) else _Encoder(copy.deepcopy(model), "text")
+    module: nn.Module = FlatTextTower(tower) if isinstance(tower, TextTower) else _TextEncoder(model)
     # In all others padding counts, or the length of a text is fixed by a mask.
     dynamic = {0: "batch", 1: "tokens"} if isinstance(tower, BertTower) else {0: "batch"}
 
@@ -107,7 +116,7 @@ def _make_text_part(model: ContrastiveModel) -> Part:
         padding = tokenizer("")[0, -1]
         for row in range(batch):  # texts of every length, the last one full
             ids[row, (row + 1) * context // batch :] = padding
-        return ids[:, : max(2, context // 2)] if wide else ids
+        return ids[:, : max(2, context // 2)].clone() if wide else ids  # a view would be recorded as one
 
     return Part("text", "text_model", "input_ids", "text_embeds", module, model.encode_text, dynamic, make_ids)
 
@@ -133,10 +142,24 @@ def record(part: Part) -> torch.export.ExportedProgram:
     axes = {axis: torch.export.Dim.DYNAMIC for axis in part.dynamic}
     inputs = part.make_input(RECORDED, len(part.dynamic) > 1)
     try:
-        with torch.no_grad(), set_backend("torch"):
+        with torch.no_grad(), set_backend("torch"), quiet():
             return torch.export.export(part.module.eval(), (inputs,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # of any kind: this is another library's reading of a whole model
         raise ConfigError([f"{part.side} tower: torch.export cannot record it ({first_line(error)})"]) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and advice of libraries, which are for those who call them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        # torch.export prints a whole graph before it raises.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def first_line(error: BaseException) -> str:
