@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config
 
 from ..config import ConfigError
 from ..models.bert import BertTower
@@ -76,9 +77,10 @@ def make_parts(model: ContrastiveModel, size: tuple[int, int] | None) -> list[Pa
     tower = getattr(model, "image_model", None)
     own = tuple(model.spec.image_size)
     shape = size or own
-    dynamic = {0: "batch"}
+    dynamic, patch = {0: "batch"}, 1
     if isinstance(tower, ImageTower):
         module: nn.Module = FlatImageTower(tower, size)
+        patch = tower.config.patch
         dynamic |= {} if size else {2: "height", 3: "width"}
     else:
         if size != own:
@@ -93,7 +95,7 @@ def make_parts(model: ContrastiveModel, size: tuple[int, int] | None) -> list[Pa
         module = _ImageEncoder(model)
 
     def make_pixels(batch: int, wide: bool) -> Tensor:
-        height, width = (shape[0] + shape[0] // 2 + 1, shape[1] + 3) if wide else shape
+        height, width = (9 * patch + 1, 8 * patch + 3) if wide else shape  # more than one chunk of tokens
         return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
 
     return [
@@ -142,7 +144,8 @@ def record(part: Part) -> torch.export.ExportedProgram:
     axes = {axis: torch.export.Dim.DYNAMIC for axis in part.dynamic}
     inputs = part.make_input(RECORDED, len(part.dynamic) > 1)
     try:
-        with torch.no_grad(), set_backend("torch"), quiet():
+        # Sizes of 1 are not special: without this a graph is recorded for batches from 2 on.
+        with torch.no_grad(), set_backend("torch"), quiet(), _config.patch(backed_size_oblivious=True):
             return torch.export.export(part.module.eval(), (inputs,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # of any kind: this is another library's reading of a whole model
         raise ConfigError([f"{part.side} tower: torch.export cannot record it ({first_line(error)})"]) from error
@@ -163,4 +166,7 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
+    """Of the error that began it all."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -33,21 +33,25 @@ class Shift(NamedTuple):
 
 def plan_shift(grid: tuple[int, ...], more: int, heads: int) -> Shift:
     """grid: (T,) of a text, (h, w) of an image; `more` tokens after it keep their place. Sizes may be symbolic."""
-    if len(grid) == 1:
-        t = torch.arange(grid[0])
-        near, there = [t - 1, t + 1], [t > 0, t < grid[0] - 1]
-    else:
-        height, width = grid
-        t = torch.arange(height * width)
-        column = t % width
-        near = [t - 1, t + 1, t - width, t + width]
-        there = [column > 0, column < width - 1, t >= width, t < (height - 1) * width]
-    parts, last = len(near), math.prod(grid)
-    source = torch.where(torch.stack(there, 1), torch.stack(near, 1), 0)  # (T', parts)
-    kept = torch.stack(there, 1).float()
+    t = torch.arange(math.prod(grid) + more)
+    cells, own = (t[:-more], t[-more:]) if more else (t, t[:0])
+    near, there = [], []
+    cells = cells.reshape(grid)
+    for axis in reversed(range(len(grid))):  # left, right, upper, lower; no arithmetic with sizes, which ONNX lacks
+        ends = cells.narrow(axis, 0, 1), cells.narrow(axis, -1, 1)
+        count = grid[axis] - 1
+        near += [
+            torch.cat([ends[0], cells.narrow(axis, 0, count)], axis),
+            torch.cat([cells.narrow(axis, 1, count), ends[1]], axis),
+        ]
+        inner = (torch.arange(grid[axis]) > 0).reshape([-1 if i == axis else 1 for i in range(len(grid))])
+        there += [inner.expand(grid), inner.flip(axis).expand(grid)]
+    parts = len(near)
+    source = torch.stack([z.reshape(-1) for z in near], 1)  # (T', parts)
+    kept = torch.stack([z.reshape(-1) for z in there], 1).float()
     if more:
-        own = torch.arange(last, last + more).unsqueeze(1).expand(more, parts)
-        source, kept = torch.cat([source, own]), torch.cat([kept, kept.new_ones(more, parts)])
+        source = torch.cat([source, own.unsqueeze(1).expand(more, parts)])
+        kept = torch.cat([kept, kept.new_ones(more, parts)])
     place = torch.arange(heads).unsqueeze(1) * parts + torch.arange(parts)
     rows = (source.unsqueeze(1) * (heads * parts) + place).reshape(-1)
     return Shift(rows, kept.unsqueeze(1).expand(-1, heads, -1).reshape(-1, 1), parts)
