@@ -181,9 +181,13 @@ def test_programs_of_torch_export(tmp_path, name, size):
     program = torch.export.load(str(tmp_path / "out" / "vision_model.pt2"))
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [target for target in targets if "rwkv_clip" in target]
-    pictures = torch.randn(3, 3, *((50, 70) if size else (32, 32)))
+    model = load_for_inference(checkpoint).model
     with torch.no_grad():
-        assert close(program.module()(pictures), load_for_inference(checkpoint).model.encode_image(pictures))
+        for batch, *shape in (
+            ((3, 50, 70), (1, 16, 16), (2, 160, 170), (1, 5, 400)) if size else ((1, 32, 32), (3, 32, 32))
+        ):
+            pictures = torch.randn(batch, 3, *shape)
+            assert close(program.module()(pictures), model.encode_image(pictures)), shape
 
 
 # ---- int8 ------------------------------------------------------------------------------------------------------------

@@ -146,9 +146,13 @@ def record(part: Part) -> torch.export.ExportedProgram:
     try:
         # Sizes of 1 are not special: without this a graph is recorded for batches from 2 on.
         with torch.no_grad(), set_backend("torch"), quiet(), _config.patch(backed_size_oblivious=True):
-            return torch.export.export(part.module.eval(), (inputs,), dynamic_shapes=(axes,), strict=False)
+            program = torch.export.export(part.module.eval(), (inputs,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # of any kind: this is another library's reading of a whole model
         raise ConfigError([f"{part.side} tower: torch.export cannot record it ({first_line(error)})"]) from error
+    if guards := getattr(program, "_guards_code", None):
+        # "Not 1", of sizes that may well be: it was recorded as if they were not, which is right for both.
+        program._guards_code = [guard for guard in guards if "!=" not in guard]
+    return program
 
 
 @contextlib.contextmanager
