@@ -26,7 +26,8 @@ ROOMS = [
     {"transform"},
     {"models"},
     {"factory", "features", "demo", "overrides", "weights"},
-    {"retrieval", "convert", "hub", "model_card"},
+    {"retrieval", "convert", "hub", "model_card", "exporting"},
+    {"export"},
     {"__init__"},
 ]
 
@@ -126,6 +127,7 @@ OPTIONAL = {
     "pybase64": {"lmdb.py"},
     "transformers": {"transformers_captioner.py", "modeling_rwkv_clip.py"},
     "huggingface_hub": {"downloads.py"},
+    "onnx": {"graphs.py"},  # and onnxscript, onnxruntime
     "tokenizers": set(),
     "starlette": {"server.py"},
     "uvicorn": {"server.py"},

@@ -3,7 +3,7 @@
 Each is written once as a formula in torch, in float32 inside whatever the dtype outside. The formula is the
 specification, and on a GPU it is what torch.compile fuses. On a CPU, where every eager operation is a pass over memory,
 float32 and bfloat16 go through custom operators with one native kernel forward and one backward (`native.py`), except
-for calls that PyTorch watches (`ops/watched.py`).
+for calls that PyTorch watches (`ops/watched.py`) and where PyTorch's own operators were asked for (`ops/backend.py`).
 
 Why kernels of our own, although inductor makes a compiled block as fast (`tests/bench/block.py --compile`; figures in
 shell/README.md): compiling takes seconds to minutes per shape and process, so nothing is compiled unless asked for, and
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import is_plain
 from ..watched import is_watched, refuse_forward_mode
 from . import native
 from .shift import check_grid, describe, shift_tokens
@@ -79,7 +80,7 @@ def _run(x: Tensor, formula: Callable, kernel: Callable, operator: Callable, *ar
     """The operator where the native kernels take x and nobody watches; else the formula. Where nothing but the value is
     wanted the kernel is called as it is: a registered operator's way through the dispatcher costs as much as the kernel
     at batch 1."""
-    if not native.supports(x) or is_watched():
+    if is_plain() or not native.supports(x) or is_watched():
         return formula(*arguments)
     plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
     return (kernel if plain else operator)(*arguments)

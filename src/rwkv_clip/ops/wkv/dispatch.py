@@ -17,16 +17,18 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..backend import is_plain
 from ..build import BuildError, find_compiler, find_nvcc
 from ..watched import is_watched, refuse_forward_mode
 from . import chunked, cpu, cuda
+from .plain import wkv6_plain
 from .reference import wkv6_reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NATIVE = {"cpu": ("cpp", cpu, find_compiler), "cuda": ("cuda", cuda, find_nvcc)}  # by device: name, module, tool
 _TRACED = (
     "WKV6 is traced as its plain recurrence, several operations per token, which is right and slow; torch.export and "
-    "torch.compile keep the operator"
+    "torch.compile keep the operator, and under rwkv_clip.ops.set_backend('torch') it is a few products"
 )
 _failed: set[str] = set()  # native backends that could not be built in this process
 
@@ -52,10 +54,13 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
     Returns y (B, T, H, N), contiguous, in v's dtype; accumulated in float32 (float64 for float64 input).
     Differentiable once in all five, and in every way by "reference". `backend`: a name of `available_backends(device)`,
     for forward and backward; None takes the first that supports the input. Under torch.jit.trace, torch.func and
-    forward-mode differentiation it is always "reference" (see `ops/watched.py`). ValueError for wrong shapes, dtypes,
-    devices or backend. Maths: `ops/wkv/reference.py`.
+    forward-mode differentiation it is always "reference" (see `ops/watched.py`), but after
+    `set_backend("torch")` and for the ONNX exporters it is `wkv/plain.py`. ValueError for wrong shapes, dtypes, devices
+    or backend. Maths: `ops/wkv/reference.py`.
     """
     _check(r, k, v, w, u)
+    if backend is None and is_plain():
+        return wkv6_plain(r, k, v, w, u)
     if backend == "reference" or is_watched():
         if torch.jit.is_tracing():
             warnings.warn(_TRACED, RuntimeWarning, stacklevel=2)
