@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rwkv_clip.data.image import inspect_image
-
 from .batching import Batcher
 from .collection import Collection
 from .encoding import Model
@@ -157,7 +155,6 @@ class Service:
     def _see(self, query: Query) -> np.ndarray | None:
         """The vector of what is not a text."""
         if query.picture is not None:
-            inspect_image(query.picture, "picture")
             return to_unit(self._model().encode_picture(query.picture))
         if query.row is not None:
             return to_unit(self.collection.vectors.take([query.row])[0])
