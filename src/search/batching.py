@@ -19,7 +19,7 @@ Search = Callable[[np.ndarray, int, Any], tuple[np.ndarray, np.ndarray]]
 
 class _Waiting(NamedTuple):
     vector: np.ndarray
-    count: int
+    wanted: int
     allowed: Any
     answer: Future
 
@@ -65,10 +65,10 @@ class Batcher:
         if not group:
             return
         try:
-            most = max(one.count for one in group)
+            most = max(one.wanted for one in group)
             rows, scores = self._search(np.stack([one.vector for one in group]), most, group[0].allowed)
             for one, found, values in zip(group, rows, scores):
-                one.answer.set_result((found[: one.count], values[: one.count]))
+                one.answer.set_result((found[: one.wanted], values[: one.wanted]))
         except BaseException as error:
             for one in group:
                 if not one.answer.done():
