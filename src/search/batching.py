@@ -1,7 +1,6 @@
-"""Searches that wait at the same time go through the vectors together.
+"""Searches that wait at the same time go through the vectors together, which takes less time than one after the other.
 
-A search over a large collection takes as long as its memory is read: one pass for 16 queries costs little more than one
-for a single query, so twenty users wait for two or three passes and not for twenty.
+How much less depends on the machine and the number of rows: `python tests/bench/serve.py` measures twenty users.
 """
 
 from __future__ import annotations
