@@ -21,6 +21,7 @@ from .rows import Fields, is_scalar, make_row
 from .vectors import Vectors, encode_array, map_matrix
 
 ROWS = 1_000_000  # of a file
+BATCH = 8192  # rows that are looked through at a time
 PATHS = ("image_path", "path", "file_name", "filename")
 TEXTS = ("caption", "text")
 IDS = ("key", "id", "image_path", "uid")
@@ -70,20 +71,15 @@ class TableRows:
 
     def __init__(self, table: Any, pictures: Pictures):
         self._table, self._pictures = table, pictures
-        self._fields = Fields.survey(({"fields": self._take(row)[2]} for row in range(len(table))), len(table))
+        batches = (batch.to_pylist() for batch in table.to_batches(max_chunksize=BATCH))  # a row at a time is slow
+        rows = ({"fields": _take_apart(values, 0)[2]} for batch in batches for values in batch)
+        self._fields = Fields.survey(rows, len(table))
 
     def __len__(self) -> int:
         return len(self._table)
 
     def _take(self, row: int) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
-        values = self._table.slice(row, 1).to_pylist()[0]
-        name = next((str(values[key]) for key in IDS if values.get(key) not in (None, "")), str(row))
-        text = next((values[key] for key in TEXTS if isinstance(values.get(key), str)), "")
-        path = next((values[key] for key in PATHS if isinstance(values.get(key), str)), None)
-        fields = {
-            key: value for key, value in values.items() if key not in (*PATHS, *TEXTS, "key") and is_scalar(value)
-        }
-        return name, text, fields, {} if path is None else {"file": path, "root": None}
+        return _take_apart(self._table.slice(row, 1).to_pylist()[0], row)
 
     def describe(self, row: int) -> dict[str, Any]:
         """id, text and fields."""
@@ -101,6 +97,15 @@ class TableRows:
     def select(self, wanted: Mapping[str, Sequence]) -> np.ndarray:
         """bool (n,)."""
         return self._fields.select(wanted)
+
+
+def _take_apart(values: Mapping[str, Any], row: int) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """(id, text, fields, place) of a row of metadata."""
+    name = next((str(values[key]) for key in IDS if values.get(key) not in (None, "")), str(row))
+    text = next((values[key] for key in TEXTS if isinstance(values.get(key), str)), "")
+    path = next((values[key] for key in PATHS if isinstance(values.get(key), str)), None)
+    fields = {key: value for key, value in values.items() if key not in (*PATHS, *TEXTS, "key") and is_scalar(value)}
+    return name, text, fields, {} if path is None else {"file": path, "root": None}
 
 
 def write_clip_retrieval(collection: Any, folder: Path) -> None:

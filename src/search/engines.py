@@ -76,8 +76,8 @@ class EngineVectors:
         asked = k = min(k, len(self))
         while True:
             rows, scores = self._engine.find(query, asked) if asked else (np.empty(0, np.int64), np.empty(0))
-            inside = (rows >= 0) & (rows < len(self))  # an engine may hold more than the collection
-            rows, scores, found = rows[inside], scores[inside], len(rows)
+            found, inside = len(rows), (rows >= 0) & (rows < len(self))  # an engine may hold more than the collection
+            rows, scores = rows[inside], scores[inside]
             if allowed is not None:
                 rows, scores = rows[allowed[rows]], scores[allowed[rows]]
             if len(rows) >= k or asked >= len(self) or found < asked:

@@ -242,4 +242,4 @@ def find_caption(fields: dict[str, Any]) -> str:
 
 
 def _other_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in (*CAPTION_FIELDS, *IMAGE_FIELDS)}
+    return {name: value for name, value in fields.items() if name not in (*CAPTION_FIELDS, *IMAGE_FIELDS, *IDS)}

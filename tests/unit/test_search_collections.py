@@ -91,7 +91,8 @@ def test_fields_with_few_values_narrow_a_search():
     rows = [{"fields": {"a": i % 2, "many": i, "one": 1, "mixed": [1, True, "1", 1.5][i % 4]}} for i in range(200)]
     found = Fields.survey(rows, len(rows))
     assert found.values == {"a": [0, 1], "mixed": [True, 1.5, 1, "1"]} or set(found.values) == {"a", "mixed"}
-    assert found.select({"a": ["1"]}).sum() == 100 and found.select({"a": ["0"], "mixed": ["1.5"]}).sum() == 0
+    assert found.select({"a": ["1"]}).sum() == found.select({"a": [1]}).sum() == 100
+    assert found.select({"a": ["0"], "mixed": ["1.5"]}).sum() == 0
     assert found.select({"a": ["0", "1"]}).all() and not found.select({"a": []}).any()
     assert MOST_VALUES < 200 and "many" not in found.values
 
@@ -244,6 +245,7 @@ def test_too_few_allowed_are_asked_for_again():
     allowed[[500, 700]] = True
     rows, _ = EngineVectors(vectors, Slow()).search(unit(1), 2, allowed)
     assert rows.tolist() == [[500, 700]] and asked == [2, 8, 32, 128, 512, 900]
+    assert EngineVectors(vectors, Slow()).search(unit(1), 5)[0].tolist() == [[0, 1, 2, 3, 4]]  # rows below 0 are none
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

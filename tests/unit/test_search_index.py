@@ -126,6 +126,21 @@ def test_another_model_encodes_all_again(folder, tmp_path, model, monkeypatch):
         Collection.open(output, device="cpu").model.encode_text("red")
 
 
+def test_what_has_its_stamp_is_not_read(folder, tmp_path, model, monkeypatch):
+    index(folder, tmp_path / "index")
+    monkeypatch.setattr("rwkv_clip.data.encode.read_bytes", lambda *_: pytest.fail("a picture was read"))
+    assert index(folder, tmp_path / "index") == Summary(len(NAMES), 0, 0)
+
+
+def test_a_tar_of_known_pictures_is_copied(folder, tmp_path, model):
+    index(folder, tmp_path / "index")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(folder / "blue.png", "blue.png")
+    assert index(tmp_path / "all.tar", tmp_path / "index").rows == 1
+    shutil.rmtree(folder)
+    assert Collection.open(tmp_path / "index").picture(0)
+
+
 @pytest.mark.parametrize("stop", [1, 15, 16, 17, 33, 47])
 def test_a_run_that_was_stopped_goes_on_and_ends_alike(tmp_path, model, stop, monkeypatch):
     for number in range(48):
