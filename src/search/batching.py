@@ -1,7 +1,6 @@
-"""Searches that wait at the same time go through the vectors together.
+"""Searches that wait at the same time go through the vectors together, which takes less time than one after the other.
 
-A search over a large collection takes as long as its memory is read: one pass for 16 queries costs little more than one
-for a single query, so twenty users wait for two or three passes and not for twenty.
+How much less depends on the machine and the number of rows: `python tests/bench/serve.py` measures twenty users.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Search = Callable[[np.ndarray, int, Any], tuple[np.ndarray, np.ndarray]]
 
 class _Waiting(NamedTuple):
     vector: np.ndarray
-    count: int
+    wanted: int
     allowed: Any
     answer: Future
 
@@ -65,10 +64,10 @@ class Batcher:
         if not group:
             return
         try:
-            most = max(one.count for one in group)
+            most = max(one.wanted for one in group)
             rows, scores = self._search(np.stack([one.vector for one in group]), most, group[0].allowed)
             for one, found, values in zip(group, rows, scores):
-                one.answer.set_result((found[: one.count], values[: one.count]))
+                one.answer.set_result((found[: one.wanted], values[: one.wanted]))
         except BaseException as error:
             for one in group:
                 if not one.answer.done():

@@ -38,7 +38,7 @@ _QUERY = [
         f"Results to leave out, for the next page; offset + k is at most {MAX_DEPTH:,}.",
     ),
 ]
-_RESULT = {
+_RESULT: dict[str, Any] = {
     "type": "object",
     "required": ["id", "row", "score", "image", "thumbnail", "text"],
     "properties": {

@@ -117,8 +117,7 @@ def serve(
     """Serve until SIGINT, SIGTERM or SIGHUP and return 0; a second signal ends what is still under way. port 0: a free
     one. `ready` is called with the page's address. OSError where the address cannot be used."""
     app = build_app(collection, host=host, allow_host=allow_host, allow_origin=allow_origin)
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with socket.create_server(address[:2], family=family, backlog=512) as listener:
+    with listen(host, port) as listener:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -138,6 +137,25 @@ def serve(
         with _ending(server):
             asyncio.run(server.serve(sockets=[listener]))
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. OSError, which names the address.
+
+    Its protocol is named: asyncio sends small pieces at once only on sockets that say TCP, and else an answer on a
+    connection that is used again waits for the client's delayed acknowledgement, 40 ms.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    return listener
 
 
 def is_loopback(host: str) -> bool:

@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rwkv_clip.data.image import inspect_image
-
 from .batching import Batcher
 from .collection import Collection
 from .encoding import Model
@@ -157,10 +155,9 @@ class Service:
     def _see(self, query: Query) -> np.ndarray | None:
         """The vector of what is not a text."""
         if query.picture is not None:
-            inspect_image(query.picture, "picture")
             return to_unit(self._model().encode_picture(query.picture))
         if query.row is not None:
-            return to_unit(self.collection.vectors.take([query.row])[0])
+            return to_unit(self.collection.vectors.take(np.array([query.row]))[0])
         if query.vector is not None:
             given = to_unit(np.asarray(query.vector, np.float32))
             width = self.collection.vectors.width
@@ -196,7 +193,7 @@ class Service:
                 texts.append(text)
         shortest = sorted(dict.fromkeys(texts), key=len)[:EXAMPLES]
         counted = rows * sum(map(len, self.fields.values())) <= MOST_COUNTED
-        fields = {}
+        fields: dict[str, list[dict[str, Any]]] = {}
         for name, values in self.fields.items():
             fields[name] = [{"value": shown, "count": None} for shown in values]
             for one, value in zip(fields[name], values.values()) if counted else ():

@@ -16,7 +16,6 @@ import contextlib
 import http.client
 import json
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -83,10 +82,10 @@ def running(collection: Collection) -> Iterator[int]:
     """The server in a thread, and its port."""
     import uvicorn
 
-    from rwkv_clip.search.server import build_app
+    from rwkv_clip.search.server import LOOPBACK, build_app, listen
 
     server = uvicorn.Server(uvicorn.Config(build_app(collection), log_level="warning", ws="none"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen(LOOPBACK, 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield listener.getsockname()[1]

@@ -127,9 +127,7 @@ def running(collection: Any, **options: Any) -> Iterator[str]:
     app = server.build_app(collection, **options)
     config = uvicorn.Config(app, log_level="warning", ws="none", h11_max_incomplete_event_size=server.MAX_HEAD)
     instance = uvicorn.Server(config)
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with server.listen(server.LOOPBACK, 0) as listener:
         thread = threading.Thread(target=instance.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -629,8 +629,15 @@ def test_a_signal_ends_the_server_in_good_order(number):
 
 
 def test_a_port_that_is_taken(collection):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"in use.*127.0.0.1"):
         server_module.serve(collection, port=taken.getsockname()[1])
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    with server_module.listen("localhost", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # where asyncio switches Nagle's algorithm off
+        with socket.create_connection(listener.getsockname()[:2], 10), listener.accept()[0] as accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
 
 
 def test_room_is_left_by_those_who_fail():
