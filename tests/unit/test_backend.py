@@ -102,6 +102,21 @@ def test_its_gradients_are_the_recurrences(tokens):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
 
 
+def test_training_after_inference():
+    """Constants that are kept between calls belong to no mode."""
+    tensors = make_tensors(23, -4, 1, torch.float32)
+    with torch.inference_mode():
+        wkv6_plain(*tensors)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        wkv6_plain(*(mode.from_tensor(x) for x in make_tensors(24, -4, 1, torch.float32)))
+    for tokens in (23, 24):
+        tensors = [x.requires_grad_() for x in make_tensors(tokens, -4, 1, torch.float32)]
+        wkv6_plain(*tensors).sum().backward()
+        assert all(x.grad.isfinite().all() for x in tensors)
+
+
 def test_a_strong_decay_beside_large_keys_stays_finite():
     r, k, v, w, u = make_tensors(40, 30, 80, torch.float32)
     assert wkv6_plain(100 * r, 100 * k, v, w, u).isfinite().all()

@@ -154,10 +154,23 @@ def quantize_graph(source: Path, path: Path, part: Part, way: Quantization, exam
                     extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
                     **shared,
                 )
+        _drop_unused(path, large)
     finally:
         for file in (plain, plain.with_name(f"{plain.name}.data")):
             file.unlink(missing_ok=True)
     return len(wide)
+
+
+def _drop_unused(path: Path, large: bool) -> None:
+    """Without the float weights that the quantiser leaves beside those in int8."""
+    import onnx
+
+    model = onnx.load(str(path))
+    used = {name for node in model.graph.node for name in node.input} | {output.name for output in model.graph.output}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
 
 
 def _read_examples(part: Part, examples: Sequence[Tensor]) -> Any:

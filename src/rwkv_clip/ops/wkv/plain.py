@@ -50,7 +50,7 @@ def wkv6_plain(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 def _score(r: Tensor, k: Tensor, v: Tensor, steep: Tensor, u: Tensor) -> Tensor:
     """What every token of a chunk reads of every other: r, k, steep (.., H, C, N), u (H, 1, N) -> (.., H, C, C)."""
-    tables = _tables(r.shape[-2], r.dtype, r.device)
+    tables = _find_tables(r)
     scores = ((r * k) @ u.transpose(-1, -2)).expand(*r.shape[:-1], r.shape[-2])  # right on the diagonal
     early, late = (torch.exp(tables.block[i] @ steep) for i in range(2))
     scores = torch.where(tables.later, (r * early) @ (k * late).transpose(-1, -2), scores)
@@ -95,15 +95,16 @@ class _Tables:
 
 
 @lru_cache(maxsize=16)
-def _kept_tables(count: int, dtype: torch.dtype, device: torch.device) -> _Tables:
-    return _Tables(count, dtype, device)
+def _keep_tables(count: int, dtype: torch.dtype, device: torch.device) -> _Tables:
+    with torch.inference_mode(False):  # a later call may want gradients
+        return _Tables(count, dtype, device)
 
 
-def _tables(count: int, dtype: torch.dtype, device: torch.device) -> _Tables:
-    """Kept between calls, but for those that only describe tensors (tracing)."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
-        return _Tables(int(count), dtype, device)
-    return _kept_tables(int(count), dtype, device)
+def _find_tables(r: Tensor) -> _Tables:
+    """Those for the chunks of r (.., C, N); kept between calls, but for those that only describe tensors."""
+    described = type(r) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    make = _Tables if described or torch._C._functorch.peek_interpreter_stack() else _keep_tables
+    return make(int(r.shape[-2]), r.dtype, r.device)
 
 
 def _run_chunks(r: Tensor, k: Tensor, v: Tensor, steep: Tensor, u: Tensor, tokens: int) -> Tensor:
