@@ -7,7 +7,7 @@
 # demo_training.png, demo_retrieval.png  copied from RUN; left as they are where there is no demo run (shell/train_demo.sh)
 # demo_retrieval_chinese.png  copied from the newest logs/demo-cn-clip-* (shell/finetune_CN_CLIP_B16_MUGE.sh), if there is one
 # flickr8k.png              recalls of logs/flickr8k-* (shell/train_Flickr8k_small.sh), or those in figure/flickr8k.json
-# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, bench.png  from tests/bench/results
+# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, third_text.png, bench.png  from tests/bench/results
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png

@@ -39,6 +39,7 @@ def test_every_figure_is_drawn_on_opaque_white(tmp_path):
         "flickr8k_noise.png",
         "alip_weights.png",
         "flickr8k_chinese.png",
+        "third_text.png",
     }
     for name in names:
         picture = Image.open(tmp_path / name).convert("RGBA")
