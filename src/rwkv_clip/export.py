@@ -86,14 +86,16 @@ def export(checkpoint: str | Path, output: str | Path, wanted: Wanted, model: st
     if wanted.to == "onnx":
         graphs.import_libraries()
     loaded = load_for_inference(checkpoint, model=model)
-    size = wanted.find_size(tuple(loaded.model.spec.image_size))
+    height, width = loaded.model.spec.image_size
+    size = wanted.find_size((height, width))
     parts = make_parts(loaded.model, size)
     examples = read_calibration(wanted.calibration, loaded, wanted.calibration_split) if wanted.calibration else {}
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f"{output.name}.{os.getpid()}.part")
     folder.mkdir()
     try:
-        lines, files = [], {}
+        lines: list[str] = []
+        files: dict[str, Any] = {}
         for part in parts:
             made = _write_part(part, folder, wanted, examples.get(part.side))
             lines += [_describe(output / name, about) for name, about in made.items()]

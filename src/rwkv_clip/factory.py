@@ -254,7 +254,7 @@ def get_tokenizer(model: Model, context_length: int | None = None, cache_dir: st
 def preprocess_of(model: ContrastiveModel) -> Callable:
     """Evaluation transform of a model from `create_model`: PIL image of any mode -> float (3, h, w)."""
     size, (mean, std) = model.spec.image_size, model.spec.pixels
-    mode = getattr(model.spec, "resize_mode", "shortest")
+    mode: Any = getattr(model.spec, "resize_mode", "shortest")
     interpolation = getattr(model.spec, "interpolation", "bicubic")
     if (mean, std) == CLIP_PIXELS and interpolation == "bicubic":
         return val_transform(size, mode)

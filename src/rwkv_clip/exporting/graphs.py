@@ -48,6 +48,7 @@ def write_graph(program: torch.export.ExportedProgram, part: Part, path: Path) -
             )
     except Exception as error:  # of any kind, as in `record`
         raise ConfigError([f"{part.side} tower: it cannot be written as ONNX ({first_line(error)})"]) from error
+    assert made is not None, "dynamo=True gives a program"
     model = made.model_proto
     _fold_transposes(model)
     _name_axes(model, part)

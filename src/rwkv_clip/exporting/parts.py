@@ -145,7 +145,8 @@ def record(part: Part) -> torch.export.ExportedProgram:
     inputs = part.make_input(RECORDED, len(part.dynamic) > 1)
     try:
         # Sizes of 1 are not special: without this a graph is recorded for batches from 2 on.
-        with torch.no_grad(), set_backend("torch"), quiet(), _config.patch(backed_size_oblivious=True):
+        patched = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), set_backend("torch"), quiet(), patched:
             program = torch.export.export(part.module.eval(), (inputs,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # of any kind: this is another library's reading of a whole model
         raise ConfigError([f"{part.side} tower: torch.export cannot record it ({first_line(error)})"]) from error

@@ -11,7 +11,7 @@ The weights are the tower's own tensors; `rwkv_clip.exporting.parts` compares th
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,7 @@ class FlatImageTower(nn.Module):
         cells = pixel_values.reshape(-1, 3, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
         projection = tower.patch_embed.projection
         x = F.linear(cells.reshape(-1, rows * columns, 3 * patch * patch), projection.weight.flatten(1))
+        assert projection.bias is not None, "patches are projected with a bias"
         x = x + (self._positions(rows, columns) + projection.bias)
         tokens, more = rows * columns, 0
         if tower.cls_token is not None:
@@ -146,7 +147,7 @@ class FlatTextTower(nn.Module):
     def __init__(self, tower: TextTower):
         super().__init__()
         self.tower = tower
-        self.blocks = nn.ModuleList(FlatBlock(block) for block in tower.blocks)
+        self.blocks = nn.ModuleList(FlatBlock(cast(Block, block)) for block in tower.blocks)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         tower, tokens = self.tower, self.tower.config.context
