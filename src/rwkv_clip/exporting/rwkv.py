@@ -107,7 +107,7 @@ class FlatImageTower(nn.Module):
     def __init__(self, tower: ImageTower, size: tuple[int, int] | None):
         super().__init__()
         self.tower, self.size = tower, size
-        self.blocks = nn.ModuleList(FlatBlock(block) for block in tower.layers)
+        self.blocks = nn.ModuleList(FlatBlock(cast(Block, block)) for block in tower.layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         tower, patch = self.tower, self.tower.config.patch
