@@ -50,4 +50,6 @@ def is_plain() -> bool:
     work, which has no others."""
     if _chosen == "torch":
         return True
+    if torch.compiler.is_compiling() and not _is_exporting():
+        return False  # the rest would break a compiled graph
     return (_is_exporting() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
