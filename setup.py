@@ -1,4 +1,4 @@
-"""Packaging. src/training, src/eval and src/describe install as rwkv_clip.training, .eval and .describe."""
+"""Packaging. src/training, eval, describe and search install as rwkv_clip.training, .eval, .describe, .search."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ HOMES = {
     "rwkv_clip.training": "src/training",
     "rwkv_clip.eval": "src/eval",
     "rwkv_clip.describe": "src/describe",
+    "rwkv_clip.search": "src/search",
 }
 
 
@@ -54,6 +55,7 @@ setup(
             "rwkv-clip-eval = rwkv_clip.eval.main:main",
             "rwkv-clip-data = rwkv_clip.data.__main__:main",
             "rwkv-clip-describe = rwkv_clip.describe.__main__:main",
+            "rwkv-clip-search = rwkv_clip.search.__main__:main",
         ]
     },
     install_requires=requirements(),

@@ -73,6 +73,7 @@ SLOW = (
     "faults/test_resume.py::test_every_stop_point",
     "faults/test_resume.py::test_another_run_is_refused_unless_allowed[1:]",
     "faults/test_resume.py::test_state_without_a_part_is_refused[1:]",
+    "faults/test_search_kills.py",
     "faults/test_settings_hostile.py::test_in_a_real_process",
     "faults/test_settings_hostile.py::test_two_thousand_random_documents_give_settings_or_config_errors",
     "faults/test_signals.py::test_a_second_signal_ends_at_once",

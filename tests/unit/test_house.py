@@ -13,7 +13,7 @@ from helpers.tiers import SLOW
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 LIBRARY = SRC / "rwkv_clip"
-SEPARATE = ("training", "eval", "describe")  # rooms beside the library, which do not know each other
+SEPARATE = ("training", "eval", "describe", "search")  # rooms beside the library, which do not know each other
 FILES = sorted(SRC.rglob("*.py"))
 
 # Rooms of the library, lowest first; a file imports from its own room and lower ones only.
@@ -21,7 +21,7 @@ ROOMS = [
     {"errors", "keys"},
     {"config", "files", "fonts"},
     {"processes", "device"},
-    {"dist", "tokenizer", "metrics", "serialization", "checkpoint"},
+    {"dist", "tokenizer", "metrics", "nearest", "serialization", "checkpoint"},
     {"ops", "data", "losses"},
     {"transform"},
     {"models"},
@@ -116,16 +116,21 @@ def test_files_and_functions_are_read_in_one_sitting(path):
 
 OPTIONAL = {
     "nvidia.dali": {"dali_loader.py"},
-    "pyarrow": {"parquet.py"},
+    "pyarrow": {"parquet.py", "clip_retrieval.py", "lancedb.py"},
     "aiohttp": {"client.py"},
     "ray": {"executors.py"},
     "vllm": {"vllm.py"},
     "wandb": {"log.py"},
-    "faiss": {"search.py"},
+    "faiss": {"search.py", "approximate.py"},
     "lmdb": {"lmdb.py"},
     "pybase64": {"lmdb.py"},
     "transformers": {"transformers_captioner.py"},
     "tokenizers": set(),
+    "starlette": {"server.py"},
+    "uvicorn": {"server.py"},
+    "qdrant_client": {"qdrant.py"},
+    "lancedb": {"lancedb.py"},
+    "usearch": {"approximate.py"},
 }
 
 

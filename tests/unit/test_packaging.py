@@ -12,6 +12,7 @@ HOMES = {
     "training": "training",
     "eval": "eval",
     "describe": "describe",
+    "search": "search",
 }  # folder of src -> folder below rwkv_clip
 
 
@@ -33,7 +34,7 @@ def test_commands_exist(monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
     runpy.run_path(str(ROOT / "setup.py"))
     scripts = given["entry_points"]["console_scripts"]
-    names = ("train", "eval", "data", "describe")
+    names = ("train", "eval", "data", "describe", "search")
     assert [line.split(" = ")[0] for line in scripts] == [f"rwkv-clip-{name}" for name in names]
     for line in scripts:
         module, _, function = line.split(" = ")[1].partition(":")

@@ -24,6 +24,7 @@ from rwkv_clip.data.image import open_picture
 from rwkv_clip.dist import choose_device
 from rwkv_clip.files import new_folder, write_whole
 from rwkv_clip.metrics import nearest_items
+from rwkv_clip.nearest import Gallery, search
 from rwkv_clip.tokenizer import count_cut, prepare_texts
 
 from ..encoder import Encoder
@@ -114,12 +115,15 @@ def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -
 
 def _search(settings: SearchSettings, queries: Features, items: Features, device: torch.device) -> list[Answer]:
     """The best items of each query."""
-    if settings.index == EXACT:
+    if settings.index == EXACT and device.type == "cpu":
+        found = search(Gallery.of(items.vectors.numpy()), queries.vectors.numpy(), settings.k)
+        places, scores = map(torch.from_numpy, found)
+    elif settings.index == EXACT:
         places, scores = nearest_items(queries.vectors, items.vectors, settings.k, device)
     else:
         places, scores = nearest_by_faiss(queries.vectors, items.vectors, settings.k, settings.index)
     rows = zip(queries.ids, places.tolist(), scores.tolist())
-    return [(query, [pair for pair in zip(found, values) if pair[0] >= 0]) for query, found, values in rows]
+    return [(query, [pair for pair in zip(row, values) if pair[0] >= 0]) for query, row, values in rows]
 
 
 def _take(settings: SearchSettings, stored: dict[str, Features], direction: str, role: str) -> Features:
