@@ -48,6 +48,7 @@ setup(
         "rwkv_clip": ["py.typed", "configs/**/*.json", "bert-chinese/*"],
         "rwkv_clip.ops": ["csrc/**/*"],
         "rwkv_clip.describe": ["lexicon/*", "prompts/*", "student/*"],
+        "rwkv_clip.search": ["page/*"],
     },
     entry_points={
         "console_scripts": [

@@ -36,6 +36,10 @@ class ServeSettings(CollectionSettings):
     """Address to listen on; 0.0.0.0 lets other machines in, without a password."""
     port: int = ranged(8000, minimum=0, maximum=65535)
     """Port to listen on; 0: a free one."""
+    allow_host: tuple[str, ...] = ()
+    """Names of this server, beside localhost, that a proxy before it lets through."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins (https://example.org) whose pages may call the API."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,16 @@ def serve(settings: ServeSettings) -> int | None:
     """Open the collection and serve it."""
     from .server import serve as run_server
 
-    return run_server(open_collection(settings), settings.host, settings.port)
+    collection = open_collection(settings)
+    if collection.model is not None:
+        collection.model.load()  # says now what does not fit, and the first user does not wait
+    return run_server(
+        collection,
+        settings.host,
+        settings.port,
+        allow_host=settings.allow_host,
+        allow_origin=settings.allow_origin,
+    )
 
 
 def query(settings: QuerySettings) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from rwkv_clip.data.image import MAX_BYTES, inspect_image, open_header, open_image
+from rwkv_clip.data.image import MAX_BYTES, inspect_image, open_header, to_rgb
 from rwkv_clip.data.recordio import RecordError, RecordFile, unpack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.files import OutsideError, find_below, read_bytes
@@ -87,7 +87,11 @@ def show_upright(data: bytes, max_side: int = 0, name: str = "picture") -> bytes
     Upright JPEG and 8-bit PNG files that are small enough stay as they are; others become new JPEG files. ImageError
     for what cannot be decoded, and beyond 32 MB or 50 megapixels.
     """
-    picture, info = open_image(data, name), inspect_image(data, name)
+    info = inspect_image(data, name)
+    header = open_header(io.BytesIO(data), name)
+    if max_side:
+        header.draft(None, (2 * max_side, 2 * max_side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+    picture = to_rgb(header, name)
     fits = not max_side or max(picture.size) <= max_side
     if fits and info.plain:
         return data
