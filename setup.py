@@ -30,6 +30,7 @@ CLIP_BENCHMARK = ["clip-benchmark>=1.6", "requests"]  # which it imports without
 CHINESE = ["lmdb>=1.4", "pybase64>=1.3"]  # Chinese-CLIP's data folders
 DESCRIBE = ["pyarrow>=15", "aiohttp>=3.9"]
 SERVERS = ["xllamacpp", "gguf", "transformers[serving]>=5", "ray[data]>=2.40"]  # what describe is tested against
+SEARCH = ["starlette>=0.40", "uvicorn>=0.30"]
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
 DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
 
@@ -73,7 +74,11 @@ setup(
         "tensorboard": ["tensorboard"],
         "clip-benchmark": CLIP_BENCHMARK,
         "faiss": ["faiss-cpu>=1.8"],
+        "search": SEARCH,
+        "usearch": ["usearch>=2"],
+        "qdrant": ["qdrant-client>=1.10"],
+        "lancedb": ["lancedb>=0.20", "pyarrow>=15"],
         "bench": ["webdataset>=0.2.5,<=0.2.86", "pandas"],  # for open_clip_train's loader, as open_clip bounds them
-        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE + DESCRIBE + SERVERS,
+        "dev": DEVELOPMENT + CLIP_BENCHMARK + CHINESE + DESCRIBE + SERVERS + SEARCH,
     },
 )

@@ -16,13 +16,19 @@ import rwkv_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-CURRENT = [README, ROOT / "shell" / "README.md", ROOT / "src" / "README.md", ROOT / "src" / "describe" / "README.md"]
+CURRENT = [
+    README,
+    ROOT / "shell" / "README.md",
+    ROOT / "src" / "README.md",
+    *(ROOT / "src" / room / "README.md" for room in ("describe", "search")),
+]
 DOCUMENTS = [*CURRENT, ROOT / "tests" / "README.md", ROOT / "src" / "CHANGELOG.md"]  # a history may name what is gone
 RUN = ROOT / "tests" / "parity" / "golden_ckpt" / "v1-0.5.0"
 
 # Flags that are not ours to check: torchrun's, sbatch's, clip_benchmark's, pip's.
 FOREIGN = {"--nproc_per_node", "--logs-specs", "--shutdown-timeout", "--signals-to-handle", "--max-restarts", "--nodes"}
 FOREIGN |= {"--model_type", "--dataset_root", "--task", "--recall_k", "--ntasks", "--structured-outputs-config"}
+FOREIGN |= {"--embeddings", "--embeddings_folder", "--index_folder"}
 TASKS = ("retrieval", "classification", "linear-probe", "features", "search", "report")
 COMMANDS = [
     ("rwkv_clip.training.main",),
@@ -30,6 +36,7 @@ COMMANDS = [
     ("rwkv_clip.demo",),
     *(("rwkv_clip.eval.main", task) for task in TASKS),
     *(("rwkv_clip.describe", command) for command in ("run", "caption", "tag", "instruct", "doctor", "demo")),
+    *(("rwkv_clip.search", command) for command in ("index", "serve", "query", "export")),
     ("data2rec",),
 ]
 
