@@ -34,7 +34,8 @@ def make_stage(settings: JobSettings, build: Build) -> Counter[str]:
     job.check(
         [stage for stage in task.stage.reads if stage in task.stage.needs or job.has_begun(stage, numbers)], numbers
     )
-    rows = sum(min(job.part_rows, job.count_rows() - number * job.part_rows) for number in numbers)
+    all_rows = job.count_rows()
+    rows = sum(min(job.part_rows, all_rows - number * job.part_rows) for number in numbers)
     began = time.monotonic()
     with tqdm(total=rows, unit="row", disable=None, desc=task.stage.name) as bar:
         if settings.executor == "ray":

@@ -105,13 +105,11 @@ class Job:
 
     def count_parts(self) -> int:
         """Parts of the rows. ValueError before all of them have been read."""
-        if not self.is_read():
-            raise ValueError(f"{self.folder}: its input has not been read to the end; `run --input ..` goes on")
-        return self.find_input()["parts"]
+        return self._need_input()["parts"]
 
     def is_read(self) -> bool:
         """Whether all rows of the input are here."""
-        return bool(self.find_input().get("parts"))
+        return bool(self.find_input())
 
     def find_input(self) -> dict[str, Any]:
         """What was read: fingerprint, parts, rows, skipped; {} before all of it was."""
@@ -168,8 +166,13 @@ class Job:
 
     def count_rows(self) -> int:
         """Rows of the job."""
-        self.count_parts()
-        return self.find_input()["rows"]
+        return self._need_input()["rows"]
+
+    def _need_input(self) -> dict[str, Any]:
+        found = self.find_input()
+        if not found:
+            raise ValueError(f"{self.folder}: its input has not been read to the end; `run --input ..` goes on")
+        return found
 
     def read_part(self, number: int, stages: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Rows of a part with the columns of `stages` (default: all there are); later stages win."""

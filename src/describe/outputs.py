@@ -19,7 +19,7 @@ from .report import write_report
 from .run import need_scores
 from .select import Selection
 
-SECRET = ("key_variable",)  # the name of a variable is no secret, but nobody's business either
+UNSHOWN = ("key_variable",)  # where a key is says nothing about the texts
 VERSIONS = ("rwkv-clip", "pyarrow", "aiohttp", "torch")
 
 
@@ -31,7 +31,7 @@ def make_report(settings: Any) -> Path:
     about = {
         "title": f"Descriptions of {job.folder.name}",
         "settings": {
-            name: value for name, value in to_dict(settings).items() if value is not None and name not in SECRET
+            name: value for name, value in to_dict(settings).items() if value is not None and name not in UNSHOWN
         },
         "versions": {name: found for name in VERSIONS if (found := _find_version(name))},
         "stages": {stage: _sum_times(job, stage) for stage in ORDER if job.read_times(stage)},

@@ -16,10 +16,8 @@ from .executors import Build, make_stage
 from .ingest import ingest
 from .job import ROWS, Job, Stage, parse_shard
 from .picture_stages import make_caption_task, make_score_task, make_tag_task
-from .settings import ComposeSettings
 from .stages import make_compose_task, make_verify_task
 from .status import find_reasons
-from .work import Task
 
 log = logging.getLogger(__name__)
 PART_ROWS = 5000
@@ -70,57 +68,31 @@ def _say_input(about: dict[str, Any]) -> None:
 
 def caption(settings: Any) -> None:
     """The stage `caption` of a job that has been read."""
-    _make(settings, build_caption)
+    _make(settings, "caption", make_caption_task)
 
 
 def tag(settings: Any) -> None:
     """The stage `tags`."""
-    _make(settings, build_tags)
+    _make(settings, "tags", make_tag_task)
 
 
 def score(settings: Any) -> None:
     """The stage `scores` of a job whose texts are checked."""
-    _make(settings, build_scores)
+    _make(settings, "scores", make_score_task)
 
 
 def compose(settings: Any) -> None:
     """The stage `compose` of a job that has been read."""
-    _make(settings, build_compose)
+    _make(settings, "compose", make_compose_task)
 
 
 def verify(settings: Any) -> None:
     """The stage `verify` of a job whose texts are composed. ValueError where they are not."""
-    _make(settings, build_verify)
+    _make(settings, "verify", make_verify_task)
 
 
-def build_caption(settings: Any) -> Task:
-    """For workers."""
-    return make_caption_task(settings)
-
-
-def build_tags(settings: Any) -> Task:
-    """For workers."""
-    return make_tag_task(settings)
-
-
-def build_scores(settings: Any) -> Task:
-    """For workers."""
-    return make_score_task(settings)
-
-
-def build_compose(settings: ComposeSettings) -> Task:
-    """For workers."""
-    return make_compose_task(settings)
-
-
-def build_verify(settings: Any) -> Task:
-    """For workers."""
-    return make_verify_task(settings)
-
-
-def _make(settings: Any, build: Build) -> None:
+def _make(settings: Any, stage: str, build: Build) -> None:
     counts = make_stage(settings, build)
-    stage = build.__name__.removeprefix("build_")
     told = {"made": counts["made"] - counts["failed"], "as before": counts["rows"] - counts["made"]}
     _say(stage, counts["rows"], told)
     if counts["failed"]:
