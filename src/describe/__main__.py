@@ -12,14 +12,13 @@ input, 75 or 130 stopped by a signal with everything kept, 76 the folder cannot 
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rwkv_clip.config import ConfigError, check
-from rwkv_clip.errors import INTERRUPTED, STOPPED, run_command
-from rwkv_clip.processes import heed_signals
+from rwkv_clip.errors import run_command
+from rwkv_clip.processes import work_until_stopped
 
 from .commands import COMMANDS
 
@@ -36,13 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(settings: Any) -> int:
     if problems := check(settings):
         raise ConfigError(problems)
-    heed_signals()
     command = next(command for command in COMMANDS.values() if command.settings is type(settings))
-    try:
-        return command.run(settings) or 0
-    except KeyboardInterrupt as stopped:
-        print("describe: stopped; the same command goes on, and no finished row is lost", file=sys.stderr)
-        return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
+    told = "describe: stopped; the same command goes on, and no finished row is lost"
+    return work_until_stopped(lambda: command.run(settings), told)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 
-from .errors import SETTING
+from .errors import INTERRUPTED, SETTING, STOPPED
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -76,12 +77,23 @@ def follow_parent(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
-def heed_signals() -> None:
+def _heed_signals() -> None:
     """From now on the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt(number), which ends the work in good
     order, and a second one ends this process at once. A signal that is ignored, as nohup has it, stays so."""
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
+
+
+def work_until_stopped(work: Callable[[], int | None], told: str) -> int:
+    """The exit code of work(). A first signal (see `_heed_signals`) ends it in good order: then `told` is printed to
+    standard error, and the code is INTERRUPTED for Ctrl-C, else STOPPED."""
+    _heed_signals()
+    try:
+        return work() or 0
+    except KeyboardInterrupt as stopped:
+        print(told, file=sys.stderr)
+        return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
 
 
 def _stop(number: int, _: object) -> None:

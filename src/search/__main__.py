@@ -11,14 +11,13 @@ by a signal with everything kept, 76 the folder cannot be written or is in use.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rwkv_clip.config import ConfigError, check
-from rwkv_clip.errors import INTERRUPTED, STOPPED, run_command
-from rwkv_clip.processes import heed_signals
+from rwkv_clip.errors import run_command
+from rwkv_clip.processes import work_until_stopped
 
 from .commands import COMMANDS
 
@@ -37,13 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(settings: Any) -> int:
     if problems := check(settings):
         raise ConfigError(problems)
-    heed_signals()
     command = next(command for command in COMMANDS.values() if command.settings is type(settings))
-    try:
-        return command.run(settings) or 0
-    except KeyboardInterrupt as stopped:
-        print("search: stopped; the same command goes on where it was", file=sys.stderr)
-        return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
+    return work_until_stopped(lambda: command.run(settings), "search: stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

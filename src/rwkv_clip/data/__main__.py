@@ -9,15 +9,14 @@
 The same command again goes on where an interrupted one stopped.
 """
 
-import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from ..errors import INTERRUPTED, STOPPED, run_command
-from ..processes import heed_signals
+from ..errors import run_command
+from ..processes import work_until_stopped
 from .build import BuildSettings, build_records
 
 
@@ -41,17 +40,13 @@ def parse(arguments: list[str] | None = None) -> Command:
 
 def main() -> int:
     """Read the command line and build; returns the exit code."""
-    return run_command(_command, "data2rec", memory="use fewer --workers")
+    told = "data2rec: stopped; run the same command again to go on (complete shards are kept)"
+    memory = "use fewer --workers"
+    return run_command(lambda: work_until_stopped(_build, told), "data2rec", memory=memory)
 
 
-def _command() -> int:
-    heed_signals()
-    try:
-        print(build_records(**vars(parse())))
-    except KeyboardInterrupt as stopped:
-        print("data2rec: stopped; run the same command again to go on (complete shards are kept)", file=sys.stderr)
-        return INTERRUPTED if stopped.args == (signal.SIGINT,) else STOPPED
-    return 0
+def _build() -> None:
+    print(build_records(**vars(parse())))
 
 
 if __name__ == "__main__":
