@@ -6,7 +6,6 @@ holds one names a file that is not there.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image
 from rwkv_clip.config import ranged
 from rwkv_clip.data.encode import Encoder, RowError
 from rwkv_clip.data.fields import Choice, Texts
-from rwkv_clip.data.image import ImageError, inspect_image, open_header, open_image
+from rwkv_clip.data.image import ImageError, encode_jpeg, find_upright_form, open_image, scale_down
 from rwkv_clip.data.rows import Row
 from rwkv_clip.data.sources import PAIRS, Source
 
@@ -150,18 +149,7 @@ def encode_upright(found: Found, max_side: int = 0, quality: int = 95) -> tuple[
     is decoded once: a header proves nothing. ImageError.
     """
     picture = open_found(found)
-    fits = not max_side or max(picture.size) <= max_side
-    info = inspect_image(found.data)
-    if fits and info.plain:
-        return found.data, "jpg"
-    if fits and info.turn is None:
-        header = open_header(io.BytesIO(found.data), "image")
-        if header.format == "PNG" and header.mode in ("RGB", "L"):
-            return found.data, "png"
-    if not fits:
-        scale = max_side / max(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue(), "jpg"
+    scaled = scale_down(picture, max_side)
+    if scaled is picture and (form := find_upright_form(found.data)):
+        return found.data, form
+    return encode_jpeg(scaled, quality), "jpg"

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import io
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from PIL import Image
-
-from rwkv_clip.data.image import ImageError, open_image
+from rwkv_clip.data.image import ImageError, encode_jpeg, open_image, scale_down
 
 from .answers import Answer, BadAnswer, make_line, read_plain
 from .client import Client
@@ -98,12 +95,5 @@ class VisionCaptioner:
 
 def _make_address(data: bytes, longest: int) -> str:
     """A data URI of the picture as upright JPEG, whose longer side has at most `longest` pixels. ImageError."""
-    picture = open_image(data, "picture")
-    scale = longest / max(picture.size)
-    if scale < 1:
-        width, height = picture.size
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture = scale_down(open_image(data, "picture"), longest)
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(picture, QUALITY)).decode("ascii")

@@ -13,9 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from rwkv_clip.data.image import MAX_BYTES, inspect_image, open_header, to_rgb
+from rwkv_clip.data.image import MAX_BYTES, encode_jpeg, find_upright_form, open_header, scale_down, to_rgb
 from rwkv_clip.data.recordio import RecordError, RecordFile, unpack
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.files import OutsideError, find_below, read_bytes
@@ -87,22 +85,10 @@ def show_upright(data: bytes, max_side: int = 0, name: str = "picture") -> bytes
     Upright JPEG and 8-bit PNG files that are small enough stay as they are; others become new JPEG files. ImageError
     for what cannot be decoded, and beyond 32 MB or 50 megapixels.
     """
-    info = inspect_image(data, name)
+    form = find_upright_form(data, name)
     header = open_header(io.BytesIO(data), name)
     if max_side:
         header.draft(None, (2 * max_side, 2 * max_side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
     picture = to_rgb(header, name)
-    fits = not max_side or max(picture.size) <= max_side
-    if fits and info.plain:
-        return data
-    if fits and info.turn is None:
-        header = open_header(io.BytesIO(data), name)
-        if header.format == "PNG" and header.mode in ("RGB", "L") and not getattr(header, "is_animated", False):
-            return data
-    if not fits:
-        scale = max_side / max(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
+    scaled = scale_down(picture, max_side)
+    return data if scaled is picture and form else encode_jpeg(scaled, QUALITY)

@@ -8,7 +8,6 @@ the same.
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..files import OutsideError, find_below, read_bytes
 from ..tokenizer import CLIP_BPE, READ, Tokenizer, make_tokenizer, prepare_texts
 from .fields import IMAGE_FIELDS, Choice, find_field, find_tokens, first_text
-from .image import MAX_BYTES, ImageError, inspect_image, open_image
+from .image import MAX_BYTES, ImageError, encode_jpeg, inspect_image, open_image, scale_down
 from .recordio import Header, pack
 from .records import EXACT, checksum
 from .rows import MAX_TEXT_BYTES, Problem, Row
@@ -258,15 +256,9 @@ class Encoder:
 
     def _encode_image(self, data: bytes, name: str) -> tuple[bytes, bool]:
         """(JPEG bytes, whether they are new). The picture is decoded in any case: a header proves nothing."""
-        info = inspect_image(data, name)
+        plain = inspect_image(data, name).plain
         picture = open_image(data)
-        fits = not self.max_side or max(picture.size) <= self.max_side
-        if info.plain and fits:
+        scaled = scale_down(picture, self.max_side)
+        if plain and scaled is picture:
             return data, False
-        if not fits:
-            scale = self.max_side / max(picture.size)
-            size = tuple(max(1, round(side * scale)) for side in picture.size)
-            picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=self.quality)
-        return buffer.getvalue(), True
+        return encode_jpeg(scaled, self.quality), True

@@ -255,3 +255,35 @@ def open_picture(source: bytes | Path, name: str | None = None) -> Image.Image:
     except ImageError as error:
         text = f"{error}; an evaluation leaves no picture out: repair it or remove its entry"
         raise ImageError(text, error.reason) from error
+
+
+# ---- written again ---------------------------------------------------------------------------------------------------
+
+
+def scale_down(picture: Image.Image, longest: int) -> Image.Image:
+    """The picture with at most `longest` pixels on its longer side, bicubic; itself where it has no more, or for 0."""
+    if not longest or max(picture.size) <= longest:
+        return picture
+    scale = longest / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
+    """File bytes of a JPEG without metadata."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def find_upright_form(data: bytes, name: str = "image") -> str:
+    """`jpg` or `png` where every program shows these bytes alike and upright: an ordinary JPEG or a still 8-bit PNG
+    without a turn; else "". Only the header is read, which proves nothing about the rest. ImageError."""
+    info = inspect_image(data, name)
+    if info.plain:
+        return "jpg"
+    if info.turn is not None:
+        return ""
+    header = open_header(io.BytesIO(data), name)
+    still = not getattr(header, "is_animated", False)
+    return "png" if header.format == "PNG" and header.mode in ("RGB", "L") and still else ""
