@@ -17,7 +17,7 @@ from rwkv_clip.data.image import ImageError
 from .clip_retrieval import is_clip_retrieval, read_clip_retrieval
 from .encoding import Model
 from .engines import Searcher, attach_engine
-from .features import is_features, read_features
+from .features import is_features, open_features
 from .indexing import read_index
 from .parts import PICTURES
 from .pictures import Pictures, show_upright
@@ -83,7 +83,7 @@ class Collection:
         elif is_clip_retrieval(folder):
             rows, vectors = read_clip_retrieval(folder, root)
         elif is_features(folder):
-            about, rows, vectors = read_features(folder, root)
+            about, rows, vectors = open_features(folder, root)
         else:
             raise ValueError(f"{folder}: holds no index of pictures, no features and no img_emb of clip-retrieval")
         return cls(folder.resolve().name, rows, vectors, _find_model(about, folder, checkpoint, model, device))

@@ -340,14 +340,14 @@ EVALUATION = [
     ),
     Mutant(
         "numbers in the middle of two float32 are rounded twice",
-        "eval/feature_lines.py",
+        "rwkv_clip/feature_lines.py",
         "    plain &= abs(missing - _MIDDLE) > _CLOSE\n",
         "",
         "unit/test_knn.py::test_numbers_are_those_of_python",
     ),
     Mutant(
         "any text counts as digits",
-        "eval/feature_lines.py",
+        "rwkv_clip/feature_lines.py",
         "& _HIGH_BITS == 0",
         "& _HIGH_BITS < 2**64 - 1",
         "unit/test_knn.py::test_wrong_lines_are_named",

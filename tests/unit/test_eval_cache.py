@@ -17,8 +17,8 @@ from rwkv_clip.data.records import Header, RecordWriter, pack
 from rwkv_clip.eval import cache
 from rwkv_clip.eval.datasets import labelled, load_classification
 from rwkv_clip.eval.encoder import Encoder
-from rwkv_clip.eval.feature_files import read_features
 from rwkv_clip.eval.main import main
+from rwkv_clip.feature_files import read_features
 
 COUNT, CHANGED = 40, 8  # of 40 pictures the 16 that a key decodes are not these: 0, 2, 5, 7, 10 ..
 

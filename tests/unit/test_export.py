@@ -9,8 +9,8 @@ import torch
 
 from helpers.color_model import COLORS, save_color, use_color_model
 from rwkv_clip.data.retrieval_set import load_retrieval
-from rwkv_clip.eval.feature_files import Features, read_about, read_features, write_features
 from rwkv_clip.eval.main import main
+from rwkv_clip.feature_files import Features, read_about, read_features, write_features
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
 from rwkv_clip.retrieval import evaluate_retrieval

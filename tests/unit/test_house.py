@@ -21,7 +21,8 @@ ROOMS = [
     {"errors", "keys"},
     {"config", "files", "fonts"},
     {"processes", "device", "downloads"},
-    {"dist", "tokenizer", "metrics", "nearest", "serialization", "checkpoint", "pretrained"},
+    {"dist", "tokenizer", "metrics", "nearest", "serialization", "feature_lines", "feature_files", "checkpoint"}
+    | {"pretrained"},
     {"ops", "data", "losses"},
     {"transform"},
     {"models"},

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rwkv_clip.eval import nearest
-from rwkv_clip.eval.feature_lines import read_feature_lines
 from rwkv_clip.eval.main import main
 from rwkv_clip.eval.nearest import find_nearest
+from rwkv_clip.feature_lines import read_feature_lines
 
 
 def unit(count: int, width: int, seed: int = 0) -> torch.Tensor:

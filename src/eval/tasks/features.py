@@ -13,6 +13,7 @@ import torch
 
 from rwkv_clip.data.retrieval_set import RetrievalSet
 from rwkv_clip.dist import rank_and_size
+from rwkv_clip.feature_files import Features, write_about, write_features
 from rwkv_clip.files import check_output, new_folder
 
 from ..cache import data_key, encode_cached, encode_labelled
@@ -21,7 +22,6 @@ from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classif
 from ..datasets.benchmarks import TEST
 from ..datasets.chinese_clip import ChineseClipSet, Sides, load_chinese_clip
 from ..encoder import Encoder, on_all_ranks
-from ..feature_files import Features, write_about, write_features
 from ..report.files import place_of
 from ..settings import CaptionedSettings
 from . import retrieval

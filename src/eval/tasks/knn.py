@@ -17,9 +17,9 @@ import torch
 
 from rwkv_clip.config import ranged
 from rwkv_clip.device import keep_freed_memory
+from rwkv_clip.feature_lines import Id, read_feature_lines
 from rwkv_clip.files import DamagedError, check_output, write_whole
 
-from ..feature_lines import Id, read_feature_lines
 from ..nearest import find_nearest
 
 

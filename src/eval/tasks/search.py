@@ -22,13 +22,13 @@ from torch import Tensor
 from rwkv_clip.config import ranged
 from rwkv_clip.data.image import open_picture
 from rwkv_clip.dist import choose_device
+from rwkv_clip.feature_files import KINDS, Features, json_line, read_about, read_features
 from rwkv_clip.files import new_folder, write_whole
 from rwkv_clip.metrics import nearest_items
 from rwkv_clip.nearest import Gallery, search
 from rwkv_clip.tokenizer import count_cut, prepare_texts
 
 from ..encoder import Encoder
-from ..feature_files import KINDS, Features, json_line, read_about, read_features
 from ..report.formats import markdown
 
 DIRECTIONS = {

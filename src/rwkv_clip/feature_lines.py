@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_clip.files import DamagedError, parse_json
+from .files import DamagedError, parse_json
 
 Id = int | str
 Piece = tuple[int, list[bytes]]  # number of the first line, and lines

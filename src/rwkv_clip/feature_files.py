@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_clip.files import DamagedError, parse_json, write_whole
-from rwkv_clip.serialization import encode_tensors, read_tensors
-
 from .feature_lines import read_feature_lines
+from .files import DamagedError, parse_json, write_whole
+from .serialization import encode_tensors, read_tensors
 
 SCHEMA = 1
 KINDS = {"images": "image_id", "texts": "text_id"}
@@ -100,7 +99,7 @@ def read_features(folder: Path, kind: str) -> Features | None:
         vectors = torch.from_numpy(numbers)
         rows = [{key: i} for i in ids]
     if rows is None or (folder / f"{kind}.jsonl").is_file():
-        rows = list(_rows(folder / f"{kind}.jsonl", key))
+        rows = list(read_rows(folder / f"{kind}.jsonl", key))
     return Features(kind, _checked(path, vectors, rows), rows)
 
 
@@ -113,7 +112,7 @@ def _read_npy(path: Path) -> Tensor:
         raise DamagedError(f"{path}: is not a readable .npy file ({error}); write the features again") from None
 
 
-def _rows(path: Path, key: str) -> Iterator[dict]:
+def read_rows(path: Path, key: str) -> Iterator[dict]:
     """The JSON lines of a file, each an object with `key`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
