@@ -23,8 +23,8 @@ need_records() {
   done
 }
 
-# demo_data: DEMO_DATA, or the demo set that the run CHECKPOINT was trained on.
+# newest_demo: the run of the demo that was trained last, if any; demo_data: DEMO_DATA, or the set that CHECKPOINT was trained on.
+newest_demo() { ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true; }
 demo_data() {
   local own; own=$(sed -n 's|^ *"train_data": "\(.*\)/train",*$|\1|p' "$CHECKPOINT/settings.json" 2>/dev/null || true)
-  [ -e "$own/retrieval.jsonl" ] || own=data/demo; echo "${DEMO_DATA:-$own}"
-}
+  [ -e "$own/retrieval.jsonl" ] || own=data/demo; echo "${DEMO_DATA:-$own}"; }

@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "$0")/needs.sh"
 SETS=("${DATA_ROOT:-}")
 if [ -z "${DATA_ROOT:-}" ]; then
-  CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
+  CHECKPOINT=${CHECKPOINT:-$(newest_demo)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA_ROOT" >&2; exit 2; }
   SETS=("$(demo_data)"/classification/*)
 fi

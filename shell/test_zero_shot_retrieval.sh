@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "$0")/needs.sh"
 if [ -z "${DATA:-}" ]; then
-  CHECKPOINT=${CHECKPOINT:-$(ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; q' || true)}
+  CHECKPOINT=${CHECKPOINT:-$(newest_demo)}
   [ -n "$CHECKPOINT" ] || { echo "error: no demo run yet; run shell/train_demo.sh, or set CHECKPOINT and DATA" >&2; exit 2; }
   DATA=$(demo_data)/retrieval.jsonl PREFIX=${PREFIX-}
 fi

@@ -289,5 +289,5 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     checkpoint = write(tmp_path, MODELS["rwkv"])
     assert run_command(monkeypatch, "onnx", "--checkpoint", checkpoint, "--output", tmp_path / "out") == 2
-    assert "pip install 'rwkv_clip[onnx]'" in capsys.readouterr().err
+    assert "pip install -e '.[onnx]'" in capsys.readouterr().err
     assert graphs.OPSET == 18 and os.listdir(tmp_path) == ["checkpoints"]

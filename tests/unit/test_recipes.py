@@ -331,6 +331,59 @@ def test_evaluation_without_a_run_says_what_to_do(clone, task, message):
     assert "no demo run yet" in said and message in said
 
 
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"DATA": "x.rec"}, []),
+        ({"DATA": "x.rec", "IMAGES": "data", "OUTPUT": "out"}, ["--images", "data"]),
+        (
+            {"DATA": "x.rec", "BASE_URL": "http://h/v1", "MODEL": "m"},
+            ["--composer openai --base-url http://h/v1 --model m"],
+        ),
+    ],
+)
+def test_describing(clone, given, flags):
+    (call,) = called(clone, "describe.sh", "--limit", "5", **given)
+    assert call[:3] == ["-m", "rwkv_clip.describe", "run"] and call[-2:] == ["--limit", "5"]
+    line = " ".join(call)
+    assert all(
+        part in line
+        for part in (f"--input {given['DATA']}", f"--output {given.get('OUTPUT', 'logs/describe')}", *flags)
+    )
+    assert ("openai" in line) == ("BASE_URL" in given)
+
+
+def test_describing_without_settings_draws_the_demo_rows_once(clone):
+    drawn, described = called(clone, "describe.sh")
+    assert drawn[:3] == ["-m", "rwkv_clip.describe", "demo"] and drawn[-1] == "data/describe-demo"
+    assert "data/describe-demo/rows.jsonl" in described and "logs/describe_demo" in described
+    (clone / "data" / "describe-demo").mkdir()
+    (clone / "data" / "describe-demo" / "rows.jsonl").touch()
+    assert len(called(clone, "describe.sh")) == 1
+
+
+def test_search_takes_pictures_features_or_the_newest_demo_run(clone):
+    for age, name in enumerate(("demo-rwkv-clip-1", "demo-rwkv-clip-2")):
+        log = clone / "logs" / name / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text("{}\n")
+        os.utime(log, (1e9 - age, 1e9 - age))
+    for name in ("photos", "index"):
+        (clone / name).mkdir()
+    serve, newest = ["-m", "rwkv_clip.search", "serve"], ["--checkpoint", "logs/demo-rwkv-clip-1", "--port", "8000"]
+    assert called(clone, "search.sh") == [[*serve, "--images", "data/demo/images", *newest]]
+    assert called(clone, "search.sh", IMAGES="photos") == [[*serve, "--images", "photos", *newest]]
+    own = {"IMAGES": "photos", "CHECKPOINT": "x.rec", "PORT": "9"}
+    assert called(clone, "search.sh", **own) == [[*serve, "--images", "photos", "--checkpoint", "x.rec", "--port", "9"]]
+    assert called(clone, "search.sh", FEATURES="index") == [[*serve, "--features", "index", "--port", "8000"]]
+
+
+def test_search_without_a_demo_run_trains_one(clone):
+    (clone / "shell" / "train_demo.sh").write_text("mkdir -p logs/demo-new; touch logs/demo-new/log.jsonl\n")
+    (call,) = called(clone, "search.sh")
+    assert call[2] == "serve" and call[call.index("--checkpoint") + 1] == "logs/demo-new"
+
+
 @pytest.mark.parametrize("recipe", list(METHODS)[1:])
 def test_slurm_starts_any_recipe(clone, recipe):
     for name, text in (SLURM | {"srun": 'shift; for n in 0 1; do SLURM_NODEID=$n "$@"; done'}).items():
@@ -424,6 +477,11 @@ MISTAKES = [
     ("train_Flickr8k_small.sh", {}, "FLICKR8K is not set"),
     ("train_Flickr8k_small.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
     ("compare_ALIP_Flickr8k.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
+    ("compare_third_text_Flickr8k.sh", {}, "FLICKR8K is not set"),
+    ("describe.sh", {"BASE_URL": "http://h/v1"}, "MODEL is not set"),
+    ("describe.sh", {"DATA": "x.rec", "IMAGES": "none"}, "IMAGES=none"),
+    ("search.sh", {"IMAGES": "none"}, "IMAGES=none"),
+    ("search.sh", {"FEATURES": "none"}, "FEATURES=none"),
     ("train_RWKV_CLIP_B32_YFCC15M.sh", {"TRAIN_DATA": "x,none"}, "TRAIN_DATA=x,none: none names no file"),
     ("train_CLIP_B32_YFCC15M.sh", {"TRAIN_DATA": "x", "VAL_DATA": "none"}, "VAL_DATA=none"),
     ("finetune_CN_CLIP_B16_MUGE.sh", {"TRAIN_DATA": "x"}, "CHECKPOINT is not set; set it to the weights to start from"),

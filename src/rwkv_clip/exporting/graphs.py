@@ -26,10 +26,7 @@ def import_libraries() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"ONNX: {error.name} is not installed; pip install 'rwkv_clip[onnx]', or pip install onnx onnxscript "
-            "onnxruntime"
-        ) from None
+        raise ImportError(f"ONNX: {error.name} is not installed; pip install -e '.[onnx]'") from None
 
 
 def write_graph(program: torch.export.ExportedProgram, part: Part, path: Path) -> None:
