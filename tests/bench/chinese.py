@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from figures import draw_chinese
-from harness import ROOT, Report, argument_parser
+from harness import ROOT, Report, argument_parser, run_python
 
 CONTEXT = 24  # of the published baselines; the longest sentence has 28 characters, 99 in 100 have up to 16
 BERT = {"kind": "bert", "context": CONTEXT, "vocab": 21128, "width": 128, "depth": 2, "heads": 2, "ffn_width": 512}
@@ -89,16 +86,8 @@ def write_data(data: Path, work: Path) -> None:
 
 
 def run(module: str, *arguments: object, log: Path | None = None) -> str:
-    """One command in a process of its own; returns what it printed. SystemExit with its output if it fails."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    if log:
-        with open(log, "a", encoding="utf-8") as out:
-            out.write(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return done.stdout
+    """One command in a process of its own, see `run_python`."""
+    return run_python("-m", module, *arguments, log=log)
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------

@@ -120,6 +120,12 @@ def chance(images: int, captions: int) -> dict[str, float]:
     return figures | {"mean_recall": statistics.fmean(figures.values())}
 
 
+def shorten_recall(name: str) -> str:
+    """text_to_image_R@1 -> t2i_R1."""
+    way, _, k = name.partition("_R@")
+    return f"{WAYS_SHORT[way]}_R{k}"
+
+
 def draw_recall(path: Path, title: str, methods: dict[str, tuple[str, str, str]], runs: list[dict]) -> None:
     """Recall at 1, 5 and 10 both ways: every run a dot, the mean of a method a line, chance dotted.
 

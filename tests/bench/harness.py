@@ -73,6 +73,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def run_python(*arguments: object, log: Path | None = None) -> str:
+    """Run Python with these arguments in a process of its own, with one thread; returns what it printed, which is added
+    to `log`. SystemExit with its end where it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    if log:
+        with open(log, "a", encoding="utf-8") as out:
+            out.write(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the GPU; nothing to do on a CPU."""
     if device.type == "cuda":

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from figures import chance, draw_alip, draw_noise
+from figures import chance, draw_alip, draw_noise, shorten_recall
 from harness import ROOT, Report, argument_parser
 
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
@@ -265,7 +265,7 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
     report.add(case, "chance", **chance(images, captions))
     for label in dict.fromkeys(result["method"] for result in results):
         own = [result for result in results if result["method"] == label]
-        figures = {short(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
+        figures = {shorten_recall(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
         names = ("mean_recall", "least", "largest")
         figures |= dict(zip(names, spread([100 * run["mean_recall"] for run in own])))
         report.add(case, label, **figures, run_seconds=statistics.fmean(run["seconds"] for run in own))
@@ -291,12 +291,6 @@ def report_areas(report: Report, case: str, found: dict[str, list[dict[str, floa
         means = {part: statistics.fmean(one[part] for one in own) for part in ("clean", "swapped")}
         areas = dict(zip(("area", "area_least", "area_largest"), spread([one["area"] for one in own])))
         report.add(case, name, **means, **areas)
-
-
-def short(name: str) -> str:
-    """text_to_image_R@1 -> t2i_R1."""
-    way, _, k = name.partition("_R@")
-    return f"{'t2i' if way.startswith('text') else 'i2t'}_R{k}"
 
 
 # ---- command line --------------------------------------------------------------------------------------------------

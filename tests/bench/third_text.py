@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from figures import chance, draw_third_text
-from harness import ROOT, Report, argument_parser
+from figures import chance, draw_third_text, shorten_recall
+from harness import ROOT, Report, argument_parser, run_python
 
 from rwkv_clip.describe.words import find_nouns, is_colour, is_content, split_words
 
@@ -109,11 +106,13 @@ def write_data(args: argparse.Namespace, seed: int) -> dict:
     if not (folder / f"done-{seed}").exists():
         made = make_rows([row for row in rows if row["split"] == "train"], seed)
         source.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-        run("-m", "rwkv_clip.describe", "run", "--input", source, "--output", job, "--images", find_images(args.data))
+        run_python(
+            "-m", "rwkv_clip.describe", "run", "--input", source, "--output", job, "--images", find_images(args.data)
+        )
         for kind, texts in TEXTS.items():
             more = ("--texts", *texts, "--context", 32, "--max-side", SIDE, "--overwrite")
             records = folder / f"{kind}-{seed}"
-            run(ROOT / "data2rec.py", job / "texts.parquet", records, "--images", find_images(args.data), *more)
+            run_python(ROOT / "data2rec.py", job / "texts.parquet", records, "--images", find_images(args.data), *more)
         (folder / f"done-{seed}").touch()
     return json.loads((job / "report.json").read_text())
 
@@ -122,19 +121,6 @@ def find_images(data: Path) -> Path:
     """The pictures beside a caption file."""
     root = data.parent / "images"
     return (root if root.is_dir() else data.parent).resolve()
-
-
-def run(*arguments: object, log: Path | None = None) -> str:
-    """One command in a process of its own; returns what it printed. SystemExit with its output if it fails."""
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if log:
-        log.write_text(done.stdout, encoding="utf-8")
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return done.stdout
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------
@@ -158,7 +144,7 @@ def run_choice(args: argparse.Namespace, label: str, seed: int) -> dict:
     place = ("--logs", folder.parent, "--name", name, "--resume", "latest")
     records = args.work / "data" / f"{kind}-{seed}"
     train = ("-m", "rwkv_clip.training.main", "--preset", PRESET, "--train-data", records)
-    run(*train, *given, *place, log=folder / "train.txt")
+    run_python(*train, *given, *place, log=folder / "train.txt")
     result = {"method": label, "seed": seed, "flags": wanted}
     result |= test(folder, "retrieval", "--data", args.data, "--split", "test", "--gallery", 0)
     if args.cifar10:
@@ -172,7 +158,7 @@ def run_choice(args: argparse.Namespace, label: str, seed: int) -> dict:
 def test(folder: Path, task: str, *arguments: object) -> dict:
     """The metrics of an evaluation of a run."""
     out = folder / "eval"
-    run("-m", "rwkv_clip.eval.main", task, "--checkpoint", folder, *arguments, "--logs", out, "--name", task)
+    run_python("-m", "rwkv_clip.eval.main", task, "--checkpoint", folder, *arguments, "--logs", out, "--name", task)
     newest = max(out.glob(f"{task}*/result.json"), key=lambda path: path.stat().st_mtime)
     (entry,) = json.loads(newest.read_text())["results"]
     return {**entry["metrics"], **{name: entry[name] for name in ("images", "captions") if name in entry}}
@@ -203,7 +189,7 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
     report.add(case, "chance", **chance(images, captions))
     for label in CHOICES:
         own = [result for result in results if result["method"] == label]
-        figures = {short(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
+        figures = {shorten_recall(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
         for name in ("mean_recall", "cifar10"):
             if all(name in run for run in own):
                 values = [100 * run[name] for run in own]
@@ -213,12 +199,6 @@ def report_runs(report: Report, results: list[dict], args: argparse.Namespace) -
     kept = ("method", "seed", "images", "captions", "mean_recall", "cifar10", *RECALLS)
     runs = [{name: run[name] for name in kept if name in run} for run in results]
     report.facts |= {"jobs": args.jobs, "preset": PRESET, "model": MODEL, "runs": runs}
-
-
-def short(name: str) -> str:
-    """text_to_image_R@1 -> t2i_R1."""
-    way, _, k = name.partition("_R@")
-    return f"{'t2i' if way.startswith('text') else 'i2t'}_R{k}"
 
 
 def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
