@@ -17,6 +17,7 @@ from .collection import Collection
 from .encoding import Model
 from .indexing import Encoding, index_pictures
 from .settings import CollectionSettings, SourceSettings, parse_conditions
+from .vectors import mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +158,10 @@ def encode_query(model: Model, settings: QuerySettings) -> Any:
     if settings.picture is None:
         return text
     picture = model.encode_picture(read_bytes(Path(settings.picture), MAX_BYTES))
-    return picture if text is None else mix(text, picture, settings.weight)
-
-
-def mix(text: Any, picture: Any, weight: float) -> Any:
-    """(1 - weight) text + weight picture, of length 1; float32 (C,). Of opposite vectors at equal weight the text."""
-    import numpy as np
-
-    mixed = (1 - weight) * text.astype(np.float64) + weight * picture.astype(np.float64)
-    length = np.linalg.norm(mixed)
-    return (mixed / length).astype(np.float32) if length > 1e-6 else text
+    if text is None:
+        return picture
+    mixed = mix(text, picture, settings.weight)
+    return text if mixed is None else mixed  # opposite ones
 
 
 def export(settings: ExportSettings) -> None:

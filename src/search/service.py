@@ -24,14 +24,13 @@ from .collection import Collection
 from .encoding import Model
 from .query import MAX_DEPTH, MAX_LETTERS, MAX_RESULTS, MAX_UPLOAD, Query, RequestError, shorten
 from .thumbnails import Thumbnails, name_type
-from .vectors import Vectors
+from .vectors import Vectors, mix
 
 MOST_SEARCHES, MOST_PICTURES = 64, 512  # that are under way or wait; more are told to come again
 MOST_TOGETHER = 32  # queries in one pass over the vectors
 WORKERS, PICTURE_WORKERS = 2, 2
 EXAMPLES, EXAMPLE_LETTERS = 4, 120
 MOST_COUNTED = 20_000_000  # rows times values up to which the values of fields are counted
-SMALLEST = 1e-6  # length of a sum of two unit vectors that still has a direction
 Result = TypeVar("Result")
 
 
@@ -150,7 +149,12 @@ class Service:
         if not query.text:
             return seen
         said = to_unit(self._model().encode_text(query.text))
-        return said if seen is None else mix(said, seen, query.weight)
+        if seen is None:
+            return said
+        mixed = mix(said, seen, query.weight)
+        if mixed is None:
+            raise RequestError("text and picture are opposite, and their mixture has no direction; change the weight")
+        return mixed
 
     def _see(self, query: Query) -> np.ndarray | None:
         """The vector of what is not a text."""
@@ -226,14 +230,6 @@ def to_unit(vector: np.ndarray) -> np.ndarray:
     if not (math.isfinite(length) and length > 0):
         raise RequestError("the query has no direction: its vector is zero or not finite")
     return (flat / length).astype(np.float32)
-
-
-def mix(text: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
-    """(1 - weight) * text + weight * other of unit vectors, at length 1 again."""
-    total = (1 - weight) * text.astype(np.float64) + weight * other.astype(np.float64)
-    if np.linalg.norm(total) < SMALLEST:
-        raise RequestError("text and picture are opposite, and their mixture has no direction; change the weight")
-    return to_unit(total)
 
 
 def to_plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from rwkv_clip.files import DamagedError, parse_json, read_bytes, write_json, wr
 from rwkv_clip.nearest import Gallery, measure_loss, search
 
 SCHEMA = 1
+SMALLEST = 1e-6  # length of a sum of two unit vectors that still has a direction
 ROWS = 8192  # that are written and compared at a time
 MAX_JSON = 1 << 16
 AGAIN = "index the pictures again"
@@ -160,3 +161,11 @@ def map_matrix(path: Path) -> np.ndarray:
     if found.ndim != 2 or found.dtype not in (np.float16, np.float32) or not found.flags.c_contiguous:
         raise DamagedError(f"{path}: holds {found.dtype} {found.shape}; a matrix of float16 or float32 is read")
     return np.asarray(found)
+
+
+def mix(text: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray | None:
+    """(1 - weight) text + weight other of unit vectors (C,), at length 1 again, float32; None of opposite ones, whose
+    mixture has no direction."""
+    total = (1 - weight) * text.astype(np.float64) + weight * other.astype(np.float64)
+    length = float(np.linalg.norm(total))
+    return None if length < SMALLEST else (total / length).astype(np.float32)
