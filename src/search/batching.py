@@ -5,10 +5,10 @@ How much less depends on the machine and the number of rows: `python tests/bench
 
 from __future__ import annotations
 
+import contextlib
 import queue
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,41 +24,37 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """One thread that searches: `search(vectors (n, width), count, allowed)` -> rows (n, count), scores (n, count)."""
+    """One thread that searches: `search(vectors (n, width), count, allowed)` -> rows (n, count), scores (n, count).
+
+    Python waits for it at its end, unlike for a daemon: torch aborts the process where a thread frees a tensor while
+    the interpreter is being taken down.
+    """
 
     def __init__(self, search: Search, most: int):
         """most: queries in one pass."""
         self._search, self._most = search, most
-        self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="search", daemon=True)
-        self._thread.start()
+        self._waiting: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(1, "search")
 
     def submit(self, vector: np.ndarray, count: int, allowed: Any = None) -> Future:
         """The future (rows, scores) of `count` results; searches with the same object `allowed` may share a pass."""
         waiting = _Waiting(vector, count, allowed, Future())
         self._waiting.put(waiting)
+        self._pool.submit(self._work)
         return waiting.answer
 
     def close(self) -> None:
         """End the thread after what it was given."""
-        self._waiting.put(None)
+        self._pool.shutdown(wait=False)
 
     def _work(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch, last = [first], False
-            while len(batch) < self._most and not last:
-                try:
-                    after = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if after is None:
-                    last = True
-                else:
-                    batch.append(after)
-            for group in _group(batch):
-                self._answer([one for one in group if one.answer.set_running_or_notify_cancel()])
-            if last:
-                return
+        """Answer those that wait, as many as go together; none where the call before took them all."""
+        batch: list[_Waiting] = []
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < self._most:
+                batch.append(self._waiting.get_nowait())
+        for group in _group(batch):
+            self._answer([one for one in group if one.answer.set_running_or_notify_cancel()])
 
     def _answer(self, group: list[_Waiting]) -> None:
         if not group:

@@ -1,15 +1,13 @@
 """InfoNCE on 2 and 3 gloo ranks equals one process with the whole batch: loss and every gradient, the scale's too."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_clip.dist import max_over_ranks
+from helpers.ranks import run_ranks
+from rwkv_clip.dist import join_world, leave_world, max_over_ranks
 from rwkv_clip.losses import InfoNCE, pairs
 
 BATCH, WIDTH = 12, 6
@@ -40,25 +38,24 @@ def gradients(model, *batch):
     return loss.detach(), {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
 
 
-def work(rank, world, port, path):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def work(folder):
+    world = join_world("cpu")
+    rank, size = world.rank, world.size
     pairs.CPU_ROWS = 5  # chunks that end within a rank's share
-    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    part = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     loss, grads = gradients(DistributedDataParallel(Pair()), *(x[part] for x in inputs()))
     dist.all_reduce(loss)
-    flags = max_over_ranks(torch.tensor([rank == world - 1, False], dtype=torch.float32))  # true on one rank, on none
-    torch.save({"loss": loss / world, **grads, "flags": flags}, f"{path}{rank}")
-    dist.destroy_process_group()
+    flags = max_over_ranks(torch.tensor([rank == size - 1, False], dtype=torch.float32))  # true on one rank, on none
+    torch.save({"loss": loss / size, **grads, "flags": flags}, f"{folder}/{rank}")
+    leave_world()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_gradients_are_those_of_one_process(world, tmp_path, free_port):
-    mp.spawn(work, (world, free_port, tmp_path / "found"), nprocs=world)
+def test_gradients_are_those_of_one_process(world, tmp_path):
+    run_ranks(world, tmp_path, work, str(tmp_path))
     loss, expected = gradients(Pair(), *inputs())
     for rank in range(world):
-        found = torch.load(tmp_path / f"found{rank}", weights_only=True)
+        found = torch.load(tmp_path / str(rank), weights_only=True)
         torch.testing.assert_close(found.pop("loss"), loss, rtol=1e-12, atol=0)
         assert found.pop("flags").tolist() == [1, 0]
         assert found.keys() == expected.keys() and "logit_scale" in expected

@@ -592,8 +592,25 @@ def test_searches_that_wait_share_a_pass():
         wrong.result(10)
     assert sizes == [(1, 1, None), (3, 2, None), (1, 1, "wrong")]
     batcher.close()
-    batcher._thread.join(10)
-    assert not batcher._thread.is_alive()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        batcher.submit(np.zeros(2), 1)
+
+
+SEARCHING = """
+import time
+from rwkv_clip.search.batching import Batcher
+
+def search(vectors, count, allowed):
+    time.sleep(0.3)
+    print("searched")
+
+Batcher(search, most=4).submit([0.0], 1)
+"""
+
+
+def test_python_does_not_end_within_a_search():
+    ended = subprocess.run([sys.executable, "-c", SEARCHING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "searched\n", "")
 
 
 def test_thumbnails_are_bounded():
