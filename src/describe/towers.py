@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from rwkv_clip.data.image import ImageError
-from rwkv_clip.device import choose_device
+from rwkv_clip.device import choose_device, keep_freed_memory
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.tokenizer import prepare_texts
 
@@ -40,6 +40,8 @@ class Towers:
         if settings.checkpoint is None:
             raise ValueError("checkpoint: not set; give a run folder, a weights file or open_clip:NAME:TAG")
         device = choose_device(settings.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         loaded = load_for_inference(
             settings.checkpoint, model=settings.checkpoint_model, device=device, precision=settings.precision
         )

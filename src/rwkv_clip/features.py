@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .device import AUTOCAST
 from .dist import gather, max_over_ranks, rank_and_size
+from .models.packed import pack_weights
 from .models.specification import ContrastiveModel
 
 if TYPE_CHECKING:
@@ -68,9 +69,15 @@ class FeatureExtractor:
 
     @classmethod
     def of(cls, loaded: Loaded, device: str | torch.device, **options: Any) -> FeatureExtractor:
-        """The extractor for a result of `load_for_inference`, in its precision; options: further fields."""
+        """The extractor for a result of `load_for_inference`, in its precision; options: further fields.
+
+        On a CPU the weights of its linear layers are packed, see `models/packed.py`: they are parameters no more.
+        """
         model, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
-        return cls(model, preprocess, tokenizer, torch.device(device), autocast=AUTOCAST[loaded.precision], **options)
+        autocast = AUTOCAST[loaded.precision]
+        if autocast in (None, _weight_dtype(model)):
+            pack_weights(model)
+        return cls(model, preprocess, tokenizer, torch.device(device), autocast=autocast, **options)
 
     def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:
         """Features (count, C) of the images open_one(0 .. count - 1), float32 on the CPU, of length 1.

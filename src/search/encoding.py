@@ -40,11 +40,13 @@ class Model:
         """The loaded model, once. ValueError where the checkpoint is not what made the vectors."""
         with self._lock:
             if self._extractor is None:
-                from rwkv_clip.dist import choose_device
+                from rwkv_clip.device import choose_device, keep_freed_memory
                 from rwkv_clip.factory import load_for_inference
                 from rwkv_clip.features import FeatureExtractor
 
                 device = choose_device(self._device)
+                if device.type == "cpu":
+                    keep_freed_memory()
                 loaded = load_for_inference(self.checkpoint, device=str(device), **self._settings)
                 if self._digest not in (None, loaded.digest):
                     raise ValueError(

@@ -83,13 +83,15 @@ def index_pictures(
     images, root, image_field, outside: see `sources.open_source`. Another model or precision than the index has encodes
     all of them again. InUse where another process writes it; ValueError for what is no source, or has no picture.
     """
-    from rwkv_clip.dist import choose_device
+    from rwkv_clip.device import choose_device, keep_freed_memory
     from rwkv_clip.factory import load_for_inference
     from rwkv_clip.features import FeatureExtractor
 
     output, source = Path(output), open_source(images, root, image_field, outside)
     check_place(output)
     device, precision = choose_device(encoding.device), encoding.precision
+    if device.type == "cpu":
+        keep_freed_memory()
     loaded = load_for_inference(encoding.checkpoint, model=encoding.model, device=str(device), precision=precision)
     about = {
         "model": loaded.name,

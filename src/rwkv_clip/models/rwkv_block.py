@@ -91,7 +91,8 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         b, t, c = x.shape
         for_w, for_k, for_v, for_r, for_g = self._mix(x, grid)
-        decay = self.time_decay + torch.tanh(for_w @ self.time_decay_w1) @ self.time_decay_w2
+        change = torch.tanh(for_w @ self.time_decay_w1) @ self.time_decay_w2
+        decay = self.time_decay + change.to(self.time_decay.dtype)  # torch adds two dtypes one number at a time
         inputs = self.receptance(for_r), self.key(for_k), self.value(for_v), decay
         r, k, v, w = (z.view(b, t, self.heads, c // self.heads) for z in inputs)
         y = wkv6(r, k, v, w, self.time_faaaa)
