@@ -56,10 +56,13 @@ ITEMS = {
 }
 
 
-@pytest.fixture(params=["halves", "singles", "doubles"])
+@pytest.fixture(params=["halves", "singles", "packed", "doubles"])
 def product(request, monkeypatch):
-    """Each of the three ways to score coarsely."""
+    """Each of the four ways to score coarsely."""
+    if request.param == "packed" and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(nearest, "multiplies_halves", lambda: request.param == "halves")
+    monkeypatch.setattr(nearest, "multiplies_packed", lambda: request.param == "packed")
     if request.param == "doubles":
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     return request.param
@@ -126,6 +129,14 @@ def test_a_process_that_allows_itself_less_than_float32_gets_float64(monkeypatch
     assert nearest._choose_product(False) is nearest._singles
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     assert nearest._choose_product(False) is nearest._doubles
+    monkeypatch.undo()
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        try:
+            assert nearest._choose_product(False) is nearest._doubles
+        finally:
+            matmul.fp32_precision = before
 
 
 def test_no_items_no_queries_no_results():
