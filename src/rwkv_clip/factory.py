@@ -42,8 +42,8 @@ from .pretrained import (
 from .serialization import CheckpointError, read_about
 from .tokenizer import Tokenizer
 from .transform import prepare, train_transform, val_transform
+from .weights import NoRandomValues, load_towers, move_weights
 from .weights import load_checkpoint as load_checkpoint  # also found here
-from .weights import load_towers, move_weights
 from .weights import read_fitting_weights as read_fitting_weights
 
 if TYPE_CHECKING:
@@ -173,12 +173,25 @@ def create_model(
     load_towers(net, image, text)
     if force_patch_dropout:
         drop_patches(net, force_patch_dropout)
-    net.spec = changed
-    set_preprocessing(net)
     if overrides.get("output_dict") is not None:
         net.output_dict = bool(overrides["output_dict"])
+    return _complete(net, changed, precision, device)
+
+
+def _complete(net: ContrastiveModel, spec: ModelSpec, precision: str, device: str | torch.device) -> ContrastiveModel:
+    """A built model with what belongs to it, in its precision, on its device."""
+    net.spec = spec
+    set_preprocessing(net)
     net = cast_weights(net, (DTYPES | AUTOCAST)[precision])
     return (net if net.logit_scale.is_meta else net.to(device)).eval()
+
+
+def _load_model(spec: ModelSpec, path: Path, precision: str, device: str | torch.device) -> ContrastiveModel:
+    """What `create_model(spec, path, ..)` returns, without the initial values, which take longer than the weights."""
+    with NoRandomValues():
+        net = spec.build()
+    load_checkpoint(net, path)
+    return _complete(net, spec, precision, device)
 
 
 def _find_source(
@@ -310,7 +323,9 @@ def load_for_inference(
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Loaded(net, preprocess_of(net), get_tokenizer(name), text[10:], digest, precision)
     name, spec, path = describe(checkpoint, model)
-    net = create_model(spec, path, precision, device)
+    if precision not in DTYPES | AUTOCAST:
+        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES | AUTOCAST)}"])
+    net = _load_model(spec, path, precision, device)
     weights = path / "model.safetensors" if path.is_dir() else path
     return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, hash_file(weights), precision)
 

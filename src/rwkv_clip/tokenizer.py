@@ -7,6 +7,9 @@ of extension E apart (`parity/test_chinese_clip_tokens.py`).
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -117,6 +120,18 @@ def _check_text(text: str, most: int) -> str:
 
 @lru_cache(maxsize=1)
 def _clip_bpe() -> SimpleTokenizer:
+    """open_clip's, of its file alone: the package imports torchvision, timm and transformers, which takes longer than
+    to load a model."""
+    package = importlib.util.find_spec("open_clip")
+    if package is not None and package.origin is not None and "open_clip" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "_open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py")
+        )
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            with contextlib.suppress(ImportError):  # another version's file may need its package
+                spec.loader.exec_module(module)
+                return module.SimpleTokenizer()
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()

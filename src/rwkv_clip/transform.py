@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -24,18 +25,15 @@ def val_transform(
 
     shortest: the same numbers as open_clip's and torchvision's for upright RGB and square sizes; for (h, w) the resized
     image just covers the frame before its centre is cropped. squash: resized to the frame, whatever its aspect.
-    """
-    from torchvision import transforms as T
 
+    Made of PIL and torch alone: to import torchvision takes longer than to load a model and to encode a picture.
+    """
     height, width = _pair(size)
     if resize_mode == "squash":
         # NOTE(parity): the released Chinese-CLIP code makes an image RGB after it was resized, which matters for
         # palettes and transparency only, and does not turn it upright.
-        resize = T.Resize((height, width), T.InterpolationMode.BICUBIC)
-        return T.Compose([to_rgb, resize, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
-    cover = T.Resize(height, T.InterpolationMode.BICUBIC) if height == width else _Cover((height, width))
-    crop = T.CenterCrop((height, width))
-    return T.Compose([*prepare(size), cover, crop, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+        return _Steps([to_rgb, _Squash((height, width)), _Pixels()])
+    return _Steps([*prepare(size), _Cover((height, width)), _Centre((height, width)), _Pixels()])
 
 
 def train_transform(size: int | tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
@@ -79,6 +77,18 @@ def normalize(
     return image.to(torch.float32, copy=True).div_(full).sub_(centre).div_(scale)
 
 
+class _Steps:
+    """One after the other."""
+
+    def __init__(self, transforms: list[Callable]):
+        self.transforms = transforms
+
+    def __call__(self, image: Any) -> Any:
+        for transform in self.transforms:
+            image = transform(image)
+        return image
+
+
 class _Thin:
     """Cut the ends off an image that is far longer than wide, beyond what a centre crop of (height, width) can see.
 
@@ -98,17 +108,43 @@ class _Thin:
         return image.crop((across, down, image.width - across, image.height - down))
 
 
-class _Cover:
-    """Resize, keeping the aspect ratio, to the smallest image that covers (height, width)."""
+class _Squash:
+    """Resize to (height, width)."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        return image.resize(self.size[::-1], Image.Resampling.BICUBIC)
+
+
+class _Cover(_Squash):
+    """Resize, keeping the aspect ratio, to the smallest image that covers (height, width)."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self.size[0] == self.size[1]:  # torchvision's rule, which rounds the long side down
+            side, short = self.size[0], min(image.size)
+            across, down = (side if s == short else int(side * s / short) for s in image.size)
+            return image.resize((across, down), Image.Resampling.BICUBIC)
         scale = max(self.size[0] / image.height, self.size[1] / image.width)
         width = max(self.size[1], round(image.width * scale))
         height = max(self.size[0], round(image.height * scale))
         return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+class _Centre(_Squash):
+    """The middle (height, width) of an image that covers it."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        (height, width), top, left = self.size, *(round((a - b) / 2) for a, b in zip(image.size[::-1], self.size))
+        return image.crop((left, top, left + width, top + height))
+
+
+class _Pixels:
+    """An RGB image as float32 (3, h, w), 0 to 1, normalised with CLIP's statistics."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()[None])[0]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -4,11 +4,12 @@ number of them."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .checkpoint import read_weights
 from .config import ConfigError
@@ -20,6 +21,21 @@ from .pretrained import find_weights
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
+
+
+class NoRandomValues(TorchFunctionMode):
+    """Inside, tensors keep what they are when they should be filled with random numbers: for models whose every weight
+    is loaded afterwards."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        if name == "linalg_qr":  # of nn.init.orthogonal_
+            return args[0], args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:

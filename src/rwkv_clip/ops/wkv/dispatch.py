@@ -65,7 +65,9 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
         if torch.jit.is_tracing():
             warnings.warn(_TRACED, RuntimeWarning, stacklevel=2)
         return wkv6_reference(r, k, v, w, u)
-    return _wkv6(r, k, v, w, u, backend or "")
+    # As in ops/block/pointwise.py; the operator's first call also imports torch._dynamo, which takes a second.
+    plain = r.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(r) is Tensor
+    return (_compute if plain else _wkv6)(r, k, v, w, u, backend or "")
 
 
 def _run(step: str, backend: str, r: Tensor, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -112,12 +114,16 @@ def _check(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
         raise ValueError(f"u: shape {tuple(u.shape)}, expected (H, N) = {tuple(r.shape[2:])}")
 
 
-@torch.library.custom_op("rwkv_clip::wkv6", mutates_args=())
-def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str = "") -> Tensor:
-    refuse_forward_mode()
+def _compute(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str) -> Tensor:
     if r.shape[0] == 0:
         return torch.empty(v.shape, dtype=v.dtype, device=v.device)
     return _run("forward", backend, r, r, k, v, w, u)
+
+
+@torch.library.custom_op("rwkv_clip::wkv6", mutates_args=())
+def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str = "") -> Tensor:
+    refuse_forward_mode()
+    return _compute(r, k, v, w, u, backend)
 
 
 @_wkv6.register_fake
