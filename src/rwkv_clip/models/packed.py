@@ -40,6 +40,8 @@ class PackedLinear(nn.Module):
     call. RuntimeError where the call is recorded, as by torch.compile."""
 
     bias: Tensor | None
+    _packed: Tensor | None
+    _plain: Tensor | None
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -51,7 +53,10 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out, in), a copy where it is packed."""
-        return self._plain if self._packed is None else self._packed.to_dense()
+        if self._packed is not None:
+            return self._packed.to_dense()
+        assert self._plain is not None, "one of the two is set"
+        return self._plain
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (.., in) -> (.., out)."""
@@ -86,7 +91,7 @@ class PackedLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._set(self._plain)
+        self._set(self.weight)
 
 
 def _gains() -> bool:
