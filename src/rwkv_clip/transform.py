@@ -143,8 +143,11 @@ class _Centre(_Squash):
 class _Pixels:
     """An RGB image as float32 (3, h, w), 0 to 1, normalised with CLIP's statistics."""
 
+    mean, std = CLIP_MEAN, CLIP_STD  # to be read, as of torchvision's Normalize
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()[None])[0]
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return normalize(pixels[None], self.mean, self.std)[0]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -130,6 +130,7 @@ def quantize_graph(source: Path, path: Path, part: Part, way: Quantization, exam
         node.name = node.name or f"{node.op_type}_{number}"
         if node.op_type == "MatMul" and min(weights.get(node.input[1], (0,))) >= WORTH_IT:
             wide.append(node.name)
+    _part_from_sums(graph.model.graph, set(wide), {name: shape[-1] for name, shape in weights.items() if shape})
     plain = path.with_name(f"{path.name}.plain")
     large = source.with_name(f"{source.name}.data").exists()
     shared: dict[str, Any] = {
@@ -157,6 +158,27 @@ def quantize_graph(source: Path, path: Path, part: Part, way: Quantization, exam
         for file in (plain, plain.with_name(f"{plain.name}.data")):
             file.unlink(missing_ok=True)
     return len(wide)
+
+
+def _part_from_sums(graph: Any, wide: set[str], widths: dict[str, int]) -> None:
+    """A reshaping, to the shape that it has, of products that are added to what is no constant: ONNX Runtime would make
+    one step of product and sum, in float32, before it looks for products in int8."""
+    import onnx
+
+    constants = {tensor.name for tensor in graph.initializer}
+    added = {
+        name for node in graph.node if node.op_type == "Add" and not constants & set(node.input) for name in node.input
+    }
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.name in wide and node.output[0] in added:
+            whole, shape = node.output[0], f"{node.output[0]}_shape"
+            node.output[0] = f"{whole}_product"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, widths[node.input[1]]]), shape))
+            nodes.append(onnx.helper.make_node("Reshape", [node.output[0], shape], [whole], f"{node.name}_reshape"))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _drop_unused(path: Path, large: bool) -> None:
