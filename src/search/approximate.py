@@ -25,7 +25,7 @@ class FaissEngine:
             for block in vectors.blocks():
                 self._index.add(block)
         except RuntimeError as error:
-            reason = str(error).split("Error: ")[-1].splitlines()[0].strip()
+            reason = str(error).strip().rsplit(": ", 1)[-1]
             raise ValueError(
                 f"engine: faiss cannot make {factory!r} of {len(vectors)} rows ({reason}); try faiss:Flat"
             ) from None
