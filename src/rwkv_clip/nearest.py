@@ -197,16 +197,17 @@ def multiplies_halves() -> bool:
     if not bool(((torch.mv(matrix, vector).double() - exact).abs() <= bound).all()):
         return False
     asked, scores = vector.double()[None], torch.empty(1, len(matrix))
-    return _seconds(lambda: _halves(matrix, asked, scores)) < _seconds(lambda: _singles(matrix, asked, scores))
+    halves, singles = (float("inf"),) * 2
+    for _ in range(20):  # in turn: the first call prepares, and on a busy machine most are interrupted
+        halves = min(halves, _time(lambda: _halves(matrix, asked, scores)))
+        singles = min(singles, _time(lambda: _singles(matrix, asked, scores)))
+    return halves < singles
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):  # the first call prepares, and others may be interrupted
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _time(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 # ---- exact ones ------------------------------------------------------------------------------------------------------

@@ -251,6 +251,23 @@ def test_a_server_that_does_not_answer_is_named_in_a_line(tmp_path, model, free_
         assert error.startswith(f"search: qdrant: {target} does not do") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("engine", "name", "value"),
+    [
+        ("faiss:HNSW32", "efSearch", 256),
+        ("faiss:HNSW32:efSearch=7", "efSearch", 7),
+        ("faiss:IVF40,SQfp16", "nprobe", 32),
+        ("faiss:IVF300,Flat", "nprobe", 37),
+        ("faiss:PCA8,IVF40,Flat:nprobe=3", "nprobe", 3),
+    ],
+)
+def test_how_widely_faiss_searches(engine, name, value):
+    faiss = pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    index = attach_engine(Vectors.of([unit(400)]), engine, "")._engine._index
+    found = faiss.try_extract_index_ivf(index) if name == "nprobe" else index.hnsw
+    assert getattr(found, name) == value
+
+
 def test_what_faiss_cannot_make_is_said_in_its_own_words():
     pytest.importorskip("faiss", reason="needs the extra `faiss`")
     vectors = make_collection(20).vectors
