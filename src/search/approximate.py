@@ -27,8 +27,7 @@ class FaissEngine:
         kind, _, parameters = factory.partition(":")
         try:
             self._index = faiss.index_factory(vectors.width, kind, faiss.METRIC_INNER_PRODUCT)
-            self._search_widely(faiss)
-            faiss.ParameterSpace().set_index_parameters(self._index, parameters)
+            self._search_widely(faiss, parameters)
             if not self._index.is_trained:
                 self._index.train(vectors.take(_sample(len(vectors))))
             for block in vectors.blocks():
@@ -39,13 +38,14 @@ class FaissEngine:
                 f"engine: faiss cannot make {factory!r} of {len(vectors)} rows ({reason}); try faiss:Flat"
             ) from None
 
-    def _search_widely(self, faiss: Any) -> None:
+    def _search_widely(self, faiss: Any, parameters: str) -> None:
         space, lists = faiss.ParameterSpace(), faiss.try_extract_index_ivf(self._index)
         if lists is not None:
             read = min(lists.nlist, max(LEAST_LISTS, lists.nlist // SHARE_OF_LISTS))
             space.set_index_parameter(self._index, "nprobe", read)
         with contextlib.suppress(RuntimeError):  # no graph
             space.set_index_parameter(self._index, "efSearch", WIDE)
+        space.set_index_parameters(self._index, parameters)
 
     def find(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and similarities, best first."""
