@@ -6,15 +6,22 @@
 # demo_set.png              drawn by the demo set itself
 # demo_training.png, demo_retrieval.png  copied from RUN; left as they are where there is no demo run (shell/train_demo.sh)
 # demo_retrieval_chinese.png  copied from the newest logs/demo-cn-clip-* (shell/finetune_CN_CLIP_B16_MUGE.sh), if there is one
+# search.png                the search page over RUN, where Playwright and Chromium are (pip install playwright; apt install chromium)
 # flickr8k.png              recalls of logs/flickr8k-* (shell/train_Flickr8k_small.sh), or those in figure/flickr8k.json
 # architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, third_text.png, bench.png  from tests/bench/results
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/needs.sh"
+NEEDED=search
+source shell/setup.sh
 python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
 RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ 2>/dev/null | tail -n 1 || true)}
 if [ -n "$RUN" ]; then
   cp "$RUN/training.png" figure/demo_training.png
   cp "$RUN/retrieval.png" figure/demo_retrieval.png
+  export PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" CHECKPOINT=${RUN%/}
+  if python -c "from helpers.browser import missing; raise SystemExit(missing())"; then
+    python -m helpers.screenshot --query "purple things in the sky" --output figure/search.png -- --images "$(draw_demo)" --checkpoint "$CHECKPOINT"
+  fi
 fi
 CHINESE=$(ls -d logs/demo-cn-clip-*/ 2>/dev/null | tail -n 1 || true)
 [ -z "$CHINESE" ] || cp "$CHINESE/retrieval.png" figure/demo_retrieval_chinese.png

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A page to search pictures with, by text, by picture, or both: http://127.0.0.1:8000. Pictures are encoded once; the same command
 # encodes what is new or changed, drops what is gone, and goes on after an interruption.
-# Without settings: the newest demo run (one is trained in minutes where there is none) over the demo set's pictures.
+# Without settings: the newest demo run (one is trained in minutes where there is none) over the demo set's held-out scenes.
 #
 #   [IMAGES=folder|.rec|tar|JSONL|..] [CHECKPOINT=run, weights or open_clip:NAME:TAG] [FEATURES=folder of an index or of features]
 #   [PORT=8000] bash shell/search.sh [--setting value ..]     (python -m rwkv_clip.search serve --help lists them)
@@ -17,6 +17,6 @@ if [ -n "${FEATURES:-}" ]; then
 else
   [ -n "${CHECKPOINT:-$(newest_demo)}" ] || bash shell/train_demo.sh
   CHECKPOINT=${CHECKPOINT:-$(newest_demo)}
-  WHAT=(--images "${IMAGES:-$(demo_data)/images}")
+  WHAT=(--images "${IMAGES:-$(draw_demo)}")
 fi
 exec python -m rwkv_clip.search serve "${WHAT[@]}" ${CHECKPOINT:+--checkpoint "${CHECKPOINT%/}"} --port "${PORT:-8000}" "$@"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class LanceEngine:
 
     def __init__(self, target: str, name: str, width: int):
         package, _ = import_lancedb()
+        if "://" not in target and not Path(target).is_dir():  # which `connect` would make
+            raise ValueError(f"engine: {target}: no such folder; write it: search export --to lancedb")
         database = package.connect(target)
         if not _has_table(database, name):
             raise ValueError(f"engine: {target} has no table {name!r}; write it: search export --to lancedb")

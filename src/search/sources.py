@@ -153,7 +153,8 @@ class _Folder:
                     sample.add(ending, read_bytes(path.with_name(other), min(most, MAX_TEXT_BYTES)))
                 except (OSError, ValueError):  # a picture is found without its text
                     continue
-        fields = {**sample.meta, **sample.texts}
+        told = {**sample.meta, **sample.texts}
+        fields = {name: value for name, value in told.items() if not isinstance(value, Problem)}
         text = find_caption(fields)
         return Item(name, text, _other_fields(fields), place, stamp, Picture(file=path).read)
 

@@ -82,9 +82,9 @@ def running(collection: Collection) -> Iterator[int]:
     """The server in a thread, and its port."""
     import uvicorn
 
-    from rwkv_clip.search.server import LOOPBACK, build_app, listen
+    from rwkv_clip.search.server import LOOPBACK, build_app, configure, listen
 
-    server = uvicorn.Server(uvicorn.Config(build_app(collection), log_level="warning", ws="none"))
+    server = uvicorn.Server(configure(build_app(collection)))
     with listen(LOOPBACK, 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

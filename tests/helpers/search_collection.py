@@ -124,9 +124,7 @@ def running(collection: Any, **options: Any) -> Iterator[str]:
 
     from rwkv_clip.search import server
 
-    app = server.build_app(collection, **options)
-    config = uvicorn.Config(app, log_level="warning", ws="none", h11_max_incomplete_event_size=server.MAX_HEAD)
-    instance = uvicorn.Server(config)
+    instance = uvicorn.Server(server.configure(server.build_app(collection, **options)))
     with server.listen(server.LOOPBACK, 0) as listener:
         thread = threading.Thread(target=instance.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rwkv_clip.data.records import RecordFile, unpack
 from rwkv_clip.demo.captions import TEXT_NAMES, list_templates, write_texts
-from rwkv_clip.demo.dataset import DemoPaths, draw_contact_sheet, make_demo
+from rwkv_clip.demo.dataset import DemoPaths, draw_contact_sheet, main, make_demo
 from rwkv_clip.demo.pictures import draw_picture, encode_picture
 from rwkv_clip.demo.scenes import (
     COLORS,
@@ -193,3 +193,18 @@ def test_contact_sheet(tmp_path):
     path = draw_contact_sheet(TRAIN[:3], tmp_path / "figure" / "sheet.png")
     with Image.open(path) as image:
         assert image.width > 800 and image.height > 400
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(KeyboardInterrupt(), 130, "demo: stopped"), (ValueError("size: wrong"), 2, "demo: size: wrong")],
+)
+def test_the_command_ends_in_a_line(tmp_path, monkeypatch, capsys, error, code, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("rwkv_clip.demo.dataset._build_train", fail)
+    monkeypatch.setattr("sys.argv", ["demo", "--output", str(tmp_path / "demo"), "--test", "1", "--per-class", "1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code and capsys.readouterr().err.strip() == said and not list(tmp_path.iterdir())

@@ -130,7 +130,7 @@ OPTIONAL = {
     "huggingface_hub": {"downloads.py"},
     "onnx": {"graphs.py"},  # and onnxscript, onnxruntime
     "tokenizers": set(),
-    "starlette": {"server.py"},
+    "starlette": {"application.py"},
     "uvicorn": {"server.py"},
     "qdrant_client": {"qdrant.py"},
     "lancedb": {"lancedb.py"},

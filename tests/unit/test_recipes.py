@@ -371,7 +371,18 @@ def test_search_takes_pictures_features_or_the_newest_demo_run(clone):
     for name in ("photos", "index"):
         (clone / name).mkdir()
     serve, newest = ["-m", "rwkv_clip.search", "serve"], ["--checkpoint", "logs/demo-rwkv-clip-1", "--port", "8000"]
-    assert called(clone, "search.sh") == [[*serve, "--images", "data/demo/images", *newest]]
+    drawn = [
+        "-m",
+        "rwkv_clip.demo",
+        "--output",
+        "data/demo-224",
+        *["--size", "224", "--test", "1000", "--train", "1", "--per-class", "1", "--language"],
+    ]
+    pictures = ["--images", "data/demo-224/retrieval.jsonl", *newest]
+    assert called(clone, "search.sh") == [[*drawn, "en"], [*serve, *pictures]]
+    (clone / "data" / "demo").mkdir(parents=True, exist_ok=True)
+    (clone / "data" / "demo" / "demo.json").write_text(json.dumps({"settings": {"language": "zh"}}, indent=1))
+    assert called(clone, "search.sh")[0] == [*drawn, "zh"]
     assert called(clone, "search.sh", IMAGES="photos") == [[*serve, "--images", "photos", *newest]]
     own = {"IMAGES": "photos", "CHECKPOINT": "x.rec", "PORT": "9"}
     assert called(clone, "search.sh", **own) == [[*serve, "--images", "photos", "--checkpoint", "x.rec", "--port", "9"]]
@@ -380,7 +391,7 @@ def test_search_takes_pictures_features_or_the_newest_demo_run(clone):
 
 def test_search_without_a_demo_run_trains_one(clone):
     (clone / "shell" / "train_demo.sh").write_text("mkdir -p logs/demo-new; touch logs/demo-new/log.jsonl\n")
-    (call,) = called(clone, "search.sh")
+    call = called(clone, "search.sh")[-1]
     assert call[2] == "serve" and call[call.index("--checkpoint") + 1] == "logs/demo-new"
 
 

@@ -224,6 +224,61 @@ def test_engines_find_what_the_exact_search_finds(tmp_path, kind):
             assert allowed[rows].all()
 
 
+@pytest.mark.parametrize("kind", ["qdrant", "lancedb"])
+def test_an_engine_that_is_not_there(tmp_path, kind):
+    pytest.importorskip({"qdrant": "qdrant_client"}.get(kind, kind), reason=f"needs the extra `{kind}`")
+    with pytest.raises(ValueError, match=rf"nowhere: no such folder; write it: search export --to {kind}"):
+        attach_engine(make_collection(20).vectors, f"{kind}:{tmp_path / 'nowhere'}", "made")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Failed to obtain server version")
+def test_a_server_that_does_not_answer_is_named_in_a_line(tmp_path, model, free_port, capsys):
+    pytest.importorskip("qdrant_client", reason="needs the extra `qdrant`")
+    save_pictures(tmp_path / "pictures")
+    assert (
+        run("index", "--images", str(tmp_path / "pictures"), "--checkpoint", "run", "--output", str(tmp_path / "i"))
+        == 0
+    )
+    target = f"http://127.0.0.1:{free_port}"
+    for arguments in (
+        ["export", "--to", "qdrant", "--target", target],
+        ["query", "--text", "a", "--engine", f"qdrant:{target}"],
+    ):
+        capsys.readouterr()
+        assert run(*arguments, "--features", str(tmp_path / "i"), "--device", "cpu") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"search: qdrant: {target} does not do") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "value"),
+    [
+        ("faiss:HNSW32", "efSearch", 256),
+        ("faiss:HNSW32:efSearch=7", "efSearch", 7),
+        ("faiss:IVF40,SQfp16", "nprobe", 32),
+        ("faiss:IVF300,Flat", "nprobe", 37),
+        ("faiss:PCA8,IVF40,Flat:nprobe=3", "nprobe", 3),
+    ],
+)
+def test_how_widely_faiss_searches(engine, name, value):
+    faiss = pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    index = attach_engine(Vectors.of([unit(400)]), engine, "")._engine._index
+    found = faiss.try_extract_index_ivf(index) if name == "nprobe" else index.hnsw
+    assert getattr(found, name) == value
+
+
+def test_what_faiss_cannot_make_is_said_in_its_own_words():
+    pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    vectors = make_collection(20).vectors
+    for factory, reason in (
+        ("Foo", "could not parse index string Foo"),
+        ("IVF64,Flat", "Number of training points .*"),
+    ):
+        with pytest.raises(ValueError, match=rf"engine: faiss cannot make '{factory}' of 20 rows \({reason}\); try"):
+            attach_engine(vectors, f"faiss:{factory}", "x")
+
+
 @pytest.mark.parametrize("engine", ["", "exactly", "qdrant", "lancedb:", "pinecone:x"])
 def test_unknown_engines(engine):
     with pytest.raises(ValueError, match=r"engine: .* is none of exact, faiss"):

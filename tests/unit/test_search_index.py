@@ -299,9 +299,14 @@ def test_pictures_that_are_none_are_left_out_and_counted(folder, tmp_path, model
     (folder / "own.png").symlink_to("blue.png")
     os.mkfifo(folder / "pipe.png")
     Image.new("1", (40_000, 4)).save(folder / "long.png")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "own.json").write_text("{broken")
+    (folder / "own.txt").write_bytes(b"\xff\xfe")
     done = index(folder, tmp_path / "index")
     assert done.rows == len(NAMES) + 1 and "own.png" in ids(tmp_path / "index")
     assert done.skipped == {"unreadable image": 3, "a link that leads out of the folder": 1, "image too large": 1}
+    found = Collection.open(tmp_path / "index").describe(ids(tmp_path / "index").index("own.png"))
+    assert found == {"id": "own.png", "text": "", "fields": {}}
     assert index(folder, tmp_path / "index", outside=True).rows == len(NAMES) + 2
 
 

@@ -30,12 +30,13 @@ pytest.importorskip("httpx2", reason="starlette's test client needs it: pip inst
 from starlette import testclient
 
 from helpers.search_collection import Encoder, make_collection, make_picture, running
+from rwkv_clip.search import application as application_module
 from rwkv_clip.search import server as server_module
 from rwkv_clip.search import service as service_module
+from rwkv_clip.search.application import build_app
 from rwkv_clip.search.batching import Batcher
 from rwkv_clip.search.multipart import read_parts
 from rwkv_clip.search.query import MAX_DEPTH, MAX_LETTERS, MAX_RESULTS, RequestError
-from rwkv_clip.search.server import build_app
 from rwkv_clip.search.thumbnails import Thumbnails
 
 ROWS = 60
@@ -529,8 +530,8 @@ def test_too_many_are_told_to_come_again(collection, monkeypatch):
 
 
 def test_slow_and_ended_bodies(collection, monkeypatch):
-    monkeypatch.setattr(server_module, "PATIENCE", 0.3)
-    monkeypatch.setattr(server_module, "MOST_UPLOADS", 1)
+    monkeypatch.setattr(application_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(application_module, "MOST_UPLOADS", 1)
     head = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     with running(collection) as url:
         address = (urlsplit(url).hostname, urlsplit(url).port)
@@ -548,6 +549,56 @@ def test_slow_and_ended_bodies(collection, monkeypatch):
             assert b"413" in large.recv(4096).splitlines()[0]
         with urllib.request.urlopen(f"{url}/api/search?q=red", timeout=10) as response:
             assert response.status == 200
+
+
+@pytest.mark.parametrize("began", [b"", b"GET /api/search?q=", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+@pytest.mark.parametrize("dribbles", [False, True])
+def test_heads_that_do_not_come_whole(collection, monkeypatch, began, dribbles):
+    """None at all, one that stays half, and after an answer the next one."""
+    monkeypatch.setattr(server_module, "PATIENCE", 0.2)
+    with running(collection) as url, socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 10) as slow:
+        slow.sendall(began)
+        slow.settimeout(0.05)
+        said, end = [b"-"], time.monotonic() + 20
+        while said[-1] and time.monotonic() < end:
+            try:
+                if dribbles:
+                    slow.sendall(b"G")
+                said.append(slow.recv(65536))
+            except TimeoutError:
+                continue
+            except OSError:  # cut off
+                said.append(b"")
+        assert said[-1] == b"" and (b"200" in said[1].splitlines()[0] if b"Host" in began else len(said) == 2)
+
+
+def test_an_answer_that_nobody_reads(collection, monkeypatch):
+    monkeypatch.setattr(server_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(collection, "picture", lambda row, side=0: b"\xff\xd8\xff" + bytes(30_000_000))
+    lost = threading.Event()
+    end_of = server_module.Connection.connection_lost
+    monkeypatch.setattr(server_module.Connection, "connection_lost", lambda *given: (end_of(*given), lost.set()))
+    ask = b"GET /api/picture/0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with running(collection) as url:
+        address = (urlsplit(url).hostname, urlsplit(url).port)
+        with socket.create_connection(address, 10) as idle:
+            idle.sendall(ask)
+            assert lost.wait(20)
+        lost.clear()
+        with socket.create_connection(address, 10) as slow:  # but goes on
+            slow.sendall(ask)
+            taken = 0
+            while part := slow.recv(500_000):
+                taken += len(part)
+                time.sleep(0.02)
+            assert taken > 30_000_000
+
+
+def test_answers_may_take_their_time(collection, monkeypatch):
+    monkeypatch.setattr(server_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(collection, "model", Encoder(delay=1.0))
+    with running(collection) as url, urllib.request.urlopen(f"{url}/api/search?q=red", timeout=10) as response:
+        assert response.status == 200
 
 
 def test_a_bug_is_one_line_and_the_server_lives(collection, monkeypatch, caplog):

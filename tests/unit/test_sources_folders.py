@@ -111,6 +111,8 @@ def test_linked_folders_are_walked_once(tmp_path):
     save(tmp_path, {"d/a.tar": "", "far/b.tar": ""})
     (tmp_path / "d" / "far").symlink_to(tmp_path / "far")
     (tmp_path / "d" / "round").symlink_to(tmp_path / "d")
+    (tmp_path / "d" / "circle").symlink_to("circle")
+    (tmp_path / "d" / "gone.tar").symlink_to("nowhere")
     assert [file.name for file in Source(tmp_path / "d").files] == ["a.tar", "b.tar"]
 
 

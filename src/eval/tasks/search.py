@@ -107,7 +107,7 @@ def nearest_by_faiss(queries: Tensor, items: Tensor, count: int, factory: str) -
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as error:
-        reason = str(error).split("Error: ")[-1].splitlines()[0].strip()
+        reason = str(error).strip().rsplit(": ", 1)[-1]
         raise ValueError(f"index: faiss cannot make {factory!r} of {len(items)} items ({reason}); try Flat") from None
     scores, places = index.search(queries.numpy(), count)
     return torch.from_numpy(places), torch.from_numpy(scores)

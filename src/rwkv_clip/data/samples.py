@@ -174,8 +174,11 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         seen.add((about.st_dev, about.st_ino))
         with os.scandir(place) as entries:
             visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
-        waiting += [entry.path for entry in reversed(visible) if entry.is_dir()]
-        yield place, [entry.name for entry in visible if entry.is_file()]
+        # An entry knows what it is without being asked, but of a link in a circle it raises; os.path says no.
+        folders = [os.path.isdir(e) if e.is_symlink() else e.is_dir() for e in visible]
+        files = [os.path.isfile(e) if e.is_symlink() else e.is_file() for e in visible]
+        waiting += [entry.path for entry, is_it in zip(reversed(visible), reversed(folders)) if is_it]
+        yield place, [entry.name for entry, is_it in zip(visible, files) if is_it]
 
 
 def group_files(names: list[str]) -> dict[str, list[tuple[str, str]]]:

@@ -286,8 +286,7 @@ def run(output: Path, settings: DemoSettings, contact_sheet: Path | None = None)
 def main() -> None:
     import tyro
 
-    try:
-        tyro.cli(run, prog="python -m rwkv_clip.demo", config=(tyro.conf.OmitArgPrefixes,))
-    except ValueError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        sys.exit(2)
+    from ..errors import run_command
+
+    config = (tyro.conf.OmitArgPrefixes,)
+    sys.exit(run_command(lambda: tyro.cli(run, prog="python -m rwkv_clip.demo", config=config), "demo"))
