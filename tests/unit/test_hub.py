@@ -240,8 +240,7 @@ def test_nothing_of_a_folder_is_run(tmp_path):
     rwkv_clip.load_for_inference(folder)
     rwkv_clip.create_model(folder)
     (folder / "rwkv_clip_config.json").unlink()  # what is left is a folder of transformers
-    with pytest.raises(ConfigError, match="only 'chinese_clip' is known"):
-        rwkv_clip.load_for_inference(folder)
+    rwkv_clip.load_for_inference(folder)
     assert not mark.exists()
     other = rwkv_clip.save_pretrained(build(OPEN_CLIP["CLIP"]), tmp_path / "theirs")
     (other / "open_clip_model.safetensors").rename(tmp_path / "away")
@@ -562,9 +561,3 @@ def test_chinese_clip_is_native_in_transformers(transformers, tmp_path):
     theirs = transformers.ChineseCLIPModel.from_pretrained(folder).eval()
     assert theirs.config.projection_dim == 24
     check_equal(net, rwkv_clip.load_for_inference(folder).model)
-
-
-def test_other_towers_have_no_code_there(tmp_path):
-    for kind, model in (("rwkv with open_clip", OURS["mixed"]), ("open_clip", OPEN_CLIP["CLIP"])):
-        with pytest.raises(ConfigError, match=f"there is no code for {kind}"):
-            rwkv_clip.save_pretrained(build(model), tmp_path / "export", transformers=True)
