@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .checkpoint import read_description
 from .config import ConfigError
-from .downloads import load_client, split_name
+from .downloads import first_line, is_of_the_network, load_client, split_name
 from .factory import DESCRIPTION, describe
 from .files import write_json, write_whole
 from .model_card import Card, write_card
@@ -126,9 +126,11 @@ def push_to_hub(
             api.upload_folder(
                 repo_id=name, folder_path=folder, revision=branch, commit_message=message, ignore_patterns=kept
             )
-        except OSError as error:  # huggingface_hub's are
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError([f"push_to_hub: {name} could not be written ({reason[:200]}); hf auth login"]) from error
+        except Exception as error:  # of the client, of its library for HTTP, or of the system
+            if not is_of_the_network(error):
+                raise
+            remedy = "look at the network and at your token (hf auth login)"
+            raise ConfigError([f"push_to_hub: {name} could not be written ({first_line(error)}); {remedy}"]) from error
     return f"{HUB}{repository}"
 
 

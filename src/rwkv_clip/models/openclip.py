@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from open_clip.transformer import TextTransformer, Transformer, VisionTransforme
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..downloads import fetching
+from ..downloads import asking_once, fetching
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from ..transform import ResizeMode
+from .hugging_text import check_places, find_text_tower
 from .layers import number_layers
 from .outputs import name_features
 from .specification import CLIP_PIXELS, ContrastiveModel, Encoded, Pixels, suggest
@@ -171,6 +173,7 @@ class OpenClipConfig:
                 for key in ("vision_cfg", "text_cfg")
                 if not isinstance(source.get(key), dict)
             ]
+            problems += check_places(source)
         elif source not in open_clip.list_models():
             near = suggest(source, open_clip.list_models())
             problems.append(f"open_clip: {source!r} is neither a model of open_clip's nor a table; {near}")
@@ -215,12 +218,16 @@ class OpenClipConfig:
     def build(self, tag: str | None = None) -> ContrastiveModel:
         if isinstance(self.source, str):
             pixels = dict(zip(("mean", "std"), self.pixels))
-            with fetching("pretrained" if tag else "model", tag or self.source):
+            text = self.description.get("text_cfg", {})
+            find_text_tower(text)  # it can be had
+            with (asking_once if tag or "hf_model_name" in text else fetching)(
+                "pretrained" if tag else "model", tag or self.source
+            ):
                 device = torch.empty(0).device  # the default: meta, where only a structure is wanted
                 model = open_clip.create_model(self.source, pretrained=tag, device=device, force_preprocess_cfg=pixels)
             model.__class__ = _CLASSES[type(model)]
             return model
-        source = dict(self.source)
+        source = {**self.source, "text_cfg": find_text_tower(self.source["text_cfg"])}
         custom = source.pop("custom_text", False) or "hf_model_name" in source["text_cfg"]
         kind: Any = CoCa if "multimodal_cfg" in source else CustomTextCLIP if custom else CLIP
         with fetching("model", str(source["text_cfg"].get("hf_model_name", "model"))):
@@ -230,7 +237,8 @@ class OpenClipConfig:
         text = self.description.get("text_cfg", {})
         if not isinstance(self.source, str) and "hf_tokenizer_name" not in text:
             return make_tokenizer(context=text.get("context_length", 77))
-        with fetching("tokenizer", f"that of {self.name}"):
+        remote = "hf_tokenizer_name" in text and not os.path.isdir(text["hf_tokenizer_name"])
+        with (asking_once if remote else fetching)("tokenizer", f"that of {self.name}"):
             if isinstance(self.source, str):
                 tokenizer = open_clip.get_tokenizer(self.source)
             else:  # a program that a repository brings is not run
