@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError
 from ..downloads import asking_once, fetching
+from ..ops.watched import refuse_fused_attention
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from ..transform import ResizeMode
 from .hugging_text import check_places, find_text_tower
@@ -93,6 +94,11 @@ class NamedFeatures(ContrastiveModel):
         if needs is not None:
             return name_features(self, image, text, needs)
         return super().forward(image, text, *arguments, **named)
+
+    def encode_image(self, image: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """open_clip's own. RuntimeError where its attention cannot be differentiated."""
+        refuse_fused_attention()
+        return super().encode_image(image, *arguments, **named)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Name of a parameter -> number of its layer, for timm's layer decay, see `layers.number_layers`."""
