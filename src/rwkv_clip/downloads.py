@@ -35,13 +35,16 @@ def split_name(name: str) -> tuple[str, str | None]:
     """`org/name` or `org/name@revision` -> repository, revision. ConfigError for anything else."""
     repository, _, revision = name.partition("@")
     parts = repository.split("/")
-    plain = all(
-        part and part.strip(".-") and part.replace("-", "").replace(".", "").replace("_", "").isalnum()
-        for part in parts
-    )
-    if len(parts) != 2 or not plain or ("@" in name and not revision):
+    # A revision may be a branch such as refs/pr/1; it names a file of the cache, so it must not lead out of it.
+    plain = all(map(_is_plain, (*parts, *(revision.split("/") if "@" in name else ()))))
+    if len(parts) != 2 or not plain:
         raise ConfigError([f"hf-hub: {name!r} is not of the form org/name or org/name@revision; correct it"])
     return repository, revision or None
+
+
+def _is_plain(part: str) -> bool:
+    """Whether it is made of letters, digits, `-`, `_` and `.`, and is neither `.` nor `..`."""
+    return bool(part.strip(".-")) and part.replace("-", "").replace(".", "").replace("_", "").isalnum()
 
 
 def fetch_first(name: str, files: Sequence[str], cache: str | Path | None = None) -> Path | None:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import read_weights
@@ -15,10 +16,11 @@ from .config import ConfigError
 from .models import chinese_clip, hugging_face
 from .models.positions import fit_tables
 from .models.released import OPENAI_ENTRIES, strip_prefixes
-from .models.specification import ContrastiveModel
+from .models.specification import ContrastiveModel, ModelSpec
 from .pretrained import find_weights
 
 M = TypeVar("M", bound=nn.Module)
+BITS = 8  # parameters for each byte of a file, at most
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,17 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     model's dtypes. ValueError names every missing, unexpected and misshapen key.
     """
     model.load_state_dict(read_fitting_weights(model, path))
+
+
+def check_room(spec: ModelSpec, path: Path) -> None:
+    """ConfigError for a model far larger than its file of weights: it is not built to find out."""
+    if path.is_dir():
+        return  # a checkpoint of a run, which describes itself
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in spec.build().parameters())
+    size = path.stat().st_size
+    if count > BITS * size:
+        raise ConfigError([f"{path}: has {size:,} bytes, and the model {count:,} parameters; correct its description"])
 
 
 def load_towers(model: ContrastiveModel, image: str | Path | None, text: str | Path | None) -> None:

@@ -24,16 +24,17 @@ from open_clip.transformer import TextTransformer, Transformer, VisionTransforme
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..downloads import asking_once, fetching
+from ..downloads import asking_once, fetching, first_line
+from ..errors import is_out_of_memory
 from ..ops.watched import refuse_fused_attention
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from ..transform import ResizeMode
 from .hugging_text import check_places, find_text_tower
 from .layers import number_layers
 from .outputs import name_features
+from .preprocessing import PREPROCESSING, check_size, parse_pixels, read_preprocessing
 from .specification import CLIP_PIXELS, ContrastiveModel, Encoded, Pixels, suggest
 
-PREPROCESSING = {"resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}  # of pictures
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -179,13 +180,13 @@ class OpenClipConfig:
                 for key in ("vision_cfg", "text_cfg")
                 if not isinstance(source.get(key), dict)
             ]
-            problems += check_places(source)
+            problems += check_places(source) + check_size(source.get("vision_cfg"))
         elif source not in open_clip.list_models():
             near = suggest(source, open_clip.list_models())
             problems.append(f"open_clip: {source!r} is neither a model of open_clip's nor a table; {near}")
         try:
-            mean, std = (tuple(map(float, values)) for values in pixels)
-        except (TypeError, ValueError):
+            mean, std = parse_pixels(pixels)
+        except ValueError:
             problems.append(f"pixels: {pixels!r} is not two lists of three numbers, mean and std")
         if problems:
             raise ConfigError(problems)
@@ -202,10 +203,10 @@ class OpenClipConfig:
         for table, key in (("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_model_pretrained")):
             if isinstance(source.get(table), dict) and source[table].get(key.removesuffix("pretrained") + "name"):
                 source[table][key] = False
-        pixels = [images.get(key) or own for key, own in zip(("mean", "std"), CLIP_PIXELS)]
-        ways = {key: images[key] for key in PREPROCESSING if images.get(key)}
         try:
-            return cls.parse({"open_clip": source, "pixels": pixels, **ways})
+            if images.get("mode", "RGB") != "RGB":
+                raise ConfigError([f"mode: {images['mode']!r} pictures are not read, only RGB; correct it"])
+            return cls.parse({"open_clip": source, **read_preprocessing(images)})
         except ConfigError as error:
             raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
@@ -265,9 +266,7 @@ class OpenClipConfig:
             return self, None
         name = name_for_tag(self.source, pretrained)
         weights = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), pretrained)
-        mean, std = (tuple(weights.get(key) or own) for key, own in zip(("mean", "std"), CLIP_PIXELS))
-        ways: dict[str, Any] = {key: weights[key] for key in PREPROCESSING if weights.get(key) in PREPROCESSING[key]}
-        return OpenClipConfig(name, (mean, std), **ways), pretrained
+        return OpenClipConfig.parse({"open_clip": name, **read_preprocessing(weights)}), pretrained
 
     @property
     def name(self) -> str:
@@ -297,8 +296,10 @@ def _build(where: str, settings: dict[str, Any], make: Callable[[], T]) -> T:
     """`make()`. ConfigError for an unknown or missing field, or a value of the wrong type."""
     try:
         return make()
-    except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError([f"{where}: open_clip cannot build {sorted(settings)}: {error}"]) from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError([f"{where}: open_clip cannot build {sorted(settings)}: {first_line(error)}"]) from None
 
 
 # ---- towers beside one of ours ---------------------------------------------------------------------------------------
