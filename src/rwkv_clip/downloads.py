@@ -98,12 +98,12 @@ def asking_once(field: str, what: str) -> Iterator[None]:
     client = load_client()
     obstacle = find_obstacle(client)
     before = client.constants.HF_HUB_OFFLINE
-    client.constants.HF_HUB_OFFLINE = before or obstacle is not None  # type: ignore[attr-defined] # they read it there
+    client.constants.HF_HUB_OFFLINE = before or obstacle is not None  # they read it there
     try:
         with fetching(field, what, obstacle):
             yield
     finally:
-        client.constants.HF_HUB_OFFLINE = before  # type: ignore[attr-defined]
+        client.constants.HF_HUB_OFFLINE = before  # they read it there
 
 
 @contextlib.contextmanager

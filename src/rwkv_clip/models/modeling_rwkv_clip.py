@@ -321,9 +321,11 @@ class BertLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         maps: Any = self.attention["self"]
-        heads = (maps[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value"))
+        query, key, value = (
+            maps[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+        )
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         x = self.attention["output"](mixed.transpose(1, 2).flatten(2), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
@@ -347,13 +349,14 @@ class Bert(nn.Module):
         self.proj = nn.Parameter(torch.zeros(width, embed_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        here, parts, layers = ids != 0, self.embeddings, self.encoder["layer"]
+        here, parts = ids != 0, self.embeddings
+        layers: Any = self.encoder["layer"]
         mask = (here | ~here.any(1, keepdim=True))[:, None, None]
         types: Any = parts["token_type_embeddings"]
         places = torch.arange(ids.shape[1], device=ids.device)
         x = parts["word_embeddings"](ids) + parts["position_embeddings"](places) + types.weight[0]
         x = F.dropout(parts["LayerNorm"](x), self.dropout, self.training)
-        for layer in layers:  # type: ignore[union-attr] # a list
+        for layer in layers:
             x = layer(x, mask)
         return x[:, 0] @ self.proj
 
