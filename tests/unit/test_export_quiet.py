@@ -42,9 +42,13 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("way", ["dynamic", "static"])
-@pytest.mark.parametrize("kind", ["RWKV", "ViT and BERT"])
+@pytest.mark.parametrize(
+    ("kind", "way", "width"),
+    [
+        *[("RWKV", "dynamic", "wide"), ("RWKV", "static", "wide"), ("RWKV", "static", "narrow")],
+        *[("ViT and BERT", "static", "wide"), ("ViT and BERT", "dynamic", "narrow")],
+    ],
+)
 def test_nothing_is_printed(kind, way, width, pictures, tmp_path):
     """By the command itself, and by a program that opens its files with ONNX Runtime's own settings."""
     model = rwkv_clip.create_model(make(kind, WIDTHS[width]))
