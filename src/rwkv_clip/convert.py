@@ -7,8 +7,9 @@
 
 INPUT is whatever --checkpoint takes: a run folder, a checkpoint folder, a weights file, a folder with a configuration
 (transformers', open_clip's, ours), hf-hub:org/name. OUTPUT is a .safetensors file (every model, described inside, so
-that it loads by its name alone), a .pt file (Chinese-CLIP's layout) or a new folder: transformers' ChineseCLIPModel, or
-for the hub configuration, weights and a model card, which open_clip opens where the model is one of its own.
+that it loads by its name alone), a .pt file (Chinese-CLIP's layout) or a new folder: for transformers ChineseCLIPModel,
+or, for other pairs of towers, the model with its code (AutoModel, trust_remote_code); for the hub configuration,
+weights and a model card, which open_clip opens where the model is one of its own.
 """
 
 from __future__ import annotations
@@ -54,12 +55,11 @@ def convert(
         raise ConfigError([f"output: {output} exists; name a new folder"])
     if license and to != "hub":
         raise ConfigError([f"license: {license!r} has no effect in {to}, which has no model card; leave it out"])
-    if to == "hub":
-        files = sorted(
-            path.name for path in save_pretrained(source, output, license=license, structure=model).iterdir()
-        )
-        return f"{output}: {', '.join(files)}"
     name, spec, path = describe(source, model)
+    code = to == "transformers" and kinds_of(spec) != ("open_clip", "bert")
+    if to == "hub" or code:
+        folder = save_pretrained(source, output, license=license, structure=model, transformers=code)
+        return f"{output}: {', '.join(sorted(path.name for path in folder.iterdir()))}"
     state = read_fitting_weights(spec.build(), path)
     output.parent.mkdir(parents=True, exist_ok=True)
     if to == "safetensors":
@@ -88,10 +88,9 @@ def write_released(output: Path, name: str, spec: ModelSpec, state: dict[str, Te
 
 
 def write_folder(output: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
-    """A folder of transformers: config.json, model.safetensors and the vocabulary; it appears when all of it is
-    written. ConfigError for a model that transformers does not have."""
-    if not isinstance(spec, ModelConfig):
-        raise ConfigError([f"to: transformers has no {' with '.join(kinds_of(spec))}; write safetensors"])
+    """A folder of transformers' ChineseCLIPModel: config.json, model.safetensors and the vocabulary; it appears when
+    all of it is written. ConfigError for a model that transformers does not have."""
+    assert isinstance(spec, ModelConfig), "an image tower of open_clip's, and BERT"
     with new_folder(output) as part:
         write_chinese_clip(part, spec, state)
 

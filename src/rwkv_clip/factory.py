@@ -25,7 +25,7 @@ from .models.patch_dropout import drop_patches
 from .models.released import convert_config, is_released_config, strip_prefixes
 from .models.specification import CLIP_PIXELS, ContrastiveModel, ModelSpec, load_family
 from .models.two_tower import ModelConfig
-from .overrides import Overrides, changes, check_overrides, choose_towers, override
+from .overrides import Overrides, accept_model_name, changes, check_overrides, choose_towers, override
 from .pretrained import (
     CONFIG,
     HUB,
@@ -42,7 +42,7 @@ from .pretrained import (
 from .serialization import CheckpointError, read_about
 from .tokenizer import Tokenizer
 from .transform import prepare, train_transform, val_transform
-from .weights import NoRandomValues, load_towers, move_weights
+from .weights import NoRandomValues, check_room, load_towers, move_weights
 from .weights import load_checkpoint as load_checkpoint  # also found here
 from .weights import read_fitting_weights as read_fitting_weights
 
@@ -74,6 +74,7 @@ def add_model_config(path: str | Path) -> list[str]:
     return list(found)
 
 
+@accept_model_name
 def get_model_config(model: Model) -> dict[str, Any] | None:
     """The JSON of a model, by name (`hf-hub:` and `local-dir:` too): of open_clip's in its form, of others in ours.
     None for an unknown name."""
@@ -133,6 +134,7 @@ def parse_spec(data: dict[str, Any]) -> ModelSpec:
     return convert_config(data) if is_released_config(data) else ModelConfig.parse(data)
 
 
+@accept_model_name
 def create_model(
     model: Model,
     pretrained: str | Path | None = None,
@@ -163,6 +165,8 @@ def create_model(
         spec = spec.with_drop_path(drop_path)
     spec, tag = spec.find_tag(str(weights)) if weights else (spec, None)
     changed = parse_spec(override(spec.to_json(), overrides)) if changes(overrides) else spec
+    if weights and not tag and holds_weights(model):
+        check_room(spec, find_checkpoint(find_weights(weights)))
     net = spec.build(tag) if tag else changed.build()
     if tag and changed != spec:
         net = move_weights(net, changed.build())
@@ -229,6 +233,7 @@ def cast_weights(model: M, dtype: torch.dtype) -> M:
     return model
 
 
+@accept_model_name
 def create_model_and_transforms(
     model: Model,
     pretrained: str | Path | None = None,
@@ -243,6 +248,7 @@ def create_model_and_transforms(
     return net, train_transform(net.spec.image_size), preprocess_of(net)
 
 
+@accept_model_name
 def create_model_from_pretrained(
     model: Model,
     pretrained: str | Path | None = None,
@@ -257,6 +263,7 @@ def create_model_from_pretrained(
     return (net, preprocess_of(net)) if return_transform else net
 
 
+@accept_model_name
 def get_tokenizer(model: Model, context_length: int | None = None, cache_dir: str | Path | None = None) -> Tokenizer:
     """Tokenizer of a model: texts -> int64 (n, context). context_length: another one than the model's."""
     spec = describe(model, cache=cache_dir)[1] if holds_weights(model) else resolve_spec(model)[1]  # type: ignore[arg-type]
@@ -325,6 +332,8 @@ def load_for_inference(
     name, spec, path = describe(checkpoint, model)
     if precision not in DTYPES | AUTOCAST:
         raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES | AUTOCAST)}"])
+    if holds_weights(checkpoint):
+        check_room(spec, path)
     net = _load_model(spec, path, precision, device)
     weights = path / "model.safetensors" if path.is_dir() else path
     return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, hash_file(weights), precision)

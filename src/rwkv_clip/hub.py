@@ -4,9 +4,9 @@
     rwkv_clip.push_to_hub("logs/my-run", "me/my-clip", license="mit")
 
 A folder holds a configuration, weights as safetensors and a model card. open_clip's models get open_clip's layout,
-which open_clip opens (`local-dir:`, `hf-hub:`); RWKV and BERT towers a layout of ours. With transformers=True it also
-is a folder of transformers: ChineseCLIPModel for Chinese-CLIP; for RWKV towers the code of the model goes along, and
-whoever loads it there has to trust it. Here nothing of a folder is ever run.
+which open_clip opens (`local-dir:`, `hf-hub:`); two towers, of any families, a layout of ours. With transformers=True
+it also is a folder of transformers: ChineseCLIPModel for a ViT with BERT; for others the code of the model goes along,
+and whoever loads it there has to trust it. Here nothing of a folder is ever run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .checkpoint import read_description
 from .config import ConfigError
-from .downloads import load_client, split_name
+from .downloads import first_line, is_of_the_network, load_client, split_name
 from .factory import DESCRIPTION, describe
 from .files import write_json, write_whole
 from .model_card import Card, write_card
@@ -78,10 +78,9 @@ def save_pretrained(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError([f"folder: {folder} exists and is not empty; name a new one"])
     found = _collect(model, (name or folder.name).split("/")[-1], structure)
-    kinds = kinds_of(found.spec)
-    chinese = transformers and kinds == ("open_clip", "bert")
-    if transformers and not chinese and kinds != ("rwkv", "rwkv"):
-        raise ConfigError([f"transformers: there is no code for {' with '.join(kinds)}; save it without transformers"])
+    if transformers:
+        hugging_face.check_code(found.spec)
+    chinese = transformers and kinds_of(found.spec) == ("open_clip", "bert")
     with new_folder(folder) as part:
         if chinese:
             assert isinstance(found.spec, ModelConfig)
@@ -127,9 +126,11 @@ def push_to_hub(
             api.upload_folder(
                 repo_id=name, folder_path=folder, revision=branch, commit_message=message, ignore_patterns=kept
             )
-        except OSError as error:  # huggingface_hub's are
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError([f"push_to_hub: {name} could not be written ({reason[:200]}); hf auth login"]) from error
+        except Exception as error:  # of the client, of its library for HTTP, or of the system
+            if not is_of_the_network(error):
+                raise
+            remedy = "look at the network and at your token (hf auth login)"
+            raise ConfigError([f"push_to_hub: {name} could not be written ({first_line(error)}); {remedy}"]) from error
     return f"{HUB}{repository}"
 
 

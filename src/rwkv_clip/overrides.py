@@ -6,13 +6,16 @@ context `context` or `context_length`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar, cast
 
 from .config import ConfigError
 from .models.specification import suggest
 from .transform import CLIP_MEAN, CLIP_STD
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Overrides(TypedDict, total=False):
@@ -49,6 +52,18 @@ _REFUSED = {
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 _TOWERS = ("force_image_size", "force_context_length", "force_quick_gelu")
 _CHANGING = (*_TOWERS, "force_preprocess_cfg", *(f"image_{name}" for name in _PREPROCESSING))
+
+
+def accept_model_name(function: F) -> F:
+    """The function, whose argument `model` may be called `model_name` as in open_clip."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if "model_name" in named:
+            named["model"] = named.pop("model_name")
+        return function(*arguments, **named)
+
+    return cast(F, call)
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:

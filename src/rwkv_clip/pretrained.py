@@ -7,6 +7,7 @@ with where each lies; a sha256 is given where their authors published one, and c
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ LAYOUTS = {
     ),
     TRANSFORMERS_CONFIG: (WEIGHTS, "pytorch_model.bin"),
 }
+MOST, MOST_LAYERS = 1 << 24, 1 << 10  # of anything in a configuration
+_DEPTHS = ("depth", "layers", "num_hidden_layers", "text_num_hidden_layers", "vision_layers")
 
 
 # ---- released weights ------------------------------------------------------------------------------------------------
@@ -201,10 +204,25 @@ def find_weights(place: str | Path, cache: str | Path | None = None) -> Path:
 
 
 def read_layout(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The layout of a folder and the content of its configuration. ConfigError unless that is a JSON object."""
+    """The layout of a folder and the content of its configuration. ConfigError unless that is a JSON object, of numbers
+    that a model may have."""
     layout = layout_of(folder)
     assert layout, "find_weights tells"
     data = load_json(folder / layout)
     if not isinstance(data, dict):
         raise ConfigError([f"{folder / layout}: expected a JSON object that describes a model"])
+    if large := next(_find_large(data), None):
+        raise ConfigError([f"{folder / layout}: {large} is more than any model has; ask its owner"])
     return layout, data
+
+
+def _find_large(data: Any, name: str = "") -> Iterator[str]:
+    """Settings that would be built for hours: whole numbers, and numbers of layers, beyond limits."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _find_large(value, str(key))
+    elif isinstance(data, list):
+        for value in data:
+            yield from _find_large(value, name)
+    elif isinstance(data, int) and abs(data) > (MOST_LAYERS if name in _DEPTHS else MOST):
+        yield f"{name} {str(data)[:20]}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,10 +17,12 @@ from .config import ConfigError
 from .models import chinese_clip, hugging_face
 from .models.positions import fit_tables
 from .models.released import OPENAI_ENTRIES, strip_prefixes
-from .models.specification import ContrastiveModel
+from .models.specification import ContrastiveModel, ModelSpec
 from .pretrained import find_weights
 
 M = TypeVar("M", bound=nn.Module)
+BITS = 8  # parameters for each byte of a file, at most
+SMALL = 1 << 28  # parameters of models that are built in any case: the file's own mistake is told
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,39 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     model's dtypes. ValueError names every missing, unexpected and misshapen key.
     """
     model.load_state_dict(read_fitting_weights(model, path))
+
+
+def check_room(spec: ModelSpec, path: Path) -> None:
+    """ConfigError for a model far larger than its file of weights: it is not built to find out."""
+    if path.is_dir():
+        return  # a checkpoint of a run, which describes itself
+    size = path.stat().st_size
+    if _estimate(spec.to_json()) <= 64 * size:
+        return
+    with torch.device("meta"):  # takes a second
+        count = sum(parameter.numel() for parameter in spec.build().parameters())
+    if count > max(SMALL, BITS * size):
+        raise ConfigError([f"{path}: has {size:,} bytes, and the model {count:,} parameters; correct its description"])
+
+
+def _estimate(data: dict[str, Any]) -> int:
+    """About how many parameters a description asks for, never far less: from its largest numbers alone."""
+    found: dict[str, int] = {}
+
+    def read(value: Any, name: str) -> None:
+        if isinstance(value, (dict, list)):
+            for key, one in value.items() if isinstance(value, dict) else ((name, one) for one in value):
+                read(one, key)
+        elif isinstance(value, int):
+            found[name] = max(found.get(name, 1), value)
+
+    read(data, "")
+    rows = sum(found.pop(name, 0) for name in ("vocab", "vocab_size", "positions", "context", "context_length"))
+    patch = found.pop("patch", 0) or found.pop("patch_size", 0) or 1
+    rows += (found.pop("image_size", 0) // patch) ** 2
+    depth = found.pop("depth", 0) + found.pop("layers", 0) + 1
+    width = max(found.values(), default=1)
+    return rows * width + 12 * depth * width**2
 
 
 def load_towers(model: ContrastiveModel, image: str | Path | None, text: str | Path | None) -> None:

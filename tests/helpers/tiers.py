@@ -169,6 +169,13 @@ SLOW = (
     "unit/test_train.py::test_mistakes_end_with_a_code_and_no_traceback[1:]",
     "unit/test_train.py::test_variants_train[1:]",
     "unit/test_watched.py::test_towers_are_traced",
+    # exports and the hub's client in processes of their own
+    "unit/test_export_quiet.py::test_nothing_is_printed[1:]",
+    "unit/test_hub_server.py::test_a_download_that_breaks_off_goes_on",
+    "unit/test_hub_server.py::test_an_upload_that_fails_is_one_line[1:]",
+    "unit/test_hub_server.py::test_no_network_is_said_soon[1:]",
+    "unit/test_hub_server.py::test_text_towers_of_the_hub",
+    "unit/test_hub_server.py::test_uploads_are_read_back",
 )
 
 

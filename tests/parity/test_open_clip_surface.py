@@ -376,6 +376,111 @@ def test_options_of_intermediates_that_do_not_exist(towers):
         model.forward_intermediates(text=ids() % 20_000, text_indices=3)
 
 
+def arguments_of_open_clip() -> list[tuple[str, str]]:
+    """Function and argument, of those that have a default."""
+    names = ("create_model", "create_model_and_transforms", "create_model_from_pretrained", "get_tokenizer")
+    return [
+        (name, argument.name)
+        for name in (*names, "list_pretrained", "tokenize")
+        for argument in inspect.signature(getattr(open_clip, name)).parameters.values()
+        if argument.default is not inspect.Parameter.empty and argument.name != "model_name"
+    ]
+
+
+@pytest.mark.parametrize(("name", "argument"), arguments_of_open_clip())
+def test_every_argument_of_open_clip_is_taken_with_its_default(sides, name, argument):
+    default = inspect.signature(getattr(open_clip, name)).parameters[argument].default
+    first = {"list_pretrained": (), "tokenize": (TEXTS,)}.get(name, (sides["rwkv_clip"].place,))
+    assert getattr(rwkv_clip, name)(*first, **{argument: default}) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "create_model",
+        "create_model_and_transforms",
+        "create_model_from_pretrained",
+        "get_tokenizer",
+        "get_model_config",
+    ],
+)
+def test_the_model_may_be_called_model_name(sides, name):
+    assert getattr(rwkv_clip, name)(model_name=sides["rwkv_clip"].place) is not None
+    with pytest.raises(TypeError):
+        getattr(rwkv_clip, name)()
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def preprocessings() -> list[dict[str, Any]]:
+    """Each one that weights of open_clip's were trained with, and forms that a configuration may have."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    tables = [open_clip.get_pretrained_cfg(*pair) for pair in open_clip.list_pretrained()]
+    found = [{key: table[key] for key in keys if table.get(key)} for table in tables]
+    found += [{}, {"mean": 0.5, "std": 0.25, "resize_mode": "squash"}, {"size": 64}, {"size": [32, 32], "mode": "RGB"}]
+    found += [{"mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear", "resize_mode": "shortest"}]
+    return list({json.dumps(one): one for one in found}.values())
+
+
+@pytest.mark.parametrize("table", preprocessings(), ids=lambda table: str(sorted(map(str, table.values()))))
+def test_pictures_go_through_what_the_configuration_says(sides, table, tmp_path):
+    """Such as SigLIP's: squashed, mean and deviation of one half. Every shape of picture, to the bit, here and there;
+    and again after the model was saved."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in sides["rwkv_clip"].folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    (folder / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": table}))
+    model, ours = rwkv_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    theirs = open_clip.create_model_from_pretrained(f"local-dir:{folder}")[1]
+    rwkv_clip.save_pretrained(model, tmp_path / "again")
+    again = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'again'}")[1]
+    for height, width in ((50, 61), (20, 90), (32, 32), (7, 3)):
+        pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        expected = theirs(Image.fromarray(pixels))
+        assert torch.equal(ours(Image.fromarray(pixels)), expected)
+        assert torch.equal(again(Image.fromarray(pixels)), expected)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"resize_mode": "longest"}, "resize_mode: 'longest' is not one of shortest, squash"),
+        ({"interpolation": "random"}, "interpolation: 'random' is not one of bicubic, bilinear"),
+        ({"mode": "L"}, "mode: 'L' pictures are not read, only RGB"),
+        ({"mean": [0.5, "x", 1]}, "pixels: .* is not two lists of three numbers"),
+        ({"std": [0.5, 0.5]}, "pixels: .* is not two lists of three numbers"),
+        ({"std": [0.5, 0.5, 0]}, "pixels: .* is not two lists of three numbers"),
+    ],
+)
+def test_other_ways_are_refused_in_words(sides, table, message, tmp_path):
+    config = json.loads((sides["rwkv_clip"].folder / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": table}))
+    (tmp_path / "open_clip_model.safetensors").write_bytes(Path(sides["rwkv_clip"].weights).read_bytes())
+    with pytest.raises(ConfigError, match=message) as caught:
+        rwkv_clip.create_model(f"local-dir:{tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_tag_of_open_clip_brings_its_own_preprocessing():
+    """Without their weights: what `find_tag` says of each."""
+    from rwkv_clip.models.openclip import OpenClipConfig
+
+    plain = open_clip.get_pretrained_cfg("ViT-B-32", "laion400m_e32")
+    for name, tag in open_clip.list_pretrained():
+        table = open_clip.get_pretrained_cfg(name, tag)
+        quick = table.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu")
+        if quick and f"{name}-quickgelu" not in open_clip.list_models():
+            continue  # refused: open_clip has no such model
+        spec = OpenClipConfig(name).find_tag(tag)[0]
+        mean, std = (tuple(table.get(key) or plain[key]) for key in ("mean", "std"))
+        assert spec.pixels == (mean, std), (name, tag)
+        assert spec.resize_mode == (table.get("resize_mode") or "shortest"), (name, tag)
+        assert spec.interpolation == (table.get("interpolation") or "bicubic"), (name, tag)
+
+
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 

@@ -203,3 +203,140 @@ def test_both_exporters_of_onnx_take_a_tower(tmp_path, side, dynamo, choice):
         x = make_inputs(5, side)
         (found,) = runtime.InferenceSession(file).run(None, {"x": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), tower(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- every family of towers ------------------------------------------------------------------------------------------
+
+VIT = {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
+CLIP_TEXT = {"context_length": 12, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+FAMILIES = {
+    "RWKV": {"image": IMAGE, "text": TEXT},
+    "ViT and BERT": {
+        "image": {"kind": "open_clip", **VIT},
+        "text": {"kind": "bert", "context": 12, "vocab": 50, "width": 32, "depth": 1, "heads": 2, "ffn_width": 64},
+        "embed_dim": 24,
+    },
+    "CLIP": {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": CLIP_TEXT},
+}
+ATTENTION = pytest.mark.parametrize("family", ["ViT and BERT", "CLIP"])
+
+
+def make_family(name):
+    torch.manual_seed(0)
+    model = rwkv_clip.create_model(FAMILIES[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def second(model, x):
+    """The gradient of a squared gradient: of the image by itself."""
+    (first,) = torch.autograd.grad(model.encode_image(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_derivatives_with_the_switch(family):
+    """As finite differences of the first ones have it, in float64."""
+    model, x = make_family(family).double(), make_inputs(2, "image").double().requires_grad_()
+    with set_backend("torch"):
+        found = second(model, x)
+
+        def squared(value):
+            value = value.detach().requires_grad_()
+            return torch.autograd.grad(model.encode_image(value).square().sum(), value)[0].square().sum()
+
+        step, direction = 1e-5, torch.randn_like(x)
+        expected = (squared(x + step * direction) - squared(x - step * direction)) / (2 * step)
+    torch.testing.assert_close((found * direction).sum(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_second_derivatives_without_it_name_it():
+    model, x = make_family("RWKV"), make_inputs(2, "image").requires_grad_()
+    with pytest.raises(RuntimeError, match=r"differentiated once; .* rwkv_clip.ops.set_backend\('torch'\)") as caught:
+        second(model, x)
+    assert "\n" not in str(caught.value)
+    r, k, v, w, u = (x.requires_grad_() for x in make_tensors(9, -4, 1, torch.float32))
+    (first,) = torch.autograd.grad(wkv6(r, k, v, w, u).square().sum(), r, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"set_backend\('torch'\)"):
+        first.square().sum().backward()
+
+
+@ATTENTION
+def test_forward_mode_through_attention(family):
+    """By dual numbers as by two backward passes; without the switch a line names it."""
+    model, x = make_family(family), make_inputs(2, "image")
+    tangent = make_inputs(2, "image").flip(0)
+    with pytest.raises(RuntimeError, match=r"fused attention; .* rwkv_clip.ops.set_backend") as caught:
+        torch.func.jvp(model.encode_image, (x,), (tangent,))
+    assert "\n" not in str(caught.value)
+    with set_backend("torch"):
+        found = torch.func.jvp(model.encode_image, (x,), (tangent,))[1]
+    model, x, tangent, step = model.double(), x.double(), tangent.double(), 1e-6
+    expected = (model.encode_image(x + step * tangent) - model.encode_image(x - step * tangent)) / (2 * step)
+    with set_backend("torch"):
+        again = torch.func.jvp(model.encode_image, (x,), (tangent,))[1]
+    torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.double(), again, rtol=1e-3, atol=1e-4)
+
+
+def test_forward_mode_of_bert_is_refused_too():
+    model = make_family("ViT and BERT")
+    weight = model.text_model.embeddings.word_embeddings.weight
+
+    def encode(value):
+        return torch.func.functional_call(
+            model.text_model, {"embeddings.word_embeddings.weight": value}, (make_inputs(2, "text"),)
+        )
+
+    with pytest.raises(RuntimeError, match=r"set_backend\('torch'\)"):
+        torch.func.jvp(encode, (weight,), (torch.ones_like(weight),))
+
+
+def test_attention_is_what_it_was_after_the_switch():
+    forms = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp", "math_sdp")
+    read = [getattr(torch.backends.cuda, f"{form}_enabled") for form in forms]
+    before = [one() for one in read]
+    torch.backends.cuda.enable_mem_efficient_sdp(not before[1])
+    changed = [one() for one in read]
+    try:
+        with set_backend("torch"):
+            assert [one() for one in read] == [False, False, False, True]
+            with set_backend("auto"):
+                assert [one() for one in read] == changed
+            with set_backend("torch"):
+                pass
+            assert not read[0]()
+        assert [one() for one in read] == changed
+    finally:
+        torch.backends.cuda.enable_mem_efficient_sdp(before[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_is_right_for_other_batches_and_shorter_texts(family, choice, side):
+    tower, x = Tower(make_family(family), side).eval(), make_inputs(2, side)
+    other = make_inputs(5, side)
+    if side == "text":
+        x[0, 4:] = 0
+        other[1:, 7:] = 0
+        other[2] = 0
+    with torch.no_grad(), set_backend(choice):
+        traced = torch.jit.trace(tower, x)
+        torch.testing.assert_close(traced(other), tower(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["RWKV", "ViT and BERT"])
+def test_dynamic_quantisation_needs_no_switch(family):
+    model = make_family(family)
+    with torch.no_grad():
+        small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        for side in ("image", "text"):
+            x = make_inputs(3, side)
+            found, expected = Tower(small, side)(x), Tower(model, side)(x)
+            assert 0.98 < torch.cosine_similarity(found, expected).min() < 1 - 1e-7
+    linear = sum(type(module) is torch.nn.Linear for module in model.modules())
+    assert 0 < linear == sum("dynamic" in type(module).__module__ for module in small.modules())

@@ -97,9 +97,29 @@ def test_every_model_as_safetensors_and_what_is_refused(tmp_path, spec):
     assert loaded.name == "mine" and loaded.model.spec == load_for_inference(path).model.spec
     with pytest.raises(ConfigError, match=r"to: chinese-clip has CLIP's image towers with BERT, not .*rwkv"):
         convert(path, tmp_path / "x.pt", "chinese-clip")
-    with pytest.raises(ConfigError, match="to: transformers has"):
+    assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("spec", [RWKV, CHINESE | {"image": RWKV["image"]}, CHINESE | {"text": RWKV["text"]}])
+def test_transformers_gets_the_code_of_other_pairs(tmp_path, spec):
+    """The folder is read here, by its own configuration and by transformers' alone."""
+    path, state = write(tmp_path, spec)
+    said = convert(path, tmp_path / "hub", "transformers")
+    assert "config.json, model.safetensors, modeling_rwkv_clip.py, rwkv_clip_config.json" in said
+    same(state, load_for_inference(tmp_path / "hub").model.state_dict())
+    (tmp_path / "hub" / "rwkv_clip_config.json").unlink()
+    loaded = load_for_inference(tmp_path / "hub").model
+    same(state, loaded.state_dict())
+    assert loaded.spec == load_for_inference(path).model.spec
+
+
+def test_models_of_open_clip_are_not_for_transformers(tmp_path):
+    vit = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
+    text = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
+    path, _ = write(tmp_path, {"embed_dim": 8, "vision_cfg": vit, "text_cfg": text})
+    with pytest.raises(ConfigError, match="is open_clip's; save it without transformers"):
         convert(path, tmp_path / "hub", "transformers")
-    assert not (tmp_path / "x.pt").exists() and not (tmp_path / "hub").exists()
+    assert not (tmp_path / "hub").exists()
 
 
 def test_models_of_open_clip(tmp_path):

@@ -240,8 +240,7 @@ def test_nothing_of_a_folder_is_run(tmp_path):
     rwkv_clip.load_for_inference(folder)
     rwkv_clip.create_model(folder)
     (folder / "rwkv_clip_config.json").unlink()  # what is left is a folder of transformers
-    with pytest.raises(ConfigError, match="only 'chinese_clip' is known"):
-        rwkv_clip.load_for_inference(folder)
+    rwkv_clip.load_for_inference(folder)
     assert not mark.exists()
     other = rwkv_clip.save_pretrained(build(OPEN_CLIP["CLIP"]), tmp_path / "theirs")
     (other / "open_clip_model.safetensors").rename(tmp_path / "away")
@@ -303,6 +302,7 @@ class Hub:
 def hub(tmp_path, monkeypatch) -> Hub:
     stand_in = Hub(tmp_path / "hub")
     monkeypatch.setattr(downloads, "load_client", lambda: stand_in)
+    monkeypatch.setattr(downloads, "find_obstacle", lambda client: None)
     monkeypatch.setattr(pretrained, "CACHE", tmp_path / "by-hand")
     return stand_in
 
@@ -490,7 +490,7 @@ def test_what_is_uploaded_loads(branch, readme, hub):
 
 def test_an_upload_that_fails_is_one_line():
     api = Api(error=OSError("401 Client Error\nInvalid username or password."))
-    with pytest.raises(ConfigError, match=r"me/mine could not be written \(401 Client Error\); hf auth login"):
+    with pytest.raises(ConfigError, match=r"me/mine could not be written \(401 Client Error\); .*hf auth login"):
         rwkv_clip.push_to_hub(build(OURS["RWKV"]), "me/mine", api=api)
 
 
@@ -562,9 +562,3 @@ def test_chinese_clip_is_native_in_transformers(transformers, tmp_path):
     theirs = transformers.ChineseCLIPModel.from_pretrained(folder).eval()
     assert theirs.config.projection_dim == 24
     check_equal(net, rwkv_clip.load_for_inference(folder).model)
-
-
-def test_other_towers_have_no_code_there(tmp_path):
-    for kind, model in (("rwkv with open_clip", OURS["mixed"]), ("open_clip", OPEN_CLIP["CLIP"])):
-        with pytest.raises(ConfigError, match=f"there is no code for {kind}"):
-            rwkv_clip.save_pretrained(build(model), tmp_path / "export", transformers=True)

@@ -88,7 +88,7 @@ def test_the_reference_of_this_test_is_right():
 def test_second_derivatives_backward_are_refused(name):
     f, x = operators(torch.float32)[name], torch.randn(B, T, C, requires_grad=True)
     (gradient,) = torch.autograd.grad(sum_of_squares(f)(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match=r"can be differentiated once; .* rwkv_clip.ops.set_backend"):
         gradient.sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -140,11 +141,12 @@ def quantize_graph(source: Path, path: Path, part: Part, way: Quantization, exam
         "use_external_data_format": large,
     }
     try:
-        onnx.save(graph.model, str(plain), save_as_external_data=large, location=f"{plain.name}.data")
-        with quiet():
-            if way == "dynamic":
+        target = plain if wide else path  # without a name the quantiser takes every product
+        onnx.save(graph.model, str(target), save_as_external_data=large, location=f"{target.name}.data")
+        with quiet(), _silent():
+            if way == "dynamic" and wide:
                 quantization.quantize_dynamic(plain, path, extra_options={"MatMulConstBOnly": True}, **shared)
-            else:
+            elif wide:
                 quantization.quantize_static(
                     plain,
                     path,
@@ -179,6 +181,18 @@ def _part_from_sums(graph: Any, wide: set[str], widths: dict[str, int]) -> None:
             nodes.append(onnx.helper.make_node("Reshape", [node.output[0], shape], [whole], f"{node.name}_reshape"))
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without ONNX Runtime's warnings about the graphs that its quantiser makes on the way."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)  # errors
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # its default; what it was cannot be asked
 
 
 def _drop_unused(path: Path, large: bool) -> None:

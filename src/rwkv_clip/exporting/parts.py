@@ -86,10 +86,15 @@ def make_parts(model: ContrastiveModel, size: tuple[int, int] | None) -> list[Pa
         if size != own:
             kind = type(tower if tower is not None else getattr(model, "visual", model)).__name__
             wanted = "any" if size is None else f"{size[0]} x {size[1]}"
+            remedy = (
+                "set it in the model (force_image_size of create_model, then save_pretrained), and export that"
+                if size
+                else "leave image_size out, or export a file for each size"
+            )
             raise ConfigError(
                 [
                     f"image_size: {wanted} is not possible for {model.spec.name}, whose {kind} has positions for "
-                    f"{own[0]} x {own[1]} only; leave image_size out"
+                    f"{own[0]} x {own[1]} only; {remedy}"
                 ]
             )
         module = _ImageEncoder(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ConfigError, parse, ranged, to_dict
+from ..ops.watched import refuse_fused_attention
 from ..tokenizer import BERT_CHINESE, MOST_POSITIONS, PAD, Tokenizer, make_tokenizer
 from .intermediates import collect
 from .specification import Encoded
@@ -208,6 +209,7 @@ class BertTower(Tower):
         """Hidden states (N, width) after the last layer, and where they belong."""
         if text.dim() != 2 or not 1 <= text.shape[1] <= self.config.positions:
             raise ValueError(f"text: expected shape (B, 1..{self.config.positions}), got {tuple(text.shape)}")
+        refuse_fused_attention()
         layout = find_layout(text)
         text = text[:, : layout.shape[1]]
         positions = torch.arange(text.shape[1], device=text.device).expand(text.shape)

@@ -1,6 +1,7 @@
-"""Chinese-CLIP in the layout of transformers (`ChineseCLIPModel`): its config.json and its keys of weights.
+"""Models in the layout of transformers: what its config.json says, and the keys of weights.
 
-Each attention has three matrices there and one here, projections are transposed, and BERT's names are the same.
+Chinese-CLIP is `ChineseCLIPModel` there: each attention has three matrices there and one here, projections are
+transposed, and BERT's names are the same. Others run the code of `modeling_rwkv_clip.py`, whose keys are ours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from .chinese_clip import CONTEXT
 from .two_tower import ModelConfig
 
 MODEL_TYPE = "chinese_clip"
+OWN_TYPE = "rwkv_clip"  # of modeling_rwkv_clip.py
+_BLOCKS = {"width", "layers", "mlp_ratio", "quick_gelu"}
+_CODE = {  # settings of open_clip's towers that this code knows; what acts in training only has no effect there
+    "image": {*_BLOCKS, "image_size", "patch_size", "head_width", "patch_dropout"},
+    "text": {*_BLOCKS, "context_length", "vocab_size", "heads", "pool_type", "eos_id"},
+}
 _TEXT = {  # theirs -> ours, and their default, which a config.json may leave out
     "vocab_size": ("vocab", 30522),
     "hidden_size": ("width", 768),
@@ -37,10 +44,31 @@ _VISION = {
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 
 
+def check_code(spec: Any) -> None:
+    """ConfigError, saying what to use instead, for a model that transformers cannot have: neither its own code nor
+    `modeling_rwkv_clip.py` computes it."""
+    if not isinstance(spec, ModelConfig):
+        remedy = "save it without transformers, and open_clip opens the folder (local-dir:)"
+        raise ConfigError([f"transformers: {spec.name} is open_clip's; {remedy}"])
+    problems = []
+    for side, tower in (("image", spec.image.to_json()), ("text", spec.text.to_json())):
+        if tower.get("kind") != "open_clip":
+            continue
+        odd = [f"{side}.{key}" for key in tower if key not in (*_CODE[side], "kind")]
+        odd += ["image.layers of a ResNet"] if side == "image" and not isinstance(tower.get("layers", 12), int) else []
+        odd += ["text.pool_type"] if tower.get("pool_type", "argmax") not in ("argmax", "eos") else []
+        problems += [f"transformers: there is no code for {one}; save it without transformers" for one in odd]
+    if problems:
+        raise ConfigError(problems)
+
+
 def convert_configuration(data: dict[str, Any], where: str) -> ModelConfig:
     """The content of config.json -> model. ConfigError, with `where`, for another model or what is not supported."""
+    if data.get("model_type") == OWN_TYPE:
+        return _convert_own(data, where)
     if data.get("model_type") != MODEL_TYPE:
-        raise ConfigError([f"{where}: model_type is {data.get('model_type')!r}; only {MODEL_TYPE!r} is known"])
+        known = f"{MODEL_TYPE!r} and {OWN_TYPE!r}"
+        raise ConfigError([f"{where}: model_type is {data.get('model_type')!r}; only {known} are known"])
     text, vision = (data.get(f"{side}_config") for side in ("text", "vision"))
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise ConfigError(
@@ -66,17 +94,30 @@ def convert_configuration(data: dict[str, Any], where: str) -> ModelConfig:
         "quick_gelu": _ACTIVATIONS[vision["hidden_act"]],
     }
     own = {ours: text.get(theirs, default) for theirs, (ours, default) in _TEXT.items()}
-    own["context"] = min(CONTEXT, own["positions"]) if isinstance(own["positions"], int) else CONTEXT
-    dim = data.get("projection_dim", 512)
-    return ModelConfig.parse(
-        {"image": image, "text": {"kind": "bert", **own}, "embed_dim": dim, "resize_mode": "squash"}
-    )
+    usual = min(CONTEXT, own["positions"]) if isinstance(own["positions"], int) else CONTEXT
+    own["context"] = data.get("context_length", usual)  # this and resize_mode: where they are not the released models'
+    table = {"embed_dim": data.get("projection_dim", 512), "resize_mode": data.get("resize_mode", "squash")}
+    return ModelConfig.parse({"image": image, "text": {"kind": "bert", **own}, **table})
+
+
+def _convert_own(data: dict[str, Any], where: str) -> ModelConfig:
+    """As `RWKVCLIPConfig` has it, also after transformers has saved it."""
+    table = {key: data[key] for key in ("image", "text", "embed_dim", "tokenizer") if data.get(key) is not None}
+    pictures = data.get("preprocess_cfg")
+    if isinstance(pictures, dict) and "resize_mode" in pictures:
+        table["resize_mode"] = pictures["resize_mode"]
+    try:
+        if missing := [side for side in ("image", "text") if side not in table]:
+            raise ConfigError([f"{side}: missing in a {OWN_TYPE} model; save it again" for side in missing])
+        return ModelConfig.parse(table)
+    except ConfigError as error:
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
 def write_configuration(spec: ModelConfig) -> dict[str, Any]:
     """Model -> the content of config.json. ConfigError for what transformers does not have."""
     image, text = spec.image.to_json(), spec.text.to_json()
-    known = {"kind", "image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "quick_gelu"}
+    known = {*_CODE["image"], "kind"}
     plain = isinstance(image.get("layers"), int) and not image.keys() - known
     if (image.get("kind"), text.get("kind")) != ("open_clip", "bert") or not plain:
         raise ConfigError(["to: transformers has Chinese-CLIP with a plain ViT and BERT only; write safetensors"])
@@ -93,9 +134,11 @@ def write_configuration(spec: ModelConfig) -> dict[str, Any]:
     }
     own = {theirs: text[ours] for theirs, (ours, _) in _TEXT.items()}
     own |= {"hidden_act": "gelu", "pad_token_id": 0, "model_type": "chinese_clip_text_model"}
+    unusual = {} if text["context"] == min(CONTEXT, text["positions"]) else {"context_length": text["context"]}
     return {
         **{"architectures": ["ChineseCLIPModel"], "model_type": MODEL_TYPE, "projection_dim": spec.embed_dim},
-        **{"text_config": own, "vision_config": vision},
+        **{"text_config": own, "vision_config": vision, **unusual},
+        **({} if spec.resize_mode == "squash" else {"resize_mode": spec.resize_mode}),
     }
 
 

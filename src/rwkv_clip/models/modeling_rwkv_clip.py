@@ -1,11 +1,12 @@
-"""RWKV-CLIP for transformers: two RWKV-6 towers in plain PyTorch, in one file that needs nothing else.
+"""RWKV-CLIP for transformers: its towers in plain PyTorch, in one file that needs nothing else.
 
 It is copied into a folder that `rwkv_clip.save_pretrained(.., transformers=True)` writes, and read by
 
     AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 
-Parameters have the names and shapes of the library's. WKV6 is the plain recurrence, a few operations per token; the
-library has fast kernels, trains and drops paths. Written for float32; sums are kept in float32 in other dtypes.
+Image towers are RWKV-6 and CLIP's ViT, text towers RWKV-6, CLIP's transformer and BERT. Parameters have the names and
+shapes of the library's. WKV6 is the plain recurrence, a few operations per token; the library has fast kernels, trains
+and drops paths and patches. Written for float32; the sums of WKV6 are kept in float32 in other dtypes.
 """
 
 import math
@@ -22,6 +23,12 @@ MIX_RANK, DECAY_RANK = 32, 64
 MAX_RAW_DECAY = 80.0  # exp(-exp(x)) is 0 from far below; exp(x) stays finite
 TEXT_SHIFTS = ((0, 0, 1, -1), (0, 0, -1, 1))  # padding of F.pad, one for each part of a head
 IMAGE_SHIFTS = ((0, 0, 1, -1), (0, 0, -1, 1), (0, 0, 0, 0, 1, -1), (0, 0, 0, 0, -1, 1))
+# Settings of CLIP's towers that a table may leave out.
+VIT = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0}
+TRANSFORMER = {
+    **{"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0},
+    **{"pool_type": "argmax", "eos_id": 2},
+}
 
 
 class RWKVCLIPConfig(PretrainedConfig):
@@ -204,6 +211,161 @@ class TextTower(nn.Module):
         return x if self.proj is None else x @ self.proj
 
 
+class QuickGELU(nn.Module):
+    """Of CLIP's first models."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """A block of CLIP: x += attention; x += MLP."""
+
+    def __init__(self, width: int, heads: int, ratio: float, quick: bool):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, int(width * ratio)))
+        self.mlp.add_module("gelu", QuickGELU() if quick else nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(int(width * ratio), width))
+
+    def forward(self, x: Tensor, mask: Any) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks of CLIP."""
+
+    def __init__(self, table: dict, heads: int):
+        super().__init__()
+        settings = table["width"], heads, table["mlp_ratio"], bool(table.get("quick_gelu"))
+        self.resblocks = nn.ModuleList(Attention(*settings) for _ in range(table["layers"]))
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class ViT(nn.Module):
+    """Pixels (B, 3, h, w) of the size that it was made for -> (B, D)."""
+
+    def __init__(self, table: dict, embed_dim: int):
+        super().__init__()
+        table = {**VIT, **table}
+        width, patch = table["width"], table["patch_size"]
+        size = table["image_size"]
+        rows, columns = (side // patch for side in ((size, size) if isinstance(size, int) else size))
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(torch.zeros(1 + rows * columns, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = Transformer(table, width // table["head_width"])
+        self.proj = nn.Parameter(torch.zeros(width, embed_dim))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        return self.ln_post(self.transformer(self.ln_pre(x)))[:, 0] @ self.proj
+
+
+class TextTransformer(nn.Module):
+    """Token ids (B, T), causal, read at their largest id or at the first `eos_id` -> (B, D)."""
+
+    def __init__(self, table: dict, embed_dim: int):
+        super().__init__()
+        table = {**TRANSFORMER, **table}
+        width = table["width"]
+        self.end = table["eos_id"] if table["pool_type"] == "eos" else None
+        self.token_embedding = nn.Embedding(table["vocab_size"], width)
+        self.positional_embedding = nn.Parameter(torch.zeros(table["context_length"], width))
+        self.transformer = Transformer(table, table["heads"])
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.zeros(width, embed_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        count = ids.shape[1]
+        x = self.token_embedding(ids) + self.positional_embedding[:count]
+        mask = torch.full((count, count), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        x = self.ln_final(self.transformer(x, mask))
+        place = ids if self.end is None else (ids == self.end).int()
+        return x[torch.arange(len(x), device=x.device), place.argmax(1)] @ self.text_projection
+
+
+class Branch(nn.Module):
+    """The end of a residual branch of BERT."""
+
+    def __init__(self, table: dict, width: int):
+        super().__init__()
+        self.dropout = table["dropout"]
+        self.dense = nn.Linear(width, table["width"])
+        self.LayerNorm = nn.LayerNorm(table["width"], table["norm_eps"])
+
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        return self.LayerNorm(F.dropout(self.dense(x), self.dropout, self.training) + start)
+
+
+class BertLayer(nn.Module):
+    """Attention, then two dense maps."""
+
+    def __init__(self, table: dict):
+        super().__init__()
+        width, self.heads, self.dropout = table["width"], table["heads"], table["attention_dropout"]
+        maps = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": maps, "output": Branch(table, width)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, table["ffn_width"])})
+        self.output = Branch(table, table["ffn_width"])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        maps: Any = self.attention["self"]
+        query, key, value = (
+            maps[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        x = self.attention["output"](mixed.transpose(1, 2).flatten(2), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class Bert(nn.Module):
+    """Token ids (B, T), padded with 0, which is not read -> (B, D), from the first token."""
+
+    def __init__(self, table: dict, embed_dim: int):
+        super().__init__()
+        width = table["width"]
+        self.dropout = table["dropout"]
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(table["vocab"], width),
+                "position_embeddings": nn.Embedding(table["positions"], width),
+                "token_type_embeddings": nn.Embedding(table["token_types"], width),
+                "LayerNorm": nn.LayerNorm(width, table["norm_eps"]),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(table) for _ in range(table["depth"]))})
+        self.proj = nn.Parameter(torch.zeros(width, embed_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        here, parts = ids != 0, self.embeddings
+        layers: Any = self.encoder["layer"]
+        mask = (here | ~here.any(1, keepdim=True))[:, None, None]
+        types: Any = parts["token_type_embeddings"]
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = parts["word_embeddings"](ids) + parts["position_embeddings"](places) + types.weight[0]
+        x = F.dropout(parts["LayerNorm"](x), self.dropout, self.training)
+        for layer in layers:
+            x = layer(x, mask)
+        return x[:, 0] @ self.proj
+
+
+# Kind of a tower -> its class.
+IMAGES = {"rwkv": ImageTower, "open_clip": ViT}
+TEXTS = {"rwkv": TextTower, "open_clip": TextTransformer, "bert": Bert}
+
+
 class RWKVCLIPModel(PreTrainedModel):
     """Two towers and a temperature."""
 
@@ -213,8 +375,8 @@ class RWKVCLIPModel(PreTrainedModel):
     def __init__(self, config: RWKVCLIPConfig):
         super().__init__(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.text_model = TextTower(config.text, config.embed_dim)
-        self.image_model = ImageTower(config.image, config.embed_dim)
+        self.text_model = TEXTS[config.text.get("kind", "rwkv")](config.text, config.embed_dim)
+        self.image_model = IMAGES[config.image.get("kind", "rwkv")](config.image, config.embed_dim)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

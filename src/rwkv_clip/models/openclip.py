@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,17 @@ from open_clip.transformer import TextTransformer, Transformer, VisionTransforme
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..downloads import fetching
+from ..downloads import asking_once, fetching, first_line
+from ..errors import is_out_of_memory
+from ..ops.watched import refuse_fused_attention
 from ..tokenizer import CLIP_BPE, Tokenizer, make_tokenizer
 from ..transform import ResizeMode
+from .hugging_text import check_places, find_text_tower
 from .layers import number_layers
 from .outputs import name_features
+from .preprocessing import PREPROCESSING, check_size, parse_pixels, read_preprocessing
 from .specification import CLIP_PIXELS, ContrastiveModel, Encoded, Pixels, suggest
 
-PREPROCESSING = {"resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear")}  # of pictures
 QUICK = "-quickgelu"  # how open_clip names a model that computes QuickGELU where the plain name computes exact GELU
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -91,6 +95,11 @@ class NamedFeatures(ContrastiveModel):
         if needs is not None:
             return name_features(self, image, text, needs)
         return super().forward(image, text, *arguments, **named)
+
+    def encode_image(self, image: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """open_clip's own. RuntimeError where its attention cannot be differentiated."""
+        refuse_fused_attention()
+        return super().encode_image(image, *arguments, **named)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Name of a parameter -> number of its layer, for timm's layer decay, see `layers.number_layers`."""
@@ -171,12 +180,13 @@ class OpenClipConfig:
                 for key in ("vision_cfg", "text_cfg")
                 if not isinstance(source.get(key), dict)
             ]
+            problems += check_places(source) + check_size(source.get("vision_cfg"))
         elif source not in open_clip.list_models():
             near = suggest(source, open_clip.list_models())
             problems.append(f"open_clip: {source!r} is neither a model of open_clip's nor a table; {near}")
         try:
-            mean, std = (tuple(map(float, values)) for values in pixels)
-        except (TypeError, ValueError):
+            mean, std = parse_pixels(pixels)
+        except ValueError:
             problems.append(f"pixels: {pixels!r} is not two lists of three numbers, mean and std")
         if problems:
             raise ConfigError(problems)
@@ -193,10 +203,10 @@ class OpenClipConfig:
         for table, key in (("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_model_pretrained")):
             if isinstance(source.get(table), dict) and source[table].get(key.removesuffix("pretrained") + "name"):
                 source[table][key] = False
-        pixels = [images.get(key) or own for key, own in zip(("mean", "std"), CLIP_PIXELS)]
-        ways = {key: images[key] for key in PREPROCESSING if images.get(key)}
         try:
-            return cls.parse({"open_clip": source, "pixels": pixels, **ways})
+            if images.get("mode", "RGB") != "RGB":
+                raise ConfigError([f"mode: {images['mode']!r} pictures are not read, only RGB; correct it"])
+            return cls.parse({"open_clip": source, **read_preprocessing(images)})
         except ConfigError as error:
             raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
@@ -215,12 +225,16 @@ class OpenClipConfig:
     def build(self, tag: str | None = None) -> ContrastiveModel:
         if isinstance(self.source, str):
             pixels = dict(zip(("mean", "std"), self.pixels))
-            with fetching("pretrained" if tag else "model", tag or self.source):
+            text = self.description.get("text_cfg", {})
+            find_text_tower(text)  # it can be had
+            with (asking_once if tag or "hf_model_name" in text else fetching)(
+                "pretrained" if tag else "model", tag or self.source
+            ):
                 device = torch.empty(0).device  # the default: meta, where only a structure is wanted
                 model = open_clip.create_model(self.source, pretrained=tag, device=device, force_preprocess_cfg=pixels)
             model.__class__ = _CLASSES[type(model)]
             return model
-        source = dict(self.source)
+        source = {**self.source, "text_cfg": find_text_tower(self.source["text_cfg"])}
         custom = source.pop("custom_text", False) or "hf_model_name" in source["text_cfg"]
         kind: Any = CoCa if "multimodal_cfg" in source else CustomTextCLIP if custom else CLIP
         with fetching("model", str(source["text_cfg"].get("hf_model_name", "model"))):
@@ -230,7 +244,8 @@ class OpenClipConfig:
         text = self.description.get("text_cfg", {})
         if not isinstance(self.source, str) and "hf_tokenizer_name" not in text:
             return make_tokenizer(context=text.get("context_length", 77))
-        with fetching("tokenizer", f"that of {self.name}"):
+        remote = "hf_tokenizer_name" in text and not os.path.isdir(text["hf_tokenizer_name"])
+        with (asking_once if remote else fetching)("tokenizer", f"that of {self.name}"):
             if isinstance(self.source, str):
                 tokenizer = open_clip.get_tokenizer(self.source)
             else:  # a program that a repository brings is not run
@@ -251,9 +266,7 @@ class OpenClipConfig:
             return self, None
         name = name_for_tag(self.source, pretrained)
         weights = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), pretrained)
-        mean, std = (tuple(weights.get(key) or own) for key, own in zip(("mean", "std"), CLIP_PIXELS))
-        ways: dict[str, Any] = {key: weights[key] for key in PREPROCESSING if weights.get(key) in PREPROCESSING[key]}
-        return OpenClipConfig(name, (mean, std), **ways), pretrained
+        return OpenClipConfig.parse({"open_clip": name, **read_preprocessing(weights)}), pretrained
 
     @property
     def name(self) -> str:
@@ -283,8 +296,10 @@ def _build(where: str, settings: dict[str, Any], make: Callable[[], T]) -> T:
     """`make()`. ConfigError for an unknown or missing field, or a value of the wrong type."""
     try:
         return make()
-    except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError([f"{where}: open_clip cannot build {sorted(settings)}: {error}"]) from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError([f"{where}: open_clip cannot build {sorted(settings)}: {first_line(error)}"]) from None
 
 
 # ---- towers beside one of ours ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ConfigError, parse, ranged
+from ..ops.watched import refuse_fused_attention
 from ..tokenizer import BERT_CHINESE, CLIP_BPE, END, Tokenizer
 from ..transform import ResizeMode
 from .intermediates import run_model
@@ -19,6 +20,7 @@ from .layers import find_undecayed, number_layers
 from .outputs import SIDES, name_features
 from .rwkv import ImageTowerConfig, TextTowerConfig
 from .specification import ContrastiveModel, Encoded, ImageSpec, Pixels, TextSpec, parse_tower
+from .tower import Tower
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class RWKVCLIP(ContrastiveModel):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, h, w) normalised pixels -> (B, D)."""
+        if not isinstance(self.image_model, Tower):  # open_clip's
+            refuse_fused_attention()
         features = self.image_model(image)
         return F.normalize(features, dim=-1) if normalize else features
 

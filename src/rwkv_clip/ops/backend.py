@@ -7,11 +7,14 @@ of operations) know PyTorch's operators only.
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import torch
 
 BACKENDS = ("auto", "torch")
 _chosen = "auto"
+_FUSED = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp", "math_sdp")  # PyTorch's own forms of attention
+_allowed: list[bool] | None = None  # which of them were, while the choice is "torch"
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former since torch 2.7
 
 
@@ -19,16 +22,23 @@ class set_backend:  # called like a function, with or without `with`
     """Compute all operators by `name` from here on, or inside a `with` block; returns after it to what was before.
 
     "auto": native kernels and registered operators wherever they run (the default). "torch": formulas of PyTorch's own
-    operators everywhere, WKV6 by `ops/wkv/plain.py`: the same values to rounding, slower, differentiable in every way,
-    and nothing in a graph that another program does not know. All threads of the process are meant. ValueError for
-    another name.
+    operators everywhere, WKV6 by `ops/wkv/plain.py`, attention by PyTorch's unfused form: the same values to rounding,
+    slower, differentiable in every way, and nothing in a graph that another program does not know. All threads of the
+    process are meant. ValueError for another name.
+
+    What needs "torch": second derivatives (torch.func.hessian, gradients of gradients), which are refused in words
+    without it, and forward mode (torch.func.jvp, jacfwd) of towers with attention, refused as well. What is right
+    without it: forward mode of RWKV towers, torch.func's transforms and torch.jit.trace (by the recurrence, slowly,
+    with a warning), both exporters of ONNX (which take the plain forms by themselves), quantize_dynamic of
+    torch.ao.quantization (linear maps are replaced, operators stay), torch.export and torch.compile (operators stay in
+    the graph).
     """
 
     def __init__(self, name: str):
-        global _chosen
         if name not in BACKENDS:
             raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
-        self._before, _chosen = _chosen, name
+        self._before = _chosen
+        _choose(name)
 
     def __enter__(self) -> None:
         return None
@@ -36,8 +46,21 @@ class set_backend:  # called like a function, with or without `with`
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _chosen
-        _chosen = self._before
+        _choose(self._before)
+
+
+def _choose(name: str) -> None:
+    global _chosen, _allowed
+    _chosen = name
+    switches: Any = torch.backends.cuda  # they hold on a CPU as well
+    if name == "torch" and _allowed is None:
+        _allowed = [getattr(switches, f"{form}_enabled")() for form in _FUSED]
+        for form in _FUSED:
+            getattr(switches, f"enable_{form}")(form == "math_sdp")
+    elif name == "auto" and _allowed is not None:
+        for form, allowed in zip(_FUSED, _allowed):
+            getattr(switches, f"enable_{form}")(allowed)
+        _allowed = None
 
 
 def get_backend() -> str:

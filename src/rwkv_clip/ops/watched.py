@@ -8,12 +8,24 @@ tensors without memory. The formula is right in all of these cases, only slower.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
+
+from .backend import get_backend
 
 FORWARD_MODE = (
     "forward-mode differentiation (torch.func.jvp, jacfwd, hessian, dual numbers) inside torch.compile would take this "
     "operator for a constant; differentiate outside torch.compile, or backward (torch.func.grad, jacrev)"
+)
+
+ATTENTION = (
+    "forward-mode differentiation (torch.func.jvp, jacfwd, hessian, dual numbers) is not possible through PyTorch's "
+    "fused attention; call it under rwkv_clip.ops.set_backend('torch')"
+)
+ONCE = (
+    "this operator can be differentiated once; for second derivatives compute under rwkv_clip.ops.set_backend('torch')"
 )
 
 
@@ -32,3 +44,19 @@ def refuse_forward_mode() -> None:
     RuntimeError."""
     if forward_ad._current_level >= 0:
         raise RuntimeError(FORWARD_MODE)
+
+
+def refuse_fused_attention() -> None:
+    """For towers with attention in forward-mode differentiation, which needs the plain form. RuntimeError."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and get_backend() != "torch":
+        raise RuntimeError(ATTENTION)
+
+
+def register_once(derivative: Any) -> None:
+    """Give a registered operator, the derivative of another, a derivative that is refused in words. RuntimeError when
+    it is asked for."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(ONCE)
+
+    derivative.register_autograd(refuse)

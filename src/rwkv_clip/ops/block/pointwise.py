@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import is_plain
-from ..watched import is_watched, refuse_forward_mode
+from ..watched import is_watched, refuse_forward_mode, register_once
 from . import native
 from .shift import check_grid, describe, shift_tokens
 
@@ -156,6 +156,7 @@ def _register(name: str, inputs: str, outputs: str, kernel: Callable, backward: 
     derivative = define(f"{name}_backward", f"({outputs} grad, {inputs}) -> Tensor[]", backward)
     derivative.register_fake(lambda _, *rest: [x.new_empty(x.shape) for x in rest if isinstance(x, Tensor)])
     operator.register_autograd(differentiate, setup_context=save)
+    register_once(derivative)
     return operator
 
 

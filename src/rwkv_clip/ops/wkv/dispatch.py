@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backend import is_plain
 from ..build import BuildError, find_compiler, find_nvcc
-from ..watched import is_watched, refuse_forward_mode
+from ..watched import is_watched, refuse_forward_mode, register_once
 from . import chunked, cpu, cuda
 from .plain import wkv6_plain
 from .reference import wkv6_reference
@@ -159,3 +159,4 @@ def _differentiate(ctx, gy):
 
 
 _wkv6.register_autograd(_differentiate, setup_context=_save)
+register_once(_wkv6_backward)
