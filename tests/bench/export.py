@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from rwkv_clip.exporting import graphs
 from rwkv_clip.exporting.calibration import read_calibration
 from rwkv_clip.exporting.parts import LEAST_COSINE, Part, compare, make_parts, record
+from rwkv_clip.models.packed import pack_weights
 
 OURS, PEER = "RWKV-CLIP-B-32", "ViT-B-32"
+REST = 0.05  # seconds until the threads of an ONNX Runtime session sleep
 FORMS = ("float32", "int8 dynamic", "int8 static")
 
 
@@ -62,7 +64,8 @@ def measure_speed(report: Report, args, folder: Path) -> None:
         models[PEER] = create_model(PEER)
         models[PEER].load_state_dict(make_open_clip(PEER, args.device).state_dict())
     forms = {name: write_forms(report, name, model, sides, folder) for name, model in models.items()}
-    half = make_ours(OURS, args.device, "bf16").eval()
+    half = pack_weights(make_ours(OURS, args.device, "bf16").eval())
+    pack_weights(models[OURS])  # as it serves; it has been exported
     for side in sides:
         for batch in args.batches:
             inputs = dict(zip(("image", "text"), make_inputs(batch, 224, args.device, torch.float32)))[side]
@@ -76,7 +79,7 @@ def measure_speed(report: Report, args, folder: Path) -> None:
                 x = x.bfloat16() if label == "bfloat16" and side == "image" else x
                 calls[f"{OURS}, torch {label}"] = lambda m=model, x=x, name=f"encode_{side}": getattr(m, name)(x)
             with torch.inference_mode():
-                times = alternate(calls, repeats=args.repeats, device=args.device)
+                times = alternate(calls, repeats=args.repeats, device=args.device, rest=REST)
             add_rows(report, f"{side}, batch {batch}", times, batch)
 
 

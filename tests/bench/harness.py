@@ -94,9 +94,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 2, device: torch.device
+    contenders: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 2, device: torch.device, rest: float = 0
 ) -> dict[str, list[float]]:
     """Seconds of each of `repeats` calls per contender, in turn (A B C A B C ..), so that drift meets all alike.
+
+    rest: seconds before each call, where threads of the last contender go on spinning after its call.
 
     On a GPU times come from CUDA events, and a write larger than the cache goes before every call: no contender
     finds its inputs there, and the GPU is busy while Python starts the first kernel.
@@ -105,6 +107,7 @@ def alternate(
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for turn in range(warmup + repeats):
         for name, call in contenders.items():
+            time.sleep(rest)
             taken = _time_cpu(call) if flush is None else _time_cuda(call, flush)
             if turn >= warmup:
                 seconds[name].append(taken)

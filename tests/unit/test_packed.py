@@ -11,6 +11,7 @@ from torch import nn
 from rwkv_clip import create_model
 from rwkv_clip.models import packed
 from rwkv_clip.models.packed import PackedLinear, pack_weights
+from rwkv_clip.models.rwkv_block import Mixing
 from rwkv_clip.ops.backend import set_backend
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
@@ -126,3 +127,23 @@ def test_other_processors_keep_their_layers(monkeypatch):
     monkeypatch.setattr(packed, "_gains", lambda: False)
     model = create_model("RWKV-CLIP-Ti-8")
     assert not any(isinstance(module, PackedLinear) for module in pack_weights(model).modules())
+
+
+@pytest.mark.parametrize("processor", ["packs", "does not"])
+def test_coefficients_are_found_once_without_gradients(monkeypatch, processor):
+    monkeypatch.setattr(packed, "_gains", lambda: processor == "packs")
+    model = create_model("RWKV-CLIP-Ti-8").eval()
+    image = torch.rand(2, 3, *model.spec.image_size)
+    keys = model.state_dict().keys()
+    with torch.no_grad():
+        expected = model.encode_image(image)
+    mixing = [module for module in pack_weights(model).modules() if isinstance(module, Mixing)]
+    assert len(mixing) == 2 * (model.image_model.config.depth + model.text_model.config.depth)
+    assert model.state_dict().keys() == keys
+    monkeypatch.setattr(torch, "cat", None)  # what they are made with
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(image), expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    model.encode_image(image).sum().backward()
+    att = model.image_model.layers[0].att
+    assert all(getattr(att, f"time_maa_{name}").grad is not None for name in "xwkvrg")

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 
 from ..ops.backend import is_plain
 from ..ops.watched import is_watched
+from .rwkv_block import Mixing
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pack_weights(model: nn.Module) -> nn.Module:
-    """Replace the linear layers of a model or tower by `PackedLinear`, in place, where this processor gains by it;
-    returns the model. Its features are the same to rounding; the weights become no parameters any more."""
+    """Replace the linear layers of a model or tower by `PackedLinear`, in place, where this processor gains by it, and
+    keep what blocks of RWKV make of their parameters; returns the model. Its features are the same to rounding; the
+    layers' weights become no parameters any more."""
+    for module in model.modules():
+        if isinstance(module, Mixing):
+            module.keep_static()
     if not _gains():
         return model
     for module in list(model.modules()):

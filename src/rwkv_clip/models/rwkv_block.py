@@ -55,7 +55,31 @@ def _coefficients(width: int, value: float = 0.0) -> nn.Parameter:
     return nn.Parameter(torch.full((1, 1, width), value))
 
 
-class TimeMix(nn.Module):
+class Mixing(nn.Module):
+    """What mixes tokens by static coefficients (J, C), of several parameters."""
+
+    kept: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", None, persistent=False)
+
+    def find_static(self) -> Tensor:
+        """The coefficients, as the parameters are."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def keep_static(self) -> None:
+        """Find them once, in float32, for encoding; with gradients they are found each time."""
+        self.kept = self.find_static().float()
+
+    @property
+    def static(self) -> Tensor:
+        """The coefficients that were kept, or found now."""
+        return self.find_static() if self.kept is None or torch.is_grad_enabled() else self.kept
+
+
+class TimeMix(Mixing):
     """In place of attention: data-dependent token mixing, bidirectional WKV6 per head, group norm and gate."""
 
     time_maa_x: nn.Parameter
@@ -85,8 +109,10 @@ class TimeMix(nn.Module):
         (mixed,) = mix_tokens(x, self.time_maa_x.view(1, c), None, self.heads, grid)
         hidden = torch.tanh(mixed @ self.time_maa_w1).view(b * t, 5, MIX_RANK).transpose(0, 1)
         fractions = torch.bmm(hidden, self.time_maa_w2).view(5, b, t, c)
-        static = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).view(5, c)
-        return mix_tokens(x, static, fractions, self.heads, grid)
+        return mix_tokens(x, self.static, fractions, self.heads, grid)
+
+    def find_static(self) -> Tensor:
+        return torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).view(5, -1)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         b, t, c = x.shape
@@ -101,7 +127,7 @@ class TimeMix(nn.Module):
         return self.output(y)
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Mixing):
     """In place of the MLP: squared ReLU, gated by a sigmoid."""
 
     def __init__(self, width: int, ffn_width: int, heads: int, style: BlockStyle):
@@ -117,11 +143,12 @@ class ChannelMix(nn.Module):
         """Coefficients of the token mixing, for the key and for the receptance."""
         return [getattr(self, f"{self.style.mix_name}_{name}") for name in "kr"]
 
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def find_static(self) -> Tensor:
         weights = torch.cat(self.mix_parameters()).view(2, -1)
-        if self.style.mixes_own:
-            weights = 1 - weights.to(torch.promote_types(weights.dtype, torch.float32))
-        for_k, for_r = mix_tokens(x, weights, None, self.heads, grid)
+        return 1 - weights.to(torch.promote_types(weights.dtype, torch.float32)) if self.style.mixes_own else weights
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        for_k, for_r = mix_tokens(x, self.static, None, self.heads, grid)
         return sigmoid_gate(self.receptance(for_r), self.value(relu_square(self.key(for_k))))
 
 

@@ -20,7 +20,7 @@ from ..build import CSRC, BuildError, build_library, host_flags, load_library
 _DTYPES = (torch.float32, torch.bfloat16)
 _C_TYPES = {int: ctypes.c_long, float: ctypes.c_float}  # everything else is a pointer
 _kernels: dict[tuple[str, torch.dtype], Callable] = {}
-_WORTH_A_THREAD = 1 << 14  # elements; below, starting threads costs more than they save
+_WORTH_A_THREAD = 1 << 14  # elements that are written; below, starting threads costs more than they save
 
 
 @lru_cache
@@ -47,9 +47,10 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and _available()
 
 
-def _call(name: str, x: Tensor, *arguments: object) -> None:
-    """Run a kernel of x's dtype. Tensors (contiguous, held by the caller) become pointers; int is C's long."""
-    threads = min(torch.get_num_threads(), max(1, x.numel() // _WORTH_A_THREAD))
+def _call(name: str, x: Tensor, *arguments: object, work: int = 1) -> None:
+    """Run a kernel of x's dtype. Tensors (contiguous, held by the caller) become pointers; int is C's long. work: how
+    many times the elements of x are written, or as much done to them."""
+    threads = min(torch.get_num_threads(), max(1, work * x.numel() // _WORTH_A_THREAD))
     kernel = _kernels.get((name, x.dtype)) or _find_kernel(name, x.dtype, (*arguments, threads))
     kernel(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), threads)
 
@@ -93,7 +94,7 @@ def mix(x: Tensor, coefficients: Tensor, offsets: Tensor | None, heads: int, gri
     """`pointwise.mix_tokens`."""
     (x, offsets), (weights,) = _values(x, offsets), _weights(coefficients)
     outs = [torch.empty_like(x) for _ in range(len(coefficients))]
-    _call("mix", x, x, weights, offsets, _pointers(outs), _shift(x, len(outs), heads, grid))
+    _call("mix", x, x, weights, offsets, _pointers(outs), _shift(x, len(outs), heads, grid), work=len(outs))
     return outs
 
 
@@ -115,7 +116,7 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, heads: int,
     """`pointwise.norm_gate`."""
     (y, gate), weights = _values(y, gate), _weights(weight, bias)
     out = torch.empty_like(y)
-    _call("norm_gate", y, y, gate, *weights, out, *_rows(y, heads), float(eps))
+    _call("norm_gate", y, y, gate, *weights, out, *_rows(y, heads), float(eps), work=2)
     return out
 
 
