@@ -176,3 +176,13 @@ def test_dynamic_quantisation_takes_the_linear_maps():
     with torch.no_grad():
         pairs = torch.cosine_similarity(quantised.encode_image(pictures), model.encode_image(pictures))
     assert pairs.min() > 0.99 and pairs.max() < 1.0
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_recorders_below_torch_record_operators(gradients):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, pictures = tiny(), torch.randn(2, 2, 3, 32, 32)
+    with torch.set_grad_enabled(gradients):
+        graph = make_fx(lambda x: model.encode_image(x))(pictures[0])
+        torch.testing.assert_close(graph(pictures[1]), model.encode_image(pictures[1]))

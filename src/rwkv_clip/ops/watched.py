@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import get_backend
@@ -36,6 +37,19 @@ def is_watched() -> bool:
         torch._C._is_tracing()
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def is_for_value(x: Tensor) -> bool:
+    """Whether nothing but the value of a call on x is wanted: no gradients, no torch.compile, no tensor of another type
+    and no mode that sees each operator, such as make_fx, which would record what a kernel fills as what it was before.
+    Then a kernel can be called as it is: a registered operator's way through the dispatcher takes longer than the
+    kernel at batch 1, and its first call imports torch._dynamo, which takes a second."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import is_plain
-from ..watched import is_watched, refuse_forward_mode, register_once
+from ..watched import is_for_value, is_watched, refuse_forward_mode, register_once
 from . import native
 from .shift import check_grid, describe, shift_tokens
 
@@ -77,13 +77,10 @@ def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = No
 
 
 def _run(x: Tensor, formula: Callable, kernel: Callable, operator: Callable, *arguments: Any) -> Any:
-    """The operator where the native kernels take x and nobody watches; else the formula. Where nothing but the value is
-    wanted the kernel is called as it is: a registered operator's way through the dispatcher costs as much as the kernel
-    at batch 1."""
+    """The operator where the native kernels take x and nobody watches, or its kernel as it is; else the formula."""
     if is_plain() or not native.supports(x) or is_watched():
         return formula(*arguments)
-    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
-    return (kernel if plain else operator)(*arguments)
+    return (kernel if is_for_value(x) else operator)(*arguments)
 
 
 # ---- formulas ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backend import is_plain
 from ..build import BuildError, find_compiler, find_nvcc
-from ..watched import is_watched, refuse_forward_mode, register_once
+from ..watched import is_for_value, is_watched, refuse_forward_mode, register_once
 from . import chunked, cpu, cuda
 from .plain import wkv6_plain
 from .reference import wkv6_reference
@@ -65,9 +65,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
         if torch.jit.is_tracing():
             warnings.warn(_TRACED, RuntimeWarning, stacklevel=2)
         return wkv6_reference(r, k, v, w, u)
-    # As in ops/block/pointwise.py; the operator's first call also imports torch._dynamo, which takes a second.
-    plain = r.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(r) is Tensor
-    return (_compute if plain else _wkv6)(r, k, v, w, u, backend or "")
+    return (_compute if r.is_cpu and is_for_value(r) else _wkv6)(r, k, v, w, u, backend or "")
 
 
 def _run(step: str, backend: str, r: Tensor, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
