@@ -225,11 +225,15 @@ def _find_source(
 
 
 def cast_weights(model: M, dtype: torch.dtype) -> M:
-    """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound."""
+    """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound, and so do
+    batch norms, whose weights have to have the dtype of their running statistics."""
     exact = {"time_decay", "time_faaaa", "logit_scale"}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and name.rsplit(".", 1)[-1] not in exact:
-            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and name not in exact:
+                parameter.data = parameter.data.to(dtype)
     return model
 
 

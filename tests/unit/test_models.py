@@ -387,3 +387,16 @@ def test_scalars_may_be_asked_for_and_a_name_may_stand_alone():
     assert model(image, text, needs="image_tokens").keys() == plain.keys() | {"image_tokens"}
     with pytest.raises(ValueError, match="needs: unknown 'image_depth'"):
         model(image, text, needs="image_depth")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_resnet_in_half_precision(precision):
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 1, "layers": 1}
+    spec = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    model = rwkv_clip.create_model(spec, precision=precision)
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found = model.encode_image(image.to(model.visual.conv1.weight.dtype)).float()
+        expected = model.float().encode_image(image)
+    assert found.isfinite().all() and torch.cosine_similarity(found, expected).min() > 0.99
