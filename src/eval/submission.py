@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkv_clip.files import write_whole
 from rwkv_clip.models.freezing import IMAGE_TOWERS
+from rwkv_clip.models.packed import sizes_of
 
 SCALE = 100.0  # of the released zero-shot evaluation, whatever the model's temperature
 
@@ -24,7 +25,7 @@ def write_submission(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = sizes_of(model)
     count = sum(sizes.values())
     about = {
         "model_name": model_name,

@@ -14,6 +14,7 @@ from rwkv_clip.eval.submission import write_submission
 from rwkv_clip.eval.tasks.classification import describe_prompts
 from rwkv_clip.eval.tasks.retrieval import note_prefix
 from rwkv_clip.factory import create_model
+from rwkv_clip.models.packed import pack_weights
 from rwkv_clip.tokenizer import BERT_CHINESE, make_tokenizer
 
 NAMES = ["red", "green", "blue"]
@@ -136,10 +137,12 @@ def test_parameters_of_an_image_tower_are_counted_in_our_models_and_in_open_clip
     logits = torch.eye(3)
     for spec in (TWO_TOWERS, {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": TEXT}):
         model = create_model(spec)
-        path = write_submission(tmp_path, "set", model, "CN-CLIP-Ti-8", logits, None)
         tower = model.image_model if hasattr(model, "image_model") else model.visual
-        found = json.loads(path.read_text())
-        assert 0 < found["num_visual_params"] == sum(p.numel() for p in tower.parameters()) < found["num_params"]
+        counts = [sum(p.numel() for p in part.parameters()) for part in (tower, model)]
+        for one in (model, pack_weights(model)):  # as the evaluation encodes
+            path = write_submission(tmp_path, "set", one, "CN-CLIP-Ti-8", logits, None)
+            found = json.loads(path.read_text())
+            assert [found["num_visual_params"], found["num_params"]] == counts and 0 < counts[0] < counts[1]
 
 
 def test_english_prompts_for_a_chinese_model_are_noted():

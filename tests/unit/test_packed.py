@@ -10,7 +10,7 @@ from torch import nn
 
 from rwkv_clip import create_model
 from rwkv_clip.models import packed
-from rwkv_clip.models.packed import PackedLinear, pack_weights
+from rwkv_clip.models.packed import PackedLinear, pack_weights, sizes_of
 from rwkv_clip.models.rwkv_block import Mixing
 from rwkv_clip.ops.backend import set_backend
 
@@ -85,9 +85,11 @@ def test_the_packed_product_is_what_runs():
     assert "mkldnn::_linear_pointwise" in calls_of(layer, x)
     with set_backend("torch"):
         assert "mkldnn::_linear_pointwise" not in calls_of(layer, x)
-    for record in (lambda: torch.jit.trace(layer, x), lambda: torch.export.export(layer, (x,))):
-        with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be recorded.*create_model"):
-            record()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"cannot be recorded.*create_model"):
+            torch.export.export(layer, (x,))
+        traced = torch.jit.trace(layer, x)  # it reads what modules have, and so gets the weight plain
+        torch.testing.assert_close(traced(x + 1), layer(x + 1))
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
@@ -121,6 +123,65 @@ def test_features_of_a_model(name):
             assert F.cosine_similarity(found, wanted).min() > 1 - 1e-6
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_who_reads_a_weight_gets_it_plain_from_then_on():
+    plain, layer = make()
+    layer.state_dict(), copy.deepcopy(layer), layer(torch.randn(3, 40))  # with gradients
+    assert layer._packed is not None
+    assert torch.equal(layer.weight, plain.weight) and layer.weight is layer.weight and layer._packed is None
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain(x))
+
+
+def test_wrong_sizes_are_refused_as_by_a_linear_layer():
+    plain, layer = make()
+    for shape in [(3, 39), (0, 39), ()]:
+        said = []
+        for one in (plain, layer):
+            with torch.no_grad(), pytest.raises(RuntimeError) as error:
+                one(torch.zeros(shape))
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+def test_a_resnet_is_packed_but_for_its_pool():
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 1, "layers": 1}
+    model = create_model({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.encode_image(image)
+        pack_weights(model)
+        torch.testing.assert_close(model.encode_image(image), expected)
+    assert all(layer._packed is None for name, layer in model.visual.attnpool.named_children())
+
+
+@pytest.mark.parametrize("name", ["RWKV-CLIP-Ti-8", "ViT-Ti-8"])
+def test_parameters_are_counted_as_before(name):
+    model = create_model(name)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert sizes_of(model) == sizes == sizes_of(pack_weights(model))
+
+
+@pytest.mark.parametrize("way", ["train", "with gradients", "load"])
+def test_coefficients_follow_weights_that_change(monkeypatch, way):
+    monkeypatch.setattr(packed, "_gains", lambda: False)
+    torch.manual_seed(0)
+    model, image = pack_weights(create_model("RWKV-CLIP-Ti-8")), torch.rand(1, 3, 32, 32)
+    other = create_model("RWKV-CLIP-Ti-8")
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    if way == "load":
+        model.load_state_dict(other.state_dict())
+    else:
+        model.train(way == "train")
+        model.encode_image(image).sum().backward()
+        for parameter, wanted in zip(model.parameters(), other.parameters()):
+            parameter.data.copy_(wanted)
+    with torch.no_grad():
+        assert torch.equal(model.eval().encode_image(image), other.eval().encode_image(image))
 
 
 def test_other_processors_keep_their_layers(monkeypatch):

@@ -39,10 +39,20 @@ def pack_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+def sizes_of(model: nn.Module) -> dict[str, int]:
+    """Numbers in each parameter of a model by its name, whether its weights are packed or not."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            state = module.state_dict(prefix=f"{name}." if name else "")
+            sizes |= {key: value.numel() for key, value in state.items()}
+    return sizes
+
+
 class PackedLinear(nn.Module):
     """What an nn.Linear computes, for inference. Moved, cast, copied and saved like one; with gradients, in
     another dtype than the weight's, or by PyTorch's own operators (`set_backend`), the weight is laid out back for each
-    call. RuntimeError where the call is recorded, as by torch.compile."""
+    call. RuntimeError where the call is recorded, as by torch.compile (not by torch.jit.trace, which reads weights)."""
 
     bias: Tensor | None
     _packed: Tensor | None
@@ -57,22 +67,30 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), a copy where it is packed."""
-        if self._packed is not None:
-            return self._packed.to_dense()
-        assert self._plain is not None, "one of the two is set"
+        """(out, in). Whoever asks gets it plain from then on: some modules read it at every call, as the pools of
+        ResNets do, and to lay it out back each time takes longer than packing saves."""
+        self._plain, self._packed = self._dense(), None
         return self._plain
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (.., in) -> (.., out)."""
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        if self._packed is None or _wants_plain() or x.dtype != self._packed.dtype:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        packed = self._packed
+        if packed is None or _wants_plain() or x.dtype != packed.dtype or x.shape[-1:] != (self.in_features,):
+            return F.linear(x, self._dense(), self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def _dense(self) -> Tensor:
+        """(out, in), a copy where it is packed."""
+        packed, plain = self._packed, self._plain
+        if packed is not None:
+            return packed.to_dense()
+        assert plain is not None, "one of the two is set"
+        return plain
 
     def _set(self, weight: Tensor) -> None:
         fits = _fits(weight) and _gains()
@@ -80,11 +98,11 @@ class PackedLinear(nn.Module):
         self._plain = None if fits else weight
 
     def _apply(self, fn: Callable, recurse: bool = True) -> PackedLinear:
-        self._set(fn(self.weight))
+        self._set(fn(self._dense()))
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self._dense()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
 
@@ -92,11 +110,11 @@ class PackedLinear(nn.Module):
         raise RuntimeError(f"{prefix}weight: is packed for inference; load the weights into a model of create_model")
 
     def __getstate__(self) -> dict[str, Any]:  # packed tensors can be neither copied nor pickled
-        return {**self.__dict__, "_packed": None, "_plain": self.weight}
+        return {**self.__dict__, "_packed": None, "_plain": self._dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._set(self.weight)
+        self._set(self._dense())
 
 
 def _gains() -> bool:

@@ -70,13 +70,27 @@ class Mixing(nn.Module):
 
     @torch.no_grad()
     def keep_static(self) -> None:
-        """Find them once, in float32, for encoding; with gradients they are found each time."""
+        """Find them once, in float32, for encoding; the first call with gradients, `train()` and new weights end that,
+        as the parameters may have changed after them."""
         self.kept = self.find_static().float()
+
+    def train(self, mode: bool = True) -> Mixing:
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.kept = None
+        super()._load_from_state_dict(*arguments)
 
     @property
     def static(self) -> Tensor:
         """The coefficients that were kept, or found now."""
-        return self.find_static() if self.kept is None or torch.is_grad_enabled() else self.kept
+        if self.kept is not None and not torch.is_grad_enabled():
+            return self.kept
+        if self.kept is not None and not torch.compiler.is_compiling():
+            self.kept = None
+        return self.find_static()
 
 
 class TimeMix(Mixing):
