@@ -6,10 +6,10 @@ need() {
   [ -n "${!1:-}" ] || { echo "error: $1 is not set; set it to $2" >&2; exit 2; }
 }
 
-# need_file NAME WHAT: .. and it is a file or folder that exists, or a name that is no path (open_clip:NAME:TAG).
+# need_file NAME WHAT: .. and it is a file or folder that exists, or CHECKPOINT's name of one (open_clip:NAME:TAG, hf-hub:org/name, ..).
 need_file() {
   need "$1" "$2"
-  [[ -e ${!1} || ${!1} == open_clip:* ]] || { echo "error: $1=${!1}: no such file or folder; set it to $2" >&2; exit 2; }
+  [[ -e ${!1} || ( $1 == CHECKPOINT && ${!1} == *?:?* ) ]] || { echo "error: $1=${!1}: no such file or folder; set it to $2" >&2; exit 2; }
 }
 
 # need_records NAME WHAT: .. and each part of the comma list is a file, folder, glob or prefix of records or manifests.

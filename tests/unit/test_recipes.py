@@ -478,6 +478,15 @@ def test_no_english_prefix_before_chinese_texts(clone, data, given, prefix):
     assert call[call.index("--prefix") + 1] == prefix
 
 
+@pytest.mark.parametrize(
+    "place", ["open_clip:ViT-B-32:openai", "hf-hub:me/mine@v1", "local-dir:export", "ViT-B-32:alip"]
+)
+@pytest.mark.parametrize("name, more", [("test_zero_shot_retrieval.sh", "DATA"), ("search.sh", "IMAGES")])
+def test_checkpoints_have_every_name_that_the_commands_take(clone, name, more, place):
+    (call,) = called(clone, name, CHECKPOINT=place, **{more: "x.rec"})
+    assert call[call.index("--checkpoint") + 1] == place
+
+
 MISTAKES = [
     ("test_zero_shot_retrieval.sh", {"CHECKPOINT": "none", "DATA": "x.rec"}, "CHECKPOINT=none: no such file"),
     ("test_zero_shot_retrieval.sh", {"CHECKPOINT": "x.rec", "DATA": "none"}, "DATA=none: none names no file"),
