@@ -174,7 +174,7 @@ def collect_facts(loaded: Loaded, size: tuple[int, int] | None) -> dict[str, Any
             "mean": list(mean),
             "std": list(std),
             "resize_mode": getattr(spec, "resize_mode", "shortest"),
-            "interpolation": "bicubic",
+            "interpolation": getattr(spec, "interpolation", "bicubic"),
             "crop": "center",
         },
         "text": {

@@ -12,7 +12,7 @@ import rwkv_clip
 from rwkv_clip import export as command
 from rwkv_clip.checkpoint import save_checkpoint
 from rwkv_clip.exporting import graphs, parts
-from rwkv_clip.factory import load_for_inference
+from rwkv_clip.factory import Loaded, load_for_inference
 
 RWKV_IMAGE = {"image_size": [32, 32], "patch": 16, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64}
 RWKV_TEXT = {"context": 12, "width": 32, "depth": 2, "heads": 2, "ffn_width": 64}
@@ -147,6 +147,13 @@ def test_any_size(tmp_path, onnx, name):
         for height, width in ((32, 32), (16, 16), (17, 50), (160, 170), (5, 400)):
             pictures = torch.randn(2, 3, height, width)
             assert close(run(pictures), model.encode_image(pictures)), (height, width)
+
+
+@pytest.mark.parametrize("way", ["bicubic", "bilinear"])
+def test_how_pictures_are_resized_is_what_the_model_says(way):
+    model = rwkv_clip.create_model({"open_clip": OPEN_CLIP, "interpolation": way})
+    loaded = Loaded(model, None, model.spec.tokenizer(), "mine", "", "fp32")
+    assert command.collect_facts(loaded, None)["image"]["interpolation"] == way
 
 
 def test_another_size(tmp_path, onnx):
