@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.backend import is_plain
-from ..ops.watched import is_watched
+from ..ops.watched import is_for_value
 from .rwkv_block import Mixing
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -77,7 +76,7 @@ class PackedLinear(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         packed = self._packed
-        if packed is None or _wants_plain() or x.dtype != packed.dtype or x.shape[-1:] != (self.in_features,):
+        if packed is None or not is_for_value(x) or x.dtype != packed.dtype or x.shape[-1:] != (self.in_features,):
             return F.linear(x, self._dense(), self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
@@ -88,6 +87,8 @@ class PackedLinear(nn.Module):
         """(out, in), a copy where it is packed."""
         packed, plain = self._packed, self._plain
         if packed is not None:
+            if torch.compiler.is_compiling() or torch._C._is_tracing():
+                raise RuntimeError("weights packed for encoding cannot be recorded; record a model of create_model")
             return packed.to_dense()
         assert plain is not None, "one of the two is set"
         return plain
@@ -125,10 +126,3 @@ def _gains() -> bool:
 
 def _fits(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in _DTYPES and weight.numel() > 0
-
-
-def _wants_plain() -> bool:
-    """Whether somebody needs PyTorch's own operators, for gradients above all."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        raise RuntimeError("weights that are packed for encoding cannot be recorded; record a model of create_model")
-    return torch.is_grad_enabled() or is_plain() or is_watched()

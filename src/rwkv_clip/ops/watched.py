@@ -41,14 +41,19 @@ def is_watched() -> bool:
 
 
 def is_for_value(x: Tensor) -> bool:
-    """Whether nothing but the value of a call on x is wanted: no gradients, no torch.compile, no tensor of another type
-    and no mode that sees each operator, such as make_fx, which would record what a kernel fills as what it was before.
-    Then a kernel can be called as it is: a registered operator's way through the dispatcher takes longer than the
-    kernel at batch 1, and its first call imports torch._dynamo, which takes a second."""
+    """Whether nothing but the value of a call on x is wanted: no gradients, no torch.compile, nobody who watches, no
+    other backend, no tensor of another type and no mode that sees each operator, such as make_fx, which would record
+    what a kernel fills as what it was before. Then a kernel can be called as it is: a registered operator's way through
+    the dispatcher takes longer than the kernel at batch 1, and its first call imports torch._dynamo, which takes a
+    second."""
     return (
-        not torch.is_grad_enabled()
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and get_backend() == "auto"
         and not torch.compiler.is_compiling()
-        and type(x) is Tensor
+        and not torch._C._is_tracing()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
     )
 

@@ -68,7 +68,7 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
 
 
 def _weights(*tensors: Tensor) -> list[Tensor]:
-    return [x.float().contiguous() for x in tensors]
+    return [x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous() for x in tensors]
 
 
 def _values(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
@@ -86,7 +86,12 @@ def _as_inputs(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) 
 
 def _shift(x: Tensor, mixtures: int, heads: int, grid: Sequence[int]) -> ctypes.Array:
     """`struct Shift` of block.cpp."""
-    b, t, c = x.shape
+    return _make_shift(x.shape, mixtures, heads, tuple(grid))
+
+
+@lru_cache(maxsize=64)
+def _make_shift(shape: torch.Size, mixtures: int, heads: int, grid: tuple[int, ...]) -> ctypes.Array:
+    b, t, c = shape
     return (ctypes.c_long * 8)(mixtures, b, t, grid[-1], math.prod(grid), c, heads, 2 * len(grid))
 
 

@@ -78,9 +78,9 @@ def _check(name: str, value: Tensor, x: Tensor, shape: Sequence[int] | None = No
 
 def _run(x: Tensor, formula: Callable, kernel: Callable, operator: Callable, *arguments: Any) -> Any:
     """The operator where the native kernels take x and nobody watches, or its kernel as it is; else the formula."""
-    if is_plain() or not native.supports(x) or is_watched():
-        return formula(*arguments)
-    return (kernel if is_for_value(x) else operator)(*arguments)
+    if is_for_value(x):
+        return (kernel if native.supports(x) else formula)(*arguments)
+    return (formula if is_plain() or not native.supports(x) or is_watched() else operator)(*arguments)
 
 
 # ---- formulas ---------------------------------------------------------------------------------------------------

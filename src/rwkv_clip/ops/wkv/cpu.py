@@ -47,9 +47,9 @@ def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     inputs = [_readable(x) for x in (r, k, v, w)]
     u = u.float().contiguous()
     y = torch.empty(v.shape, dtype=inputs[2].dtype, device=v.device)
-    shape, threads = _Shape(*r.shape), torch.get_num_threads()
-    scratch = _scratch(_library().wkv6_forward_scratch(ctypes.byref(shape)), r, threads)
-    _library().wkv6_forward(
+    shape, threads, library = _Shape(*r.shape), torch.get_num_threads(), _library()
+    scratch = _scratch(library.wkv6_forward_scratch(ctypes.byref(shape)), r, threads)
+    library.wkv6_forward(
         ctypes.byref(shape), _views(inputs), _pointer(u), _views([y]), _pointer(scratch), ctypes.c_int64(threads)
     )
     return y.to(v.dtype)

@@ -59,13 +59,15 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, backend: str | N
     or backend. Maths: `ops/wkv/reference.py`.
     """
     _check(r, k, v, w, u)
+    if r.is_cpu and backend != "reference" and is_for_value(r):
+        return _compute(r, k, v, w, u, backend or "")
     if backend is None and is_plain():
         return wkv6_plain(r, k, v, w, u)
     if backend == "reference" or is_watched():
         if torch.jit.is_tracing():
             warnings.warn(_TRACED, RuntimeWarning, stacklevel=2)
         return wkv6_reference(r, k, v, w, u)
-    return (_compute if r.is_cpu and is_for_value(r) else _wkv6)(r, k, v, w, u, backend or "")
+    return _wkv6(r, k, v, w, u, backend or "")
 
 
 def _run(step: str, backend: str, r: Tensor, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
