@@ -15,9 +15,7 @@ from .config import ConfigError
 from .errors import is_out_of_memory
 
 _NETWORK = ("httpx", "httpcore", "requests", "urllib", "huggingface_hub", "ssl")  # modules of network errors
-PATIENCE = (
-    10  # seconds that the hub has to answer; the client itself asks six times per file, with pauses of 23 seconds
-)
+PATIENCE = 10  # seconds that the hub has to answer; the client asks six times for each file, within 23 seconds
 
 
 def load_client() -> ModuleType:
