@@ -65,6 +65,13 @@ def test_weight_is_kept_to_the_bit(dtype):
         layer.load_state_dict(plain.state_dict())
 
 
+def test_training_is_refused():
+    _, layer = make()
+    layer.eval()
+    with pytest.raises(RuntimeError, match=r"packed for encoding are not trained.*create_model"):
+        nn.Sequential(layer).train()
+
+
 def test_gradients_pass_through():
     plain, layer = make()
     x = torch.randn(3, 40, requires_grad=True)

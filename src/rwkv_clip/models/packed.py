@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach(), persistent=False)
         self._set(layer.weight.detach())
-        self.train(layer.training)
+        self.training = layer.training
 
     @property
     def weight(self) -> Tensor:
@@ -79,6 +79,12 @@ class PackedLinear(nn.Module):
         if packed is None or not is_for_value(x) or x.dtype != packed.dtype or x.shape[-1:] != (self.in_features,):
             return F.linear(x, self._dense(), self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """RuntimeError for training: the weight is no parameter, and would stay as it is without a word."""
+        if mode:
+            raise RuntimeError("weights packed for encoding are not trained; train a model of create_model")
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
