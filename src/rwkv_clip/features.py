@@ -71,12 +71,13 @@ class FeatureExtractor:
     def of(cls, loaded: Loaded, device: str | torch.device, **options: Any) -> FeatureExtractor:
         """The extractor for a result of `load_for_inference`, in its precision; options: further fields.
 
-        On a CPU the weights of its linear layers are packed, see `models/packed.py`: they are parameters no more.
+        On a CPU the weights of its linear layers are packed, see `models/packed.py`: they are parameters no more, and
+        the model can no longer be trained.
         """
         model, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
         autocast = AUTOCAST[loaded.precision]
         if autocast in (None, _weight_dtype(model)):
-            pack_weights(model)
+            pack_weights(model.eval())
         return cls(model, preprocess, tokenizer, torch.device(device), autocast=autocast, **options)
 
     def encode_images(self, open_one: Callable[[int], Image], count: int) -> Tensor:

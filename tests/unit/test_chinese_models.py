@@ -266,11 +266,13 @@ def test_a_folder_of_transformers_describes_itself(folder):
     path, theirs = folder
     loaded = load_for_inference(path)
     text, image = loaded.tokenizer(TEXTS, 12), torch.rand(4, 3, 32, 32)
-    assert loaded.tokenizer.context == 20 and loaded.model.spec.resize_mode == "squash" and len(loaded.digest) == 64
+    assert loaded.tokenizer.context == 12 and loaded.model.spec.resize_mode == "squash" and len(loaded.digest) == 64
     with torch.no_grad():
         for a, b in zip(loaded.model(image, text), features_of_theirs(theirs, image, text)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     config = json.loads((path / "config.json").read_text())
+    assert config.pop("context_length") == 12  # the released models' folders have none
+    assert hugging_face.convert_configuration(config, "x").text.context == 20
     assert hugging_face.to_state(hugging_face.from_state(theirs.state_dict())).keys() == theirs.state_dict().keys()
     for key, value in hugging_face.to_state(loaded.model.state_dict()).items():
         assert torch.equal(value, theirs.state_dict()[key]), key
