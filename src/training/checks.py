@@ -80,8 +80,11 @@ def check_objective(name: str, objective: Objective) -> None:
 
 
 def check_texts(records: Records, settings: Settings, objective: Objective) -> None:
-    """ConfigError when the objective compares a different number of texts per image than it would get."""
+    """ConfigError when the objective compares a different number of texts per image than it would get, or when there
+    are not as many probabilities as texts."""
     names, choice = records.text_names[: settings.data.texts], settings.data.text_choice
+    if (probs := settings.data.text_probs) is not None and len(probs) != len(names):
+        raise ConfigError([f"text_probs: {len(probs)} numbers for the texts {', '.join(names)}; give one for each"])
     given = len(names) if choice == "all" else 1
     if objective.texts not in (None, given):
         raise ConfigError(

@@ -90,6 +90,8 @@ class DataSettings:
     """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
     texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Use the first N texts of each record, which must hold at least N; default: all."""
+    text_probs: tuple[float, ...] | None = None
+    """Probability of each text, in the records' order, with --text-choice one; default: the same for all."""
     workers: int = ranged(4, minimum=0)
     """Decoding processes (torch) or threads (DALI) per rank; 0 decodes in the training process."""
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -117,6 +119,15 @@ class DataSettings:
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):
                 found.append(f"{name}: ({low}, {high}) is not an increasing range of positive numbers up to 1 (area)")
+        if (probs := self.text_probs) is not None:
+            if self.text_choice != "one":
+                found.append(
+                    f"text_probs: {list(probs)} is for --text-choice one, not {self.text_choice}; leave it out"
+                )
+            if min(probs, default=-1.0) < 0 or abs(sum(probs) - 1) > 1e-6:
+                found.append(f"text_probs: {list(probs)} are no probabilities, which are 0 or more and have the sum 1")
+            if self.texts not in (None, len(probs)):
+                found.append(f"text_probs: {len(probs)} numbers for --texts {self.texts}; give one for each text")
         if self.loader == "dali" and (unable := self.beyond_dali()):
             found.append(f"{unable} is nothing that the loader dali does; use --loader torch")
         if self.auto_augment is not None:

@@ -58,7 +58,7 @@ class Trainer:
             return text
         if self.data.text_choice == "first":
             return text[:, 0]
-        drawn = draw_texts(self.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1])
+        drawn = draw_texts(self.seed, batch.epochs.numpy(), batch.ids.numpy(), text.shape[1], self.data.text_probs)
         return text[torch.arange(len(drawn)), torch.from_numpy(drawn)]
 
     def draw_drops(self, batch: Batch) -> Tensor | None:

@@ -167,6 +167,10 @@ def test_infonce_of_all_views_is_the_mean():
             ["2 (raw, synthetic)", "asks for 3"],
         ),
         ({"train_data": "texts2", "texts": 3}, ["2 (raw, synthetic)", "asks for 3"]),
+        (
+            {"texts": None, "objective": "infonce", "gates": {}, "text_choice": "one", "text_probs": [0.5, 0.5]},
+            ["text_probs: 2 numbers for the texts raw, synthetic, generated; give one for each"],
+        ),
     ],
     ids=str,
 )

@@ -96,6 +96,23 @@ def test_too_wide_and_too_tall_pictures_get_the_largest_allowed_shape():
     assert set(width) == {200} and set(height) == {250} and set(x) == {0}
 
 
+@pytest.mark.parametrize(
+    "probs", [(0.5, 0.25, 0.25), (0.1, 0.9), (0, 1, 0), (1, 0), (0, 0, 0.3, 0.7, 0), (1.0,)], ids=str
+)
+def test_texts_are_drawn_by_their_probabilities(probs):
+    drawn = draw_texts(0, ZEROS, IDS, len(probs), probs)
+    counts = np.bincount(drawn, minlength=len(probs))
+    expected = MANY * np.array(probs)
+    assert len(counts) == len(probs) and (counts[expected == 0] == 0).all()
+    assert ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum() < 25
+    assert np.array_equal(draw_texts(0, ZEROS[::-1], IDS[::-1], len(probs), probs), drawn[::-1])
+
+
+def test_probabilities_that_end_a_rounding_below_1_have_no_text_of_probability_0(monkeypatch):
+    monkeypatch.setattr("rwkv_clip.training.data.augment.uniforms", lambda *_: np.array([0.0, 1 - 2.0**-53]))
+    assert draw_texts(0, ZEROS, IDS, 4, [0, 0.7, 0.3 - 1e-7, 0]).tolist() == [1, 2]
+
+
 def test_flips_and_texts_are_fair():
     assert draw_flips(0, ZEROS, IDS).mean() == pytest.approx(0.5, abs=0.015)
     for views in (1, 2, 3, 5):

@@ -98,6 +98,7 @@ def test_text_choice_depends_on_seed_epoch_and_sample_only(data):
     assert chosen(ids=reversed(range(64)))[::-1] == first, "the place in the batch does not matter"
     assert chosen(seed=1) != first and chosen(epoch=1) != first and chosen(ids=range(64, 128)) != first
     assert set(chosen(text_choice="first")) == {0}
+    assert set(chosen(text_probs=[0, 0.5, 0.5])) == {1, 2} and set(chosen(text_probs=[0, 0, 1])) == {2}
 
 
 class Crash(Exception):
@@ -418,8 +419,8 @@ keep-checkpoints loader lock-image lock-image-freeze-bn-stats lock-image-unlocke
 lock-text-freeze-layer-norm lock-text-unlocked-layers log-every-n-steps logs lr max-bad max-bad-fraction max-nonfinite
 max-ranks max-steps model name objective on-nonfinite parallel positives precision pretrained pretrained-image
 pretrained-text published report-to report-training-batch-acc resume save-every-n-steps save-frequency schedule seed
-text-choice texts timeout torchcompile train-data val-batch-size val-data val-every-n-steps val-frequency val-prefix
-val-split warmup warmup-fraction wd workers
+text-choice text-probs texts timeout torchcompile train-data val-batch-size val-data val-every-n-steps val-frequency
+val-prefix val-split warmup warmup-fraction wd workers
 """
 
 

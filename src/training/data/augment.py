@@ -8,6 +8,7 @@ views: view 0 is what a run with one view sees, each further view has draws of i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,9 +55,15 @@ def draw_flips(seed: int, epochs: np.ndarray, ids: np.ndarray, probability: floa
     return uniforms(seed, epochs, ids, FLIP + view * NEXT_VIEW) < probability
 
 
-def draw_texts(seed: int, epochs: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
-    """Which of its `count` texts a sample shows, uniform: int64 (B,)."""
-    return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)
+def draw_texts(
+    seed: int, epochs: np.ndarray, ids: np.ndarray, count: int, probs: Sequence[float] | None = None
+) -> np.ndarray:
+    """Which of its `count` texts a sample shows: int64 (B,). probs: of each text, with the sum 1; default: uniform."""
+    drawn = uniforms(seed, epochs, ids, TEXT)
+    if probs is None:
+        return np.minimum((drawn * count).astype(np.int64), count - 1)
+    ends = np.cumsum(np.asarray(probs, np.float64))
+    return np.searchsorted(ends[:-1] / ends[-1], drawn, side="right").astype(np.int64)  # never one of probability 0
 
 
 def hash_rows(rows: np.ndarray) -> np.ndarray:
