@@ -16,9 +16,9 @@ python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figu
 RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ 2>/dev/null | tail -n 1 || true)}
 if [ -n "$RUN" ]; then
   for what in training retrieval; do cp "$RUN/$what.png" "figure/demo_$what.png"; done
-  export PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" CHECKPOINT=${RUN%/}
+  export PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" CHECKPOINT=${RUN%/} EXTRAS
   ! python -c "from helpers.browser import missing; raise SystemExit(missing())" || python -m helpers.screenshot \
-    --query "purple things in the sky" --output figure/search.png -- --images "$(draw_demo)" --checkpoint "$CHECKPOINT"
+    --query "purple things in the sky" --output figure/search.png -- --images "$(bash shell/draw_demo.sh)" --checkpoint "$CHECKPOINT"
 fi
 CHINESE=$(ls -d logs/demo-cn-clip-*/ 2>/dev/null | tail -n 1 || true)
 [ -z "$CHINESE" ] || cp "$CHINESE/retrieval.png" figure/demo_retrieval_chinese.png

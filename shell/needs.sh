@@ -28,9 +28,3 @@ newest_demo() { ls -t logs/demo-*/log.jsonl 2>/dev/null | sed 's|/log.jsonl$||; 
 demo_data() {
   local own; own=$(sed -n 's|^ *"train_data": "\(.*\)/train",*$|\1|p' "$CHECKPOINT/settings.json" 2>/dev/null || true)
   [ -e "$own/retrieval.jsonl" ] || own=data/demo; echo "${DEMO_DATA:-$own}"; }
-# draw_demo: draws 1,000 held-out scenes of that set at 224 pixels, for people (models see them at their own size); names the file.
-draw_demo() {
-  local drawn language; drawn=$(demo_data)-224
-  language=$(sed -n 's|^ *"language": "\(.*\)",*$|\1|p' "$(demo_data)/demo.json" 2>/dev/null || true)
-  python -m rwkv_clip.demo --output "$drawn" --size 224 --test 1000 --train 1 --per-class 1 --language "${language:-en}" >&2
-  echo "$drawn/retrieval.jsonl"; }
