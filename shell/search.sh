@@ -17,6 +17,6 @@ if [ -n "${FEATURES:-}" ]; then
 else
   [ -n "${CHECKPOINT:-$(newest_demo)}" ] || bash shell/train_demo.sh
   CHECKPOINT=${CHECKPOINT:-$(newest_demo)}
-  WHAT=(--images "${IMAGES:-$(EXTRAS=$EXTRAS CHECKPOINT=${CHECKPOINT%/} bash shell/draw_demo.sh)}")
+  WHAT=(--images "${IMAGES:-$(EXTRAS=${EXTRAS-search} CHECKPOINT=${CHECKPOINT%/} bash shell/draw_demo.sh)}")
 fi
 exec python -m rwkv_clip.search serve "${WHAT[@]}" ${CHECKPOINT:+--checkpoint "${CHECKPOINT%/}"} --port "${PORT:-8000}" "$@"
