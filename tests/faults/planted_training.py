@@ -86,9 +86,16 @@ TRAINING = [
     Mutant(
         "text choice from the global generator",
         "training/data/augment.py",
-        "return np.minimum((uniforms(seed, epochs, ids, TEXT) * count).astype(np.int64), count - 1)",
-        "return np.random.randint(0, count, len(ids))",
+        "drawn = uniforms(seed, epochs, ids, TEXT)",
+        "drawn = np.random.rand(len(ids))",
         "faults/test_resume.py::test_every_stop_point",
+    ),
+    Mutant(
+        "a text of probability 0 is drawn",
+        "training/data/augment.py",
+        'drawn, side="right")',
+        'drawn, side="left")',
+        "unit/test_augment.py::test_probabilities_that_end_a_rounding_below_1_have_no_text_of_probability_0",
     ),
     Mutant(
         "all views of an image have the same crop",
