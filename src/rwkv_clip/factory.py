@@ -156,8 +156,7 @@ def create_model(
     out in training. overrides: open_clip's further arguments, see `Overrides`. `model(image, text)` returns what
     open_clip's models do, `model(image, text, needs=names)` features by name.
     """
-    if precision not in DTYPES | AUTOCAST:
-        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES | AUTOCAST)}"])
+    _check_precision(precision)
     check_overrides(overrides)
     image, text = choose_towers(pretrained_image, pretrained_text, overrides)
     spec, weights = _find_source(model, pretrained, overrides)
@@ -180,6 +179,11 @@ def create_model(
     if overrides.get("output_dict") is not None:
         net.output_dict = bool(overrides["output_dict"])
     return _complete(net, changed, precision, device)
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in DTYPES | AUTOCAST:
+        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES | AUTOCAST)}"])
 
 
 def _complete(net: ContrastiveModel, spec: ModelSpec, precision: str, device: str | torch.device) -> ContrastiveModel:
@@ -333,9 +337,8 @@ def load_for_inference(
         net = create_model(name, tag[0] if tag else None, precision, device)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Loaded(net, preprocess_of(net), get_tokenizer(name), text[10:], digest, precision)
+    _check_precision(precision)
     name, spec, path = describe(checkpoint, model)
-    if precision not in DTYPES | AUTOCAST:
-        raise ConfigError([f"precision: {precision!r} is not one of {', '.join(DTYPES | AUTOCAST)}"])
     if holds_weights(checkpoint):
         check_room(spec, path)
     net = _load_model(spec, path, precision, device)

@@ -1,7 +1,7 @@
 """Images and texts per second of the towers as they serve, beside open_clip's of the same size, and the time from the
 launch of Python to the first feature.
 
-python tests/bench/encode.py [--models RWKV-CLIP-B-32 RWKV-CLIP-B-16 --batches 1 8 32 --precisions bf16 fp32]
+python tests/bench/encode.py [--models RWKV-CLIP-B-32 RWKV-CLIP-B-16 --batches 1 8 --precisions bf16 fp32]
 
 Each contender as it is fastest: on a CPU eager (a compiled ViT is slower there, see --compile), ours with packed
 weights where `models/packed.py` has them, open_clip's with bfloat16 weights and under autocast; on a GPU both eager and
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rwkv_clip.hub import save_pretrained
 from rwkv_clip.models.packed import pack_weights
 
+SLOW = 3
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Model = Callable[[str, Tensor], Tensor]  # a method's name and its input -> features
 START = """
@@ -66,11 +67,22 @@ def measure(report: Report, name: str, precision: str, models: dict[str, Model],
             if args.compile or args.device.type == "cuda":
                 encode = torch.compile(model)
                 calls[f"{label}, compiled"] = lambda encode=encode, x=own, method=f"encode_{side}": encode(method, x)
+        case = f"{name} {side}, {precision}, batch {batch}"
         with torch.inference_mode():
+            for label in find_slow(calls) if args.device.type == "cpu" else []:  # a GPU's calls return at once
+                report.missing(case, label, f"over {SLOW} times the fastest")
+                del calls[label]
             times = alternate(calls, repeats=args.repeats, device=args.device)
-        add_rows(report, f"{name} {side}, {precision}, batch {batch}", times, batch)
+        add_rows(report, case, times, batch)
         if not has_open_clip():
-            report.missing(f"{name} {side}, {precision}, batch {batch}", f"open_clip {PEERS[name]}", NO_PEER)
+            report.missing(case, f"open_clip {PEERS[name]}", NO_PEER)
+
+
+def find_slow(calls: dict[str, Callable[[], object]]) -> list[str]:
+    """Contenders that are far from the fastest, as autocast is for more than a few pictures on some processors: they
+    would take most of the bench's time."""
+    times = {label: min(clock(call)[0] for _ in range(2)) for label, call in calls.items()}
+    return [label for label, seconds in times.items() if seconds > SLOW * min(times.values())]
 
 
 def add_rows(report: Report, case: str, times: dict[str, list[float]], batch: int) -> None:
@@ -94,7 +106,7 @@ def measure_start(report: Report, name: str, model: nn.Module, precision: str, r
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(PEERS), default=list(PEERS), help="presets")
-    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (CPU: 1 8 32; GPU: 1 256 1024)")
+    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (CPU: 1 8; GPU: 1 256 1024)")
     parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), help="of the weights (CPU: both; GPU: bf16)")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU too, unpacked (minutes)")
     args = parser.parse_args()
@@ -108,7 +120,7 @@ def main() -> None:
                 for kind in DTYPES:
                     measure_start(report, name, ours, kind, min(5, args.repeats))
             models = contenders(ours, name, args.device, precision, args.compile)
-            for batch in args.batches or ([1, 8, 32] if on_cpu else [1, 256, 1024]):
+            for batch in args.batches or ([1, 8] if on_cpu else [1, 256, 1024]):
                 measure(report, name, precision, models, batch, args)
     report.finish(args.output)
 

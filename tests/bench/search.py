@@ -8,9 +8,10 @@ product of everything (left out above --former rows); `numpy product` is the flo
 best; the floor is one pass over the half-precision matrix that only takes a maximum. All answers are compared with the
 former way's on a part of the rows before any time is printed.
 
-Approximate engines (--engines) are asked one query after the other, up to --former rows, with the share of the exact
-ten best that they find; their vectors have LATENT directions and little noise, as those of models are near a surface of
-few dimensions, and random ones are near nothing.
+Approximate engines (--engines faiss:HNSW32 faiss:IVF1024,SQfp16 usearch: minutes, as their indexes are made first) are
+asked one query after the other, up to --former rows, with the share of the exact ten best that they find; their vectors
+have LATENT directions and little noise, as those of models are near a surface of few dimensions, and random ones are
+near nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ COUNT = 10
 CHECKED = 20_000  # rows
 BLOCK = 10_000
 LATENT, NOISE = 64, 0.1  # dimensions of what engines search in; noise beside length 1
-ENGINES = ("faiss:HNSW32", "faiss:IVF1024,SQfp16", "usearch")
 ASKED = 200  # queries of each engine
 GOAL_MS = {1_000_000: 200.0}
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=640, help="numbers per vector (640)")
     parser.add_argument("--queries", type=int, default=1, help="asked at once (1)")
     parser.add_argument("--former", type=int, default=200_000, help="rows up to which all ways are timed (200000)")
-    parser.add_argument("--engines", nargs="*", default=ENGINES, help="approximate ones, up to --former rows")
+    parser.add_argument("--engines", nargs="*", default=[], help="approximate ones, e.g. usearch faiss:HNSW32")
     args = parser.parse_args()
     args.device = torch.device("cpu")
     report = Report("search", args.device, commit=args.commit)
