@@ -2,8 +2,9 @@
 
 import gc
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,6 +46,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder beside the repository: reference numbers and real data are not shipped")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Makes folders that the tests of a file share. They go when the file is done: a small run's checkpoints take
+    gigabytes together."""
+    made: list[Path] = []
+
+    def make(name: str) -> Path:
+        made.append(tmp_path_factory.mktemp(name))
+        return made[-1]
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)  # a process that was left behind may still write
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from rwkv_clip.data.build import build_records
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
+def data(new_folder):
+    folder = new_folder("tiny")
     settings = make_smaller(make_tiny(folder)) | {"max_steps": 3, "batch_size": 4, "timeout": 30.0}
     del settings["val_data"]
     rows = (folder / "all.jsonl").read_text()

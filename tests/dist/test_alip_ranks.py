@@ -57,8 +57,8 @@ def test_ranks_are_one_process(world, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
+def data(new_folder):
+    settings = make_smaller(make_tiny(new_folder("tiny")))
     alip = {"objective": "alip", "text_choice": "all", "texts": 2, "gates": {"init": 0.5, "momentum": 0.75}}
     return settings | alip | {"val_data": None, "max_steps": 4, "save_every_n_steps": 4, "drop_path": 0.0}
 

@@ -20,9 +20,9 @@ def train(settings: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(new_folder):
     """Folder of a run by its ranks and settings."""
-    folder = tmp_path_factory.mktemp("toy")
+    folder = new_folder("toy")
     data = make_smaller(make_tiny(folder))
     base = data | {"objective": "toy", "val_data": None, "max_steps": 3, "resume": "latest", "lr": 1e-3}
 

@@ -19,8 +19,8 @@ STEPS, BATCH = 12, 16
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny"))
+def data(new_folder):
+    settings = make_tiny(new_folder("tiny"))
     return settings | {"max_steps": STEPS, "val_data": None, "lr": 1e-3, "save_every_n_steps": 4, "keep_checkpoints": 9}
 
 

@@ -22,16 +22,16 @@ WAYS = ["rank 0", "rank 1", "rank 0 with the store"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny")) | {"batch_size": 4, "max_steps": STEPS, "timeout": TIMEOUT}
+def data(new_folder):
+    settings = make_tiny(new_folder("tiny")) | {"batch_size": 4, "max_steps": STEPS, "timeout": TIMEOUT}
     del settings["val_data"]
     return settings | {"resume": "latest"}
 
 
 @pytest.fixture(scope="module")
-def reference(data, tmp_path_factory) -> str:
+def reference(data, new_folder) -> str:
     """sha256 of an uninterrupted run's last checkpoint, on two ranks."""
-    folder = tmp_path_factory.mktemp("reference")
+    folder = new_folder("reference")
     finish(start_ranks(2, folder, work, str(folder), "", data | {"name": "reference"}), [0, 0], folder)
     return last_digest(data, "reference")
 

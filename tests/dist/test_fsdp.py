@@ -185,9 +185,9 @@ def read(folder: Path, name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(new_folder):
     """Folder of findings."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = new_folder("trained")
     train_kinds(folder, {"one": list(WAYS)})
     run_ranks(2, folder, train_kinds, folder, {"ddp": ["saved", "open_clip"], "fsdp": list(WAYS)})
     run_ranks(4, folder, train_kinds, folder, {"hsdp": ["accumulated", "saved"], "fsdp 4": ["saved"]})

@@ -11,15 +11,15 @@ from helpers.tiny import BATCH, make_tiny
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny"))
+def data(new_folder):
+    settings = make_tiny(new_folder("tiny"))
     # lr: at 1e-2 this model bounces, and the order of float32 sums shows in the third digit of step 6
     return settings | {"drop_path": 0.0, "max_steps": 6, "save_every_n_steps": 3, "log_every_n_steps": 1, "lr": 3e-4}
 
 
 @pytest.fixture(scope="module")
-def one_rank(data, tmp_path_factory) -> Path:
-    return launch(1, tmp_path_factory.mktemp("one"), data | {"name": "one"})
+def one_rank(data, new_folder) -> Path:
+    return launch(1, new_folder("one"), data | {"name": "one"})
 
 
 def launch(world: int, folder: Path, settings: dict) -> Path:

@@ -16,8 +16,8 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny")) | {"max_steps": STEPS, "timeout": 30.0}
+def data(new_folder):
+    settings = make_tiny(new_folder("tiny")) | {"max_steps": STEPS, "timeout": 30.0}
     del settings["val_data"]
     return settings
 

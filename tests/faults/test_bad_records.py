@@ -36,8 +36,8 @@ def write(prefix: Path, bad: set[int], count: int = COUNT) -> RecordSet:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
+def data(new_folder):
+    folder = new_folder("bad")
     write(folder / "five", set(BAD))
     write(folder / "many", set(range(0, 2000, 16)), 2000)  # 6.25 %
     tower = {"width": 8, "depth": 1, "heads": 1, "ffn_width": 8}

@@ -26,9 +26,9 @@ def drive(tmp_path: Path, function, *arguments):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
+def settings(new_folder):
     """A run of 0.4 seconds that saves after each of its steps."""
-    data = make_tiny(tmp_path_factory.mktemp("tiny"))
+    data = make_tiny(new_folder("tiny"))
     tower = {"width": 8, "depth": 1, "heads": 1, "ffn_width": 16}
     model = {"image": {"image_size": [32, 32], "patch": 16, **tower}, "text": {"context": 8, **tower}}
     Path(data["model"]).write_text(json.dumps(model))

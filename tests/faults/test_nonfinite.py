@@ -26,8 +26,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
+def data(new_folder):
+    settings = make_smaller(make_tiny(new_folder("tiny")))
     return settings | {"val_data": None, "log_every_n_steps": 4, "save_every_n_steps": 2, "timeout": 30.0}
 
 

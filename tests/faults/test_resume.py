@@ -26,8 +26,8 @@ MODES = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_tiny(tmp_path_factory.mktemp("tiny"))
+def data(new_folder):
+    settings = make_tiny(new_folder("tiny"))
     quiet = {"max_steps": STEPS, "val_data": None, "log_every_n_steps": 20, "save_every_n_steps": 1}
     return settings | quiet | {"keep_checkpoints": 99, "lr": 3e-3}
 

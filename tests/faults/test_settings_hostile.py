@@ -174,8 +174,8 @@ def test_two_thousand_random_documents_give_settings_or_config_errors():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+def data(new_folder):
+    return make_tiny(new_folder("tiny"))
 
 
 def write(prefix: Path, labels: np.ndarray, side: dict | None = None) -> RecordSet:

@@ -29,8 +29,8 @@ TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
+def data(new_folder):
+    settings = make_smaller(make_tiny(new_folder("tiny")))
     often = {"save_every_n_steps": 8, "val_every_n_steps": 14, "log_every_n_steps": 5, "timeout": 60.0}
     return settings | often | {"batch_size": BATCH // 2, "max_steps": STEPS, "resume": "latest"}
 

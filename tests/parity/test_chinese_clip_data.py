@@ -24,8 +24,8 @@ SPLITS = ("train", "valid")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lmdb")
+def built(new_folder) -> Path:
+    folder = new_folder("lmdb")
     assert len(list(build_lmdb(LmdbSettings(str(RELEASED), ",".join(SPLITS), str(folder))))) == 2
     return folder
 

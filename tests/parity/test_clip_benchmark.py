@@ -33,9 +33,9 @@ PICTURES = 60
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(new_folder):
     """Pictures with one to five captions in both tools' forms, and the same pictures as six classes."""
-    folder = tmp_path_factory.mktemp("sets")
+    folder = new_folder("sets")
     rng = np.random.default_rng(7)
     rows, lines = [], ["image,caption"]
     for number in range(PICTURES):

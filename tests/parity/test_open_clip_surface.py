@@ -71,8 +71,8 @@ class Side:
 
 
 @pytest.fixture(scope="module")
-def sides(tmp_path_factory) -> dict[str, Side]:
-    folder = tmp_path_factory.mktemp("surface")
+def sides(new_folder) -> dict[str, Side]:
+    folder = new_folder("surface")
     torch.manual_seed(0)
     model = rwkv_clip.create_model(VIT)
     with torch.no_grad():

@@ -41,8 +41,8 @@ def no_picture(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
+def data(new_folder):
+    folder = new_folder("tiny")
     made = make_smaller(make_tiny(folder))
     lines = (folder / "all.jsonl").read_text().splitlines(keepends=True)
     (folder / "few.jsonl").write_text("".join(lines[:BATCH]))

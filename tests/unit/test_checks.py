@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+def data(new_folder):
+    return make_tiny(new_folder("tiny"))
 
 
 def worlds(size: int) -> list[World]:

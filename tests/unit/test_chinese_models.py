@@ -239,7 +239,7 @@ def test_other_towers_drop_no_patches(image):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(new_folder):
     """A ChineseCLIPModel of transformers, with every value random, and what it computes."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -252,7 +252,7 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
-    path = tmp_path_factory.mktemp("hub") / "model"
+    path = new_folder("hub") / "model"
     model.save_pretrained(path)
     return path, model
 

@@ -33,8 +33,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> DemoPaths:
-    return make_demo(tmp_path_factory.mktemp("demo") / "set", **SMALL)
+def demo(new_folder) -> DemoPaths:
+    return make_demo(new_folder("demo") / "set", **SMALL)
 
 
 def test_no_two_things_of_a_test_scene_meet_in_training():

@@ -58,8 +58,8 @@ def examine(address, prompt, **asking):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
+def llama(new_folder):
+    path = new_folder("llama") / "tiny.gguf"
     write_gguf(path)
     with llama_server(path) as address:
         yield address

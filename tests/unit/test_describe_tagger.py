@@ -42,11 +42,11 @@ BROKEN = (Found(7, b"no picture"), Found(8, reason="missing image"))
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(new_folder):
     """A checkpoint of random weights, and settings that name it."""
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("tiny")
+    folder = new_folder("tiny")
     (folder / "model.json").write_text(json.dumps(MODEL))
     torch.manual_seed(0)
     model = create_model(MODEL)

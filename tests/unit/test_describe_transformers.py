@@ -30,9 +30,9 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def blip(tmp_path_factory):
+def blip(new_folder):
     """A folder as `save_pretrained` writes it."""
-    folder = tmp_path_factory.mktemp("blip")
+    folder = new_folder("blip")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**size, "vocab_size": len(WORDS), "encoder_hidden_size": 32, "max_position_embeddings": 64}

@@ -29,8 +29,8 @@ def make(kind: str, width: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def pictures(new_folder) -> Path:
+    folder = new_folder("pictures")
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")

@@ -63,7 +63,7 @@ def onnx():
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(new_folder):
     """Name of a model -> (what `load_for_inference` gives, exported folder with int8 files); made once."""
     pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
     pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
@@ -71,7 +71,7 @@ def exported(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            folder = tmp_path_factory.mktemp("model")
+            folder = new_folder("model")
             checkpoint = write(folder, MODELS[name])
             command.export(checkpoint, folder / "out", command.Wanted("onnx", quantize="dynamic"))
             made[name] = load_for_inference(checkpoint), folder / "out"

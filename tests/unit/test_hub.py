@@ -73,9 +73,9 @@ def check_equal(first: torch.nn.Module, second: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(new_folder) -> Path:
     """The folder of a run of three steps."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = new_folder("run")
     settings = make_smaller(make_tiny(folder)) | {"name": "run", "max_steps": 3}
     run(parse(Settings, settings))
     return folder / "logs" / "run"
@@ -506,11 +506,16 @@ def test_the_client_gets_the_token(monkeypatch):
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def modules(new_folder):
+    return new_folder("modules")
+
+
 @pytest.fixture
-def transformers(tmp_path, monkeypatch):
-    """The library, with a folder of its own for the code that it copies."""
+def transformers(modules, monkeypatch):
+    """The library, with a folder of the tests for the code that it copies and, once imported, reads again."""
     library = pytest.importorskip("transformers", reason="pip install -e '.[captioners]'")
-    monkeypatch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
     return library
 
 

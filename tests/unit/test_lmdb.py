@@ -235,9 +235,9 @@ def test_without_the_package(split, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> tuple[dict, dict]:
+def two(new_folder) -> tuple[dict, dict]:
     """Settings of a tiny run on .rec files, and on an LMDB of the same pairs."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = new_folder("two")
     settings = make_tiny(folder)
     rows = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
     images = {i: base64.b64encode((folder / row["image"]).read_bytes()) for i, row in enumerate(rows)}

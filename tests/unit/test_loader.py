@@ -44,8 +44,8 @@ def images() -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def records(images, tmp_path_factory) -> RecordSet:
-    return write_records(tmp_path_factory.mktemp("records") / "train", images)
+def records(images, new_folder) -> RecordSet:
+    return write_records(new_folder("records") / "train", images)
 
 
 def load(records, **settings) -> list:

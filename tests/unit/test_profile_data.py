@@ -36,8 +36,8 @@ def test_the_sentence_follows_from_the_numbers(changes, says):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> dict[str, str]:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+def tiny(new_folder) -> dict[str, str]:
+    return make_tiny(new_folder("tiny"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

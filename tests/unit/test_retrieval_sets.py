@@ -39,8 +39,8 @@ def test_json_lines_with_one_and_several_captions(folder):
     assert data.name == f"{folder.name}/set" and data.split is None
 
 
-def test_json_list_below_image_root(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("elsewhere") / "list.json"
+def test_json_list_below_image_root(folder, new_folder):
+    path = new_folder("elsewhere") / "list.json"
     path.write_text(json.dumps([{"image": "red.png", "caption": ["red", "very red"]}]))
     assert load_retrieval(path, image_root=folder).captions == ["red", "very red"]
     with pytest.raises(ValueError, match=r"list.json entry 0: field 'image': 'red.png' .* set image_root"):
@@ -123,8 +123,8 @@ def test_a_caption_that_stands_twice_is_counted_and_said(folder):
 
 
 @pytest.mark.parametrize("name", ["../secret/red.png", "absolute", "link.png", "linked/red.png"])
-def test_names_that_lead_out_are_refused(folder, tmp_path_factory, name):
-    secret = tmp_path_factory.mktemp("outside") / "secret"
+def test_names_that_lead_out_are_refused(folder, new_folder, name):
+    secret = new_folder("outside") / "secret"
     save_color(secret / "red.png", "red")
     root = secret.parent / "set"
     save_color(root / "blue.png", "blue")
@@ -140,8 +140,8 @@ def test_names_that_lead_out_are_refused(folder, tmp_path_factory, name):
     assert data.open(1).getpixel((0, 0)) == COLORS["red"]
 
 
-def test_an_image_root_that_is_a_link_is_no_way_out(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("elsewhere")
+def test_an_image_root_that_is_a_link_is_no_way_out(folder, new_folder):
+    root = new_folder("elsewhere")
     (root / "images").symlink_to(folder)
     data = load_retrieval(save_jsonl(root / "set.jsonl", [{"image": "red.png", "caption": "red"}]))
     assert data.open(0).getpixel((0, 0)) == COLORS["red"]

@@ -36,8 +36,8 @@ ONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    settings = make_smaller(make_tiny(tmp_path_factory.mktemp("tiny")))
+def data(new_folder):
+    settings = make_smaller(make_tiny(new_folder("tiny")))
     settings |= {"max_steps": 3, "save_every_n_steps": 1, "log_every_n_steps": 3, "keep_checkpoints": 9}
     del settings["val_data"]
     return settings

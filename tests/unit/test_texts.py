@@ -39,9 +39,9 @@ MODELS = {  # as small as they get, of the published context
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(new_folder):
     """Records of one, two and three texts, with (`side2`) and without (`bare2`) a side file."""
-    folder = tmp_path_factory.mktemp("texts")
+    folder = new_folder("texts")
     settings = make_tiny(folder)
     for texts in (1, 2, 3):
         for kind in ("side", "bare"):

@@ -30,8 +30,8 @@ from rwkv_clip.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+def data(new_folder):
+    return make_tiny(new_folder("tiny"))
 
 
 def settings(data, **changes) -> Settings:
