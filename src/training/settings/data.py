@@ -1,0 +1,82 @@
+"""What is read, and how samples are made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rwkv_clip.config import ranged
+
+from ..policy import build_policy
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read, and how samples are made from it."""
+
+    train_data: str | None = None
+    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB."""
+    val_data: str | None = None
+    """Retrieval set for validation during the run: JSONL, JSON or records."""
+    val_split: str | None = None
+    """Use only the entries of --val-data that belong to this split."""
+    val_prefix: str = ""
+    """Prepended to every caption in validation."""
+    val_batch_size: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Pairs that the validation loss compares with each other; default: --batch-size."""
+    text_choice: Literal["one", "first", "all"] = "one"
+    """Texts per image and step: one drawn at random (seeded by sample), always the first, or all of them."""
+    texts: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Use the first N texts of each record, which must hold at least N; default: all."""
+    text_probs: tuple[float, ...] | None = None
+    """Probability of each text, in the records' order, with --text-choice one; default: the same for all."""
+    workers: int = ranged(4, minimum=0)
+    """Decoding processes (torch) or threads (DALI) per rank; 0 decodes in the training process."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """auto: DALI where it is installed, a GPU is present and the settings are nothing beyond it, else torch."""
+    crop: Literal["random", "whole"] = "random"
+    """What an image shows: a random crop, or all of it, squashed to the model's size."""
+    crop_area: tuple[float, float] = (0.7, 1.0)
+    """Fraction of the image that a random crop keeps."""
+    crop_aspect: tuple[float, float] = (0.8, 1.25)
+    """Width / height of a random crop, relative to the image's pixels."""
+    flip: float = ranged(0.5, minimum=0, maximum=1)
+    """Probability of mirroring an image."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized, in either case antialiased; bicubic needs the torch loader."""
+    auto_augment: str | None = None
+    """timm's policy applied to each crop: original (AutoAugment), rand-m9-mstd0.5, ..; needs the torch loader."""
+    max_bad: int = ranged(100, minimum=0)
+    """Up to this many damaged records are always tolerated, each replaced by the next good one."""
+    max_bad_fraction: float = ranged(0.001, minimum=0, maximum=1)
+    """The run ends when more than --max-bad records and more than this fraction of those seen are damaged."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_area" and high > 1):
+                found.append(f"{name}: ({low}, {high}) is not an increasing range of positive numbers up to 1 (area)")
+        if (probs := self.text_probs) is not None:
+            if self.text_choice != "one":
+                found.append(
+                    f"text_probs: {list(probs)} is for --text-choice one, not {self.text_choice}; leave it out"
+                )
+            if min(probs, default=-1.0) < 0 or abs(sum(probs) - 1) > 1e-6:
+                found.append(f"text_probs: {list(probs)} are no probabilities, which are 0 or more and have the sum 1")
+            if self.texts not in (None, len(probs)):
+                found.append(f"text_probs: {len(probs)} numbers for --texts {self.texts}; give one for each text")
+        if self.loader == "dali" and (unable := self.beyond_dali()):
+            found.append(f"{unable} is nothing that the loader dali does; use --loader torch")
+        if self.auto_augment is not None:
+            try:
+                build_policy(self.auto_augment, (224, 224), self.interpolation)
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
+    def beyond_dali(self) -> str:
+        """The setting, with its value, that only the torch loader can do; "" without one."""
+        if self.auto_augment is not None:
+            return f"auto_augment: {self.auto_augment!r}"
+        return "" if self.interpolation == "bilinear" else f"interpolation: {self.interpolation}"
