@@ -1,11 +1,11 @@
 """The pictures of the documents, drawn from the results that are in the repository.
 
-python tests/bench/figures.py [architecture resolution flickr8k noise alip chinese third_text] [--output figure]
+python tests/bench/figures.py [architecture resolution flickr8k noise alip chinese third_text open_clip]
 python tests/bench/figures.py flickr8k --runs logs/flickr8k-*    # keeps the recalls of these runs, draws them
 
-Without names all of them. No model runs: `flickr8k` reads figure/flickr8k.json; `resolution`, `noise`, `alip`,
-`chinese` and `third_text` read the newest result of their bench in tests/bench/results. `bash shell/make_figures.sh`
-makes these and the pictures of a demo run.
+Without names all of them, into --output (figure). No model runs: `flickr8k` reads figure/flickr8k.json; the others but
+`architecture` read the newest result of their bench in tests/bench/results. `bash shell/make_figures.sh` makes these
+and the pictures of a demo run.
 """
 
 from __future__ import annotations
@@ -178,6 +178,44 @@ def draw_third_text(path: Path, result: dict | None = None) -> None:
     draw_recall(path, title, {name: look for name, look in THIRD_TEXT.items() if name in names_of(runs)}, runs)
 
 
+def draw_open_clip(path: Path, result: dict | None = None) -> None:
+    """Loss of tests/bench/open_clip_run.py over steps and over seconds, and the recall of every seed."""
+    runs = (result or newest("open_clip_run"))["runs"]
+    figure, (by_step, by_time, recall) = new_figure(3, 12, 4)
+    looks = {"ours": ("rwkv_clip.training", RED), "open_clip": ("open_clip_train", GREY)}
+    for place, (program, (label, color)) in enumerate(looks.items()):
+        own = [run for run in runs if run["method"] == program]
+        for run in own:
+            steps, losses, seconds = read_curve(run["curve"])
+            look = {"color": color, "linewidth": 1.5, "alpha": 0.7, "label": label if run is own[0] else None}
+            by_step.plot(steps, losses, **look)
+            by_time.plot(seconds, losses, **look)
+        values = [100 * run["mean_recall"] for run in own]
+        recall.plot([place] * len(values), values, "o", color=color, markersize=7, alpha=0.7)
+        recall.plot([place - 0.15, place + 0.15], [statistics.fmean(values)] * 2, color=color, linewidth=2.5)
+    by_step.set(xlabel="step", ylabel="training loss (mean of 5 log lines)", title="The same learning ..")
+    by_time.set(xlabel="seconds of training", title=".. in less time")
+    least, names = min(100 * run["mean_recall"] for run in runs), [label for label, _ in looks.values()]
+    recall.set(
+        title="Test recall, every seed and the mean (%)", xlim=(-0.5, 1.5), ylim=(0, None) if least > 0 else None
+    )
+    recall.set_xticks(range(len(names)), names)
+    by_step.legend(frameon=False)
+    figure.savefig(path, dpi=DPI)
+
+
+def read_curve(lines: list[dict], mean: int = 5) -> tuple[list[float], list[float], list[float]]:
+    """Steps, losses and seconds since the start of training, each loss the mean of this many log lines."""
+    steps, losses, seconds, passed, before = [], [], [], 0.0, 0
+    for i, line in enumerate(lines):
+        passed, before = passed + (line["step"] - before) * line["seconds_per_step"], line["step"]
+        window = [one["loss"] for one in lines[max(0, i + 1 - mean) : i + 1]]
+        steps.append(line["step"])
+        losses.append(statistics.fmean(window))
+        seconds.append(passed)
+    return steps, losses, seconds
+
+
 def draw_flickr8k(path: Path) -> None:
     """The runs of shell/train_Flickr8k_small.sh in the table beside the picture, else in figure/flickr8k.json."""
     table = path.with_suffix(".json")
@@ -312,6 +350,7 @@ FIGURES_BY_NAME: dict[str, tuple[str, Callable[[Path], None]]] = {
     "alip": ("alip_weights.png", draw_alip),
     "chinese": ("flickr8k_chinese.png", draw_chinese),
     "third_text": ("third_text.png", draw_third_text),
+    "open_clip": ("open_clip_run.png", draw_open_clip),
 }
 
 
