@@ -3,7 +3,8 @@
 python tests/bench/all.py [loss loader ..] [--minutes 15] [what else the named benches take, e.g. --device cpu]
 
 Each bench is a process of its own with a time limit: what fails or takes too long is named and the others still run.
-The exit code is 1 when one failed. Without names: all that are here, within 15 minutes on a CPU, 10 on a GPU.
+The exit code is 1 when one failed. Without names: the usual ones, of kernels, encoding, training and data, within 15
+minutes on a CPU, 10 on a GPU; what one use of the library costs (search, exports, describe, ..) is measured by name.
 """
 
 from __future__ import annotations
@@ -23,22 +24,17 @@ from harness import ROOT
 from summary import write_summary
 
 FOLDER = Path(__file__).resolve().parent
-SHARED = {
-    "all",
-    "harness",
-    "summary",
-    "noise",
-    "chinese",
-    "third_text",
-}  # the last three: trainings on real data (shell/)
+SHARED = {"all", "harness", "summary"}
+TRAININGS = {"noise", "chinese", "third_text", "open_clip_run"}  # on real data, by recipes in shell/
+USUAL = ("wkv6", "encode", "train_step", "block", "loss", "loader", "resolution")  # the most important first
 CLOSING = 10  # seconds kept for the summary
 
 
 def find_benches() -> list[str]:
-    """Names of the benches here, the most important first, the rest by name."""
-    first = ["wkv6", "encode", "train_step", "block", "loss", "loader", "resolution"]
-    here = {path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text()} - SHARED
-    return [name for name in first if name in here] + sorted(here - set(first))
+    """Names of the benches here, the usual ones first, the rest by name."""
+    here = {path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    here -= SHARED | TRAININGS
+    return [name for name in USUAL if name in here] + sorted(here - set(USUAL))
 
 
 def run_bench(name: str, options: list[str], limit: float) -> str | None:
@@ -87,7 +83,7 @@ def main() -> int:
     unknown = sorted(set(names) - set(find_benches()))
     if unknown:
         parser.error(f"{', '.join(unknown)}: no such bench; there are {', '.join(find_benches())}")
-    failures = run_all(names or find_benches(), options, args.minutes)
+    failures = run_all(names or list(USUAL), options, args.minutes)
     for path in write_summary():
         print(path.relative_to(ROOT))
     for name, problem in failures.items():
