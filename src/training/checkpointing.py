@@ -4,6 +4,8 @@ not."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers amon
 FREE_ON_RESUME = {
     *(
         "train_data",
+        "train_data_upsampling_factors",  # their effect counts, see `_compare_records`
         "val_data",
         "val_split",
         "val_prefix",
@@ -175,11 +178,30 @@ def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]
     return [("model", then, now)] if names else []
 
 
-def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Sources of other content, or of another number; and factors, where they change the samples of an epoch."""
     then, now = facts.get("records"), state.progress.records
-    if not then or not now or then == now:  # versions before 0.5 do not describe the records
+    if not now or then == now or not (then or "sources" in now):  # versions before 0.5 do not describe the records
         return []
-    return [("train_data", describe_records(then), describe_records(now))]
+    before, after = (_sources_of(one or {"count": "unknown"}) for one in (then, now))
+    if len(before) != len(after):
+        return [("train_data", *(_list_sources(sources) for sources in (before, after)))]
+    pairs = list(zip(before, after))
+    other = [pair for pair in pairs if any(pair[0].get(key) != pair[1][key] for key in ("count", "digest"))]
+    changes = [("train_data", *map(_list_sources, zip(*other)))] if other else []
+    if any(old["factor"] != new["factor"] and old["samples"] != new["samples"] for old, new in pairs):
+        factors = ("::".join(f"{float(Fraction(one['factor'])):g}" for one in sources) for sources in (before, after))
+        changes.append(("train_data_upsampling_factors", *factors))
+    return changes
+
+
+def _sources_of(records: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `identify` says of each source; records without sources are one."""
+    return records.get("sources", [{"name": "", "factor": "1", "samples": records.get("count"), **records}])
+
+
+def _list_sources(sources: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{one['name']} {describe_records(one)}".strip() for one in sources)
 
 
 def describe_arithmetic(state: TrainState) -> str:
