@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -189,19 +188,25 @@ def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str
     pairs = list(zip(before, after))
     other = [pair for pair in pairs if any(pair[0].get(key) != pair[1][key] for key in ("count", "digest"))]
     changes = [("train_data", *map(_list_sources, zip(*other)))] if other else []
-    if any(old["factor"] != new["factor"] and old["samples"] != new["samples"] for old, new in pairs):
-        factors = ("::".join(f"{float(Fraction(one['factor'])):g}" for one in sources) for sources in (before, after))
-        changes.append(("train_data_upsampling_factors", *factors))
+    if any(old.get("factor") != new["factor"] and old.get("samples") != new["samples"] for old, new in pairs):
+        changes.append(("train_data_upsampling_factors", *map(_list_factors, (before, after))))
     return changes
 
 
 def _sources_of(records: dict[str, Any]) -> list[dict[str, Any]]:
     """What `identify` says of each source; records without sources are one."""
-    return records.get("sources", [{"name": "", "factor": "1", "samples": records.get("count"), **records}])
+    sources = records.get("sources")
+    if isinstance(sources, list) and all(isinstance(source, dict) for source in sources):
+        return sources
+    return [{"factor": 1.0, "samples": records.get("count"), **records}]
+
+
+def _list_factors(sources: Sequence[dict[str, Any]]) -> str:
+    return "::".join(str(source.get("factor")).removesuffix(".0") for source in sources)
 
 
 def _list_sources(sources: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{one['name']} {describe_records(one)}".strip() for one in sources)
+    return ", ".join(f"{source.get('name', '')} {describe_records(source)}".strip() for source in sources)
 
 
 def describe_arithmetic(state: TrainState) -> str:

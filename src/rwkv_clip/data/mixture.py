@@ -153,7 +153,7 @@ def open_mixture(
     shares = [Fraction(1)] * len(names) if factors is None else parse_factors(factors)
     if len(shares) > len(names):
         lost = ", ".join(f"{float(share):g}" for share in shares[len(names) :])
-        there = f"{len(names)} source{'s' * (len(names) > 1)} ({', '.join(names)})"
+        there = f"{_count(len(names), 'source')} ({', '.join(names)})"
         raise ConfigError(
             [f"{FACTORS}: {lost} in {factors!r} is for a source that is not there; train_data has {there}"]
         )
@@ -167,12 +167,15 @@ def open_mixture(
 
 def describe_shares(mixture: Mixture) -> list[str]:
     """A line for each source: records, factor, samples an epoch, share."""
-    total = mixture.epoch_samples
     return [
-        f"source {source.name}: {len(source.records):,} records x {float(source.factor):g} = {source.samples:,} "
-        f"samples an epoch, {source.samples / total:.2%}"
+        f"source {source.name}: {_count(len(source.records), 'record')} x {float(source.factor):g} = "
+        f"{_count(source.samples, 'sample')} an epoch, {source.samples / mixture.epoch_samples:.2%}"
         for source in mixture.sources
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def identify(records: Records) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def identify(records: Records) -> dict[str, Any]:
             {
                 "name": source.name,
                 **identify(source.records),
-                "factor": str(source.factor),
+                "factor": float(source.factor),
                 "samples": source.samples,
             }
             for source in records.sources
@@ -214,8 +217,8 @@ def _find_disagreements(sources: list[Source], texts: int | None) -> list[str]:
 
 def _find_idle(sources: list[Source]) -> list[str]:
     return [
-        f"{FACTORS}: {float(source.factor):g} of {len(source.records)} record{'s' * (len(source.records) > 1)} in "
-        f"{source.name} rounds to no sample an epoch; use at least {0.5 / len(source.records):g}, or leave it out"
+        f"{FACTORS}: {float(source.factor):g} of {_count(len(source.records), 'record')} in {source.name} "
+        f"rounds to no sample an epoch; use at least {0.5 / len(source.records):g}, or leave it out"
         for source in sources
         if not source.samples
     ]
