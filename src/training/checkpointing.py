@@ -4,7 +4,7 @@ not."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +184,14 @@ def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str
         return []
     before, after = (_sources_of(one or {"count": "unknown"}) for one in (then, now))
     if len(before) != len(after):
-        return [("train_data", *(_list_sources(sources) for sources in (before, after)))]
+        return [("train_data", _list_sources(before), _list_sources(after))]
     pairs = list(zip(before, after))
-    other = [pair for pair in pairs if any(pair[0].get(key) != pair[1][key] for key in ("count", "digest"))]
-    changes = [("train_data", *map(_list_sources, zip(*other)))] if other else []
+    other = [(old, new) for old, new in pairs if any(old.get(key) != new[key] for key in ("count", "digest"))]
+    changes = []
+    if other:
+        changes.append(("train_data", _list_sources(old for old, _ in other), _list_sources(new for _, new in other)))
     if any(old.get("factor") != new["factor"] and old.get("samples") != new["samples"] for old, new in pairs):
-        changes.append(("train_data_upsampling_factors", *map(_list_factors, (before, after))))
+        changes.append(("train_data_upsampling_factors", _list_factors(before), _list_factors(after)))
     return changes
 
 
@@ -201,11 +203,11 @@ def _sources_of(records: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"factor": 1.0, "samples": records.get("count"), **records}]
 
 
-def _list_factors(sources: Sequence[dict[str, Any]]) -> str:
+def _list_factors(sources: Iterable[dict[str, Any]]) -> str:
     return "::".join(str(source.get("factor")).removesuffix(".0") for source in sources)
 
 
-def _list_sources(sources: Sequence[dict[str, Any]]) -> str:
+def _list_sources(sources: Iterable[dict[str, Any]]) -> str:
     return ", ".join(f"{source.get('name', '')} {describe_records(source)}".strip() for source in sources)
 
 
