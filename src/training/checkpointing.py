@@ -4,6 +4,7 @@ not."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers amon
 FREE_ON_RESUME = {
     *(
         "train_data",
+        "train_data_upsampling_factors",  # their effect counts, see `_compare_records`
         "val_data",
         "val_split",
         "val_prefix",
@@ -175,11 +177,38 @@ def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]
     return [("model", then, now)] if names else []
 
 
-def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Sources of other content, or of another number; and factors, where they change the samples of an epoch."""
     then, now = facts.get("records"), state.progress.records
-    if not then or not now or then == now:  # versions before 0.5 do not describe the records
+    if not now or then == now or not (then or "sources" in now):  # versions before 0.5 do not describe the records
         return []
-    return [("train_data", describe_records(then), describe_records(now))]
+    before, after = (_sources_of(one or {"count": "unknown"}) for one in (then, now))
+    if len(before) != len(after):
+        return [("train_data", _list_sources(before), _list_sources(after))]
+    pairs = list(zip(before, after))
+    other = [(old, new) for old, new in pairs if any(old.get(key) != new[key] for key in ("count", "digest"))]
+    changes = []
+    if other:
+        changes.append(("train_data", _list_sources(old for old, _ in other), _list_sources(new for _, new in other)))
+    if any(old.get("factor") != new["factor"] and old.get("samples") != new["samples"] for old, new in pairs):
+        changes.append(("train_data_upsampling_factors", _list_factors(before), _list_factors(after)))
+    return changes
+
+
+def _sources_of(records: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `identify` says of each source; records without sources are one."""
+    sources = records.get("sources")
+    if isinstance(sources, list) and all(isinstance(source, dict) for source in sources):
+        return sources
+    return [{"factor": 1.0, "samples": records.get("count"), **records}]
+
+
+def _list_factors(sources: Iterable[dict[str, Any]]) -> str:
+    return "::".join(str(source.get("factor")).removesuffix(".0") for source in sources)
+
+
+def _list_sources(sources: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(f"{source.get('name', '')} {describe_records(source)}".strip() for source in sources)
 
 
 def describe_arithmetic(state: TrainState) -> str:

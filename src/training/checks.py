@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rwkv_clip
 from rwkv_clip.config import ConfigError, to_dict
+from rwkv_clip.data.mixture import Mixture, identify
 from rwkv_clip.data.records import Records
 from rwkv_clip.device import autocast_dtype
 from rwkv_clip.dist import World, gather, judge_all
@@ -42,7 +43,18 @@ log = logging.getLogger(__name__)
 def check_records(records: Records, spec: ModelSpec, path: str, texts: int | None = None) -> None:
     """ConfigError when the records' tokens were not made for the model's text tower.
 
-    Judged by the side file and some records; each record read later is checked against the same vocabulary."""
+    Judged by the side file and some records; each record read later is checked against the same vocabulary. Of a
+    mixture each source is judged, under its own name instead of `path`."""
+    parts = {path: records}
+    if isinstance(records, Mixture):
+        parts = {source.name: source.records for source in records.sources}
+    problems = [problem for name, part in parts.items() for problem in _judge(part, spec, name, texts)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _judge(records: Records, spec: ModelSpec, path: str, texts: int | None) -> list[str]:
+    """Problems of the records of one source."""
     tokenizer, vocab = spec.tokenizer(), spec.vocabulary
     problems = []
     if texts is not None and len(records.text_names) < texts:
@@ -68,8 +80,7 @@ def check_records(records: Records, spec: ModelSpec, path: str, texts: int | Non
                 f"{path}: holds the token id {largest}, the model's vocabulary ends at {vocab - 1}; "
                 f"build the records with the tokenizer {tokenizer.name!r}"
             )
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def check_objective(name: str, objective: Objective) -> None:
@@ -154,11 +165,18 @@ def describe_plan(settings: Settings, spec: ModelSpec, records: Records, world: 
         **flatten_table("", chosen),
         **flatten_table("model.", spec.to_json()),
         "precision": f"{precision} ({autocast_dtype(precision, world.device) or torch.float32})",
-        "train_data": describe_records({"count": len(records), "digest": records.digest}),
+        **{name: describe_records(facts) for name, facts in name_sources(identify(records)).items()},
         "version": rwkv_clip.__version__,
         "code": hash_sources()[:12],
         "torch": torch.__version__,
     }
+
+
+def name_sources(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `identify` says of each source, by a name that tells nothing of its place."""
+    if "sources" not in facts:
+        return {"train_data": facts}
+    return {f"train_data source {i}": source for i, source in enumerate(facts["sources"], 1)}
 
 
 def describe_records(records: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ import tyro
 
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
+from rwkv_clip.data.mixture import Mixture, describe_shares, identify, open_mixture
 from rwkv_clip.data.records import Records, open_records
 from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
@@ -137,10 +138,10 @@ class Work:
 def prepare(settings: Settings) -> Work:
     """Read what the settings name, join the other ranks, and compare all ranks. ConfigError, RecordError."""
     name, spec = resolve_spec(settings.model.model)
-    path = settings.data.train_data
+    path, factors, texts = settings.data.train_data, settings.data.train_data_upsampling_factors, settings.data.texts
     assert path is not None, "read_command_line asks for it"
-    records = open_records(path, spec.tokenizer())
-    check_records(records, spec, path, settings.data.texts)
+    records = open_mixture(path, factors, texts, lambda source: open_records(source, spec.tokenizer()))
+    check_records(records, spec, path, texts)
     torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
     objective = make_objective(settings.loss)
     check_objective(settings.loss.objective, objective)
@@ -179,8 +180,8 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
     if checkpoint is None:
         check_weights((model, work.objective), world)
     validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
-    state = TrainState(model, work.objective, settings, world, len(work.records))
-    state.progress.records = {"count": len(work.records), "digest": work.records.digest}
+    state = TrainState(model, work.objective, settings, world, work.records.epoch_samples)
+    state.progress.records = identify(work.records)
     trainer = Trainer(state)
     if checkpoint is not None:
         facts = read_description(checkpoint)
@@ -244,6 +245,8 @@ def _open_log(work: Work, folder: Path, state: TrainState, resumed: bool) -> Run
         f"{work.name}: {parameters:,} parameters on {work.world.size} x {work.world.device.type}; "
         f"{len(work.records):,} records, {state.total_steps:,} steps of {state.global_batch}; {begin} in {folder}"
     )
+    if isinstance(work.records, Mixture):
+        log.say("\n".join(describe_shares(work.records)))
     return log
 
 

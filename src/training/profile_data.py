@@ -23,6 +23,7 @@ import tyro
 
 from rwkv_clip.config import ConfigError, check, ranged
 from rwkv_clip.data.image import ImageError
+from rwkv_clip.data.mixture import Mixture, describe_shares, open_mixture
 from rwkv_clip.data.records import open_records
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import World, join_world, leave_world
@@ -50,9 +51,12 @@ class ProfileSettings:
     """The training settings that determine data throughput, under the same names."""
 
     train_data: str
-    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB."""
+    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB. Several
+    sources: a::b."""
     model: str | None = None
     """Preset, model JSON or open_clip name: also times its training step, and uses its image size."""
+    train_data_upsampling_factors: str | None = None
+    """With --train-data a::b, 2::1: how often an epoch takes the records of each source; default: once."""
     image_size: int = ranged(224, minimum=1)
     """Image side in pixels, without --model."""
     batch_size: int = ranged(64, minimum=1)
@@ -208,7 +212,9 @@ def _wait(device: torch.device) -> None:
 def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
     """Measure every stage, print each result at once, then the conclusion."""
     spec = resolve_spec(settings.model)[1] if settings.model is not None else None
-    records = open_records(settings.train_data, spec.tokenizer() if spec else make_tokenizer())
+    tokenizer = spec.tokenizer() if spec else make_tokenizer()
+    factors = settings.train_data_upsampling_factors
+    records = open_mixture(settings.train_data, factors, None, lambda source: open_records(source, tokenizer))
     model = None
     world = join_world(settings.device)
     if world.device.type == "cpu":
@@ -220,6 +226,8 @@ def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
         size = model.spec.image_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     say(f"{len(records):,} records, {size[1]} x {size[0]} px, batches of {settings.batch_size}, {cores} cores")
+    for line in describe_shares(records) if isinstance(records, Mixture) else []:
+        say(line)
     reader = SampleReader(records, 0, size)
     rates, length = measure_stages(reader, settings.seconds)
     megabytes = rates["read"] * (length + 4 * records.layout.width) / 1e6
@@ -237,7 +245,7 @@ def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
     say(f"loader          {rates['loader']:10,.0f} images/s ({kind}, {settings.workers} workers)")
     step = None
     if model is not None:
-        step = measure_step(settings, model, batch, world, len(records))
+        step = measure_step(settings, model, batch, world, records.epoch_samples)
         say(f"training step   {step:10,.0f} images/s ({settings.model})")
     found = Rates(**rates, step=step, workers=settings.workers, cores=cores, dali=dali)
     say(find_limit(found))

@@ -214,6 +214,11 @@ class Records:
         raise NotImplementedError
 
     @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch of training: each record once, but in a mixture."""
+        return len(self)
+
+    @property
     def text_names(self) -> tuple[str, ...]:
         """Names of the texts, raw first."""
         return self.layout.text_names

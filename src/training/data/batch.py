@@ -43,7 +43,7 @@ class Batch:
     image: Tensor  # uint8 (B, 3, h, w), or (B, V, 3, h, w) with V > 1 views of each image
     text: Tensor  # int64 (B, N, T)
     ids: Tensor  # int64 (B,), record indices
-    epochs: Tensor  # int64 (B,)
+    epochs: Tensor  # int64 (B,); in a mixture passes of each record's source
     position: int
     image_keys: Tensor | None = None  # int64 (B,), of the encoded images, where the loader was asked for them
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from rwkv_clip.data.mixture import Mixture
+from rwkv_clip.data.records import Records
 
 from .augment import GAMMA, hash64, mix64
 
 ROUNDS = 20  # with fewer, counts below about 100 favour some permutations (tested by chi-square)
 KEY = 0x4F72646572  # keeps these hashes apart from the augmentation's: "Order"
+MIXED = 0x4D69786564  # and the seeds of a mixture's orders from the run's: "Mixed"
 
 
 class Order:
@@ -51,6 +57,14 @@ class Order:
         index = index.astype(np.int64)
         return int(index[0]) if np.ndim(position) == 0 else index.reshape(where.shape)
 
+    def find(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(record index, epoch) at each position, int64."""
+        return self.at(position), self.epoch(position)
+
+    def stand_in(self, position: int, turn: int) -> tuple[int, int]:
+        """(record index, epoch) of the `turn`-th record, from 1, that may take the place of the one at `position`."""
+        return self.at(position + turn), (position + turn) // self.count
+
     def _permute(self, value: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """One pass over the power of two: the halves alternate in being masked by a keyed hash of the other."""
         high, low = value >> self._low, value & self._masks[1]
@@ -61,3 +75,71 @@ class Order:
             else:
                 low = low ^ (mix64(high ^ keys) >> np.uint64(16) & self._masks[1])
         return high << self._low | low
+
+
+class MixedOrder:
+    """An endless sequence of record indices of several sources, `samples[i]` of source i in every epoch.
+
+    counts: records of each source; its indices follow those of the sources before it. Position p belongs to epoch
+    e = p // count, where count is the sum of `samples`. A permutation of the epoch, as in `Order`, says which of the
+    epoch's samples it is: the r-th of source i takes the place e * samples[i] + r in the source's own sequence.
+
+    That sequence repeats a permutation of the source's records, a pass each, and takes a new one whenever a pass and an
+    epoch end together. So every epoch, and the first k epochs for any k, hold each record of a source equally often, up
+    to one: its share, rounded down or up; and a source is used up before one of its records comes again. (With a new
+    permutation for every pass, the two passes that meet within an epoch could have the same record in it.)
+    """
+
+    def __init__(self, counts: list[int], samples: list[int], seed: int):
+        own = [int(hash64(MIXED, seed, number)[0] >> np.uint64(1)) for number in range(len(counts) + 1)]
+        self._mix = Order(sum(samples), own[0])
+        self._sources = [Order(count, key) for count, key in zip(counts, own[1:])]
+        self._samples = np.array(samples, np.int64)
+        self._ends = np.cumsum(self._samples)
+        self._offsets = np.cumsum([0, *counts[:-1]])
+        self._rounds = [min(math.lcm(*pair), 1 << 62) for pair in zip(counts, samples)]  # places until both end
+        self.count = self._mix.count
+
+    def at(self, position: int | np.ndarray) -> np.ndarray | int:
+        """Record index at each position >= 0: int for an int, int64 array of its shape for an array."""
+        index = self.find(np.asarray(position, np.int64))[0]
+        return int(index) if np.ndim(position) == 0 else index
+
+    def find(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(record index, pass of its source) at each position, int64. No record has a pass twice."""
+        where = np.asarray(position, np.int64)
+        numbers, places = self._locate(where.ravel())
+        index, turns = np.empty_like(places), np.empty_like(places)
+        for number in np.unique(numbers):
+            own = numbers == number
+            index[own], turns[own] = self._find(number, places[own])
+        return index.reshape(where.shape), turns.reshape(where.shape)
+
+    def stand_in(self, position: int, turn: int) -> tuple[int, int]:
+        """(record index, pass) of the `turn`-th record, from 1, that may take the place of the one at `position`: the
+        next ones in the sequence of its source, so that shares stay as they are."""
+        numbers, places = self._locate(np.array([position], np.int64))
+        index, turns = self._find(int(numbers[0]), places + turn)
+        return int(index[0]), int(turns[0])
+
+    def _locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, place in the sequence of that source) of each position."""
+        slots = np.asarray(self._mix.at(position))
+        numbers = np.searchsorted(self._ends, slots, side="right")
+        samples = self._samples[numbers]
+        return numbers, position // self.count * samples + slots - (self._ends[numbers] - samples)
+
+    def _find(self, number: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(record index, pass) of places in the sequence of a source."""
+        order = self._sources[number]
+        rounds = places // self._rounds[number]
+        index = np.asarray(order.at(rounds * order.count + places % order.count))
+        return index + self._offsets[number], places // order.count
+
+
+def make_order(records: Records, seed: int) -> Order | MixedOrder:
+    """The order of training on these records."""
+    if not isinstance(records, Mixture):
+        return Order(len(records), seed)
+    counts, samples = zip(*((len(source.records), source.samples) for source in records.sources))
+    return MixedOrder(list(counts), list(samples), seed)

@@ -1,7 +1,8 @@
 """From a position to pixels: read the record, inspect its image's header, draw its crops, decode, crop, resize.
 
 Both loaders take their samples from the one `SampleReader` here, so they agree on order, crops, flips, texts and on
-which records are bad. A bad record at position p is replaced by the next good one in order (p + 1, p + 2, ..).
+which records are bad. A bad record at position p is replaced by the next good one in order (p + 1, p + 2, ..), in a
+mixture by the next good one of its source.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import torch
 from PIL import Image
 
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
+from rwkv_clip.data.mixture import Mixture
 from rwkv_clip.data.records import RecordError, Records
 from rwkv_clip.errors import DATA
 
 from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
 from .augment import crop_windows, draw_flips, draw_policy_seed, hash_bytes
-from .order import Order
+from .order import make_order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -67,18 +69,19 @@ class Sample:
 
     position: int
     id: int
-    epoch: int
+    epoch: int  # in a mixture the pass of its source
     data: bytes
     info: ImageInfo
     tokens: np.ndarray
     name: str
     crops: tuple[Crop, ...] = ()
+    turn: int = 0  # it is the turn-th that could take the place of the record at its position; 0: that record
     fault: Fault | None = None  # of the record that this one replaces
     key: int | None = None  # of the encoded image (`hash_bytes`), where keys are asked for
 
 
 class SampleReader:
-    """Reads and decodes samples by their position in `Order(len(records), seed)`.
+    """Reads and decodes samples by their position in the order of the records (`make_order`).
 
     image_size: (height, width) of a view. views: random crops taken of each image. keys: whether samples have keys.
     """
@@ -96,7 +99,7 @@ class SampleReader:
             raise ValueError(f"views: {views}; an image needs at least one")
         self.records, self.seed, self.image_size = records, seed, image_size
         self.settings, self.views, self.keys = settings, views, keys
-        self.order = Order(len(records), seed)
+        self.order = make_order(records, seed)
         name = settings.auto_augment
         self.policy = None if name is None else Policy(name, image_size, settings.interpolation)
 
@@ -108,11 +111,12 @@ class SampleReader:
     def read(self, positions: np.ndarray) -> list[Sample]:
         """One sample per position, headers checked and crops drawn, pixels not decoded yet."""
         samples = []
-        for position, index in zip(positions.tolist(), self.order.at(positions).tolist()):
+        ids, epochs = self.order.find(positions)
+        for position, index, epoch in zip(positions.tolist(), ids.tolist(), epochs.tolist()):
             try:
-                samples.append(self._load(position, index))
+                samples.append(self._load(position, index, epoch))
             except (RecordError, ImageError) as error:
-                samples.append(self._next_good(_fault(position, error)))
+                samples.append(self._next_good(self._fault(position, index, error), 0))
         self._draw(samples)
         return samples
 
@@ -125,9 +129,9 @@ class SampleReader:
                 self._transform(sample, image)
                 return sample
             except ImageError as error:
-                fault = _fault(sample.position, error)
+                fault = self._fault(sample.position, sample.id, error)
             first = sample.fault or fault
-            sample = self._next_good(fault)
+            sample = self._next_good(fault, sample.turn)
             sample.fault = first
             self._draw([sample])
         raise _hopeless(fault)
@@ -144,23 +148,29 @@ class SampleReader:
         """`decode` of each sample into its row of `image`, uint8 (B, V, 3, h, w)."""
         return [self.decode(sample, row) for sample, row in zip(samples, image)]
 
-    def _load(self, position: int, index: int) -> Sample:
+    def _load(self, position: int, index: int, epoch: int) -> Sample:
         data, tokens = self.records.sample(index)
         name = self.records.name(index)
         info = inspect_image(data, name)
         key = hash_bytes(data) if self.keys else None
-        return Sample(position, index, position // self.order.count, data, info, tokens, name, key=key)
+        return Sample(position, index, epoch, data, info, tokens, name, key=key)
 
-    def _next_good(self, fault: Fault) -> Sample:
-        """The first sample after the fault's position whose header is good; carries the fault."""
-        for position in range(fault.position + 1, fault.position + 1 + SEARCH):
+    def _next_good(self, fault: Fault, after: int) -> Sample:
+        """The first sample whose header is good among those that may stand in at the fault's position, after the
+        `after`-th of them; carries the fault."""
+        for turn in range(after + 1, after + 1 + SEARCH):
             try:
-                sample = self._load(position, self.order.at(position))
+                sample = self._load(fault.position, *self.order.stand_in(fault.position, turn))
             except (RecordError, ImageError):
                 continue  # counted at its own position
-            sample.fault = fault
+            sample.turn, sample.fault = turn, fault
             return sample
         raise _hopeless(fault)
+
+    def _fault(self, position: int, index: int, error: RecordError | ImageError) -> Fault:
+        reason = getattr(error, "reason", "record damaged")
+        source = f" in {self.records.source_of(index)}" if isinstance(self.records, Mixture) else ""
+        return Fault(position, reason + source, str(error))
 
     def _draw(self, samples: list[Sample]) -> None:
         facts = [(sample.id, sample.epoch, sample.info.width, sample.info.height) for sample in samples]
@@ -172,10 +182,6 @@ class SampleReader:
             views.append([Crop(*window, flip) for window, flip in zip(windows.tolist(), flips.tolist())])
         for sample, crops in zip(samples, zip(*views)):
             sample.crops = crops
-
-
-def _fault(position: int, error: RecordError | ImageError) -> Fault:
-    return Fault(position, getattr(error, "reason", "record damaged"), str(error))
 
 
 def _hopeless(fault: Fault) -> DataError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rwkv_clip.config import ranged
+from rwkv_clip.config import ConfigError, ranged
+from rwkv_clip.data.mixture import parse_factors
 
 from ..policy import build_policy
 
@@ -15,7 +16,10 @@ class DataSettings:
     """What is read, and how samples are made from it."""
 
     train_data: str | None = None
-    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB."""
+    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB. Several
+    sources: a::b."""
+    train_data_upsampling_factors: str | None = None
+    """With --train-data a::b, 2::0.5: an epoch takes the records of a twice and half of b's; default: each once."""
     val_data: str | None = None
     """Retrieval set for validation during the run: JSONL, JSON or records."""
     val_split: str | None = None
@@ -53,6 +57,11 @@ class DataSettings:
 
     def problems(self) -> list[str]:
         found = []
+        if self.train_data_upsampling_factors is not None:
+            try:
+                parse_factors(self.train_data_upsampling_factors)
+            except ConfigError as error:
+                found += error.problems
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):
