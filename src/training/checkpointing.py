@@ -31,6 +31,12 @@ OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers amon
 FREE_ON_RESUME = {
     *(
         "train_data",
+        "dataset_type",
+        "csv_separator",
+        "csv_img_key",
+        "csv_caption_key",
+        "image_folder",
+        "index",
         "val_data",
         "val_split",
         "val_prefix",

@@ -21,7 +21,7 @@ from rwkv_clip.errors import DATA
 
 from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
-from .augment import crop_windows, draw_flips, draw_policy_seed, hash_bytes
+from .augment import crop_windows, draw_caption, draw_flips, draw_policy_seed, hash_bytes
 from .order import Order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
@@ -145,11 +145,14 @@ class SampleReader:
         return [self.decode(sample, row) for sample, row in zip(samples, image)]
 
     def _load(self, position: int, index: int) -> Sample:
-        data, tokens = self.records.sample(index)
+        epoch, drawn = position // self.order.count, None
+        if self.records.several and self.settings.text_choice != "first":
+            drawn = draw_caption(self.seed, epoch, index)
+        data, tokens = self.records.draw_sample(index, drawn)
         name = self.records.name(index)
         info = inspect_image(data, name)
         key = hash_bytes(data) if self.keys else None
-        return Sample(position, index, position // self.order.count, data, info, tokens, name, key=key)
+        return Sample(position, index, epoch, data, info, tokens, name, key=key)
 
     def _next_good(self, fault: Fault) -> Sample:
         """The first sample after the fault's position whose header is good; carries the fault."""
