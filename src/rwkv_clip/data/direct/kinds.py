@@ -15,6 +15,7 @@ from .direct_set import DirectSet, Table
 from .lines import LineTable
 from .reading import KINDS, SEPARATORS, Reading
 from .storage import Stored, expand_url, is_url
+from .tar_table import TarTable
 
 ENDINGS = {
     "csv": (".csv", ".tsv"),
@@ -43,6 +44,7 @@ def _openers(reading: Reading) -> dict[str, Callable[[Stored], Table]]:
     return {
         "csv": lambda stored: LineTable(stored, separator, json=False),
         "jsonl": lambda stored: LineTable(stored),
+        "webdataset": lambda stored: TarTable(stored, reading.index),
     }
 
 

@@ -6,7 +6,7 @@ seen: a file that has changed meanwhile is an error that names it.
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 from ..recordio import RecordError
 from ..rows import SourceError, first_line
 
-ENDS = 1 << 16  # bytes of either end that tell one content from another
 BUFFER = 1 << 20
 
 
@@ -83,6 +82,11 @@ class Stored:
     def path(self) -> Path | None:
         """None for a URL."""
         return None if is_url(self.name) else Path(self.name)
+
+    @property
+    def where(self) -> str:
+        """Its absolute path, or its URL."""
+        return self.name if is_url(self.name) else os.path.abspath(self.name)
 
     def _look(self) -> tuple[int, str]:
         if not is_url(self.name):
@@ -154,9 +158,26 @@ class Stored:
             except OSError as error:
                 raise SourceError(f"{self.name}: cannot be read ({first_line(error)})") from None
 
-    def mark(self) -> str:
-        """sha256, in hexadecimal, of both ends and the size: what tells this content from most others."""
-        found = hashlib.sha256(b"%d" % self.size)
-        found.update(self.read(0, min(ENDS, self.size)))
-        found.update(self.read(max(0, self.size - ENDS), self.size))
-        return found.hexdigest()
+
+class Span(io.RawIOBase):
+    """A part of a file that is read like a file of its own."""
+
+    def __init__(self, stored: Stored, start: int, end: int):
+        self._stored, self._start, self._size, self._at = stored, start, end - start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        begin = self._start + self._at
+        buffer[:count] = self._stored.read(begin, begin + count)
+        self._at += count
+        return count
