@@ -1,7 +1,7 @@
 """Indices: what is found out about a file once, written beside it or into the folder that the user names.
 
-An index is a line of JSON and an array of int64 after it, which is mapped, so that all processes share it. It appears
-whole or not at all, and belongs to one state of its file: of another size or content, the file is refused by name.
+An index is a line of JSON and data after it, which are mapped, so that all processes share them. It appears whole or
+not at all, and belongs to one state of its file: of another size or content, the file is refused by name.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from .storage import Stored
 
 SCHEMA = 1
 ENDING = ".index"
-MAX_HEAD = 1 << 24
+MAX_HEAD = 1 << 26
+ALIGNED = 64
 log = logging.getLogger(__name__)
 
 
 class Index:
-    """facts: JSON of the file, with "digest", which identifies its content. numbers: int64 (n,). Can be pickled: a
-    copy maps the index again."""
+    """facts: JSON of the file, with "digest", which identifies its content. data: uint8 (n,), aligned to 64 bytes. Can
+    be pickled: a copy maps the index again."""
 
-    def __init__(self, path: Path, facts: dict[str, Any], numbers: np.ndarray):
-        self.path, self.facts, self.numbers = path, facts, numbers
+    def __init__(self, path: Path, facts: dict[str, Any], data: np.ndarray):
+        self.path, self.facts, self.data = path, facts, data
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "digest": self.facts["digest"]}
@@ -43,11 +44,11 @@ class Index:
         vars(self).update(vars(found))
 
 
-Make = Callable[[Stored], tuple[dict[str, Any], np.ndarray]]
+Make = Callable[[Stored], tuple[dict[str, Any], bytes | memoryview]]
 
 
 def open_index(stored: Stored, folder: str | None, make: Make) -> Index:
-    """The index of a file; made and written where there is none. make: gives facts and numbers.
+    """The index of a file; made and written where there is none. make: gives facts, with "digest", and data.
 
     SourceError where the file has changed since its index was made; ValueError where an index cannot be written.
     """
@@ -59,10 +60,10 @@ def open_index(stored: Stored, folder: str | None, make: Make) -> Index:
     if found.facts["size"] != stored.size:
         raise _changed(stored, path, f"has {stored.size:,} bytes, but had {found.facts['size']:,}")
     if found.facts["changed"] != stored.changed:  # copied, or written anew: of the same content?
-        facts, numbers = make(stored)
+        facts, data = make(stored)
         if facts["digest"] != found.facts["digest"]:
             raise _changed(stored, path, "holds something else than")
-        return _write(path, stored, state, facts, numbers, must=False)
+        return _write(path, stored, state, facts, data, must=False)
     return found
 
 
@@ -93,34 +94,39 @@ def read_index_file(path: Path) -> Index | None:
             start = len(head)
             facts = parse_json(head, str(path))
             count = facts["count"]
-            if facts["schema"] != SCHEMA or path.stat().st_size != start + 8 * count:
+            if facts["schema"] != SCHEMA or path.stat().st_size != start + count:
                 raise ValueError("of another version, or cut short")
-            numbers = np.memmap(file, np.int64, "r", start, (count,)) if count else np.empty(0, np.int64)
-        if zlib.crc32(numbers) != facts["crc32"] or not {"size", "changed", "digest"} <= facts.keys():
+            data = np.memmap(file, np.uint8, "r", start, (count,)) if count else np.empty(0, np.uint8)
+        if zlib.crc32(data) != facts["crc32"] or not {"size", "changed", "digest"} <= facts.keys():
             raise ValueError("damaged")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         log.warning("%s: is made anew (%s)", path, error)
         return None
-    return Index(path, facts, numbers)
+    return Index(path, facts, data)
 
 
 def _write(
-    path: Path, stored: Stored, state: dict[str, Any], facts: dict[str, Any], numbers: np.ndarray, must: bool = True
+    path: Path,
+    stored: Stored,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    data: bytes | memoryview,
+    must: bool = True,
 ) -> Index:
-    numbers = np.ascontiguousarray(numbers, "<i8")
-    facts = {**facts, **state, "count": len(numbers), "crc32": zlib.crc32(numbers)}
+    data = memoryview(data).cast("B")
+    facts = {**facts, **state, "count": len(data), "crc32": zlib.crc32(data)}
     head = json.dumps(facts).encode()
-    head += b" " * (-(len(head) + 1) % 8) + b"\n"  # so that the numbers are aligned
+    head += b" " * (-(len(head) + 1) % ALIGNED) + b"\n"
     try:
-        write_whole(path, [head, numbers.data])
+        write_whole(path, [head, data])
     except OSError as error:
         if must:
             raise ValueError(
                 f"index: {path} cannot be written ({error.strerror}); name a folder for indices, --index FOLDER"
             ) from None
-        return Index(path, facts, numbers)
+        return Index(path, facts, np.frombuffer(data, np.uint8))
     found = read_index_file(path)
     assert found is not None, path
     return found

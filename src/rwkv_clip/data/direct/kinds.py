@@ -11,8 +11,10 @@ from ...tokenizer import Tokenizer
 from ..records import split_names
 from ..rows import SourceError
 from ..sources import Source, expand_braces
+from .arrow_rows import ArrowTable, list_saved
 from .direct_set import DirectSet, Table
 from .lines import LineTable
+from .parquet_table import ParquetTable
 from .reading import KINDS, SEPARATORS, Reading
 from .storage import Stored, expand_url, is_url
 from .tar_table import TarTable
@@ -45,6 +47,8 @@ def _openers(reading: Reading) -> dict[str, Callable[[Stored], Table]]:
         "csv": lambda stored: LineTable(stored, separator, json=False),
         "jsonl": lambda stored: LineTable(stored),
         "webdataset": lambda stored: TarTable(stored, reading.index),
+        "parquet": lambda stored: ParquetTable(stored, reading.index),
+        "datasets": ArrowTable,
     }
 
 
@@ -67,7 +71,7 @@ def find_files(spec: str, kind: str) -> list[tuple[str, str]]:
         return [(_kind_of(name, kind), name) for name in names]
     names = split_names(spec, os.path.exists)
     if kind == "datasets" or any(map(is_saved, names)):
-        return [("datasets", name) for name in names]
+        return [("datasets", file) for name in names for file in list_saved(name)]
     if kind != "auto" and os.path.isfile(spec):
         return [(kind, spec)]
     if kind == "auto" and any(glob.glob(os.path.join(glob.escape(name), "*.rec")) for name in names):

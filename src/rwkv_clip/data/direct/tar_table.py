@@ -23,7 +23,7 @@ from .storage import Span, Stored
 AT_ONCE = 1 << 22  # bytes of a sample up to which all of it is read, whatever is needed
 
 
-def index_tar(stored: Stored) -> tuple[dict[str, Any], np.ndarray]:
+def index_tar(stored: Stored) -> tuple[dict[str, Any], memoryview]:
     """What the index of a tar holds: facts, and int64 (samples + 1,) bytes, the end of the last sample included.
 
     The digest is over names and sizes of all members and the contents of texts. Pictures are passed over.
@@ -52,7 +52,7 @@ def index_tar(stored: Stored) -> tuple[dict[str, Any], np.ndarray]:
         if tar.always:
             raise SourceError(f"{file}: a header gives all members one name or size; pack it anew")
         starts.append(tar.member_at)
-    return {"digest": digest.hexdigest(), "apart": apart}, np.array(starts, np.int64)
+    return {"digest": digest.hexdigest(), "apart": apart}, np.array(starts, "<i8").data
 
 
 class TarTable:
@@ -62,16 +62,20 @@ class TarTable:
         self._stored, self.name = stored, stored.name
         self._index = open_index(stored, folder, index_tar)
         self._apart = frozenset(self._index.facts.get("apart", ()))
-        places = self._index.numbers
+        places = self._places
         if not len(places) or places[0] < 0 or places[-1] > stored.size or (np.diff(places) <= 0).any():
             raise SourceError(f"{self._index.path}: not an index of {self.name}; remove it")
 
+    @property
+    def _places(self) -> np.ndarray:
+        return self._index.data.view(np.int64)
+
     def __len__(self) -> int:
-        return len(self._index.numbers) - 1
+        return len(self._places) - 1
 
     def row(self, i: int) -> Row:
         """Row `i`. SourceError or RecordError where the tar has changed."""
-        start, end = self._index.numbers[i : i + 2].tolist()
+        start, end = self._places[i : i + 2].tolist()
         raw = io.BytesIO(self._stored.read(start, end)) if end - start <= AT_ONCE else self._open(start, end)
         key, sample = "", Sample()
         tar = Tar(Path(self.name), raw, start)
