@@ -25,6 +25,7 @@ ENDINGS = {
     "parquet": (".parquet",),
     "webdataset": (".tar",),
 }
+FILE = "file://"  # before the path of a file that is here
 OWN_NAMES = {"tar": "webdataset"}  # of kinds that `sources` names otherwise
 
 
@@ -65,6 +66,7 @@ def names_direct(spec: str | list[str]) -> bool:
 def find_files(spec: str, kind: str) -> list[tuple[str, str]]:
     """(kind, path or URL) of every file that a spec names: file, folder, glob, URL, a{00..09}.tar range or comma list;
     of `datasets` every folder. ValueError; [] where these are data of another kind and `kind` is "auto"."""
+    spec = spec.replace(FILE, "")
     if is_url(spec):
         pieces = spec.split(",") if all(map(is_url, spec.split(","))) else [spec]
         names = [url for piece in pieces for brace in expand_braces(piece) for url in expand_url(brace)]

@@ -33,9 +33,9 @@ class Lines:
     def split(self, piece: bytes, last: bool) -> Found:
         """The rows of a piece: int64 (rows,) bytes from its beginning, int64 (rows,) lines from 0, and how much of the
         piece these are; the rest is the beginning of a row. last: nothing follows, so all is used."""
+        end = len(piece) if last else piece.rfind(b"\n") + 1
+        piece = piece[:end]
         starts = _line_starts(piece)
-        end = len(piece) if last else int(piece.rfind(b"\n")) + 1
-        starts = starts[starts < end]
         lines = np.arange(len(starts))
         kept = ~self.blank(piece, starts)
         return starts[kept], lines[kept], end, len(starts)
@@ -56,6 +56,8 @@ class Lines:
 
 def _line_starts(piece: bytes) -> np.ndarray:
     """int64 (lines,): the byte at which each line begins."""
+    if not piece:
+        return np.empty(0, np.int64)
     ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == 10) + 1
     starts = np.empty(len(ends) + 1, np.int64)
     starts[0], starts[1:] = 0, ends

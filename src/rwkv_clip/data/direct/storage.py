@@ -54,7 +54,8 @@ def open_system(name: str) -> tuple[Any, str]:
         with _naming(name):
             return fsspec.core.url_to_fs(name)
     except ImportError as error:  # fsspec names the package of the protocol
-        raise ImportError(f"{name}: {first_line(error)}; for s3://: pip install -e '.[s3]'") from None
+        more = "; pip install -e '.[s3]'" if name.startswith("s3") else ""
+        raise ImportError(f"{name}: {first_line(error)}{more}") from None
 
 
 def expand_url(name: str) -> list[str]:
