@@ -30,6 +30,7 @@ from ..recordio import RecordError, spread
 from ..records import LOOKED_AT, Layout, Records
 from ..rows import Row, SourceError
 from .reading import Reading
+from .storage import is_url
 
 SEARCHED = 1000  # rows that a field is looked for in
 BEGUN, BEGINNING = 256, 1 << 14  # pictures whose beginning a digest reads, and bytes of it
@@ -216,6 +217,8 @@ class DirectSet(Records):
     def _row(self, i: int) -> Row:
         table, number = self._locate(i)
         row = table.row(number)
+        if is_url(table.name):  # there are no pictures beside it that could be opened
+            row = row._replace(folder=None)
         self._last = i, f"{table.name.removesuffix(Path(table.name).name)}{row.name}"
         return row
 
