@@ -58,7 +58,8 @@ BEGINNING = 1 << 14  # bytes of such a record, where it has no checksum
 MAX_JSON = 1 << 24  # bytes of a side file that are read
 WAYS = (
     "give a prefix, file, glob, folder or comma list of records, which data2rec.py makes from other data, or the "
-    "folder of a split in an LMDB of Chinese-CLIP's (with imgs and pairs in it)"
+    "folder of a split in an LMDB of Chinese-CLIP's (with imgs and pairs in it); or tables, tars, Parquet files, which "
+    "are read as they are"
 )
 
 

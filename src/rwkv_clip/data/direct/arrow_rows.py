@@ -75,7 +75,7 @@ def list_saved(folder: str) -> list[str]:
         shown = (
             ", ".join(str(path / str(part)) for part in parts[:5]) if isinstance(parts, list) else "one of its folders"
         )
-        raise ValueError(f"{folder}: holds several parts; give one of {shown}")
+        raise SourceError(f"{folder}: holds several parts; give one of {shown}")
     if not (path / "state.json").is_file():
         raise ValueError(f"{folder}: is no folder that datasets saved (save_to_disk): it has no state.json")
     state = _load(path / "state.json")

@@ -55,8 +55,9 @@ def _openers(reading: Reading) -> dict[str, Callable[[Stored], Table]]:
 
 def names_direct(spec: str | list[str]) -> bool:
     """Whether these are data that are read directly, by their endings or what a folder holds; no file is opened."""
+    names = [spec] if isinstance(spec, str) else spec
     try:
-        return all(find_files(name, "auto") for name in ([spec] if isinstance(spec, str) else spec))
+        return any(map(is_url, names)) or all(find_files(name, "auto") for name in names)
     except SourceError:
         raise
     except (ValueError, OSError):
