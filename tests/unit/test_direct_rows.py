@@ -395,3 +395,55 @@ def test_storage_behind_fsspec(tmp_path):
     system.pipe("/direct/a.tar", pack(TARS["plain"])[:-2048])
     with pytest.raises(SourceError, match=r"memory://direct/a\.tar: has"):
         TarTable(Stored("memory://direct/a.tar"), str(index))
+
+
+def outcomes(make, path: Path) -> list:
+    """Of each row, what it is, or the kind of its error; or the error of opening. Anything else is a bug."""
+    try:
+        table = make(Stored(str(path)))
+    except SourceError as error:
+        assert "\n" not in str(error) and path.name in str(error)
+        return [str(error)]
+    found = []
+    for i in range(len(table)):
+        try:
+            found.append(table.row(i))
+        except (SourceError, RecordError) as error:
+            found.append(type(error).__name__)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "arrow", "csv"])
+def test_flipped_bits_are_errors_of_ours(kind, tmp_path):
+    """In a process of its own, which must not die; the index is made for what is damaged already."""
+    path = tmp_path / f"a.{kind}"
+    make = TarTable
+    if kind == "tar":
+        tar(path, 8)
+    elif kind == "csv":
+        save(tmp_path, {path.name: TABLES["quoted.csv"] * 5})
+        make = lambda stored: LineTable(stored, json=False)  # noqa: E731
+    else:
+        arrow = pytest.importorskip("pyarrow", reason="pip install -e '.[parquet]'")
+        from rwkv_clip.data.direct.arrow_rows import ArrowTable
+        from rwkv_clip.data.direct.parquet_table import ParquetTable
+
+        make = ParquetTable if kind == "parquet" else ArrowTable
+        parquet(tmp_path / "p.parquet", count=20, compression="snappy").rename(tmp_path / "a.parquet")
+        if kind == "arrow":
+            table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "a.parquet")
+            with arrow.OSFile(str(path), "wb") as sink, arrow.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=7)
+    data = path.read_bytes()
+
+    def flip() -> None:
+        draw = random.Random(1)
+        for number in range(150):
+            damaged = bytearray(data)
+            damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            path.unlink()
+            path.write_bytes(damaged[: draw.randrange(len(data))] if number % 10 == 0 else damaged)
+            path.with_name(path.name + ".index").unlink(missing_ok=True)
+            outcomes(make, path)
+
+    assert wait(fork(flip)) == 0

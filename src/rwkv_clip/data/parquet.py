@@ -116,15 +116,20 @@ def _count_together(where: str, stream: BinaryIO, schema, group: dict) -> int:
             )
         shared = not DELTA_BYTES.isdisjoint(chunk[ENCODINGS])
         for dictionary, size, stored in _read_pages(f"{where}, column {path!r}", stream, chunk):
-            if size > max(MAX_PAGE, GROWTH * stored):
-                raise SourceError(
-                    f"{where}, column {path!r}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times "
-                    f"its size; write it anew with smaller pages, or without the column"
-                )
+            check_growth(f"{where}, column {path!r}", size, stored)
             # Any row may be the largest value. Pictures lie in dictionaries as well, but do not shrink.
             repeated = dictionary and size > max(MAX_DICTIONARY, 4 * stored)
             most = max(most, size if repeated or shared else 1)
     return max(1, min(ROWS, BATCH // max(1, most)))
+
+
+def check_growth(where: str, size: int, stored: int) -> None:
+    """SourceError for a page that says it is unpacked to much more than there can be in it."""
+    if size > max(MAX_PAGE, GROWTH * stored):
+        raise SourceError(
+            f"{where}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times its size; write it anew "
+            f"with smaller pages, or without the column"
+        )
 
 
 def _read_pages(where: str, stream: BinaryIO, chunk: dict) -> Iterator[tuple[bool, int, int]]:

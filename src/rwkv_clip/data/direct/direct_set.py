@@ -76,6 +76,7 @@ class DirectSet(Records):
         self._last = (-1, "")
         choice = self._choose(tokenizer, reading)
         images = Path(reading.images) if reading.images else None
+        choice = choice._replace(aside=())  # nobody asks what is not taken
         self._encoder = Encoder(choice, tokenizer.name, tokenizer.context, images, reading.image_field)
         vars(self._encoder)["tokenize"] = tokenizer  # the model's own, which a name may not lead to
         self._tokenizer = tokenizer
@@ -154,7 +155,7 @@ class DirectSet(Records):
         """
         own, choice = self._tokenizer, self._encoder.choice
         about = [own.context, own.name, own.vocab_size, list(choice.texts.names), list(choice.texts.fields)]
-        total = hashlib.sha256(json.dumps([*about, choice.token_field, self._encoder.image_field]).encode())
+        total = hashlib.sha256(json.dumps([*about, choice.token_field]).encode())
         for table in self._tables:
             total.update(f"{len(table)}\0".encode())
             table.add_to(total)

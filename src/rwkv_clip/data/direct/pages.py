@@ -7,13 +7,14 @@ place in the page, unpacked.
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..parquet import META, read_page_headers
+from ..parquet import META, check_growth, read_page_headers
 from ..rows import SourceError
 
 CODEC, VALUES = 4, 5  # fields of a column's description
@@ -45,8 +46,11 @@ def locate_values(where: str, stream: BinaryIO, column: dict, most: int, pages: 
     """
     chunk, parts = column[META], []
     codec = CODECS.get(chunk.get(CODEC, 0), "unknown")
-    dictionary = np.empty((0, 3), np.int64)
+    dictionary, end, left = np.empty((0, 3), np.int64), stream.seek(0, os.SEEK_END), chunk[VALUES]
     for header, start in read_page_headers(where, stream, chunk):
+        check_growth(where, header[2], header[3])
+        if start + header[3] > end:
+            raise SourceError(f"{where}: the page at byte {start:,} is longer than the file; cut short")
         stream.seek(start)
         stored, about = stream.read(header[3]), header.get(V2 if header[1] == DATA_V2 else V1, {})
         bare = about.get(5, 0) + about.get(6, 0) if header[1] == DATA_V2 else 0
@@ -57,8 +61,11 @@ def locate_values(where: str, stream: BinaryIO, column: dict, most: int, pages: 
             if header[1] == DICTIONARY:
                 dictionary = _walk(body, 0, page, base)
             elif header[1] in (DATA, DATA_V2):
+                if about[1] > left:
+                    raise ValueError(f"{about[1]:,} values, where there are {left:,}")
                 parts.append(_locate_in_page(body, header[1] == DATA_V2, about, most, (page, base, dictionary)))
-        except (IndexError, KeyError, ValueError, struct.error) as error:
+                left -= about[1]
+        except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
             raise SourceError(f"{where}: the page at byte {start:,} cannot be taken apart ({error})") from None
     return np.concatenate([np.empty((0, 3), np.int64), *parts])
 

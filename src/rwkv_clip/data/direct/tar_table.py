@@ -59,7 +59,7 @@ class TarTable:
     """Rows of one tar by number."""
 
     def __init__(self, stored: Stored, folder: str | None = None):
-        self._stored, self.name = stored, stored.name
+        self._stored, self.name, self._file = stored, stored.name, Path(stored.name)
         self._index = open_index(stored, folder, index_tar)
         self._apart = frozenset(self._index.facts.get("apart", ()))
         places = self._places
@@ -78,7 +78,7 @@ class TarTable:
         start, end = self._places[i : i + 2].tolist()
         raw = io.BytesIO(self._stored.read(start, end)) if end - start <= AT_ONCE else self._open(start, end)
         key, sample = "", Sample()
-        tar = Tar(Path(self.name), raw, start)
+        tar = Tar(self._file, raw, start)
         for member in tar:
             here, ending = split_name(member.name)
             if not here or member.kind == "folder":
@@ -88,7 +88,7 @@ class TarTable:
             key = here
             if most := sample.note(ending):
                 add_member(sample, ending, tar, member, most)
-        return finish(Path(self.name), key, sample, i in self._apart)
+        return finish(self._file, key, sample, i in self._apart)
 
     def _open(self, start: int, end: int) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(Span(self._stored, start, end), 1 << 16))
