@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from .storage import Stored
 
 PIECE = 1 << 22  # bytes that are scanned at a time
 TOGETHER, NEAR = 16, 1 << 12  # rows from one kept place to the next, at most, and about how many bytes
-BLANK = np.frombuffer(b" \t\n\r\v\f", np.uint8)
+BLANK = np.isin(np.arange(256), np.frombuffer(b" \t\n\r\v\f", np.uint8))  # by byte
 
 Found = tuple[np.ndarray, np.ndarray, int, int]  # where rows begin; their line numbers; bytes, lines that were used
 
@@ -42,7 +43,7 @@ class Lines:
 
     def blank(self, piece: bytes, starts: np.ndarray) -> np.ndarray:
         """Which lines are no rows: bool (lines,)."""
-        found = np.isin(np.frombuffer(piece, np.uint8)[starts], BLANK)
+        found = BLANK[np.frombuffer(piece, np.uint8)[starts]]
         ends = np.append(starts[1:], len(piece))
         for i in np.flatnonzero(found).tolist():
             found[i] = not piece[starts[i] : ends[i]].strip()
@@ -70,11 +71,24 @@ class Columns(Lines):
 
     def __init__(self, separator: str, names: list[str]):
         self.separator, self.names = separator, names
+        sign = re.escape(separator.encode())
+        value = b'(?:"[^"]*(?:""[^"]*)*"|[^"%b]*)' % sign
+        self._ends = re.compile(b"%b(?:%b%b)*\r?" % (value, sign, value))  # a row that ends with its line
 
     def split(self, piece: bytes, last: bool) -> Found:
-        if self.separator == "\t" or b'"' not in piece:
+        if self.separator == "\t" or b'"' not in piece or self._are_lines(piece, last):
             return super().split(piece, last)
         return self._split_quoted(piece, last)
+
+    def _are_lines(self, piece: bytes, last: bool) -> bool:
+        """Whether every row with quotation marks ends with its line."""
+        end = len(piece) if last else piece.rfind(b"\n") + 1
+        starts = _line_starts(piece[:end])
+        quotes = np.flatnonzero(np.frombuffer(piece[:end], np.uint8) == ord('"'))
+        lines = np.unique(np.searchsorted(starts, quotes, "right")) - 1
+        ends = np.append(starts[1:] - 1, end - piece.endswith(b"\n", 0, end))
+        match = self._ends.fullmatch
+        return all(match(piece, *places) for places in zip(starts[lines].tolist(), ends[lines].tolist()))
 
     def _split_quoted(self, piece: bytes, last: bool) -> Found:
         """Lines with quotation marks go through Python's reader of CSV, which knows where such a row ends."""
