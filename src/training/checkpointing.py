@@ -33,6 +33,12 @@ FREE_ON_RESUME = {
     *(
         "train_data",
         "train_data_upsampling_factors",  # their effect counts, see `_compare_records`
+        "dataset_type",
+        "csv_separator",
+        "csv_img_key",
+        "csv_caption_key",
+        "image_folder",
+        "index",
         "val_data",
         "val_split",
         "val_prefix",

@@ -26,7 +26,7 @@ from .settings import ParallelSettings, Settings
 
 # Settings that may differ between ranks: where files are and how they are read. Records, model and weights are compared
 # by content; what only the main rank uses does not matter to the others.
-OWN = {"train_data", "model", "logs", "device", "workers", "loader", "report_to"}
+OWN = {"train_data", "index", "image_folder", "model", "logs", "device", "workers", "loader", "report_to"}
 PLACES = {
     "pretrained",
     "pretrained_image",

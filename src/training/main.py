@@ -73,7 +73,7 @@ def read_command_line(arguments: list[str]) -> Settings:
     settings = parse_flags(arguments, load_settings(preset), f"{__doc__}\nShipped presets (--preset): {presets}.")
     problems = check(settings)
     if settings.data.train_data is None:
-        problems.append("train_data: not set; name the records (prefix, folder or glob), made by data2rec.py")
+        problems.append("train_data: not set; name records, a table, tars, Parquet files or a folder of them")
     if settings.run.resume == "latest" and settings.run.name is None:
         problems.append("name: --resume latest needs the run's name")
     if problems:
@@ -140,7 +140,8 @@ def prepare(settings: Settings) -> Work:
     name, spec = resolve_spec(settings.model.model)
     path, factors, texts = settings.data.train_data, settings.data.train_data_upsampling_factors, settings.data.texts
     assert path is not None, "read_command_line asks for it"
-    records = open_mixture(path, factors, texts, lambda source: open_records(source, spec.tokenizer()))
+    reading = settings.data.reading()
+    records = open_mixture(path, factors, texts, lambda source: open_records(source, spec.tokenizer(), reading))
     check_records(records, spec, path, texts)
     torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
     objective = make_objective(settings.loss)

@@ -133,7 +133,7 @@ class Encoder:
     def __call__(self, row: Row) -> Record | Skipped:
         picture = self.find_picture(row)
         try:
-            record = self._take_texts(row) if self.choice.token_field is None else self._take_tokens(row)
+            record = self.take_labels(row)
             image, reencoded = self._encode_image(picture.read(), row.name)
         except RowError as error:
             return Skipped(row.name, str(error), picture.seen)
@@ -143,6 +143,10 @@ class Encoder:
         return record._replace(image=image, reencoded=reencoded, seen=picture.seen)
 
     # ---- texts
+
+    def take_labels(self, row: Row) -> Record:
+        """The token ids of a row's texts, without its picture. RowError where they are of no use."""
+        return self._take_texts(row) if self.choice.token_field is None else self._take_tokens(row)
 
     def _take_texts(self, row: Row) -> Record:
         names, fields = self.choice.texts.names, self.choice.texts.fields

@@ -28,7 +28,7 @@ from .rows import (
 )
 
 MAX_JSON = 1 << 30  # a .json is parsed as a whole
-_ROW_INSIDE = re.compile(r"\n[^\n]*" + IMAGE_NAME + r'"?\s*(?:,|\n|$)', re.IGNORECASE)  # in a text of several lines
+ROW_INSIDE = re.compile(r"\n[^\n]*" + IMAGE_NAME + r'"?\s*(?:,|\n|$)', re.IGNORECASE)  # in a text of several lines
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
@@ -142,13 +142,13 @@ def read_table(file: Path, skip: Skip) -> Iterator[Row]:
         number, head = next(((n, line) for n, line in lines if line.strip()), (1, ""))
         head = head.removeprefix("\ufeff")
         lines = chain([(number, head)], lines)
-        tabs = file.suffix.lower() == ".tsv" or head.count("\t") > head.count(",")
+        tabs = has_tabs(file, head)
         rows = _split_at_tabs(lines) if tabs else _split_csv(file, lines)
         number, names = next(rows, (1, []))
-        if tabs and len(names) == 2 and len(names[1]) > SHORT // 2 and decode_picture(names[1]) is not None:
+        if tabs and is_numbered_picture(names):
             yield from _read_numbered_pictures(file, chain([(number, names)], rows), skip)
             return
-        _check_names(file, names, tabs)
+        check_names(file, names, tabs)
         for number, values in rows:
             if len(values) != len(names):
                 hint = "; save a table with tabs or line ends in its texts as .csv" if tabs else ""
@@ -158,6 +158,16 @@ def read_table(file: Path, skip: Skip) -> Iterator[Row]:
             if not skip():
                 row = make_row(file, f"line {number}", dict(zip(names, values)))
                 yield row if max(map(len, values)) <= SHORT else take_pictures(row)
+
+
+def has_tabs(file: Path, head: str) -> bool:
+    """Whether the columns of a table are separated by tabs, from its name and its first line."""
+    return file.suffix.lower() == ".tsv" or head.count("\t") > head.count(",")
+
+
+def is_numbered_picture(values: list[str]) -> bool:
+    """Whether a line is one of Chinese-CLIP's NAME_imgs.tsv, which has no names of columns."""
+    return len(values) == 2 and len(values[1]) > SHORT // 2 and decode_picture(values[1]) is not None
 
 
 def _decode_lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, str]]:
@@ -174,10 +184,10 @@ def _split_at_tabs(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list
         line = line.rstrip("\r\n")
         if line:
             values = line.split("\t")
-            yield number, [_unquote(value) for value in values] if '"' in line else values
+            yield number, [unquote(value) for value in values] if '"' in line else values
 
 
-def _unquote(value: str) -> str:
+def unquote(value: str) -> str:
     """What a writer of CSV has quoted: in quotation marks, those inside doubled. Everything else as it is."""
     if len(value) > 1 and value[0] == value[-1] == '"' and '"' not in value[1:-1].replace('""', ""):
         return value[1:-1].replace('""', '"')
@@ -189,7 +199,7 @@ def _split_csv(file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[i
     table, before = csv.reader((line for _, line in lines), strict=True), 0
     try:
         for values in table:
-            if table.line_num - before > 1 and (value := next(filter(_ROW_INSIDE.search, values), None)):
+            if table.line_num - before > 1 and (value := next(filter(ROW_INSIDE.search, values), None)):
                 raise SourceError(
                     f"{file}: line {before + 1} begins a quoted text that goes on to line {table.line_num} and holds "
                     f"what looks like rows ({value[:60]!r}); double the quotation marks inside texts"
@@ -201,7 +211,8 @@ def _split_csv(file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[i
         raise SourceError(f"{file}: line {table.line_num} or the next is not valid CSV ({error})") from None
 
 
-def _check_names(file: Path, names: list[str], tabs: bool) -> None:
+def check_names(file: Path, names: list[str], tabs: bool) -> None:
+    """SourceError where the first line of a table does not name its columns, each once."""
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise SourceError(f"{file}: the first line names {', '.join(map(repr, twice))} more than once; rename columns")

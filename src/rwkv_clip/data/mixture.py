@@ -96,6 +96,7 @@ class Mixture(Records):
         self.sources = sources
         if problems := [*_find_disagreements(sources, texts), *_find_idle(sources)]:
             raise ConfigError(problems)
+        self.several = any(source.records.several for source in sources)
         self._ends = list(accumulate(len(source.records) for source in sources))
         self.files = [file for source in sources for file in source.records.files]
         self.layout = replace(sources[0].records.layout, text_names=_join_names(sources, texts), content=None)
@@ -132,6 +133,12 @@ class Mixture(Records):
         """(encoded image, token ids int64 (texts, context)) of record `i`. RecordError if it holds anything else."""
         source, row = self._locate(i)
         image, tokens = source.records.sample(row)
+        return image, tokens[: len(self.layout.text_names)]
+
+    def draw_sample(self, i: int, drawn: float | None) -> tuple[bytes, np.ndarray]:
+        """As `Records.draw_sample`, of the record's source."""
+        source, row = self._locate(i)
+        image, tokens = source.records.draw_sample(row, drawn)
         return image, tokens[: len(self.layout.text_names)]
 
     def _locate(self, i: int) -> tuple[Source, int]:

@@ -23,18 +23,19 @@ MAX_FOOTER, MAX_VALUES = 1 << 25, 1 << 16  # bytes of a footer, and what a list 
 MAX_LIST = 1 << 20
 
 
-def import_parquet():
+def import_parquet(what: str = "parquet input", extra: str = "parquet"):
     """pyarrow with its parquet, an optional package. ImportError that names the extra."""
     try:
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("parquet input needs pyarrow: pip install -e '.[parquet]'") from None
+        raise ImportError(f"{what} needs pyarrow: pip install -e '.[{extra}]'") from None
     return pyarrow
 
 
-def _open_parquet(arrow, file: Path):
-    try:
-        return arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # pages, not whole row groups
+def _open_parquet(arrow, file: Path, stream: BinaryIO | None = None):
+    try:  # pages, not whole row groups
+        return arrow.parquet.ParquetFile(stream or file, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise SourceError(f"{file}: not a parquet file ({first_line(error)})") from None
 
@@ -46,35 +47,48 @@ def count_parquet(file: Path) -> int:
 
 def read_parquet(file: Path, skip: Skip) -> Iterator[Row]:
     """Rows of one file. Row groups that are passed over are not read."""
-    arrow = import_parquet()
     with open(file, "rb") as stream:
-        groups = _read_footer(file, stream)
-        table = _open_parquet(arrow, file)
-        names = table.schema_arrow.names
+        parquet = Parquet(file, stream)
+        number = 0
+        for place, group in enumerate(parquet.groups):
+            if skip.pass_over(group[NUM_ROWS]):
+                number += group[NUM_ROWS]
+                continue
+            for batch in parquet.read(place):
+                entries, long = _list_entries(batch)
+                for fields in entries:
+                    if not skip():
+                        row = make_row(file, f"row {number}", fields)
+                        yield take_pictures(row) if long else row
+                    number += 1
+
+
+class Parquet:
+    """A file that is opened, with its sizes checked. `stream`: another handle of it, or of what is read for it.
+    SourceError where it is damaged."""
+
+    def __init__(self, file: Path, stream: BinaryIO, remote: bool = False):
+        self.file, self.stream, self._arrow = file, stream, import_parquet()
+        self.groups = _read_footer(file, stream)
+        self.table = _open_parquet(self._arrow, file, stream if remote else None)
+        names = self.table.schema_arrow.names
         if len(set(names)) != len(names):
             raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
-        number = 0
-        for place, group in enumerate(groups):
-            end = number + group[NUM_ROWS]
-            if skip.pass_over(group[NUM_ROWS]):
-                number = end
-                continue
-            where = f"{file}: row group {place}"
-            try:
-                rows = _count_together(where, stream, table.schema, group)
-                for batch in table.iter_batches(rows, row_groups=[place]):
-                    entries, long = _list_entries(batch)
-                    for fields in entries:
-                        if not skip():
-                            row = make_row(file, f"row {number}", fields)
-                            yield take_pictures(row) if long else row
-                        number += 1
-            except SourceError:
-                raise
-            except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
-                raise SourceError(f"{where} is damaged ({first_line(error)})") from None
-            if number != end:
-                raise SourceError(f"{where} ends at row {number}, not {end}; damaged")
+
+    def read(self, place: int) -> Iterator:
+        """The record batches of row group `place`, small enough to be unpacked."""
+        group, where, count = self.groups[place], f"{self.file}: row group {place}", 0
+        try:
+            rows = _count_together(where, self.stream, self.table.schema, group)
+            for batch in self.table.iter_batches(rows, row_groups=[place]):
+                yield batch
+                count += len(batch)
+        except SourceError:
+            raise
+        except (OSError, ValueError, OverflowError, self._arrow.ArrowException) as error:
+            raise SourceError(f"{where} is damaged ({first_line(error)})") from None
+        if count != group[NUM_ROWS]:
+            raise SourceError(f"{where} ends after {count} rows, not {group[NUM_ROWS]}; damaged")
 
 
 def _list_entries(batch) -> tuple[list[dict], bool]:
@@ -102,19 +116,31 @@ def _count_together(where: str, stream: BinaryIO, schema, group: dict) -> int:
             )
         shared = not DELTA_BYTES.isdisjoint(chunk[ENCODINGS])
         for dictionary, size, stored in _read_pages(f"{where}, column {path!r}", stream, chunk):
-            if size > max(MAX_PAGE, GROWTH * stored):
-                raise SourceError(
-                    f"{where}, column {path!r}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times "
-                    f"its size; write it anew with smaller pages, or without the column"
-                )
+            check_growth(f"{where}, column {path!r}", size, stored)
             # Any row may be the largest value. Pictures lie in dictionaries as well, but do not shrink.
             repeated = dictionary and size > max(MAX_DICTIONARY, 4 * stored)
             most = max(most, size if repeated or shared else 1)
     return max(1, min(ROWS, BATCH // max(1, most)))
 
 
+def check_growth(where: str, size: int, stored: int) -> None:
+    """SourceError for a page that says it is unpacked to much more than there can be in it."""
+    if size > max(MAX_PAGE, GROWTH * stored):
+        raise SourceError(
+            f"{where}: a page of {stored:,} bytes grows to {size:,}, more than {GROWTH} times its size; write it anew "
+            f"with smaller pages, or without the column"
+        )
+
+
 def _read_pages(where: str, stream: BinaryIO, chunk: dict) -> Iterator[tuple[bool, int, int]]:
     """(whether it is a dictionary, bytes unpacked, bytes stored) of every page, from the pages' own headers."""
+    for page, _ in read_page_headers(where, stream, chunk):
+        yield page[1] == DICTIONARY, page[2], page[3]
+
+
+def read_page_headers(where: str, stream: BinaryIO, chunk: dict) -> Iterator[tuple[dict, int]]:
+    """(header, where its content begins) of every page: the fields 1 kind, 2 bytes unpacked, 3 bytes stored, and those
+    of its kind."""
     at = min(chunk[DATA_PAGE], chunk.get(DICTIONARY_PAGE) or chunk[DATA_PAGE])
     end = at + chunk[STORED]
     while at < end:
@@ -130,7 +156,7 @@ def _read_pages(where: str, stream: BinaryIO, chunk: dict) -> Iterator[tuple[boo
         kind, size, stored = (_whole(page.get(field)) for field in (1, 2, 3))
         if min(kind, size, stored) < 0:
             raise SourceError(f"{where}: no page at byte {at:,}; damaged")
-        yield kind == DICTIONARY, size, stored
+        yield page, at + used
         at += used + stored
 
 

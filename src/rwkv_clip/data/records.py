@@ -29,6 +29,7 @@ from .recordio import HEADER, Header, RecordError, RecordFile, RecordWriter, bes
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
+    from .direct.reading import Reading
 
 __all__ = [
     "Header",
@@ -57,7 +58,8 @@ BEGINNING = 1 << 14  # bytes of such a record, where it has no checksum
 MAX_JSON = 1 << 24  # bytes of a side file that are read
 WAYS = (
     "give a prefix, file, glob, folder or comma list of records, which data2rec.py makes from other data, or the "
-    "folder of a split in an LMDB of Chinese-CLIP's (with imgs and pairs in it)"
+    "folder of a split in an LMDB of Chinese-CLIP's (with imgs and pairs in it); or tables, tars, Parquet files, which "
+    "are read as they are"
 )
 
 
@@ -209,6 +211,7 @@ class Records:
 
     layout: Layout
     files: list[Any]
+    several = False  # whether a text may be one of several captions, for `draw_sample`
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -255,6 +258,11 @@ class Records:
     def sample(self, i: int) -> tuple[bytes, np.ndarray]:
         """(encoded image, token ids int64 (texts, context)) of record `i`. RecordError if it holds anything else."""
         raise NotImplementedError
+
+    def draw_sample(self, i: int, drawn: float | None) -> tuple[bytes, np.ndarray]:
+        """`sample`, where a text of the record may be one of several captions: which one follows from `drawn`, in
+        [0, 1), and None is the first."""
+        return self.sample(i)
 
 
 class RecordSet(Records):
@@ -351,16 +359,25 @@ class RecordSet(Records):
 # ---- records of any kind ---------------------------------------------------------------------------------------------
 
 
-def open_records(spec: str | Path | list[str], tokenizer: Tokenizer) -> Records:
-    """The records that `spec` names: .rec files (`find_record_files`), or folders of Chinese-CLIP's LMDB, alone, as a
-    glob or as a comma list, whose texts `tokenizer` turns into ids as they are read.
+def open_records(spec: str | Path | list[str], tokenizer: Tokenizer, reading: Reading | None = None) -> Records:
+    """The records that `spec` names: .rec files (`find_record_files`), folders of Chinese-CLIP's LMDB, or tables, tars,
+    Parquet files and folders of `datasets` (`direct/`), whose texts `tokenizer` turns into ids as they are read.
 
-    ValueError, RecordError, OSError; ImportError where LMDB is not installed.
+    reading: what the user says about them. ValueError, RecordError, SourceError, OSError; ImportError where a package
+    is not installed.
     """
-    if names_lmdb(spec):
+    kind = reading.kind if reading else "auto"
+    if kind == "lmdb" or (kind == "auto" and names_lmdb(spec)):
         from .lmdb import LmdbSet
 
         return LmdbSet(spec, tokenizer)
+    if kind != "rec":
+        from .direct.kinds import names_direct, open_direct
+        from .direct.reading import Reading
+
+        direct = [str(name) for name in spec] if isinstance(spec, list) else str(spec)
+        if kind != "auto" or names_direct(direct):
+            return open_direct(direct, tokenizer, reading or Reading())
     return RecordSet(spec)
 
 

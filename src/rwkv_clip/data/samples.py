@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import OutsideError, find_below, read_bytes
 from .image import MAX_BYTES
 from .rows import IMAGE_ENDINGS, MAX_TEXT_BYTES, MISSING, Problem, Row, Skip, load_json
-from .tar import Tar
+from .tar import Member, Tar
 
 MAX_APART = 1 << 18  # samples without picture or text that are remembered
 MAX_FILES = 1000  # of one name
+
+NUMBER = re.compile(r"\d{1,9}", re.ASCII)  # a text of several, x.3.txt
 
 TWICE = Problem("one name twice")
 MUCH = Problem("files of one name too many or too large")
@@ -39,7 +42,7 @@ def is_text(ending: str) -> bool:
 
 class Sample:
     """What files of one name hold: x.jpg -> a picture, x.txt -> {"txt": str}, x.raw.txt -> {"raw": str}, x.json -> its
-    fields. Others (x.cls) are not read."""
+    fields. Others (x.cls) are not read. Where there is no x.txt, x.0.txt, x.1.txt, .. are also one list, "captions"."""
 
     def __init__(self):
         self.endings: set[str] = set()
@@ -85,7 +88,11 @@ class Sample:
         only."""
         plain = [content for ending, content in self.pictures.items() if "." not in ending]
         image = MISSING if not plain else plain[0] if len(plain) == 1 else SEVERAL
-        return Row(name, {**self.meta, **self.texts, **self.pictures}, None, self.fault or image)
+        fields = {**self.meta, **self.texts, **self.pictures}
+        numbered = sorted((int(name), text) for name, text in self.texts.items() if NUMBER.fullmatch(name))
+        if numbered and not {"txt", "captions"} & fields.keys():
+            fields["captions"] = [text for _, text in numbered]
+        return Row(name, fields, None, self.fault or image)
 
     def lacks(self) -> str | None:
         """picture or text, where it has only the other one."""
@@ -108,21 +115,24 @@ def read_tar(file: Path, skip: Skip) -> Iterator[Row]:
                 continue
             if here != key:
                 if key is not None and not passing:
-                    yield _finish(file, key, sample, lacking)
+                    yield finish(file, key, sample, is_apart(key, sample, lacking))
                 elif key is not None:
-                    _is_apart(key, sample, lacking)
+                    is_apart(key, sample, lacking)
                 key, sample, passing = here, Sample(), skip()
-            most = sample.note(ending)
-            if passing or not most:
-                continue
-            if member.kind != "file":
-                sample.add(ending, Problem("a link in the tar, not a file"))
-            elif member.size > most:
-                sample.add(ending, Problem("image too large" if is_picture(ending) else "text too long"))
-            else:
-                sample.add(ending, tar.read(member.size))
+            if most := sample.note(ending) * (not passing):
+                add_member(sample, ending, tar, member, most)
         if key is not None and not passing:
-            yield _finish(file, key, sample, lacking)
+            yield finish(file, key, sample, is_apart(key, sample, lacking))
+
+
+def add_member(sample: Sample, ending: str, tar: Tar, member: Member, most: int) -> None:
+    """Store what the current member of a tar holds, of at most `most` bytes, or why it cannot be read."""
+    if member.kind != "file":
+        sample.add(ending, Problem("a link in the tar, not a file"))
+    elif member.size > most:
+        sample.add(ending, Problem("image too large" if is_picture(ending) else "text too long"))
+    else:
+        sample.add(ending, tar.read(member.size))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -140,14 +150,13 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _finish(file: Path, key: str, sample: Sample, lacking: dict[int, str]) -> Row:
+def finish(file: Path, key: str, sample: Sample, apart: bool) -> Row:
+    """The row of a sample in a tar. apart: whether its picture and text lie apart."""
     row = sample.row(f"{file.name} {key}")
-    if _is_apart(key, sample, lacking):
-        return row._replace(fields={"txt": APART, **row.fields}, image=APART)
-    return row
+    return row._replace(fields={"txt": APART, **row.fields}, image=APART) if apart else row
 
 
-def _is_apart(key: str, sample: Sample, lacking: dict[int, str]) -> bool:
+def is_apart(key: str, sample: Sample, lacking: dict[int, str]) -> bool:
     """Whether an earlier sample of this name has what this one lacks."""
     lacks = sample.lacks()
     if lacks is None:

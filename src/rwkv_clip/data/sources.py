@@ -114,11 +114,11 @@ def _find_inputs(spec: str | Path, alone: bool = False) -> tuple[str, list[Path]
         while pieces:
             # A name may have commas itself.
             for count in range(1, 1 + min(len(pieces), 8)):
-                names = [x for piece in _expand_braces(",".join(pieces[:count]).strip()) for x in _glob(piece)]
+                names = [x for piece in expand_braces(",".join(pieces[:count]).strip()) for x in _glob(piece)]
                 if all(map(os.path.exists, names)):
                     break
             else:
-                names, count = _expand_braces(pieces[0].strip()), 1
+                names, count = expand_braces(pieces[0].strip()), 1
             found += [item for name in names for item in _find(name, alone)]
             pieces = pieces[count:]
     if not found:
@@ -133,7 +133,7 @@ def _glob(name: str) -> list[str]:
     return sorted(glob.glob(name, recursive=True)) or [name]
 
 
-def _expand_braces(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """shard-{000..011}.tar as webdataset writes it, and {one,other}."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
     if not match:
@@ -145,7 +145,7 @@ def _expand_braces(text: str) -> list[str]:
         raise ValueError(f"source: {match[0]} stands for more than {MAX_RANGE:,} files; give a folder or a glob")
     else:
         names = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [text[: match.start()] + name + rest for name in names for rest in _expand_braces(text[match.end() :])]
+    return [text[: match.start()] + name + rest for name in names for rest in expand_braces(text[match.end() :])]
 
 
 def _find(name: str, alone: bool) -> list[tuple[str, Path]]:

@@ -38,19 +38,24 @@ class Member(NamedTuple):
 class Tar:
     """The members of a tar in the order of the file. `read` gives the content of the current member.
 
+    member_at: the byte at which the headers of the current member begin; after the last one, the end mark. always: what
+    a header said about all members. origin: where `raw` begins in the file, if it is a part that ends without a mark.
+
     SourceError, with the place: compressed by another program than gzip, damaged, cut short, headers with impossible
     numbers, sparse members, anything but zeros after the end mark.
     """
 
-    def __init__(self, file: Path, raw: BinaryIO):
-        self.file, self.at = file, 0
-        start = raw.read(6)
+    def __init__(self, file: Path, raw: BinaryIO, origin: int | None = None):
+        self.file, self.at, self.member_at, self.origin = file, 0, 0, origin
+        self.always: dict[str, str] = {}
+        start = raw.read(6) if origin is None else b""
+        size = raw.seek(0, os.SEEK_END)
         raw.seek(0)
         for magic, name in OTHER_COMPRESSION.items():
             if start.startswith(magic):
                 raise SourceError(f"{file}: compressed by {name}; unpack it, or use gzip (.tgz)")
         self.stream = gzip.GzipFile(fileobj=raw) if start[:2] == b"\x1f\x8b" else raw
-        self.length = None if self.stream is not raw else os.fstat(raw.fileno()).st_size  # known if not compressed
+        self.length = None if self.stream is not raw else size  # known if not compressed
         self.last = "its start"
 
     def read(self, count: int) -> bytes:
@@ -71,7 +76,7 @@ class Tar:
     def error(self, words: str) -> SourceError:
         """`words`, with the place."""
         last = re.sub(r"[\x00-\x1f]", "?", self.last[:200])
-        return SourceError(f"{self.file}: byte {self.at:,} of the tar, after {last}: {words}")
+        return SourceError(f"{self.file}: byte {self.at + (self.origin or 0):,} of the tar, after {last}: {words}")
 
     def _go_to(self, end: int) -> None:
         if self.length is not None:
@@ -81,8 +86,9 @@ class Tar:
             self.read(min(end - self.at, 1 << 20))
 
     def __iter__(self) -> Iterator[Member]:
-        always, here = {}, {}  # what extended headers say about all members, about the next one
-        while (block := self._read(BLOCK)) != END:
+        here = {}  # what extended headers say about the next member
+        part = self.origin is not None
+        while (block := self._read(BLOCK)) != END and (block or not part):
             _check_block(self, block)
             kind, size = block[156:157], self._number(block[124:136])
             if kind in b"LKxXg":
@@ -90,11 +96,13 @@ class Tar:
                 if kind in b"LxX":
                     here |= {"path": _text(data)} if kind == b"L" else self._parse_pax(data)
                 elif kind == b"g":
-                    always |= self._parse_pax(data)
+                    self.always |= self._parse_pax(data)
                 continue
-            said, here = {**always, **here}, {}
+            said, here = {**self.always, **here}, {}
             yield from self._member(block, kind, size, said)
-        self._check_end()
+            self.member_at = self.at
+        if not part:
+            self._check_end()
 
     def _member(self, block: bytes, kind: bytes, size: int, said: dict[str, str]) -> Iterator[Member]:
         name = said.get("path") or _name(block)

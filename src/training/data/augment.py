@@ -20,7 +20,7 @@ MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 ATTEMPTS = 10
 
 # Which draw of a sample serves which purpose. A new purpose takes a new number, so that resumed runs see no change.
-FLIP, TEXT, CROP_X, CROP_Y, POLICY, CROP_SHAPE = 0, 1, 2, 3, 4, 16
+FLIP, TEXT, CROP_X, CROP_Y, POLICY, CAPTION, CROP_SHAPE = 0, 1, 2, 3, 4, 5, 16
 DROP_PATH = 1 << 20  # and the following: one for every residual branch that may be dropped
 NEXT_VIEW = 1 << 32  # from a draw for one view of an image to the same draw for the next
 
@@ -64,6 +64,11 @@ def draw_texts(
         return np.minimum((drawn * count).astype(np.int64), count - 1)
     ends = np.cumsum(np.asarray(probs, np.float64))
     return np.searchsorted(ends[:-1] / ends[-1], drawn, side="right").astype(np.int64)  # never one of probability 0
+
+
+def draw_caption(seed: int, epoch: int, sample: int) -> float:
+    """Which of the captions that a text of a sample is drawn from: uniform in [0, 1), the same for all its texts."""
+    return float(uniforms(seed, epoch, sample, CAPTION)[0])
 
 
 def hash_rows(rows: np.ndarray) -> np.ndarray:

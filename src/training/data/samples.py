@@ -23,7 +23,7 @@ from rwkv_clip.errors import DATA
 
 from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
-from .augment import crop_windows, draw_flips, draw_policy_seed, hash_bytes
+from .augment import crop_windows, draw_caption, draw_flips, draw_policy_seed, hash_bytes
 from .order import make_order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
@@ -149,7 +149,10 @@ class SampleReader:
         return [self.decode(sample, row) for sample, row in zip(samples, image)]
 
     def _load(self, position: int, index: int, epoch: int) -> Sample:
-        data, tokens = self.records.sample(index)
+        drawn = None
+        if self.records.several and self.settings.text_choice != "first":
+            drawn = draw_caption(self.seed, epoch, index)
+        data, tokens = self.records.draw_sample(index, drawn)
         name = self.records.name(index)
         info = inspect_image(data, name)
         key = hash_bytes(data) if self.keys else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rwkv_clip.config import ConfigError, ranged
+from rwkv_clip.data.direct.reading import SEPARATORS, Reading
 from rwkv_clip.data.mixture import parse_factors
 
 from ..policy import build_policy
@@ -16,10 +17,25 @@ class DataSettings:
     """What is read, and how samples are made from it."""
 
     train_data: str | None = None
-    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB. Several
-    sources: a::b."""
+    """Data: records by prefix, .rec, folder, glob or comma list; Chinese-CLIP's LMDB; .csv .tsv .jsonl .parquet .tar; a
+    saved `datasets` folder. Several sources: a::b."""
     train_data_upsampling_factors: str | None = None
     """With --train-data a::b, 2::0.5: an epoch takes the records of a twice and half of b's; default: each once."""
+    dataset_type: Literal["auto", "rec", "lmdb", "csv", "jsonl", "parquet", "webdataset", "datasets"] = "auto"
+    """What --train-data is; auto: told by its ending, or by what a folder holds. csv: .tsv as well."""
+    csv_separator: str | None = None
+    """What separates the columns of a table; default: tabs in a .tsv or where the first line has more of them, else
+    commas."""
+    csv_img_key: str | None = None
+    """The column or field with the picture or its name, of any kind of data but rec and lmdb; default: the usual names
+    (image, filepath, jpg, ..)."""
+    csv_caption_key: tuple[str, ...] | None = None
+    """The column or field with the caption; several for several texts per picture; default: the usual names (caption,
+    text, title, txt, ..)."""
+    image_folder: str | None = None
+    """Where names of pictures in tables begin, and what they may not lead out of; default: the folder of the table."""
+    index: str | None = None
+    """Folder for the indices of tars and Parquet files; default: beside each of them."""
     val_data: str | None = None
     """Retrieval set for validation during the run: JSONL, JSON or records."""
     val_split: str | None = None
@@ -75,6 +91,12 @@ class DataSettings:
                 found.append(f"text_probs: {list(probs)} are no probabilities, which are 0 or more and have the sum 1")
             if self.texts not in (None, len(probs)):
                 found.append(f"text_probs: {len(probs)} numbers for --texts {self.texts}; give one for each text")
+        if self.csv_separator is not None and len(SEPARATORS.get(self.csv_separator, self.csv_separator)) != 1:
+            found.append(f"csv_separator: {self.csv_separator!r} is not one character; for example ',' or '\\t'")
+        if self.csv_caption_key is not None and len(set(self.csv_caption_key)) != max(1, len(self.csv_caption_key)):
+            found.append(
+                f"csv_caption_key: {list(self.csv_caption_key)} has no name, or one twice; name each text once"
+            )
         if self.loader == "dali" and (unable := self.beyond_dali()):
             found.append(f"{unable} is nothing that the loader dali does; use --loader torch")
         if self.auto_augment is not None:
@@ -83,6 +105,17 @@ class DataSettings:
             except ValueError as error:
                 found.append(str(error))
         return found
+
+    def reading(self) -> Reading:
+        """How --train-data is read."""
+        return Reading(
+            self.dataset_type,
+            self.csv_separator,
+            self.csv_img_key,
+            self.csv_caption_key or (),
+            self.index,
+            self.image_folder,
+        )
 
     def beyond_dali(self) -> str:
         """The setting, with its value, that only the torch loader can do; "" without one."""

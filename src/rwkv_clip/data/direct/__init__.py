@@ -1,0 +1,1 @@
+"""Training data as they are: tables, webdataset tars, Parquet files and `datasets` folders, read at any place."""
