@@ -133,8 +133,9 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
 
 def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
     """Weights, optimizer and objective; an objective other than the checkpoint's starts with its own state, and so does
-    AdamW for parameters that were frozen then. changed: names of settings."""
-    same_objective, other_freezing = "objective" not in changed, bool(changed & set(flat_names(FreezeSettings)))
+    AdamW for parameters that were frozen then, or that the model has for the objective. changed: names of settings."""
+    same_objective = "objective" not in changed
+    may_begin = not same_objective or bool(changed & set(flat_names(FreezeSettings)))
     load_whole(state.model, read_fitting_weights(state.model, path))
     optim = read_tensors(path / "optim.safetensors")
     objective = {key.removeprefix(OBJECTIVE): optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
@@ -145,7 +146,7 @@ def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
     try:
         if same_objective:
             load_whole(state.objective, objective)
-        unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin=other_freezing)
+        unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin=may_begin)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 

@@ -19,6 +19,7 @@ from typing import Annotated, get_type_hints
 
 import torch
 import tyro
+from torch import nn
 
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
@@ -202,13 +203,17 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
 
 def _make_model(work: Work) -> ContrastiveModel:
     """The model with its initial weights, the same on every rank, and its frozen parameters."""
-    settings, world = work.settings, work.world
+    settings, world, begins = work.settings, work.world, work.objective.begins
     torch.manual_seed(settings.run.seed)
     device = "cpu" if is_sharded(settings.parallel, world) else world.device  # sharding moves it
     weights = {key: value for key, value in to_dict(settings.model).items() if key != "model"}
     if holds_weights(settings.model.model) and weights["pretrained"] is None:
         weights["pretrained"] = settings.model.model
-    model = create_model(work.spec, device=device, **weights)
+    own = getattr(work.spec, "description", None) or work.spec.to_json()
+    bias = None if own.get("init_logit_bias") is not None else begins.get("logit_bias")
+    model = create_model(work.spec, device=device, **weights, init_logit_bias=bias)
+    if "logit_scale" in begins and weights["pretrained"] is None and own.get("init_logit_scale") is None:
+        nn.init.constant_(model.logit_scale, begins["logit_scale"])
     freeze_parameters(model, settings.freezing)
     return model
 

@@ -28,7 +28,6 @@ from .gradients import Computed, GradientStep, Inputs
 from .optim import Schedule, set_step, update_weights
 from .state import TrainState
 
-MAX_LOGIT_SCALE = math.log(100)
 ACCURACIES = ("image_to_text_acc", "text_to_image_acc")  # in log.jsonl, after val_ those of the validation
 
 
@@ -162,7 +161,7 @@ class Trainer:
         statistics.restore(skip)
         self._update_scale()
         with torch.no_grad():
-            state.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            state.model.logit_scale.clamp_(*state.objective.scale_limits)
         features = [value for name, value in computed.features.items() if name not in SCALARS]
         epoch = state.progress.samples_seen // state.epoch_samples
         state.watch.report(state.progress.step, batch.ids, loss, grad_norm, norms, features, epoch)

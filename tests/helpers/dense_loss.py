@@ -30,3 +30,26 @@ def make_keys(batch: int, *texts: int) -> tuple[Tensor, Tensor]:
     found[[2, 3, 10, 11]] = found[5].item()
     keys = torch.stack([found.roll(3 * i) for i in range(texts[0])], 1) if texts else found
     return images, keys
+
+
+def dense_sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    image_keys: Tensor | None = None,
+    text_keys: Tensor | None = None,
+) -> Tensor:
+    """The formula of `compare_pairs` for one process: scalar."""
+    if text.dim() == 3:
+        columns = text_keys.unbind(1) if text_keys is not None else [None] * text.shape[1]
+        parts = [dense_sigmoid_loss(image, x, scale, bias, image_keys, key) for x, key in zip(text.unbind(1), columns)]
+        return torch.stack(parts).mean()
+    own = torch.eye(len(image), dtype=torch.bool)
+    left_out = torch.zeros_like(own)
+    for keys in (image_keys, text_keys):
+        if keys is not None:
+            left_out |= keys[:, None] == keys[None]
+    logits = scale * image @ text.T + bias
+    losses = -torch.nn.functional.logsigmoid(torch.where(own, logits, -logits))
+    return losses.masked_fill(left_out & ~own, 0.0).sum() / len(image)

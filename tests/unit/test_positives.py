@@ -198,7 +198,7 @@ def test_without_repeats_a_run_has_the_bits_of_pairs(data, tmp_path):
 
 
 def test_alip_refuses_in_words():
-    with pytest.raises(ConfigError, match="positives: mask needs objective infonce, not alip, which weighs"):
+    with pytest.raises(ConfigError, match="positives: mask needs objective infonce or siglip, not alip, which weighs"):
         read_command_line(["--train-data", "x", "--objective", "alip", "--positives", "mask"])
     assert not parse(LossSettings, {"positives": "mask"}).problems()
 

@@ -8,11 +8,27 @@ from typing import Literal
 from .alip import ALIP, GateSettings
 from .infonce import InfoNCE
 from .objective import FACTS, Objective
+from .siglip import SigLIP
 
-__all__ = ["ALIP", "FACTS", "OBJECTIVES", "GateSettings", "InfoNCE", "LossSettings", "Objective", "make_objective"]
+__all__ = [
+    "ALIP",
+    "FACTS",
+    "OBJECTIVES",
+    "GateSettings",
+    "InfoNCE",
+    "LossSettings",
+    "Objective",
+    "SigLIP",
+    "make_objective",
+]
 
 # Name -> class, and the name of the table in LossSettings that it is made with, if it has settings.
-OBJECTIVES: dict[str, tuple[type[Objective], str | None]] = {"infonce": (InfoNCE, None), "alip": (ALIP, "gates")}
+OBJECTIVES: dict[str, tuple[type[Objective], str | None]] = {
+    "infonce": (InfoNCE, None),
+    "siglip": (SigLIP, None),
+    "alip": (ALIP, "gates"),
+}
+MASKING = ("infonce", "siglip")  # those that --positives is for
 
 
 @dataclass(frozen=True)
@@ -34,10 +50,10 @@ class LossSettings:
             for name, (_, table) in OBJECTIVES.items()
             if table and name != self.objective and getattr(self, table) != defaults[table]
         ]
-        if self.positives != "pairs" and self.objective != "infonce":
+        if self.positives != "pairs" and self.objective not in MASKING:
             found.append(
-                f"positives: {self.positives} needs objective infonce, not {self.objective}, which weighs all pairs; "
-                f"leave the flag out"
+                f"positives: {self.positives} needs objective {' or '.join(MASKING)}, not {self.objective}, which "
+                f"weighs all pairs; leave the flag out"
             )
         return found
 
@@ -45,6 +61,6 @@ class LossSettings:
 def make_objective(settings: LossSettings) -> Objective:
     """The objective that the settings name."""
     kind, table = OBJECTIVES[settings.objective]
-    if kind is InfoNCE:
-        return InfoNCE(settings.positives)
+    if settings.objective in MASKING:
+        return kind(settings.positives)
     return kind(getattr(settings, table)) if table else kind()

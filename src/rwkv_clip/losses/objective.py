@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class Objective(nn.Module):
     """Texts per image; None for any number."""
     image_views: ClassVar[int] = 1
     """Augmented views of each image in a batch."""
+    begins: ClassVar[Mapping[str, float]] = {}
+    """What the model's scalars begin with, by name and as the model stores them, where neither weights nor its
+    description say it. With `logit_bias`, a model that has none gets one."""
+    scale_limits: tuple[float, float] = (0.0, math.log(100))
+    """Where the model's stored logit_scale is kept after every step, by default as in the paper of CLIP."""
 
     forward: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
     """Features and facts by name -> (losses, report): scalars by name. The losses are summed and differentiated, the
