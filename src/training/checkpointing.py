@@ -45,6 +45,7 @@ FREE_ON_RESUME = {
     *("report_to", "device", "workers", "loader", "torchcompile", "grad_checkpointing", "parallel", "timeout"),
     *("batch_size", "accum_freq", "on_nonfinite", "max_nonfinite", "max_bad", "max_bad_fraction"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
+    *("distill_model", "distill_pretrained", "distill_features"),  # their content is compared
     *("report_training_batch_acc", "val_batch_size", "val_frequency", "save_frequency"),
     "published",
 }
@@ -87,6 +88,7 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
         "arithmetic": describe_arithmetic(state),
         "changes": state.progress.changes,
         "records": state.progress.records,
+        "sources": dict(state.objective.sources),
         "version": rwkv_clip.__version__,
     }
     keep = state.world.is_main
@@ -160,6 +162,8 @@ def compare_runs(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, An
     changes = [(key, then[key], now[key]) for key in now if key not in free and then[key] != now[key]]
     changes += _compare_models(state, facts, [key for key, *_ in changes])
     whole = [(key, facts[key], getattr(state, key)) for key in WHOLE]
+    begun, sources = facts.get("sources", {}), state.objective.sources
+    whole += [(key, begun.get(key), sources.get(key)) for key in dict.fromkeys((*begun, *sources))]
     return changes + [change for change in whole if change[1] != change[2]] + _compare_records(state, facts)
 
 

@@ -37,7 +37,16 @@ from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights, warn_of_rate
+from .checks import (
+    check_batch,
+    check_objective,
+    check_ranks,
+    check_records,
+    check_sources,
+    check_texts,
+    check_weights,
+    warn_of_rate,
+)
 from .data import make_loader
 from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
@@ -50,6 +59,7 @@ from .run import open_run
 from .saver import Saver
 from .settings import Settings, load_settings, update_flags
 from .state import TrainState
+from .teachers import add_teacher
 from .trainer import Trainer
 from .validation import measure_batches
 
@@ -149,6 +159,8 @@ def prepare(settings: Settings) -> Work:
     world = join_world(settings.parallel.device, COLLECTIVES)
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
+    objective = add_teacher(objective, settings, spec, records, world.device)
+    check_sources(objective, world)
     warn_of_rate(settings, world)
     return Work(settings, name, spec, records, objective, world)
 
@@ -234,7 +246,7 @@ def _open_loader(work: Work, state: TrainState) -> Loader:
         work.settings.data,
         seed=work.settings.run.seed,
         views=work.objective.image_views,
-        keys="image_keys" in work.objective.needs,
+        keys="image_keys" in (*work.objective.needs, *work.objective.recalls),
         device=work.world.device,
     )
 

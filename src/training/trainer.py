@@ -114,6 +114,7 @@ class Trainer:
         set_step(state.optimizer, self.schedule, progress.step)
         text = self.choose_texts(batch)
         facts = find_facts(batch.image_keys, text, state.objective.needs)
+        facts |= state.objective.recall(find_facts(batch.image_keys, text, state.objective.recalls))
         image, tokens, *found = self._to_device(batch.image, text, *facts.values())
         inputs = Inputs(image, tokens, self.draw_drops(batch), dict(zip(facts, found)))
         state.shards.zero_gradients()

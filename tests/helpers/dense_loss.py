@@ -32,6 +32,19 @@ def make_keys(batch: int, *texts: int) -> tuple[Tensor, Tensor]:
     return images, keys
 
 
+def dense_soft_losses(
+    image: Tensor, text: Tensor, scale: Tensor, teacher_image: Tensor, teacher_text: Tensor, teacher_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The formula of `soft_losses` for one process: losses of images and of texts, (B,) or (B, V) each."""
+    if text.dim() == 3:
+        columns = zip(text.unbind(1), teacher_text.unbind(1))
+        parts = [dense_soft_losses(image, x, scale, teacher_image, y, teacher_scale) for x, y in columns]
+        return torch.stack([a for a, _ in parts], 1), torch.stack([b for _, b in parts], 1)
+    scores, targets = scale * image @ text.T, teacher_scale * teacher_image @ teacher_text.T
+    of_images = -(targets.softmax(1) * scores.log_softmax(1)).sum(1)
+    return of_images, -(targets.softmax(0) * scores.log_softmax(0)).sum(0)
+
+
 def dense_sigmoid_loss(
     image: Tensor,
     text: Tensor,

@@ -1,4 +1,5 @@
-"""SigLIP beside open_clip's SigLipLoss, in one process and on ranks: values and every gradient in float64."""
+"""SigLIP and distillation beside open_clip's SigLipLoss and DistillClipLoss, in one process and on ranks: values and
+every gradient in float64."""
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 
 from helpers.ranks import run_ranks
 from rwkv_clip.dist import join_world, leave_world
-from rwkv_clip.losses import SigLIP, pairs
+from rwkv_clip.losses import InfoNCE, SigLIP, pairs
+from rwkv_clip.losses.distill import Distilled
 
 theirs = pytest.importorskip("open_clip.loss", reason="open_clip_torch is not installed")
 
@@ -38,6 +40,34 @@ def test_siglip(batch, width, scale, bias, texts, monkeypatch):
     assert_same(SigLIP()(*leaves)[0]["contrastive"], expected, leaves)
 
 
+class Known:
+    """A teacher whose features are given."""
+
+    recalls, sources = (), {}
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+
+@pytest.mark.parametrize("batch, width, wide", [(1, 3, 2), (2, 1, 5), (37, 9, 4), (130, 64, 96)])
+@pytest.mark.parametrize("scale, taught", [(10.0, 100.0), (1.0, 0.5), (100.0, 14.3)])
+@pytest.mark.parametrize("texts", [(), (3,)], ids=str)
+def test_distillation(batch, width, wide, scale, taught, texts, monkeypatch):
+    monkeypatch.setattr(pairs, "CPU_ROWS", 16)
+    leaves, (image, text, *_) = make_leaves(batch, width, *texts, scale=scale)[:3], make_leaves(batch, wide, *texts)
+    losses, _ = Distilled(InfoNCE(), Known(taught))(
+        **dict(zip(("image", "text", "logit_scale"), leaves)), teacher_image=image, teacher_text=text
+    )
+    columns = zip(leaves[1].unbind(1), text.unbind(1)) if texts else [leaves[1::2] + [text]]
+    parts = [theirs.DistillClipLoss()(leaves[0], own, leaves[2], image, other, taught) for own, other in columns]
+    for i, name in enumerate(("contrastive", "distill")):
+        assert_same(losses[name], torch.stack([part[i] for part in parts]).mean(), leaves)
+    assert not any(
+        x.requires_grad and torch.autograd.grad(losses["distill"], x, allow_unused=True)[0] is not None
+        for x in (image, text)
+    )
+
+
 class Pair(nn.Module):
     """Two linear towers with what open_clip's models hold."""
 
@@ -61,14 +91,35 @@ def work(folder: str, kind: str) -> None:
     inputs = (torch.randn(12, n, generator=g, dtype=torch.float64)[own] for n in (5, 7))
     model = Pair()
     found = model(*inputs)
+    image, text, scale, _ = found
+    taught = [F.normalize(torch.randn(12, 4, generator=g, dtype=torch.float64), dim=-1)[own] for _ in range(2)]
     if kind == "ours":
         loss = SigLIP()(*found)[0]["contrastive"]
+    elif kind == "our distillation":
+        named = {"image": image, "text": text, "logit_scale": scale}
+        losses, _ = Distilled(InfoNCE(), Known(50.0))(**named, teacher_image=taught[0], teacher_text=taught[1])
+        loss = sum(losses.values())
+    elif kind == "their distillation":
+        whole = theirs.DistillClipLoss(True, True, rank=world.rank, world_size=world.size)
+        loss = sum(whole(image, text, scale, *taught, 50.0))
     else:
         loss = theirs.SigLipLoss(rank=world.rank, world_size=world.size, dist_impl=kind)(*found)
     loss.backward()
-    named = {name: parameter.grad for name, parameter in model.named_parameters()}
+    named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     torch.save({"loss": loss.detach(), **named}, f"{folder}/{kind}{world.rank}")
     leave_world()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_distillation_on_ranks(world, tmp_path):
+    """The means over ranks: theirs scores own texts against all images, too, where ours sends column sums."""
+    means = []
+    for kind in ("our distillation", "their distillation"):
+        run_ranks(world, tmp_path, work, str(tmp_path), kind)
+        found = [torch.load(tmp_path / f"{kind}{rank}", weights_only=True) for rank in range(world)]
+        means.append({name: sum(x[name] for x in found) / world for name in found[0] if name != "logit_bias"})
+    for name, value in means[1].items():
+        torch.testing.assert_close(means[0][name], value, rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -15,10 +15,11 @@ from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import World
+from rwkv_clip.files import hash_bytes
 from rwkv_clip.losses import InfoNCE, LossSettings, pairs
 from rwkv_clip.losses.pairs import contrastive_losses, pair_losses
 from rwkv_clip.training.data import make_loader
-from rwkv_clip.training.data.augment import hash_bytes, hash_rows
+from rwkv_clip.training.data.augment import hash_rows
 from rwkv_clip.training.data.batch import Plan
 from rwkv_clip.training.deterministic import DeterministicStep
 from rwkv_clip.training.gradients import GradientStep, Inputs

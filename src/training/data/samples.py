@@ -18,10 +18,11 @@ from PIL import Image
 from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image, open_header, to_rgb
 from rwkv_clip.data.records import RecordError, Records
 from rwkv_clip.errors import DATA
+from rwkv_clip.files import hash_bytes
 
 from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
-from .augment import crop_windows, draw_flips, draw_policy_seed, hash_bytes
+from .augment import crop_windows, draw_flips, draw_policy_seed
 from .order import Order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
