@@ -24,12 +24,13 @@ from torch import Tensor
 from rwkv_clip.config import ConfigError
 from rwkv_clip.data.recordio import spread
 from rwkv_clip.data.records import RecordError, Records
-from rwkv_clip.factory import create_model, load_for_inference
+from rwkv_clip.factory import create_model, holds_weights, load_for_inference
 from rwkv_clip.feature_files import Features, read_about, read_features
 from rwkv_clip.files import hash_bytes
 from rwkv_clip.losses import FACTS, LossSettings, Objective
 from rwkv_clip.losses.distill import SEEN, Distilled
 from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
+from rwkv_clip.pretrained import find_released
 from rwkv_clip.tokenizer import prepare_texts
 from rwkv_clip.transform import normalize
 
@@ -58,15 +59,19 @@ def add_teacher(
 
 
 def _load(settings: LossSettings, device: torch.device) -> ContrastiveModel:
-    name = settings.distill_model
+    name, weights = settings.distill_model, settings.distill_pretrained
     assert name is not None, "add_teacher asks"
-    try:
-        if settings.distill_pretrained:
-            return create_model(name, settings.distill_pretrained, device=device)
-        return load_for_inference(name, device=device).model
-    except ConfigError as error:
-        remedy = "" if settings.distill_pretrained else "; name its weights by --distill-pretrained, or what holds both"
-        raise ConfigError([f"distill_model: {problem}{remedy}" for problem in error.problems]) from None
+    if weights:
+        return create_model(name, weights, device=device)
+    tagged = name.count(":") > 1 if name.startswith("open_clip:") else find_released(name) is not None
+    if not (tagged or holds_weights(name) or Path(name).exists()):
+        raise ConfigError(
+            [
+                f"distill_model: {name!r} names no weights; give them by --distill-pretrained, or name what holds "
+                f"both: a run, an export, open_clip:NAME:TAG, hf-hub:org/name"
+            ]
+        )
+    return load_for_inference(name, device=device).model
 
 
 class FrozenModel:
@@ -125,7 +130,7 @@ class StoredFeatures:
             raise ConfigError([f"distill_features: {folder} lacks images or texts of one width; {WRITE}"])
         if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ConfigError([f"distill_features: {folder / 'about.json'} has no logit_scale; {WRITE}"])
-        if not all(isinstance(row.get("key"), int) for row in images.rows):
+        if not all(isinstance(key := row.get("key"), int) and 0 <= key < 2**63 for row in images.rows):
             raise ConfigError([f"distill_features: {folder / 'images.jsonl'} has no keys of the images; {WRITE}"])
         self.scale = float(scale)
         self.images = _Table(np.array([row["key"] for row in images.rows], np.int64), images.vectors)
@@ -197,9 +202,12 @@ def _hash_texts(captions: Features, student: ModelSpec) -> np.ndarray:
     tokenizer, rows = student.tokenizer(), captions.rows
     if rows and all("tokens" in row for row in rows):
         ids = np.zeros((len(rows), tokenizer.context), np.int64)
-        for place, row in zip(ids, rows):
-            given: Any = row["tokens"][: tokenizer.context]
-            place[: len(given)] = given
+        try:
+            for place, row in zip(ids, rows):
+                given: Any = row["tokens"][: tokenizer.context]
+                place[: len(given)] = given
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError([f"distill_features: tokens of a stored text are no ids ({error}); {WRITE}"]) from None
         return hash_rows(ids)
     if not all(isinstance(row.get("text"), str) for row in rows):
         raise ConfigError([f"distill_features: the rows of texts have neither `tokens` nor `text`; {WRITE}"])

@@ -13,14 +13,14 @@ import rwkv_clip
 from helpers.dense_loss import dense_sigmoid_loss, make_keys
 from helpers.tiny import MODEL, make_smaller, make_tiny
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors
-from rwkv_clip.config import ConfigError, parse
+from rwkv_clip.config import ConfigError, parse, to_dict
 from rwkv_clip.dist import World
 from rwkv_clip.losses import SigLIP, pairs, siglip
 from rwkv_clip.losses.siglip import compare_pairs, sigmoid_loss
 from rwkv_clip.training.deterministic import DeterministicStep
 from rwkv_clip.training.gradients import GradientStep, Inputs
 from rwkv_clip.training.main import run
-from rwkv_clip.training.settings import ParallelSettings, Settings
+from rwkv_clip.training.settings import ParallelSettings, Settings, load_settings
 
 BATCH, WIDTH = 12, 5
 ONE = World(0, 1, torch.device("cpu"))
@@ -302,3 +302,15 @@ def test_resuming_with_the_other_loss_is_refused_unless_allowed(data):
     allowed = ["objective", "model", "max_steps", "total_steps"]
     found = tensors_of(start(data, allow_change=allowed, **changes))
     assert found["logit_bias/step"] == 3
+
+
+def test_the_shipped_preset(data):
+    """On tiny data, as long as it takes to see it: published beginning, loss falls."""
+    shipped = load_settings("siglip-flickr8k-small")
+    assert shipped.loss.objective == "siglip" and shipped.optimizer.schedule == "onecycle"
+    preset = {key: value for key, value in to_dict(shipped).items() if value is not None}
+    small = {key: data[key] for key in ("model", "train_data", "logs", "loader", "device", "precision")}
+    changes = {"name": "preset", "batch_size": 30, "max_steps": 30, "workers": 0, "log_every_n_steps": 1, "lr": 3e-3}
+    folder = run(parse(Settings, preset | small | changes))
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert 9 < losses[0] < 11 and min(losses[-5:]) < losses[0] - 3
