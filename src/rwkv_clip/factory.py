@@ -229,9 +229,9 @@ def _find_source(
 
 
 def cast_weights(model: M, dtype: torch.dtype) -> M:
-    """Hold the weights in `dtype`; decays, bonus and temperature stay float32, where rounding would compound, and so do
-    batch norms, whose weights have to have the dtype of their running statistics."""
-    exact = {"time_decay", "time_faaaa", "logit_scale"}
+    """Hold the weights in `dtype`; decays, bonus, temperature and its bias stay float32, where rounding would compound,
+    and so do batch norms, whose weights have to have the dtype of their running statistics."""
+    exact = {"time_decay", "time_faaaa", "logit_scale", "logit_bias"}
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue

@@ -140,6 +140,11 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(data: bytes) -> int:
+    """63 bits of the BLAKE2b of some bytes, at least 0: the key of an encoded image."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
 def parse_json(data: bytes | str, where: str) -> Any:
     """The JSON value in `data`. DamagedError that begins with `where` for everything else, deep nesting included."""
     try:

@@ -204,6 +204,7 @@ def _write_own(part: Path, found: Export, transformers: bool) -> None:
             "auto_map": {"AutoConfig": f"{code}.RWKVCLIPConfig", "AutoModel": f"{code}.RWKVCLIPModel"},
             **{"image": spec["image"], "text": spec["text"], "embed_dim": spec.get("embed_dim")},
             **{"tokenizer": spec["tokenizer"], "preprocess_cfg": preprocess},
+            **{key: spec[key] for key in ("init_logit_bias",) if key in spec},
         }
         write_json(part / TRANSFORMERS_CONFIG, config)
         write_whole(part / MODELING.name, [MODELING.read_bytes()])

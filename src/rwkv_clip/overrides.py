@@ -25,6 +25,7 @@ class Overrides(TypedDict, total=False):
     force_image_size: int | tuple[int, int] | None  # tables of positions are resized
     force_context_length: int | None
     force_quick_gelu: bool  # of open_clip's towers
+    init_logit_bias: float | None  # the scores have a bias, which begins with this where weights have none
     image_mean: tuple[float, ...] | None  # of open_clip's models, per channel
     image_std: tuple[float, ...] | None
     image_interpolation: str | None  # of open_clip's models: bicubic, bilinear
@@ -50,8 +51,8 @@ _REFUSED = {
     "aug_cfg": (None, "training transforms are settings of rwkv_clip.training (--crop-area, --auto-augment, ..)"),
 }
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-_TOWERS = ("force_image_size", "force_context_length", "force_quick_gelu")
-_CHANGING = (*_TOWERS, "force_preprocess_cfg", *(f"image_{name}" for name in _PREPROCESSING))
+_STRUCTURE = ("force_image_size", "force_context_length", "force_quick_gelu", "init_logit_bias")
+_CHANGING = (*_STRUCTURE, "force_preprocess_cfg", *(f"image_{name}" for name in _PREPROCESSING))
 
 
 def accept_model_name(function: F) -> F:
@@ -103,7 +104,7 @@ def override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     whole, named = "open_clip" in data, None
     if whole:
         named = source = data["open_clip"]
-        source = _describe(source) if isinstance(source, str) and _changes_towers(overrides) else source
+        source = _describe(source) if isinstance(source, str) and _changes_structure(overrides) else source
         data = {**data, "open_clip": source}
         towers = source if isinstance(source, dict) else {}
         sides = {"image": "vision_cfg", "text": "text_cfg"}
@@ -120,6 +121,8 @@ def override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
             table = towers[side]
             theirs = whole or table.get("kind") == "open_clip"
             towers[side] = {**table, keys[-1 if theirs else 0]: value if theirs else _as_setting(value)}
+    if (bias := overrides.get("init_logit_bias")) is not None:
+        towers["init_logit_bias"] = float(bias)
     if overrides.get("force_quick_gelu"):
         _force_quick_gelu(towers, whole)
     if whole and isinstance(named, str) and towers == _describe(named):
@@ -133,8 +136,8 @@ def _as_setting(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _changes_towers(overrides: Mapping[str, Any]) -> bool:
-    return any(overrides.get(name) not in (None, False) for name in _TOWERS)
+def _changes_structure(overrides: Mapping[str, Any]) -> bool:
+    return any(overrides.get(name) not in (None, False) for name in _STRUCTURE)
 
 
 def _describe(name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .pretrained import find_weights
 
 M = TypeVar("M", bound=nn.Module)
 BITS = 8  # parameters for each byte of a file, at most
+BIAS = "logit_bias"
 SMALL = 1 << 28  # parameters of models that are built in any case: the file's own mistake is told
 log = logging.getLogger(__name__)
 
@@ -126,9 +127,15 @@ def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor
 
 def _fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, wanted: Collection[str]) -> dict[str, Tensor]:
     """The state with its tables of positions resized. ValueError unless it has all of `wanted`, keys of the model,
-    with their shapes, and no key that the model does not have."""
+    with their shapes, and no key that the model does not have. A bias of the scores that the weights were trained
+    without begins as the model says.
+
+    NOTE(parity): open_clip begins it with 0, by which every other text of a batch is judged a match at first."""
     own = model.state_dict()
     fit_tables(model, own, state)
+    if BIAS in wanted and BIAS in own and BIAS not in state and not own[BIAS].is_meta:
+        state[BIAS] = own[BIAS].clone()
+        log.warning("%s: has no %s; it begins with %g", path, BIAS, own[BIAS].item())
     problems = [f"missing: {key}" for key in own if key in wanted and key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
     problems += [

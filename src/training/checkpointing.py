@@ -53,6 +53,7 @@ FREE_ON_RESUME = {
     *("report_to", "device", "workers", "loader", "torchcompile", "grad_checkpointing", "parallel", "timeout"),
     *("batch_size", "accum_freq", "on_nonfinite", "max_nonfinite", "max_bad", "max_bad_fraction"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
+    *("distill_model", "distill_pretrained", "distill_features"),  # their content is compared
     *("report_training_batch_acc", "val_batch_size", "val_frequency", "save_frequency"),
     "published",
 }
@@ -95,6 +96,7 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
         "arithmetic": describe_arithmetic(state),
         "changes": state.progress.changes,
         "records": state.progress.records,
+        "sources": dict(state.objective.sources),
         "version": rwkv_clip.__version__,
     }
     keep = state.world.is_main
@@ -141,8 +143,9 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
 
 def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
     """Weights, optimizer and objective; an objective other than the checkpoint's starts with its own state, and so does
-    AdamW for parameters that were frozen then. changed: names of settings."""
-    same_objective, other_freezing = "objective" not in changed, bool(changed & set(flat_names(FreezeSettings)))
+    AdamW for parameters that were frozen then, or that the model has for the objective. changed: names of settings."""
+    same_objective = "objective" not in changed
+    may_begin = not same_objective or bool(changed & set(flat_names(FreezeSettings)))
     load_whole(state.model, read_fitting_weights(state.model, path))
     optim = read_tensors(path / "optim.safetensors")
     objective = {key.removeprefix(OBJECTIVE): optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
@@ -153,7 +156,7 @@ def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
     try:
         if same_objective:
             load_whole(state.objective, objective)
-        unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin=other_freezing)
+        unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin=may_begin)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 
@@ -167,6 +170,8 @@ def compare_runs(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, An
     changes = [(key, then[key], now[key]) for key in now if key not in free and then[key] != now[key]]
     changes += _compare_models(state, facts, [key for key, *_ in changes])
     whole = [(key, facts[key], getattr(state, key)) for key in WHOLE]
+    begun, sources = facts.get("sources", {}), state.objective.sources
+    whole += [(key, begun.get(key), sources.get(key)) for key in dict.fromkeys((*begun, *sources))]
     return changes + [change for change in whole if change[1] != change[2]] + _compare_records(state, facts)
 
 

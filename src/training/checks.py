@@ -33,6 +33,9 @@ PLACES = {
     "pretrained_text",
     "val_data",
     "resume",
+    "distill_model",
+    "distill_pretrained",
+    "distill_features",
 }  # the location may differ, but must be given
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 NAMED = 5  # differences that an error lists
@@ -85,7 +88,7 @@ def _judge(records: Records, spec: ModelSpec, path: str, texts: int | None) -> l
 
 def check_objective(name: str, objective: Objective) -> None:
     """ConfigError when the objective asks for what no model and no batch has."""
-    names = (*NAMES, *SCALARS, *FACTS)
+    names = (*NAMES, *SCALARS, *FACTS, *objective.made)
     if unknown := [need for need in objective.needs if need not in names]:
         raise ConfigError([f"objective: {name} needs {', '.join(map(repr, unknown))}, valid names: {', '.join(names)}"])
 
@@ -152,6 +155,13 @@ def check_ranks(settings: Settings, spec: ModelSpec, records: Records, world: Wo
         return
     plan = {"host": socket.gethostname(), **describe_plan(settings, spec, records, world)}
     judge_all(world, "plan", plan, compare_plans)
+
+
+def check_sources(objective: Objective, world: World) -> None:
+    """ConfigError on the main rank, and its message on the others, unless what an objective reads has the same content
+    on all ranks."""
+    if world.size > 1:
+        judge_all(world, "sources", {"host": socket.gethostname(), **objective.sources}, compare_plans)
 
 
 def describe_plan(settings: Settings, spec: ModelSpec, records: Records, world: World) -> dict[str, Any]:

@@ -107,7 +107,8 @@ class GradientStep:
         features = {name: value.detach() for name, value in _join(list(outputs.values())).items()}
         if not self.keeps_graphs:
             outputs.clear()
-        losses, report, gradients = self._compare(features, inputs.facts, scale_loss)
+        facts = inputs.facts | self._observe(inputs)
+        losses, report, gradients = self._compare(features, facts, scale_loss)
         with self._autocast():  # one for all micro-batches: weights are converted once
             for number in numbers:
                 last = number == numbers[-1]
@@ -128,12 +129,22 @@ class GradientStep:
         image, text = inputs.image[rows], inputs.text[rows]
         rows_of = {"image": image.shape[:-3], "text": text.shape[:-1]}  # (B,) or (B, V)
         call = self._called()
-        needs = [name for name in self.objective.needs if name not in (*SCALARS, *FACTS)]  # scalars are always there
+        given = (*SCALARS, *FACTS, *self.objective.made)  # scalars are always there
+        needs = [name for name in self.objective.needs if name not in given]
         output = call(self.normalize(image.flatten(0, -4)), text.flatten(0, -2), needs=needs)
         return {
             name: value if name in SCALARS else value.unflatten(0, rows_of[name.partition("_")[0]])
             for name, value in output.items()
         }
+
+    def _observe(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the objective makes of the micro-batches by itself, one row per sample."""
+        seen = []
+        with torch.no_grad(), self._autocast():
+            for number in range(self.micro_batches.count):
+                rows = self.micro_batches.rows(number)
+                seen.append(self.objective.observe(inputs.image[rows], inputs.text[rows]))
+        return {name: torch.cat([facts[name] for facts in seen]) for name in seen[0]}
 
     def _called(self) -> nn.Module:
         """The module that encodes: the distributed one where gradients are computed."""

@@ -19,6 +19,7 @@ from typing import Annotated, get_type_hints
 
 import torch
 import tyro
+from torch import nn
 
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
@@ -37,7 +38,16 @@ from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights, warn_of_rate
+from .checks import (
+    check_batch,
+    check_objective,
+    check_ranks,
+    check_records,
+    check_sources,
+    check_texts,
+    check_weights,
+    warn_of_rate,
+)
 from .data import make_loader
 from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
@@ -50,6 +60,7 @@ from .run import open_run
 from .saver import Saver
 from .settings import Settings, load_settings, update_flags
 from .state import TrainState
+from .teachers import add_teacher
 from .trainer import Trainer
 from .validation import measure_batches
 
@@ -150,6 +161,8 @@ def prepare(settings: Settings) -> Work:
     world = join_world(settings.parallel.device, COLLECTIVES)
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
+    objective = add_teacher(objective, settings, spec, records, world.device)
+    check_sources(objective, world)
     warn_of_rate(settings, world)
     return Work(settings, name, spec, records, objective, world)
 
@@ -204,13 +217,17 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
 
 def _make_model(work: Work) -> ContrastiveModel:
     """The model with its initial weights, the same on every rank, and its frozen parameters."""
-    settings, world = work.settings, work.world
+    settings, world, begins = work.settings, work.world, work.objective.begins
     torch.manual_seed(settings.run.seed)
     device = "cpu" if is_sharded(settings.parallel, world) else world.device  # sharding moves it
     weights = {key: value for key, value in to_dict(settings.model).items() if key != "model"}
     if holds_weights(settings.model.model) and weights["pretrained"] is None:
         weights["pretrained"] = settings.model.model
-    model = create_model(work.spec, device=device, **weights)
+    own = getattr(work.spec, "description", None) or work.spec.to_json()
+    bias = None if own.get("init_logit_bias") is not None else begins.get("logit_bias")
+    model = create_model(work.spec, device=device, **weights, init_logit_bias=bias)
+    if "logit_scale" in begins and weights["pretrained"] is None and own.get("init_logit_scale") is None:
+        nn.init.constant_(model.logit_scale, begins["logit_scale"])
     freeze_parameters(model, settings.freezing)
     return model
 
@@ -231,7 +248,7 @@ def _open_loader(work: Work, state: TrainState) -> Loader:
         work.settings.data,
         seed=work.settings.run.seed,
         views=work.objective.image_views,
-        keys="image_keys" in work.objective.needs,
+        keys="image_keys" in (*work.objective.needs, *work.objective.recalls),
         device=work.world.device,
     )
 

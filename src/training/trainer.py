@@ -28,7 +28,6 @@ from .gradients import Computed, GradientStep, Inputs
 from .optim import Schedule, set_step, update_weights
 from .state import TrainState
 
-MAX_LOGIT_SCALE = math.log(100)
 ACCURACIES = ("image_to_text_acc", "text_to_image_acc")  # in log.jsonl, after val_ those of the validation
 
 
@@ -115,6 +114,7 @@ class Trainer:
         set_step(state.optimizer, self.schedule, progress.step)
         text = self.choose_texts(batch)
         facts = find_facts(batch.image_keys, text, state.objective.needs)
+        facts |= state.objective.recall(find_facts(batch.image_keys, text, state.objective.recalls))
         image, tokens, *found = self._to_device(batch.image, text, *facts.values())
         inputs = Inputs(image, tokens, self.draw_drops(batch), dict(zip(facts, found)))
         state.shards.zero_gradients()
@@ -162,7 +162,7 @@ class Trainer:
         statistics.restore(skip)
         self._update_scale()
         with torch.no_grad():
-            state.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            state.model.logit_scale.clamp_(*state.objective.scale_limits)
         features = [value for name, value in computed.features.items() if name not in SCALARS]
         epoch = state.progress.samples_seen // state.epoch_samples
         state.watch.report(state.progress.step, batch.ids, loss, grad_norm, norms, features, epoch)

@@ -296,8 +296,8 @@ TRAINING = [
     Mutant(
         "repeats are left out of the loss but not of its gradient",
         "rwkv_clip/losses/pairs.py",
-        "for chunk, scaled, scores, work in _score_chunks(image, texts, scale, first, keys):",
-        "for chunk, scaled, scores, work in _score_chunks(image, texts, scale, first, None):",
+        "for chunk, scaled, scores, work in score_chunks(image, texts, scale, first, keys):",
+        "for chunk, scaled, scores, work in score_chunks(image, texts, scale, first, None):",
         f"{POSITIVES}::test_every_chunk_height_is_the_dense_formula",
     ),
     Mutant(

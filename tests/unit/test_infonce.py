@@ -44,8 +44,8 @@ def test_every_chunk_height_is_the_plain_formula(rows, scale, monkeypatch):
 
 def test_columns_bound_the_height(monkeypatch):
     seen = []
-    chunks = pairs._score_chunks
-    monkeypatch.setattr(pairs, "_score_chunks", lambda *x: (seen.append(y[0]) or y for y in chunks(*x)))
+    chunks = pairs.score_chunks
+    monkeypatch.setattr(pairs, "score_chunks", lambda *x: (seen.append(y[0]) or y for y in chunks(*x)))
     monkeypatch.setattr(pairs, "CHUNK", 3 * BATCH + 1)
     ours(*features())
     assert seen == [slice(0, 3), slice(3, 6), slice(6, 8)]

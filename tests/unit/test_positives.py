@@ -15,10 +15,11 @@ from rwkv_clip.config import ConfigError, parse
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.records import RecordSet
 from rwkv_clip.dist import World
+from rwkv_clip.files import hash_bytes
 from rwkv_clip.losses import InfoNCE, LossSettings, pairs
 from rwkv_clip.losses.pairs import contrastive_losses, pair_losses
 from rwkv_clip.training.data import make_loader
-from rwkv_clip.training.data.augment import hash_bytes, hash_rows
+from rwkv_clip.training.data.augment import hash_rows
 from rwkv_clip.training.data.batch import Plan
 from rwkv_clip.training.deterministic import DeterministicStep
 from rwkv_clip.training.gradients import GradientStep, Inputs
@@ -198,7 +199,7 @@ def test_without_repeats_a_run_has_the_bits_of_pairs(data, tmp_path):
 
 
 def test_alip_refuses_in_words():
-    with pytest.raises(ConfigError, match="positives: mask needs objective infonce, not alip, which weighs"):
+    with pytest.raises(ConfigError, match="positives: mask needs objective infonce or siglip, not alip, which weighs"):
         read_command_line(["--train-data", "x", "--objective", "alip", "--positives", "mask"])
     assert not parse(LossSettings, {"positives": "mask"}).problems()
 

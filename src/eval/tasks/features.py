@@ -7,14 +7,15 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from rwkv_clip.data.retrieval_set import RetrievalSet
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.feature_files import Features, write_about, write_features
-from rwkv_clip.files import check_output, new_folder
+from rwkv_clip.files import check_output, hash_bytes, new_folder
 
 from ..cache import data_key, encode_cached, encode_labelled
 from ..chinese_features import write_chinese_features
@@ -113,6 +114,7 @@ def run(settings: FeaturesSettings, data: RetrievalSet | ClassificationSet | Chi
         **about,
         **{features.kind: len(features.rows) for features in found},
         "width": found[0].vectors.shape[1],
+        "logit_scale": loaded.model.logit_scale.exp().item(),
         "seconds": round(time.monotonic() - started, 3),
     }
     folder = new_folder(place_of(settings, "features", loaded.name))
@@ -137,11 +139,17 @@ def _encode_captioned(data: RetrievalSet, encoder: Encoder, prefix: str) -> tupl
     images = encode_cached(encoder, lambda: data_key(data.name, data.split, len(names), data.open, items), data.open)
     texts = encoder.extractor.encode_tokens(tokens)
     owners = [data.images_of(i) for i in range(len(data.image_of_caption))]
-    image_rows = [{"image_id": name} for name in names]
-    text_rows = [
+    image_rows: list[dict[str, Any]] = [{"image_id": name} for name in names]
+    if data.read is not None:  # what training finds the features of its images by
+        for index, row in enumerate(image_rows):
+            row["key"] = hash_bytes(data.read(index))
+    text_rows: list[dict[str, Any]] = [
         {"text_id": i, "text": data.caption_text(i), "image_ids": [names[image] for image in own]}
         for i, own in enumerate(owners)
     ]
+    if data.captions is None and data.tokens is not None:
+        for row, ids in zip(text_rows, data.tokens):
+            row["tokens"] = np.trim_zeros(ids, "b").tolist()
     note = "; ".join(filter(None, [data.note, retrieval.note_cut(data, cut, tokenizer)]))
     about = {"dataset": data.name, "path": data.path, "split": data.split, "prefix": prefix}
     about |= {"captions_cut": cut, "note": note}

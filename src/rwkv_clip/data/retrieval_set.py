@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from ..files import OutsideError, find_below
+from ..files import OutsideError, find_below, read_bytes
 from ..tokenizer import count_cut, prepare_texts
 from .captions import ENDINGS, Captioned, read_captions
 from .chinese_clip import ImageFile, find_pair, is_texts_file, read_texts
-from .image import open_picture
+from .image import MAX_BYTES, open_picture
 from .lmdb import find_splits, open_split
 from .records import RecordSet, names_lmdb
 from .rows import SourceError
@@ -34,10 +34,10 @@ FORMS = (
 class RetrievalSet:
     """Pictures and their captions, as text or (from records) as token rows.
 
-    `open(i)` gives picture i as PIL RGB. `image_of_caption` (captions,) int64: the picture of each caption, where
-    `pairs` is given the first of its pictures, or -1. `pairs` (pairs, 2) int64: a caption and one of its pictures, in
-    the order of the captions, for sets whose captions have several or none. `image_ids`, `text_ids`: the numbers that
-    Chinese-CLIP's files give them.
+    `open(i)` gives picture i as PIL RGB, `read(i)` its encoded bytes, where they are known. `image_of_caption`
+    (captions,) int64: the picture of each caption, where `pairs` is given the first of its pictures, or -1. `pairs`
+    (pairs, 2) int64: a caption and one of its pictures, in the order of the captions, for sets whose captions have
+    several or none. `image_ids`, `text_ids`: the numbers that Chinese-CLIP's files give them.
     """
 
     name: str  # what a report calls the set: "flickr30k", or the name of its file
@@ -54,6 +54,7 @@ class RetrievalSet:
     pairs: np.ndarray | None = None
     image_ids: list[int] | None = None
     text_ids: list[int] | None = None
+    read: Callable[[int], bytes] | None = None
 
     @property
     def right_images(self) -> np.ndarray:
@@ -170,6 +171,7 @@ def _from_captions(source: Path, split: str | None, image_root: Path | None, out
         captions=captions,
         files=paths,
         note=_describe_oddities(names, captions, owners),
+        read=lambda index: read_bytes(paths[index], MAX_BYTES),
     )
 
 
@@ -261,6 +263,7 @@ def _from_records(spec: str, texts: Sequence[str] | None) -> RetrievalSet:
         tokenizer=records.tokenizer,
         files=[path for file in records.files for path in (file.path, file.index_path)],
         note=joined if len(first) < len(records) else "",
+        read=lambda number: records.sample(first[number])[0],
     )
 
 
@@ -333,4 +336,5 @@ def _number(
         pairs=np.asarray(pairs, np.int64).reshape(-1, 2),
         image_ids=[int(i) for i in ids] if numbered else None,
         text_ids=[text_id for text_id, _, _ in texts] if numbered else None,
+        read=lambda index: read(ids[index]),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -28,6 +29,29 @@ class Objective(nn.Module):
     """Texts per image; None for any number."""
     image_views: ClassVar[int] = 1
     """Augmented views of each image in a batch."""
+    begins: ClassVar[Mapping[str, float]] = {}
+    """What the model's scalars begin with, by name and as the model stores them, where neither weights nor its
+    description say it. With `logit_bias`, a model that has none gets one."""
+    scale_limits: tuple[float, float] = (0.0, math.log(100))
+    """Where the model's stored logit_scale is kept after every step, by default as in the paper of CLIP."""
+    made: ClassVar[tuple[str, ...]] = ()
+    """Those of its needs that it makes itself, by `observe` or `recall`."""
+    recalls: tuple[str, ...] = ()
+    """Facts of the batch that `recall` gets."""
+    sources: Mapping[str, str] = {}
+    """Of what it reads besides the batch, a digest by the setting that names it: the same on all ranks and in a resumed
+    run."""
+
+    def observe(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """More facts, by name, one row per sample, from a micro-batch on its device: image uint8 (B, 3, h, w), text
+        int64 (B, T) or (B, V, T), as the towers get them. Called once for each, without gradient, under autocast; the
+        facts are treated as those of the batch."""
+        return {}
+
+    def recall(self, facts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same from facts of this rank's batch in host memory, before the batch is sent to the device. Blank images
+        of a void step have negative keys."""
+        return {}
 
     forward: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
     """Features and facts by name -> (losses, report): scalars by name. The losses are summed and differentiated, the

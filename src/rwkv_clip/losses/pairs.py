@@ -40,27 +40,35 @@ def contrastive_losses(
     compared by the keys of the v-th texts. An image and its own text are a pair whatever their keys. With keys that are
     all different the losses have the bits of those without keys.
     """
-    for name, value in (("images", image), ("texts", text), ("scale", scale)):
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != image.device:
-            raise ValueError(f"features: {name} are not a floating-point tensor on the images' device")
-    if scale.numel() != 1:
-        raise ValueError(f"features: the scale has {scale.numel()} elements, should be one number")
-    texts = text.unsqueeze(1) if text.dim() == 2 else text
-    if image.dim() != 2 or texts.dim() != 3 or texts.shape[::2] != image.shape or not texts.numel():
-        raise ValueError(
-            f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
-            f"image, or texts (B, V, D), with B and V at least 1"
-        )
+    texts = check_features(image, text, scale=scale)
     with torch.autocast(image.device.type, enabled=False):
         dtype, first = comparison_dtype(image), rank_and_size()[0] * len(image)
         image, scale, everybody = image.to(dtype), scale.to(dtype).reshape(()), gather(text.to(dtype))
-        keys = _gather_keys(texts, image_keys, text_keys)
+        keys = gather_keys(texts, image_keys, text_keys)
         if text.dim() == 2:
             return pair_losses(image, everybody, scale, first, keys[0])[:2]
         columns = zip(everybody.unbind(1), keys)
         parts = [pair_losses(image, one.contiguous(), scale, first, key)[:2] for one, key in columns]
         of_images, of_texts = (torch.stack(part, 1) for part in zip(*parts))
         return of_images, of_texts
+
+
+def check_features(image: Tensor, text: Tensor, **scalars: Tensor) -> Tensor:
+    """The texts (B, D) or (B, V, D) as (B, V, D). ValueError, with the shapes, unless they fit the images (B, D), and
+    unless all, the scalars by name too, are floating-point tensors on one device."""
+    for name, value in {"images": image, "texts": text, **scalars}.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != image.device:
+            raise ValueError(f"features: {name} are not a floating-point tensor on the images' device")
+    for name, value in scalars.items():
+        if value.numel() != 1:
+            raise ValueError(f"features: the {name} has {value.numel()} elements, should be one number")
+    texts = text.unsqueeze(1) if text.dim() == 2 else text
+    if image.dim() != 2 or texts.dim() != 3 or texts.shape[::2] != image.shape or not texts.numel():
+        raise ValueError(
+            f"features: images {tuple(image.shape)} and texts {tuple(text.shape)}; both must be (B, D), one text per "
+            f"image, or texts (B, V, D), with B and V at least 1"
+        )
+    return texts
 
 
 @torch.no_grad()
@@ -75,7 +83,7 @@ def rank_own_first(
     with torch.autocast(image.device.type, enabled=False):
         dtype, first = comparison_dtype(image), rank_and_size()[0] * len(image)
         image, texts = image.detach().to(dtype), texts.detach().to(dtype)
-        images, keys = gather(image), _gather_keys(texts, image_keys, text_keys)
+        images, keys = gather(image), gather_keys(texts, image_keys, text_keys)
         found = [
             (_compare_own(image, gather(one), first, key), _compare_own(one, images, first, key))
             for one, key in zip((x.contiguous() for x in texts.unbind(1)), keys)
@@ -87,7 +95,7 @@ def rank_own_first(
 def _compare_own(rows: Tensor, columns: Tensor, first: int, keys: Tensor | None) -> Tensor:
     """Whether the score of row i (B, D) with column first + i is larger than that with any other column (N, D)."""
     found = rows.new_empty(len(rows), dtype=torch.bool)
-    for chunk, _, scores, _ in _score_chunks(rows, columns, rows.new_ones(()), first, keys):
+    for chunk, _, scores, _ in score_chunks(rows, columns, rows.new_ones(()), first, keys):
         diagonal = scores.diagonal(first + chunk.start)
         own = diagonal.clone()
         diagonal.fill_(float("-inf"))
@@ -112,7 +120,7 @@ def _occurs_again(keys: Tensor) -> Tensor:
     return counts[places] > 1
 
 
-def _gather_keys(texts: Tensor, image_keys: Tensor | None, text_keys: Tensor | None) -> list[Tensor | None]:
+def gather_keys(texts: Tensor, image_keys: Tensor | None, text_keys: Tensor | None) -> list[Tensor | None]:
     """For each of the V texts (B, V, D) of an image: the keys of all ranks' images and texts, int64 (1 or 2, N)."""
     found = []
     for name, keys, rows in (("image", image_keys, texts.shape[:1]), ("text", text_keys, texts.shape[:2])):
@@ -159,7 +167,7 @@ def pair_losses(
         raise ValueError(f"pair_losses: first {first} with {len(image)} images exceeds the {len(texts)} texts")
     rows, matched = image.new_empty(2, len(image)), image.new_empty(len(image))
     columns = torch.stack((image.new_full((len(texts),), float("-inf")), image.new_zeros(len(texts))))
-    for chunk, _, scores, work in _score_chunks(image, texts, scale, first, keys):
+    for chunk, _, scores, work in score_chunks(image, texts, scale, first, keys):
         matched[chunk] = scores.diagonal(first + chunk.start)
         rows[:, chunk] = _sum_exp(scores, 1, work)
         part = _sum_exp(scores, 0, work)
@@ -191,7 +199,7 @@ def pair_losses_backward(
     own[first : first + len(image)] = g_texts
     of_rows, of_columns, of_pairs = g_images / rows[1], sum_over_ranks(own) / columns[1], g_images + g_texts
     d_image, d_texts = torch.empty_like(image), torch.zeros_like(texts)
-    for chunk, scaled, scores, work in _score_chunks(image, texts, scale, first, keys):
+    for chunk, scaled, scores, work in score_chunks(image, texts, scale, first, keys):
         torch.sub(scores, rows[0, chunk, None], out=work).exp_().mul_(of_rows[chunk, None])
         d_scores = scores.sub_(columns[0]).exp_().mul_(of_columns).add_(work)
         d_scores.diagonal(first + chunk.start).sub_(of_pairs[chunk])
@@ -201,7 +209,7 @@ def pair_losses_backward(
     return d_image.mul_(scale), d_texts, d_scale
 
 
-def _score_chunks(
+def score_chunks(
     image: Tensor, texts: Tensor, scale: Tensor, first: int, keys: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Yield (rows as a slice, their scaled images, their scores, a work buffer of that size); buffers are reused."""

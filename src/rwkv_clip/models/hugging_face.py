@@ -121,6 +121,8 @@ def write_configuration(spec: ModelConfig) -> dict[str, Any]:
     plain = isinstance(image.get("layers"), int) and not image.keys() - known
     if (image.get("kind"), text.get("kind")) != ("open_clip", "bert") or not plain:
         raise ConfigError(["to: transformers has Chinese-CLIP with a plain ViT and BERT only; write safetensors"])
+    if spec.init_logit_bias is not None:
+        raise ConfigError(["init_logit_bias: ChineseCLIPModel has no bias of scores; save it without transformers"])
     width = image["width"]
     size = image.get("image_size", 224)
     vision = _VISION | {

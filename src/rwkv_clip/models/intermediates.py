@@ -29,7 +29,8 @@ def run_model(model: Any, image: Tensor | None, text: Tensor | None, options: Ma
     image_intermediates_prefix, with image_output_extra_tokens: the class token (B, 1, W). image_indices, text_indices:
     which blocks: None for all, N for the last N, or their numbers. normalize_intermediates: through the tower's last
     norm. intermediates_only: no features. output_logits: image_logits, text_logits; output_logit_scale_bias:
-    logit_scale, exponentiated. stop_early has no effect. ValueError for another option or value.
+    logit_scale, exponentiated, and logit_bias where the model has one. stop_early has no effect. ValueError for another
+    option or value.
     """
     names = (*_OPTIONS, *(f"{side}_{name}" for side in ("image", "text") for name in _OF_A_SIDE))
     for name in options:
@@ -49,11 +50,14 @@ def run_model(model: Any, image: Tensor | None, text: Tensor | None, options: Ma
         if options.get("normalize", True) and f"{side}_features" in part:
             part[f"{side}_features"] = F.normalize(part[f"{side}_features"], dim=-1)
         found |= part
-    scale = model.logit_scale.exp()
+    scalars = {"logit_scale": model.logit_scale.exp()}
+    if model.logit_bias is not None:
+        scalars["logit_bias"] = model.logit_bias
     if options.get("output_logits") and not only:
-        found["image_logits"] = scale * found["image_features"] @ found["text_features"].T
+        logits = scalars["logit_scale"] * found["image_features"] @ found["text_features"].T
+        found["image_logits"] = logits + scalars["logit_bias"] if "logit_bias" in scalars else logits
         found["text_logits"] = found["image_logits"].T
-    return found | ({"logit_scale": scale} if options.get("output_logit_scale_bias") else {})
+    return found | (scalars if options.get("output_logit_scale_bias") else {})
 
 
 def run_tower(tower: Any, side: str, inputs: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -371,10 +371,13 @@ class RWKVCLIPModel(PreTrainedModel):
 
     config_class = RWKVCLIPConfig
     main_input_name = "pixel_values"
+    logit_bias: nn.Parameter | None
 
     def __init__(self, config: RWKVCLIPConfig):
         super().__init__(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        bias = getattr(config, "init_logit_bias", None)
+        self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(float(bias))))
         self.text_model = TEXTS[config.text.get("kind", "rwkv")](config.text, config.embed_dim)
         self.image_model = IMAGES[config.image.get("kind", "rwkv")](config.image, config.embed_dim)
         self.post_init()
@@ -399,5 +402,6 @@ class RWKVCLIPModel(PreTrainedModel):
             found["text_embeds"] = F.normalize(self.get_text_features(input_ids), dim=-1)
         if len(found) == 2:
             logits = self.logit_scale.exp() * found["image_embeds"] @ found["text_embeds"].T
+            logits = logits if self.logit_bias is None else logits + self.logit_bias
             found |= {"logits_per_image": logits, "logits_per_text": logits.T}
         return RWKVCLIPOutput(**found)

@@ -32,6 +32,7 @@ class _Description:
     tokenizer: str | None = None
     embed_dim: int | None = ranged(None, minimum=1)
     resize_mode: ResizeMode = "shortest"
+    init_logit_bias: float | None = None
 
     def problems(self) -> list[str]:
         return []
@@ -39,7 +40,9 @@ class _Description:
 
 @dataclass(frozen=True, repr=False)
 class ModelConfig:
-    """Two towers, of any widths where both are projected to `embed_dim`, else of equal width."""
+    """Two towers, of any widths where both are projected to `embed_dim`, else of equal width.
+
+    init_logit_bias: what the bias of the scores begins with, by open_clip's name; None: the model has none."""
 
     name: ClassVar[str] = "RWKV-CLIP"
 
@@ -48,6 +51,7 @@ class ModelConfig:
     tokenizer_name: str = CLIP_BPE
     embed_dim: int | None = None
     resize_mode: ResizeMode = "shortest"
+    init_logit_bias: float | None = None
 
     def __repr__(self) -> str:
         """Unchanged since version 0.2: it is part of the key of cached features."""
@@ -83,18 +87,20 @@ class ModelConfig:
         top = attempt(parse, _Description, data)
         image, text = (attempt(parse_tower, side, _add_pooling(side, data)) for side in SIDES)
         if not problems:
-            spec = cls(image, text, top.tokenizer or text.default_tokenizer, top.embed_dim, top.resize_mode)
+            tokenizer = top.tokenizer or text.default_tokenizer
+            spec = cls(image, text, tokenizer, top.embed_dim, top.resize_mode, top.init_logit_bias)
             problems = spec.problems()
         if problems:
             raise ConfigError(problems)
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """JSON data; `embed_dim` and `resize_mode` only where they are set, as before they existed."""
+        """JSON data; what is not a tower or the tokenizer only where it is set, as before it existed."""
         towers = {"image": self.image.to_json(), "text": self.text.to_json()}
         projection = {} if self.embed_dim is None else {"embed_dim": self.embed_dim}
         resize = {} if self.resize_mode == "shortest" else {"resize_mode": self.resize_mode}
-        return {**towers, "tokenizer": self.tokenizer_name, **projection, **resize}
+        bias = {} if self.init_logit_bias is None else {"init_logit_bias": self.init_logit_bias}
+        return {**towers, "tokenizer": self.tokenizer_name, **projection, **resize, **bias}
 
     def build(self, tag: str | None = None) -> RWKVCLIP:
         assert tag is None, "find_tag knows none"
@@ -133,16 +139,19 @@ def _add_pooling(side: str, data: dict[str, Any]) -> Any:
 
 
 class RWKVCLIP(ContrastiveModel):
-    """Two towers whose features are compared by cosine times exp(logit_scale). The interface is open_clip's."""
+    """Two towers whose features are compared by cosine times exp(logit_scale), plus logit_bias where the model has one,
+    which no softmax and no ranking sees. The interface is open_clip's."""
 
     spec: ModelConfig
-    logit_bias: None = None
+    logit_bias: nn.Parameter | None
     output_dict = False
 
     def __init__(self, spec: ModelConfig):
         super().__init__()
         self.spec = spec
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        begin = spec.init_logit_bias
+        self.register_parameter("logit_bias", None if begin is None else nn.Parameter(torch.tensor(begin)))
         self.text_model = spec.text.build(spec.embed_dim)
         self.image_model = spec.image.build(spec.embed_dim)
 
@@ -164,24 +173,27 @@ class RWKVCLIP(ContrastiveModel):
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, needs: Iterable[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Any]:
-        """Normalised image features, normalised text features, exp(logit_scale); of an input that is not given, None.
+    ) -> tuple[Tensor | None, ...] | dict[str, Any]:
+        """Normalised image features, normalised text features, exp(logit_scale), and logit_bias where the model has
+        one; of an input that is not given, None.
 
-        As a dict with open_clip's names (image_features, text_features, logit_scale) if `output_dict` is set; with
-        `needs` see `name_features`."""
+        As a dict with open_clip's names (image_features, text_features, ..) if `output_dict` is set; with `needs` see
+        `name_features`."""
         if needs is not None:
             return name_features(self, image, text, needs)
         images = None if image is None else self.encode_image(image, normalize=True)
         texts = None if text is None else self.encode_text(text, normalize=True)
-        scale = self.logit_scale.exp()
-        if self.output_dict:
-            return {"image_features": images, "text_features": texts, "logit_scale": scale}
-        return images, texts, scale
+        found = {"image_features": images, "text_features": texts, "logit_scale": self.logit_scale.exp()}
+        if self.logit_bias is not None:
+            found["logit_bias"] = self.logit_bias
+        return found if self.output_dict else tuple(found.values())
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosines, images by texts, and their transpose."""
+        """Scaled cosines plus the bias, images by texts, and their transpose."""
         images, texts = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
         logits = self.logit_scale.exp() * images @ texts.T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return logits, logits.T
 
     def forward_intermediates(

@@ -7,7 +7,6 @@ views: view 0 is what a run with one view sees, each further view has draws of i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,11 +77,6 @@ def hash_rows(rows: np.ndarray) -> np.ndarray:
     and two others have so by a chance of 2^-63, unless they are made to."""
     places = (rows.astype(np.uint64) << np.uint64(16)) | np.arange(rows.shape[-1], dtype=np.uint64)
     return (mix64(mix64((places + np.uint64(1)) * GAMMA).sum(-1, dtype=np.uint64)) >> np.uint64(1)).astype(np.int64)
-
-
-def hash_bytes(data: bytes) -> int:
-    """The key of an encoded image: 63 bits of its BLAKE2b, at least 0."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def draw_policy_seed(seed: int, epoch: int, sample: int, view: int = 0) -> int:

@@ -20,10 +20,11 @@ from rwkv_clip.data.image import SIDEWAYS, ImageError, ImageInfo, inspect_image,
 from rwkv_clip.data.mixture import Mixture
 from rwkv_clip.data.records import RecordError, Records
 from rwkv_clip.errors import DATA
+from rwkv_clip.files import hash_bytes
 
 from ..policy import RESAMPLING, Policy
 from ..settings import DataSettings
-from .augment import crop_windows, draw_caption, draw_flips, draw_policy_seed, hash_bytes
+from .augment import crop_windows, draw_caption, draw_flips, draw_policy_seed
 from .order import make_order
 
 try:  # deprecated since torchvision 0.29; where it is gone PIL decodes, at 0.8 of the speed
