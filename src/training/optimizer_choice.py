@@ -139,7 +139,7 @@ def _list_timm() -> tuple[str, ...]:
     from timm import optim
 
     names = [name for name in optim.list_optimizers() if isinstance(name, str)]
-    infos = {name: optim.get_optimizer_info(name) for name in names}
+    infos: dict[str, Any] = {name: optim.get_optimizer_info(name) for name in names}
     # Others are of apex or bitsandbytes (named by a text), take gradients of gradients, or draw random numbers (Kron).
     plain = [name for name in names if not isinstance(infos[name].opt_class, str) and not infos[name].second_order]
     return tuple(name for name in plain if infos[name].opt_class.__name__ != "Kron")

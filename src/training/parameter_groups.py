@@ -68,7 +68,7 @@ class Rates:
     def named(self) -> dict[str, float]:
         """What the log shows beside `lr`, as multiples of it: `lr_image` and `lr_text` of a tower's last layer,
         `lr_image_first` and `lr_text_first` of its first; only those that are set to another rate."""
-        found = {}
+        found: dict[str, float] = {}
         for side, tower in self._towers.items():
             last = 1.0 if tower.lr is None else tower.lr / self._lr
             first = last * (tower.decay or 1.0) ** (max(tower.layers, default=0) - min(tower.layers, default=0))
@@ -119,7 +119,7 @@ def _hidden_matrices(shards: Shards) -> set[str]:
     """Names of what Muon is made for (https://kellerjordan.github.io/posts/muon/): matrices between the first layer of
     a tower, its embeddings, and the last, its projection. What is not decayed is no matrix to multiply with."""
     number, undecayed = _number_layers(shards), _undecayed(shards)
-    layers: dict[str, list[int]] = {}
+    layers: dict[str | None, list[int]] = {}
     for name, _ in shards.whole():
         if side := side_of(name):
             layers.setdefault(side, []).append(number(name))
