@@ -6,6 +6,9 @@ A checkpoint is a folder `step-00000100/` with
     state.json          step, position, settings, model description
     MANIFEST.json       sha256 and size of each of these
 
+and of a run that averages its weights `ema.safetensors`, the averaged model. `PATH@ema` names it, where PATH names a
+run or checkpoint folder.
+
 A save removes nothing until a replacement is proven good: it writes a folder under a temporary name, hashing as it
 goes, flushes it to disk, renames it, reads it back and compares. Only then are older checkpoints removed, each renamed
 before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one exists; from
@@ -40,6 +43,8 @@ from .serialization import CheckpointError, encode_tensors, read_tensors, read_t
 Contents = dict[str, Callable[[], Iterable[Bytes]]]  # name of a file -> the making of what it holds
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
+AVERAGE = "ema.safetensors"  # may be there as well
+SUFFIX = "@ema"  # after the path of a folder: its averaged weights
 MAX_JSON = 2**20  # bytes of state.json or a manifest that are read; real ones have a few thousand
 # What is added to the name of a checkpoint, `step-00000100`, that
 REPLACED = ".old"  # another save of the same step replaced: still a checkpoint, removed at the end of that save
@@ -71,8 +76,10 @@ def save_checkpoint(
     optim: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    average: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX`, verify it, then remove all but the `keep` newest. Returns the checkpoint's path.
+    average: averaged weights, if there are any.
 
     OSError or CheckpointError when it cannot be written or does not read back as written; then nothing of it is left
     and older checkpoints are unchanged. An intact checkpoint with the same content is kept as it is.
@@ -81,6 +88,8 @@ def save_checkpoint(
     text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
     tensors = (functools.partial(encode_tensors, named) for named in (weights, optim))
     contents: Contents = dict(zip(FILES, (*tensors, lambda: [text])))
+    if average:
+        contents[AVERAGE] = functools.partial(encode_tensors, average)
     _make_folder(folder)
     clean_folder(folder)
     final = folder / f"step-{step:08d}"
@@ -250,9 +259,9 @@ def verify_checkpoint(path: Path) -> None:
         if isinstance(schema, int) and schema > SCHEMA and _read_json(path / "state.json").get("schema") == schema:
             raise NewerCheckpointError(f"{path}: has schema {schema}, this version reads {SCHEMA}; update rwkv_clip")
         raise CheckpointError(f"{path / 'MANIFEST.json'}: damaged (schema {str(schema)[:40]})")
-    if not isinstance(files, dict) or files.keys() != set(FILES):
+    if not isinstance(files, dict) or files.keys() - {AVERAGE} != set(FILES):
         raise CheckpointError(f"{path / 'MANIFEST.json'}: damaged; it has to list {', '.join(FILES)}")
-    for name in FILES:
+    for name in files:
         _compare(path / name, files[name])
 
 
@@ -267,7 +276,7 @@ def _verify_file(path: Path) -> None:
         files = _read_json(manifest.resolve()).get("files")
         if isinstance(files, dict) and place.name in files:
             _compare(real, files[place.name])
-        elif place.name in FILES and _STEP.match(place.parent.name):
+        elif place.name in (*FILES, AVERAGE) and _STEP.match(place.parent.name):
             raise CheckpointError(f"{manifest}: damaged; it has to list {', '.join(FILES)}")
 
 
@@ -291,7 +300,7 @@ def _is_intact(path: Path) -> bool:
 
 def _fingerprint(path: Path) -> list[tuple[int, int, int]]:
     """What changes when a checkpoint's files do."""
-    about = [os.stat(path / name) for name in (*FILES, "MANIFEST.json") if (path / name).exists()]
+    about = [os.stat(path / name) for name in (*FILES, AVERAGE, "MANIFEST.json") if (path / name).exists()]
     return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in about]
 
 
@@ -315,12 +324,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A weights file or checkpoint folder itself, compared with its manifest, or a run folder's newest intact one.
+    """A weights file or checkpoint folder itself, compared with its manifest, or a run folder's newest intact one; with
+    SUFFIX the file of averaged weights in it.
 
     A damaged checkpoint in a run folder is named in a warning and skipped; CheckpointError when none is left. A weights
     file without a manifest, such as a copy, is not verified.
     """
     path = Path(path)
+    if path.name.endswith(SUFFIX) and not path.exists():
+        return _find_average(path.with_name(path.name.removesuffix(SUFFIX)))
     if path.is_file():
         _verify_file(path)
         return path
@@ -340,11 +352,20 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: holds no intact checkpoint (folders named step-00000000)")
 
 
+def _find_average(path: Path) -> Path:
+    found = find_checkpoint(path)
+    if not (found / AVERAGE).is_file():
+        raise CheckpointError(f"{found}: holds no averaged weights ({AVERAGE}), which a run has with --ema-decay")
+    return found / AVERAGE
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
-    """state.json of a checkpoint folder; None for a bare weights file."""
+    """state.json of a checkpoint folder, or of the one that averaged weights are in; None for a bare weights file."""
+    if path.name == AVERAGE and (path.parent / "MANIFEST.json").exists():
+        path = path.parent
     if not path.is_dir():
         return None
     state = _read_json(path / "state.json")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .checkpoint import find_checkpoint, read_description, read_weights
+from .checkpoint import SUFFIX, find_checkpoint, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
 from .data.image import to_rgb
 from .files import hash_file, parse_json
@@ -221,6 +221,8 @@ def _find_source(
             weights = fetch_released(released, cache)
         elif pretrained and (str(pretrained).startswith((HUB, LOCAL)) or find_released(str(pretrained))):
             weights = find_weights(pretrained, cache)
+        elif pretrained and str(pretrained).endswith(SUFFIX):
+            weights = find_checkpoint(pretrained)
     if overrides.get("load_weights") is False:
         weights = None
     if overrides.get("require_pretrained") and not weights:

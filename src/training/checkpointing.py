@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import rwkv_clip
-from rwkv_clip.checkpoint import CheckpointError, read_tensors
+from rwkv_clip.checkpoint import AVERAGE, CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, flat_names, to_dict
 from rwkv_clip.factory import read_fitting_weights, resolve_spec
 from rwkv_clip.models.freezing import FreezeSettings
 
 from .checks import describe_records, flatten_table
-from .optim import pack_state, unpack_state
+from .optimizer_state import pack_numbers, pack_state, unpack_state
 from .parallel import load_whole, whole_tensors
 from .saver import Saver
 from .settings import Settings, update_names
@@ -69,10 +69,12 @@ def save_run(state: TrainState, saver: Saver | None, name: str, last: bool = Fal
 
     NumericsError, and no checkpoint, when anything to be saved is not finite. StorageError as raised by the saver."""
     own, buffers = state.shards.own, state.objective.named_buffers(prefix="objective")
-    state.watch.check_finite(own | pack_state(state.optimizer, own) | dict(buffers))
+    averaged = {f"ema/{key}": tensor for key, tensor in state.average.kept.items()} if state.average else {}
+    state.watch.check_finite(own | pack_state(state.optimizer, own) | dict(buffers) | averaged)
     weights, optim, facts = take_snapshot(state, name)
+    average = state.average.gather(weights, state.world.is_main) if state.average else None
     if saver:
-        saver.save(state.progress.step, weights, optim, facts, last)
+        saver.save(state.progress.step, weights, optim, facts, last, average)
 
 
 def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -99,6 +101,8 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
         "sources": dict(state.objective.sources),
         "version": rwkv_clip.__version__,
     }
+    if numbers := pack_numbers(state.optimizer, state.shards.own):
+        facts["optimizer"] = numbers
     keep = state.world.is_main
     return whole_tensors(state.model.state_dict(), keep), whole_tensors(optim, keep), facts
 
@@ -121,7 +125,7 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
     if settings.parallel.deterministic and facts.get("arithmetic") != (own := describe_arithmetic(state)):
         began = facts.get("arithmetic")
         log.warning("deterministic: the bits will differ, the checkpoint was made on %s, this is %s", began, own)
-    _load_tensors(state, path, {key for key, *_ in changes})
+    _load_tensors(state, path, {key for key, *_ in changes}, facts.get("optimizer"))
     try:
         if state.scaler.is_enabled() or facts["scaler"]:
             state.scaler.load_state_dict(facts["scaler"])
@@ -141,9 +145,10 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
     progress.changes = [*facts.get("changes", []), *new]
 
 
-def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
-    """Weights, optimizer and objective; an objective other than the checkpoint's starts with its own state, and so does
-    AdamW for parameters that were frozen then, or that the model has for the objective. changed: names of settings."""
+def _load_tensors(state: TrainState, path: Path, changed: set[str], numbers: dict[str, Any] | None) -> None:
+    """Weights, optimizer, objective and average; an objective or optimizer other than the checkpoint's starts with its
+    own state, and so does the optimizer for parameters that were frozen then, or that the model has for the objective.
+    changed: names of settings."""
     same_objective = "objective" not in changed
     may_begin = not same_objective or bool(changed & set(flat_names(FreezeSettings)))
     load_whole(state.model, read_fitting_weights(state.model, path))
@@ -156,7 +161,12 @@ def _load_tensors(state: TrainState, path: Path, changed: set[str]) -> None:
     try:
         if same_objective:
             load_whole(state.objective, objective)
-        unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin=may_begin)
+        if not changed & {"opt", "opt_kwargs"}:
+            unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin, numbers)
+        if state.average and (path / AVERAGE).exists():
+            state.average.load(read_tensors(path / AVERAGE))
+        elif state.average:
+            state.average.restart()
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 

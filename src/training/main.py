@@ -201,6 +201,8 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         facts = read_description(checkpoint)
         assert facts is not None, "open_run gives folders only"
         restore_snapshot(state, checkpoint, facts)
+    if state.average:
+        validate = state.average.validated(validate)
     context = RunContext(folder, work.name, validate, preemption, watchdog)
     with contextlib.ExitStack() as ended:
         if world.is_main:

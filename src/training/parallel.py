@@ -153,6 +153,7 @@ class Shards:
     sharded, the parameters themselves. Names of the objective's begin with `objective.`."""
 
     def __init__(self, model: nn.Module, objective: nn.Module):
+        self.model = model
         self._modules = {"": model, "objective.": objective}
         self.own = {name: _own(parameter) for name, parameter in self.whole()}
 

@@ -47,6 +47,7 @@ class Saver:
         self.folder, self.keep = folder, keep
         self._weights: dict[str, Tensor] = {}  # the copies; pinned where tensors come from a GPU
         self._optim: dict[str, Tensor] = {}
+        self._average: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._step, self._started = 0, 0.0
         self._failures = 0  # in a row
@@ -54,10 +55,16 @@ class Saver:
         clean_folder(folder)
 
     def save(
-        self, step: int, weights: dict[str, Tensor], optim: dict[str, Tensor], state: dict[str, Any], last: bool = False
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optim: dict[str, Tensor],
+        state: dict[str, Any],
+        last: bool = False,
+        average: dict[str, Tensor] | None = None,
     ) -> None:
         """Copy everything and write it in the background; `last`: return when it is on disk, StorageError if that
-        fails.
+        fails. average: averaged weights, if there are any.
 
         The tensors may change as soon as this returns; `state` must be JSON data.
         """
@@ -71,6 +78,7 @@ class Saver:
             return
         self._weights = _copy(weights, self._weights)
         self._optim = _copy(optim, self._optim)
+        self._average = _copy(average or {}, self._average)
         self._step, self._started = step, time.monotonic()
         copied = torch.cuda.Event() if any(tensor.is_cuda for tensor in weights.values()) else None
         if copied:
@@ -117,7 +125,7 @@ class Saver:
         try:
             if copied:
                 copied.synchronize()
-            save_checkpoint(self.folder, self._step, self._weights, self._optim, state, self.keep)
+            save_checkpoint(self.folder, self._step, self._weights, self._optim, state, self.keep, self._average)
             self._failures, self._problem = 0, None
         except (OSError, CheckpointError) as error:
             self._failures, self._problem = self._failures + 1, error

@@ -13,6 +13,7 @@ from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
 from rwkv_clip.models.specification import ContrastiveModel
 
+from .averaging import make_average
 from .faults.nonfinite import FiniteGuard
 from .optim import build_optimizer
 from .parallel import Shards, distribute_model, is_sharded
@@ -47,6 +48,7 @@ class TrainState:
         self.parallel = distribute_model(model, self.objective, settings.parallel, world)
         self.shards = Shards(model, self.objective)
         self.optimizer = build_optimizer(self.shards, settings.optimizer)
+        self.average = make_average(self.shards, settings.optimizer)
         scaler = ShardedGradScaler if is_sharded(settings.parallel, world) else torch.amp.GradScaler
         fp16 = settings.parallel.precision == "amp"
         self.scaler = scaler(world.device.type, enabled=fp16, growth_interval=200)  # as released; torch's is 2000
@@ -59,11 +61,16 @@ class TrainState:
         return self.settings.parallel.batch_size * self.settings.parallel.accum_freq * self.world.size
 
     @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch; the last one may reach into the next."""
+        return math.ceil(self.epoch_samples / self.global_batch)
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole run. The released rule, samples // world // batch + 1, but without its empty step where
         the batch divides the data."""
         settings = self.settings.optimizer
-        return settings.max_steps or settings.epochs * math.ceil(self.epoch_samples / self.global_batch)
+        return settings.max_steps or settings.epochs * self.epoch_steps
 
     def take_back(self, first: int) -> None:
         """Undo the count of the steps from `first` on, which changed nothing."""

@@ -26,6 +26,7 @@ from .deterministic import DeterministicStep
 from .faults.nonfinite import Statistics
 from .gradients import Computed, GradientStep, Inputs
 from .optim import Schedule, set_step, update_weights
+from .parameter_groups import Rates
 from .state import TrainState
 
 ACCURACIES = ("image_to_text_acc", "text_to_image_acc")  # in log.jsonl, after val_ those of the validation
@@ -36,7 +37,8 @@ class Trainer:
 
     def __init__(self, state: TrainState):
         self.state, self.data, self.seed = state, state.settings.data, state.settings.run.seed
-        self.schedule = Schedule.from_settings(state.settings.optimizer, state.total_steps)
+        self.schedule = Schedule.from_settings(state.settings.optimizer, state.total_steps, state.epoch_steps)
+        self.rates = Rates(state.shards, state.settings.optimizer).named()
         settings, world, model = state.settings.parallel, state.world, state.model
         step = DeterministicStep if settings.deterministic else GradientStep
         self.gradients = step(model, state.parallel, state.objective, settings, world, self.normalize, self.seed)
@@ -129,6 +131,7 @@ class Trainer:
             "logit_scale": state.model.logit_scale.detach().exp(),
             "lr": self.schedule.lr(progress.step),
         }
+        values |= {name: scale * self.schedule.lr(progress.step) for name, scale in self.rates.items()}
         if len(losses) > 1:
             values |= losses
         progress.step += 1
@@ -163,6 +166,8 @@ class Trainer:
         self._update_scale()
         with torch.no_grad():
             state.model.logit_scale.clamp_(*state.objective.scale_limits)
+        if state.average:
+            state.average.update(state.progress.step, skip)
         features = [value for name, value in computed.features.items() if name not in SCALARS]
         epoch = state.progress.samples_seen // state.epoch_samples
         state.watch.report(state.progress.step, batch.ids, loss, grad_norm, norms, features, epoch)

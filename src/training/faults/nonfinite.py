@@ -155,12 +155,14 @@ class FiniteGuard:
         """NumericsError on all ranks when a tensor to be saved is not finite on any of them."""
         names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
         # A finite sum has finite terms, and takes a tenth of the time. A non-finite one may be an overflow.
-        sums = torch.stack([tensors[name].detach().sum(dtype=torch.float32) for name in names])
+        sums = [tensors[name].detach().sum(dtype=torch.float32) for name in names]
+        sums = torch.stack([total.to(self._world.device) for total in sums])  # some optimizers count on the host
         suspects = max_over_ranks((~sums.isfinite()).float()).tolist()
         names = [name for name, suspect in zip(names, suspects) if suspect]
         if not names:
             return
-        bad = max_over_ranks(torch.stack([~tensors[name].isfinite().all() for name in names]).float()).tolist()
+        wrong = [(~tensors[name].isfinite().all()).float().to(self._world.device) for name in names]
+        bad = max_over_ranks(torch.stack(wrong)).tolist()
         found = [name for name, flag in zip(names, bad) if flag]
         if found:
             others = f" and {len(found) - 1} others" if len(found) > 1 else ""

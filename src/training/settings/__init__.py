@@ -59,6 +59,11 @@ class Settings:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 found.append(f"allow_change: {name!r} is not a setting{hint}")
+        if self.parallel.parallel != "ddp" and not self.optimizer.shards:
+            found.append(
+                f"parallel: {self.parallel.parallel} holds shards of parameters, and opt {self.optimizer.opt} needs "
+                f"whole ones; use --parallel ddp, or an optimizer such as lion that works element by element"
+            )
         return found
 
 
