@@ -50,7 +50,7 @@ _STEP = re.compile(r"step-(\d{8})(\.old)?")
 _LEFT_OVER = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")
 _FIELDS: dict[str, type] = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
-    **dict.fromkeys(("spec", "settings", "scaler", "records"), dict),
+    **dict.fromkeys(("spec", "settings", "scaler", "records", "adapters"), dict),
     "model": str,
 }
 _proven: dict[Path, list] = {}  # what this process wrote and verified: need not be hashed again at each save

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from .base_weights import digest_of
 from .checkpoint import find_checkpoint, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
 from .data.image import to_rgb
-from .files import hash_file, parse_json
+from .files import parse_json
 from .models import chinese_clip, hugging_face
 from .models.patch_dropout import drop_patches
 from .models.released import convert_config, is_released_config, strip_prefixes
@@ -134,6 +135,12 @@ def parse_spec(data: dict[str, Any]) -> ModelSpec:
     return convert_config(data) if is_released_config(data) else ModelConfig.parse(data)
 
 
+def change_spec(spec: ModelSpec, overrides: Mapping[str, Any]) -> ModelSpec:
+    """The specification with the changes that these arguments of `create_model` ask for. ConfigError for what the model
+    does not have."""
+    return parse_spec(override(spec.to_json(), overrides)) if changes(overrides) else spec
+
+
 @accept_model_name
 def create_model(
     model: Model,
@@ -163,7 +170,7 @@ def create_model(
     if drop_path is not None:
         spec = spec.with_drop_path(drop_path)
     spec, tag = spec.find_tag(str(weights)) if weights else (spec, None)
-    changed = parse_spec(override(spec.to_json(), overrides)) if changes(overrides) else spec
+    changed = change_spec(spec, overrides)
     if weights and not tag and holds_weights(model):
         check_room(spec, find_checkpoint(find_weights(weights)))
     net = spec.build(tag) if tag else changed.build()
@@ -342,8 +349,7 @@ def load_for_inference(
     if holds_weights(checkpoint):
         check_room(spec, path)
     net = _load_model(spec, path, precision, device)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, hash_file(weights), precision)
+    return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, digest_of(path), precision)
 
 
 DESCRIPTION = "rwkv_clip"  # the text beside the tensors of a file that describes its model: JSON of name and spec

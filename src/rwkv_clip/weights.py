@@ -4,7 +4,7 @@ number of them."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import read_weights
+from .base_weights import read_whole
 from .config import ConfigError
 from .models import chinese_clip, hugging_face
 from .models.positions import fit_tables
@@ -108,16 +108,23 @@ def load_towers(model: ContrastiveModel, image: str | Path | None, text: str | P
 
 def _read_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file, a folder of ours, or one of transformers."""
-    return read_weights(find_weights(path))
+    return read_whole(find_weights(path), lambda state, keys: to_own_keys(strip_prefixes(state), keys))
+
+
+def to_own_keys(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Keys of the layouts of transformers and of Chinese-CLIP's released files -> those of a model, some of which are
+    `own`; any others as they are."""
+    if hugging_face.is_state(state):
+        return hugging_face.from_state(state)
+    if chinese_clip.is_released_state(state) and not chinese_clip.is_released_state(own):
+        return chinese_clip.from_released(state)
+    return state
 
 
 def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
-    state, own = strip_prefixes(_read_state(path)), model.state_dict()
-    if hugging_face.is_state(state):
-        state = hugging_face.from_state(state)
-    elif chinese_clip.is_released_state(state) and not chinese_clip.is_released_state(own):
-        state = chinese_clip.from_released(state)
+    own = model.state_dict()
+    state = to_own_keys(strip_prefixes(_read_state(path)), own)
     marks = [state.pop(key) for key in OPENAI_ENTRIES if key in state and key not in own]
     if marks and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
         log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (NAME-quickgelu)", path)

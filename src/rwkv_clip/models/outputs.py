@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .specification import ContrastiveModel
 
 SIDES = ("image", "text")
+IMAGE_TOWER = ("image_model.", "visual.")  # ours and open_clip's; in open_clip's CLIP the rest is the text tower
 EXTRAS = ("pooled", "tokens")  # fields of Encoded
 SCALARS = ("logit_scale", "logit_bias")  # of the whole model, always given
 NAMES = (*SIDES, *(f"{side}_{extra}" for extra in EXTRAS for side in SIDES))
@@ -31,16 +34,29 @@ def name_features(
         raise ValueError(f"needs: unknown {', '.join(map(repr, unknown))}; valid names: {', '.join(valid)}")
     found = {}
     for side, inputs in zip(SIDES, (image, text)):
-        extras = [extra for extra in EXTRAS if f"{side}_{extra}" in needs]
         if inputs is None:
             continue
-        if not extras:  # as it is called everywhere else
-            found[side] = getattr(model, f"encode_{side}")(inputs, normalize=True)
-            continue
-        encoded = model.encode_parts(side, inputs)
-        found[side] = F.normalize(encoded.features, dim=-1)
-        found |= {f"{side}_{extra}": getattr(encoded, extra) for extra in extras}
+        extras = [extra for extra in EXTRAS if f"{side}_{extra}" in needs]
+        with torch.no_grad() if _is_locked(model, side, inputs) else contextlib.nullcontext():
+            if not extras:  # as it is called everywhere else
+                found[side] = getattr(model, f"encode_{side}")(inputs, normalize=True)
+                continue
+            encoded = model.encode_parts(side, inputs)
+            found[side] = F.normalize(encoded.features, dim=-1)
+            found |= {f"{side}_{extra}": getattr(encoded, extra) for extra in extras}
     found["logit_scale"] = model.logit_scale.exp()
     if (bias := getattr(model, "logit_bias", None)) is not None:
         found["logit_bias"] = bias
     return found
+
+
+def _is_locked(model: ContrastiveModel, side: str, inputs: Tensor) -> bool:
+    """Whether nothing of a tower trains, so that no graph is to be kept of it. (A compiler finds that out itself.)"""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or inputs.requires_grad:
+        return False
+    image = side == "image"
+    return not any(
+        parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if name.startswith(IMAGE_TOWER) == image and name not in SCALARS
+    )
