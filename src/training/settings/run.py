@@ -39,9 +39,11 @@ class ModelSettings:
     pretrained: str | None = None
     """Weights to start from: checkpoint folder, .safetensors or released .pt; an open_clip tag for its models."""
     pretrained_image: str | None = None
-    """Weights of the image tower alone: a CLIP's with OpenAI's keys, of which visual.* and logit_scale are taken."""
+    """Weights of the image tower alone, the text tower starts anew (LiT): of a run or checkpoint, any file that
+    --pretrained takes, open_clip:NAME:TAG, or an ImageNet classifier of timm's for a tower of timm's."""
     pretrained_text: str | None = None
-    """Weights of a BERT text tower alone: a BERT's, without its pooler and heads; the projection starts anew."""
+    """Weights of the text tower alone, in the same ways, or a BERT's without its pooler and heads, whose projection
+    starts anew."""
     force_image_size: tuple[int, ...] | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Train at another picture size than the model's: N, or height and width; positions of the weights are resized."""
     force_context_length: int | None = field(default=None, metadata={"limits": {"minimum": 2}})
