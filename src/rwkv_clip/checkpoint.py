@@ -241,6 +241,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name[:13], not path.suffix))
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is a checkpoint folder, or a run folder that holds one; not verified."""
+    return os.path.isdir(path) and (os.path.isfile(path / "MANIFEST.json") or bool(list_checkpoints(path)))
+
+
 def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest; CheckpointError names the first that differs."""
     manifest = _read_json(path / "MANIFEST.json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from .base_weights import digest_of
-from .checkpoint import find_checkpoint, read_description, read_weights
+from .checkpoint import find_checkpoint, is_run, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
 from .data.image import to_rgb
 from .files import parse_json
@@ -120,10 +121,13 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
 
 
 def holds_weights(model: Model) -> bool:
-    """Whether what names a model also holds its weights: a place on the hub, or a folder with a configuration."""
+    """Whether what names a model also holds its weights: a place on the hub, a folder with a configuration, or the path
+    (with a slash, as names have none) of a run or checkpoint folder."""
     if not isinstance(model, (str, Path)):
         return False
-    return str(model).startswith((HUB, LOCAL)) or layout_of(Path(model)) is not None
+    if str(model).startswith((HUB, LOCAL)) or layout_of(Path(model)) is not None:
+        return True
+    return (isinstance(model, Path) or os.sep in model) and is_run(Path(model))
 
 
 def parse_spec(data: dict[str, Any]) -> ModelSpec:
@@ -154,7 +158,7 @@ def create_model(
     **overrides: Unpack[Overrides],
 ) -> ContrastiveModel:
     """Build a model; `model` is a preset name, the path of a JSON, a dict (ours, released or open_clip's keys), or what
-    holds weights, too: `hf-hub:org/name[@revision]`, `local-dir:path`, a folder with a configuration.
+    holds weights, too: `hf-hub:org/name[@revision]`, `local-dir:path`, a folder with a configuration, a run folder.
 
     pretrained: weights as for `load_checkpoint`, an open_clip tag when the model is open_clip's, or a tag of released
     weights (`list_pretrained`). precision: fp32, or bf16 / fp16 to hold the weights in that type (decays stay float32);

@@ -123,6 +123,7 @@ SLOW = (
     "parity/test_wkv6.py::test_shapes_agree_over_all_small_sizes",
     "parity/test_wkv6.py::test_tree_is_linear_on_long_sequences",
     "parity/test_wkv6.py::test_tree_keeps_its_precision_on_long_sequences",
+    "unit/test_adapters.py::test_every_mode_of_a_step",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits[1:]",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits_in_other_modes",
     "unit/test_backend.py::test_both_exporters_of_onnx_take_a_tower",

@@ -207,7 +207,7 @@ def test_whoever_reads_it_sees_a_merged_model(trained, tmp_path):
     assert any(not torch.equal(value, plain[key]) for key, value in state.items() if key.endswith("att.key.weight"))
     again = create_model(loaded.model.spec, folder).state_dict()
     exported = create_model(save_pretrained(folder, tmp_path / "export")).state_dict()
-    for other in (again, exported):
+    for other in (again, exported, create_model(folder).state_dict(), create_model(str(folder)).state_dict()):
         assert other.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in other.items())
     assert loaded.digest != load_for_inference(base).digest
     older = list_checkpoints(folder)[0]
@@ -262,3 +262,19 @@ def test_a_damaged_entry_is_an_error_of_ours(trained, tmp_path, damage):
     (tmp_path / "state.json").write_text(json.dumps(about))
     with pytest.raises(CheckpointError, match="adapters needs base, sha256 and scale; it is damaged"):
         adapters_of(tmp_path)
+
+
+def test_every_mode_of_a_step(trained):
+    """Accumulation and recomputation take the steps of the plain mode; a compiled model the same to rounding."""
+    data, _, folder = trained
+    expected = read(folder)
+    for name, way in {
+        "accumulated": {"accum_freq": 2, "batch_size": 2},
+        "recomputed": {"grad_checkpointing": True},
+        "compiled": {"torchcompile": True},
+    }.items():
+        found = read(run(parse(Settings, data | {"max_steps": 4, "name": name} | way)))
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, at=(name, key): f"{at} {text}"
+            )
