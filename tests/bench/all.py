@@ -30,7 +30,8 @@ SHARED = {
     "noise",
     "chinese",
     "third_text",
-}  # the last three: trainings on real data (shell/)
+    "finetune",
+}  # the last four: trainings on real data (shell/)
 CLOSING = 10  # seconds kept for the summary
 
 

@@ -157,6 +157,7 @@ SLOW = (
     "unit/test_errors.py::test_output_that_is_gone_ends_nothing[1:]",
     "unit/test_eval_storage.py::test_captions_that_are_cut_are_in_the_result",
     "unit/test_figures.py::test_every_figure_is_drawn_on_opaque_white",
+    "unit/test_finetune.py::test_every_way_runs_once_and_is_kept",
     "unit/test_image.py::test_avif",
     "unit/test_image.py::test_thin_pictures_need_no_memory",
     "unit/test_linear_probe.py::test_ranks_make_the_same_cache_and_the_same_hits",
