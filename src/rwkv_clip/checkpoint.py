@@ -55,7 +55,7 @@ _STEP = re.compile(r"step-(\d{8})(\.old)?")
 _LEFT_OVER = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")
 _FIELDS: dict[str, type] = {  # of state.json: what its readers take for granted
     **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
-    **dict.fromkeys(("spec", "settings", "scaler", "records"), dict),
+    **dict.fromkeys(("spec", "settings", "scaler", "records", "adapters"), dict),
     "model": str,
 }
 _proven: dict[Path, list] = {}  # what this process wrote and verified: need not be hashed again at each save
@@ -248,6 +248,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     folder = inner if inner.is_dir() else folder
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (path.name[:13], not path.suffix))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a checkpoint folder, or a run folder that holds one; not verified."""
+    return os.path.isdir(path) and (os.path.isfile(path / "MANIFEST.json") or bool(list_checkpoints(path)))
 
 
 def verify_checkpoint(path: Path) -> None:

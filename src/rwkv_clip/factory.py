@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .checkpoint import SUFFIX, find_checkpoint, read_description, read_weights
+from .base_weights import digest_of
+from .checkpoint import SUFFIX, find_checkpoint, is_run, read_description, read_weights
 from .config import CONFIGS, ConfigError, list_presets, load_json
 from .data.image import to_rgb
-from .files import hash_file, parse_json
+from .files import parse_json
 from .models import chinese_clip, hugging_face
 from .models.patch_dropout import drop_patches
 from .models.released import convert_config, is_released_config, strip_prefixes
@@ -119,10 +121,13 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
 
 
 def holds_weights(model: Model) -> bool:
-    """Whether what names a model also holds its weights: a place on the hub, or a folder with a configuration."""
+    """Whether what names a model also holds its weights: a place on the hub, a folder with a configuration, or the path
+    (with a slash, as names have none) of a run or checkpoint folder."""
     if not isinstance(model, (str, Path)):
         return False
-    return str(model).startswith((HUB, LOCAL)) or layout_of(Path(model)) is not None
+    if str(model).startswith((HUB, LOCAL)) or layout_of(Path(model)) is not None:
+        return True
+    return (isinstance(model, Path) or os.sep in model) and is_run(Path(model))
 
 
 def parse_spec(data: dict[str, Any]) -> ModelSpec:
@@ -132,6 +137,12 @@ def parse_spec(data: dict[str, Any]) -> ModelSpec:
     if "open_clip" in data or ("embed_dim" in data and not {"image", "text"} & data.keys()):
         return load_family("open_clip").OpenClipConfig.parse(data)
     return convert_config(data) if is_released_config(data) else ModelConfig.parse(data)
+
+
+def change_spec(spec: ModelSpec, overrides: Mapping[str, Any]) -> ModelSpec:
+    """The specification with the changes that these arguments of `create_model` ask for. ConfigError for what the model
+    does not have."""
+    return parse_spec(override(spec.to_json(), overrides)) if changes(overrides) else spec
 
 
 @accept_model_name
@@ -147,7 +158,7 @@ def create_model(
     **overrides: Unpack[Overrides],
 ) -> ContrastiveModel:
     """Build a model; `model` is a preset name, the path of a JSON, a dict (ours, released or open_clip's keys), or what
-    holds weights, too: `hf-hub:org/name[@revision]`, `local-dir:path`, a folder with a configuration.
+    holds weights, too: `hf-hub:org/name[@revision]`, `local-dir:path`, a folder with a configuration, a run folder.
 
     pretrained: weights as for `load_checkpoint`, an open_clip tag when the model is open_clip's, or a tag of released
     weights (`list_pretrained`). precision: fp32, or bf16 / fp16 to hold the weights in that type (decays stay float32);
@@ -163,7 +174,7 @@ def create_model(
     if drop_path is not None:
         spec = spec.with_drop_path(drop_path)
     spec, tag = spec.find_tag(str(weights)) if weights else (spec, None)
-    changed = parse_spec(override(spec.to_json(), overrides)) if changes(overrides) else spec
+    changed = change_spec(spec, overrides)
     if weights and not tag and holds_weights(model):
         check_room(spec, find_checkpoint(find_weights(weights)))
     net = spec.build(tag) if tag else changed.build()
@@ -344,8 +355,7 @@ def load_for_inference(
     if holds_weights(checkpoint):
         check_room(spec, path)
     net = _load_model(spec, path, precision, device)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, hash_file(weights), precision)
+    return Loaded(net, preprocess_of(net), net.spec.tokenizer(), name, digest_of(path), precision)
 
 
 DESCRIPTION = "rwkv_clip"  # the text beside the tensors of a file that describes its model: JSON of name and spec

@@ -120,7 +120,7 @@ def override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
         if (value := overrides.get(name)) is not None:
             table = towers[side]
             theirs = whole or table.get("kind") == "open_clip"
-            towers[side] = {**table, keys[-1 if theirs else 0]: value if theirs else _as_setting(value)}
+            towers[side] = {**table, keys[-1 if theirs else 0]: _as_setting(value, theirs)}
     if (bias := overrides.get("init_logit_bias")) is not None:
         towers["init_logit_bias"] = float(bias)
     if overrides.get("force_quick_gelu"):
@@ -131,9 +131,11 @@ def override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return data
 
 
-def _as_setting(value: Any) -> Any:
-    """A number as it is; a size as a list."""
-    return list(value) if isinstance(value, (list, tuple)) else value
+def _as_setting(value: Any, theirs: bool) -> Any:
+    """A number as it is; a size as a list, in a table of open_clip's only where it is no square."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0] if theirs and len(set(value)) == 1 else list(value)
 
 
 def _changes_structure(overrides: Mapping[str, Any]) -> bool:

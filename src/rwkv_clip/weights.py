@@ -4,7 +4,7 @@ number of them."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import read_weights
+from .base_weights import read_whole
 from .config import ConfigError
 from .models import chinese_clip, hugging_face
 from .models.positions import fit_tables
 from .models.released import OPENAI_ENTRIES, strip_prefixes
-from .models.specification import ContrastiveModel, ModelSpec
+from .models.specification import ContrastiveModel, ModelSpec, load_family
+from .models.tower_states import PROJECTIONS, cut_tower, describe_tower, find_prefix, find_tower, lacks_projection
 from .pretrained import find_weights
 
 M = TypeVar("M", bound=nn.Module)
+OPEN_CLIP = "open_clip:"  # before the names of its models and tags
 BITS = 8  # parameters for each byte of a file, at most
 BIAS = "logit_bias"
 SMALL = 1 << 28  # parameters of models that are built in any case: the file's own mistake is told
@@ -86,49 +88,89 @@ def _estimate(data: dict[str, Any]) -> int:
 
 
 def load_towers(model: ContrastiveModel, image: str | Path | None, text: str | Path | None) -> None:
-    """Load the image tower of a CLIP (OpenAI's keys, `visual.*`; its temperature, too) and the encoder of a BERT, each
-    from a file of its own; what else these hold is left out. Strictly, but for the projection of the text tower, which
-    a BERT does not have. ConfigError for a model without such a tower, ValueError as `load_checkpoint`.
+    """Load one tower alone, or each from weights of its own; the other tower stays as it is.
 
-    NOTE(parity): the released code rounds all weights to float16 on the way, these and new ones; here nothing is.
+    From a checkpoint of ours, any that `load_checkpoint` reads, `open_clip:NAME:TAG`, a tower's own state dict, a BERT
+    (text) or an ImageNet classifier of timm's (image). Strictly, but for a projection, which starts anew where the
+    weights have none. With the image tower of a model comes its temperature. ConfigError for a model without such a
+    tower, ValueError, which says what the weights hold, where they do not fit.
+
+    NOTE(parity): Chinese-CLIP's code rounds all weights to float16 on the way, these and new ones; here nothing is.
     """
     own = model.state_dict()
-    if image is not None:
-        state = chinese_clip.image_tower_of(strip_prefixes(_read_state(image)), "image_model.")
-        wanted = {key for key in own if key.startswith("image_model.")}
-        if not wanted:
-            raise ConfigError(["pretrained_image: the model has no image_model; give whole weights (pretrained)"])
-        model.load_state_dict(_fit(model, state, image, wanted), strict=False)
-    if text is not None:
-        if "text_model.embeddings.word_embeddings.weight" not in own:
-            raise ConfigError(["pretrained_text: the model's text tower is no BERT; give whole weights (pretrained)"])
-        state = chinese_clip.text_tower_of(strip_prefixes(_read_state(text)), "text_model.")
-        wanted = {key for key in own if key.startswith("text_model.") and key != "text_model.proj"}
-        model.load_state_dict(_fit(model, state, text, wanted), strict=False)
+    for side, place in (("image", image), ("text", text)):
+        if place is None:
+            continue
+        prefix = find_prefix(own, side)
+        if prefix is None:
+            raise ConfigError([f"pretrained_{side}: the model has no {side} tower; give whole weights (pretrained)"])
+        target = cut_tower(own, side, prefix)
+        state = _read_model(place)
+        tower = find_tower(state, side, target)
+        anew = {key for key in target if lacks_projection(tower, side) and PROJECTIONS[side].fullmatch(key)}
+        found = {f"{prefix}{key}": value for key, value in tower.items()}
+        if side == "image" and find_prefix(state, "image") and "logit_scale" in state:
+            _warn_of_gelu(model, state, place)
+            found["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)
+        held = f"it holds {describe_tower(tower)}; the model's {side} tower is {describe_tower(target)}"
+        fitting = _fit(model, found, place, [f"{prefix}{key}" for key in target if key not in anew], held)
+        model.load_state_dict(fitting, strict=False)
+        if anew:
+            log.info("%s: has no projection of the %s tower; it starts anew", place, side)
+
+
+def _read_model(place: str | Path) -> dict[str, Tensor]:
+    """The weights of a place, by open_clip's or our keys where they are a model's."""
+    name, _, tag = str(place).removeprefix(OPEN_CLIP).partition(":")
+    if not str(place).startswith(OPEN_CLIP):
+        state = strip_prefixes(_read_state(place))
+        alone = chinese_clip.is_released_state(state) and find_prefix(state, "image") is None  # a BERT's own file
+        return state if alone else to_own_keys(state, ())
+    if not tag:
+        raise ConfigError([f"pretrained: {place} names no weights; open_clip:NAME:TAG does"])
+    spec, found = load_family("open_clip").OpenClipConfig.parse({"open_clip": name}).find_tag(tag)
+    return spec.build(found).state_dict()
 
 
 def _read_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file, a folder of ours, or one of transformers."""
-    return read_weights(find_weights(path))
+    return read_whole(find_weights(path), lambda state, keys: to_own_keys(strip_prefixes(state), keys))
+
+
+def to_own_keys(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Keys of the layouts of transformers and of Chinese-CLIP's released files -> those of a model, some of which are
+    `own`; any others as they are."""
+    if hugging_face.is_state(state):
+        return hugging_face.from_state(state)
+    if chinese_clip.is_released_state(state) and not chinese_clip.is_released_state(own):
+        return chinese_clip.from_released(state)
+    return state
 
 
 def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
-    state, own = strip_prefixes(_read_state(path)), model.state_dict()
-    if hugging_face.is_state(state):
-        state = hugging_face.from_state(state)
-    elif chinese_clip.is_released_state(state) and not chinese_clip.is_released_state(own):
-        state = chinese_clip.from_released(state)
-    marks = [state.pop(key) for key in OPENAI_ENTRIES if key in state and key not in own]
-    if marks and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
-        log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (NAME-quickgelu)", path)
+    own = model.state_dict()
+    state = to_own_keys(strip_prefixes(_read_state(path)), own)
+    _warn_of_gelu(model, state, path)
+    for key in OPENAI_ENTRIES:
+        if key not in own:
+            state.pop(key, None)
     return _fit(model, state, path, own.keys())
 
 
-def _fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, wanted: Collection[str]) -> dict[str, Tensor]:
+def _warn_of_gelu(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    marked = any(key in state and key not in own for key in OPENAI_ENTRIES)
+    if marked and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
+        log.warning("%s: looks like OpenAI's, trained with QuickGELU; this model has exact GELU (NAME-quickgelu)", path)
+
+
+def _fit(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, wanted: Collection[str], held: str = ""
+) -> dict[str, Tensor]:
     """The state with its tables of positions resized. ValueError unless it has all of `wanted`, keys of the model,
-    with their shapes, and no key that the model does not have. A bias of the scores that the weights were trained
-    without begins as the model says.
+    with their shapes, and no key that the model does not have. held: what the error adds. A bias of the scores that the
+    weights were trained without begins as the model says.
 
     NOTE(parity): open_clip begins it with 0, by which every other text of a batch is judged a match at first."""
     own = model.state_dict()
@@ -145,7 +187,7 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, wanted: C
     ]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  .. and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys)\n  {shown}")
+        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys){held and f'; {held}'}\n  {shown}")
     return state
 
 

@@ -15,11 +15,12 @@ import rwkv_clip
 from rwkv_clip.checkpoint import AVERAGE, CheckpointError, read_tensors
 from rwkv_clip.config import ConfigError, flat_names, to_dict
 from rwkv_clip.factory import read_fitting_weights, resolve_spec
+from rwkv_clip.models.adapters import kept_state, name_kept
 from rwkv_clip.models.freezing import FreezeSettings
 
 from .checks import describe_records, flatten_table
 from .optimizer_state import pack_numbers, pack_state, unpack_state
-from .parallel import load_whole, whole_tensors
+from .parallel import copy_whole, load_whole, whole_tensors
 from .saver import Saver
 from .settings import Settings, update_names
 from .state import TrainState
@@ -103,8 +104,10 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
     }
     if numbers := pack_numbers(state.optimizer, state.shards.own):
         facts["optimizer"] = numbers
-    keep = state.world.is_main
-    return whole_tensors(state.model.state_dict(), keep), whole_tensors(optim, keep), facts
+    if state.base is not None:
+        facts["adapters"] = state.base.describe(state.settings.adapters.scale)
+    keep, weights = state.world.is_main, {name_kept(key): value for key, value in kept_state(state.model).items()}
+    return whole_tensors(weights, keep), whole_tensors(optim, keep), facts
 
 
 def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> None:
@@ -151,7 +154,7 @@ def _load_tensors(state: TrainState, path: Path, changed: set[str], numbers: dic
     changed: names of settings."""
     same_objective = "objective" not in changed
     may_begin = not same_objective or bool(changed & set(flat_names(FreezeSettings)))
-    load_whole(state.model, read_fitting_weights(state.model, path))
+    _load_weights(state, path)
     optim = read_tensors(path / "optim.safetensors")
     objective = {key.removeprefix(OBJECTIVE): optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
     own = state.shards.own
@@ -171,6 +174,16 @@ def _load_tensors(state: TrainState, path: Path, changed: set[str], numbers: dic
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 
 
+def _load_weights(state: TrainState, path: Path) -> None:
+    if state.base is None:
+        return load_whole(state.model, read_fitting_weights(state.model, path))
+    kept = {name_kept(key): value for key, value in kept_state(state.model).items()}
+    try:
+        copy_whole(kept, read_tensors(path / "model.safetensors"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its adapters do not fit ({error})") from None
+
+
 def compare_runs(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, then, now) of everything that differs and matters. A setting newer than the checkpoint counts as having
     had its default."""
@@ -179,6 +192,7 @@ def compare_runs(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, An
     free = FREE_ON_RESUME if state.settings.parallel.deterministic else FREE_ON_RESUME | {"max_ranks"}
     changes = [(key, then[key], now[key]) for key in now if key not in free and then[key] != now[key]]
     changes += _compare_models(state, facts, [key for key, *_ in changes])
+    changes += _compare_bases(state, facts)
     whole = [(key, facts[key], getattr(state, key)) for key in WHOLE]
     begun, sources = facts.get("sources", {}), state.objective.sources
     whole += [(key, begun.get(key), sources.get(key)) for key in dict.fromkeys((*begun, *sources))]
@@ -196,6 +210,14 @@ def _compare_models(state: TrainState, facts: dict[str, Any], changed: list[str]
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in own]
     then, now = ({name: flat.get(name) for name in names} for flat in (then, now))
     return [("model", then, now)] if names else []
+
+
+def _compare_bases(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The weights that adapters belong to, by content."""
+    then, now = facts.get("adapters"), state.base
+    if not then or now is None or then.get("sha256") == now.sha256:
+        return []
+    return [("pretrained", f"{then.get('base')} ({str(then.get('sha256'))[:12]})", f"{now.path} ({now.sha256[:12]})")]
 
 
 def _compare_records(state: TrainState, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -21,6 +21,7 @@ import torch
 import tyro
 from torch import nn
 
+from rwkv_clip.base_weights import Base, find_base
 from rwkv_clip.checkpoint import read_description
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
 from rwkv_clip.data.mixture import Mixture, describe_shares, identify, open_mixture
@@ -29,14 +30,16 @@ from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_process
 from rwkv_clip.errors import run_command
-from rwkv_clip.factory import create_model, holds_weights, preprocess_of, resolve_spec
+from rwkv_clip.factory import change_spec, create_model, holds_weights, preprocess_of, resolve_spec
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
 from rwkv_clip.losses import Objective, make_objective
+from rwkv_clip.models.adapters import add_adapters, check_peft
 from rwkv_clip.models.freezing import freeze_parameters
 from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
+from .batch_norm import synchronize_norms
 from .checkpointing import restore_snapshot
 from .checks import (
     check_batch,
@@ -140,20 +143,24 @@ class Work:
 
     settings: Settings
     name: str  # of the model
-    spec: ModelSpec
+    source: ModelSpec  # as it is named
+    spec: ModelSpec  # as it is trained, of another size perhaps
     records: Records
     objective: Objective
     world: World
+    base: Base | None = None  # of adapters
 
 
 def prepare(settings: Settings) -> Work:
     """Read what the settings name, join the other ranks, and compare all ranks. ConfigError, RecordError."""
-    name, spec = resolve_spec(settings.model.model)
+    name, source = resolve_spec(settings.model.model)
+    spec = change_spec(source, settings.model.overrides)
     path, factors, texts = settings.data.train_data, settings.data.train_data_upsampling_factors, settings.data.texts
     assert path is not None, "read_command_line asks for it"
     reading = settings.data.reading()
-    records = open_mixture(path, factors, texts, lambda source: open_records(source, spec.tokenizer(), reading))
+    records = open_mixture(path, factors, texts, lambda place: open_records(place, spec.tokenizer(), reading))
     check_records(records, spec, path, texts)
+    base = None if settings.adapters.lora_rank is None else _find_base(settings)
     torch.manual_seed(settings.run.seed)  # the same initial parameters on every rank
     objective = make_objective(settings.loss)
     check_objective(settings.loss.objective, objective)
@@ -164,7 +171,16 @@ def prepare(settings: Settings) -> Work:
     objective = add_teacher(objective, settings, spec, records, world.device)
     check_sources(objective, world)
     warn_of_rate(settings, world)
-    return Work(settings, name, spec, records, objective, world)
+    return Work(settings, name, source, spec, records, objective, world, base)
+
+
+def _find_base(settings: Settings) -> Base:
+    """The weights that adapters belong to. ConfigError without any, ImportError without peft."""
+    check_peft()
+    model, place = settings.model.model, settings.model.pretrained
+    if place is None and not holds_weights(model):
+        raise ConfigError(["lora_rank: adapters need weights to belong to; name them with --pretrained"])
+    return find_base(place or model)
 
 
 def run(settings: Settings) -> Path:
@@ -195,6 +211,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         check_weights((model, work.objective), world)
     validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
     state = TrainState(model, work.objective, settings, world, work.records.epoch_samples)
+    state.base = work.base
     state.progress.records = identify(work.records)
     trainer = Trainer(state)
     if checkpoint is not None:
@@ -222,15 +239,21 @@ def _make_model(work: Work) -> ContrastiveModel:
     settings, world, begins = work.settings, work.world, work.objective.begins
     torch.manual_seed(settings.run.seed)
     device = "cpu" if is_sharded(settings.parallel, world) else world.device  # sharding moves it
-    weights = {key: value for key, value in to_dict(settings.model).items() if key != "model"}
+    weights = {**to_dict(settings.model), **settings.model.overrides}
+    del weights["model"]
     if holds_weights(settings.model.model) and weights["pretrained"] is None:
         weights["pretrained"] = settings.model.model
     own = getattr(work.spec, "description", None) or work.spec.to_json()
     bias = None if own.get("init_logit_bias") is not None else begins.get("logit_bias")
-    model = create_model(work.spec, device=device, **weights, init_logit_bias=bias)
+    model = create_model(work.source, device=device, **weights, init_logit_bias=bias)
     if "logit_scale" in begins and weights["pretrained"] is None and own.get("init_logit_scale") is None:
         nn.init.constant_(model.logit_scale, begins["logit_scale"])
     freeze_parameters(model, settings.freezing)
+    if settings.parallel.use_bn_sync:
+        synchronize_norms(model)
+    if work.base is not None:
+        torch.manual_seed(settings.run.seed)
+        add_adapters(model, settings.adapters)
     return model
 
 
@@ -259,10 +282,14 @@ def _open_log(work: Work, folder: Path, state: TrainState, resumed: bool) -> Run
     # In ASCII, which holds any name of a path.
     write_whole(folder / "settings.json", [json.dumps(to_dict(work.settings), indent=1).encode() + b"\n"])
     log = RunLog(folder, work.settings, state.progress.step, state.total_steps)
-    parameters = sum(p.numel() for p in state.model.parameters())
+    parameters, trained = (
+        sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad or frozen)
+        for frozen in (True, False)
+    )
+    share = "" if trained == parameters else f", {trained:,} of which train,"
     begin = f"resumed at step {state.progress.step}" if resumed else "new run"
     log.say(
-        f"{work.name}: {parameters:,} parameters on {work.world.size} x {work.world.device.type}; "
+        f"{work.name}: {parameters:,} parameters{share} on {work.world.size} x {work.world.device.type}; "
         f"{len(work.records):,} records, {state.total_steps:,} steps of {state.global_batch}; {begin} in {folder}"
     )
     if isinstance(work.records, Mixture):

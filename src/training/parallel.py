@@ -197,10 +197,15 @@ class Shards:
         return {key: _as_shard(value, whole.get(key.rpartition("/")[0], value)) for key, value in optim.items()}
 
 
-@torch.no_grad()
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy whole tensors, one for each key of the module's state dict, into the module. ValueError unless all fit."""
-    own = module.state_dict()
+    copy_whole(module.state_dict(), tensors)
+
+
+@torch.no_grad()
+def copy_whole(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of the same names, of which this rank may hold shards. ValueError unless all
+    fit."""
     problems = [f"{key}: unexpected" for key in tensors if key not in own]
     problems += [f"{key}: missing" for key in own if key not in tensors]
     problems += [

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from rwkv_clip.base_weights import Base
 from rwkv_clip.dist import World
 from rwkv_clip.losses import Objective
 from rwkv_clip.models.specification import ContrastiveModel
@@ -54,6 +55,7 @@ class TrainState:
         self.scaler = scaler(world.device.type, enabled=fp16, growth_interval=200)  # as released; torch's is 2000
         self.watch = FiniteGuard(world, settings.faults.max_nonfinite if settings.faults.on_nonfinite == "skip" else 0)
         self.progress = Progress()
+        self.base: Base | None = None  # the weights that adapters belong to
 
     @property
     def global_batch(self) -> int:

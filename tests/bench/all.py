@@ -25,7 +25,7 @@ from summary import write_summary
 
 FOLDER = Path(__file__).resolve().parent
 SHARED = {"all", "harness", "summary"}
-TRAININGS = {"noise", "chinese", "third_text", "open_clip_run"}  # on real data, by recipes in shell/
+TRAININGS = {"noise", "chinese", "third_text", "finetune", "open_clip_run"}  # on real data, by recipes in shell/
 USUAL = ("wkv6", "encode", "train_step", "block", "loss", "loader", "resolution")  # the most important first
 CLOSING = 10  # seconds kept for the summary
 

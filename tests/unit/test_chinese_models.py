@@ -339,5 +339,5 @@ def test_warm_start_is_strict(tmp_path):
     torch.save({"bert.pooler.dense.bias": torch.zeros(3)}, tmp_path / "bert.pt")
     with pytest.raises(ValueError, match=r"(?s)missing: text_model.embeddings.word"):
         create_model(CHINESE, pretrained_text=tmp_path / "bert.pt")
-    with pytest.raises(ConfigError, match="pretrained_text: the model's text tower is no BERT"):
+    with pytest.raises(ValueError, match="it holds no such tower; the model's text tower is an RWKV text tower"):
         create_model(CHINESE | {"text": RWKV_TEXT}, pretrained_text=tmp_path / "bert.pt")

@@ -26,7 +26,7 @@ ROOMS = [
     {"ops", "data", "losses"},
     {"transform"},
     {"models"},
-    {"factory", "features", "demo", "overrides", "weights"},
+    {"factory", "features", "demo", "overrides", "weights", "base_weights"},
     {"retrieval", "convert", "hub", "model_card", "exporting"},
     {"export"},
     {"__init__"},
@@ -134,6 +134,7 @@ OPTIONAL = {
     "uvicorn": {"server.py"},
     "qdrant_client": {"qdrant.py"},
     "lancedb": {"lancedb.py"},
+    "peft": {"adapters.py"},
     "usearch": {"approximate.py"},
 }
 

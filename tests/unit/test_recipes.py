@@ -498,6 +498,7 @@ MISTAKES = [
     ("train_Flickr8k_small.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
     ("compare_ALIP_Flickr8k.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
     ("compare_third_text_Flickr8k.sh", {}, "FLICKR8K is not set"),
+    ("finetune_Flickr8k.sh", {"FLICKR8K": "none"}, "FLICKR8K=none"),
     ("describe.sh", {"BASE_URL": "http://h/v1"}, "MODEL is not set"),
     ("describe.sh", {"DATA": "x.rec", "IMAGES": "none"}, "IMAGES=none"),
     ("search.sh", {"IMAGES": "none"}, "IMAGES=none"),

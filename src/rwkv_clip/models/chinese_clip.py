@@ -158,13 +158,6 @@ def to_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name(key): value for key, value in state.items()}
 
 
-def image_tower_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Of the weights of OpenAI's CLIP, or of any model with its keys: the image tower, under `prefix`, and the
-    temperature; nothing else."""
-    tower = {prefix + key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    return tower | {key: state[key] for key in ("logit_scale",) if key in state and tower}
-
-
 def text_tower_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Of the weights of a BERT, with or without `bert.` before its keys: embeddings and layers, under `prefix`.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rwkv_clip.config import flat, flat_names, load_preset, parse
 from rwkv_clip.losses import LossSettings
+from rwkv_clip.models.adapters import AdapterSettings
 from rwkv_clip.models.freezing import FreezeSettings
 
 from .data import DataSettings
@@ -44,6 +45,7 @@ class Settings:
     run: RunSettings = flat(RunSettings)
     model: ModelSettings = flat(ModelSettings)
     freezing: FreezeSettings = flat(FreezeSettings)
+    adapters: AdapterSettings = flat(AdapterSettings)
     data: DataSettings = flat(DataSettings)
     loss: LossSettings = flat(LossSettings)
     parallel: ParallelSettings = flat(ParallelSettings)
@@ -53,6 +55,9 @@ class Settings:
 
     def problems(self) -> list[str]:
         found = []
+        towers = ("pretrained_image", "pretrained_text")
+        if self.adapters.lora_rank is not None and any(getattr(self.model, name) for name in towers):
+            found.append("lora_rank: adapters belong to one file of whole weights; name it with --pretrained alone")
         names = [*flat_names(Settings), "global_batch", "total_steps"]
         for name in self.run.allow_change:
             if name not in names:

@@ -35,22 +35,40 @@ class ModelSettings:
     """What is trained, and from which weights."""
 
     model: str = "RWKV-CLIP-B-32"
-    """Preset name, path of a model JSON, or an open_clip model name."""
+    """Preset name, path of a model JSON, an open_clip model name, or what holds weights to start from, too: hf-hub:
+    org/name, a folder with a configuration, the path of a run folder."""
     pretrained: str | None = None
     """Weights to start from: checkpoint folder, .safetensors or released .pt; an open_clip tag for its models."""
     pretrained_image: str | None = None
-    """Weights of the image tower alone: a CLIP's with OpenAI's keys, of which visual.* and logit_scale are taken."""
+    """Weights of the image tower alone, the text tower starts anew (LiT): of a run or checkpoint, any file that
+    --pretrained takes, open_clip:NAME:TAG, or an ImageNet classifier of timm's for a tower of timm's."""
     pretrained_text: str | None = None
-    """Weights of a BERT text tower alone: a BERT's, without its pooler and heads; the projection starts anew."""
+    """Weights of the text tower alone, in the same ways, or a BERT's without its pooler and heads, whose projection
+    starts anew."""
+    force_image_size: tuple[int, ...] | None = field(default=None, metadata={"limits": {"minimum": 1}})
+    """Train at another picture size than the model's: N, or height and width; positions of the weights are resized."""
+    force_context_length: int | None = field(default=None, metadata={"limits": {"minimum": 2}})
+    """Train at another number of tokens per text than the model's; positions of the weights are resized."""
     drop_path: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
     """Stochastic depth of the image tower; default: the model preset's."""
     force_patch_dropout: float = ranged(0.0, minimum=0, below=1)
     """Fraction of the patches that a ViT leaves out in training, others for each image and step (FLIP: arXiv
     2212.00794)."""
 
+    @property
+    def overrides(self) -> dict[str, int | tuple[int, ...] | None]:
+        """What `create_model` changes in the description of the model."""
+        size = self.force_image_size
+        size = size if size is None or len(size) > 1 else size[0]  # type: ignore[assignment]
+        return {"force_image_size": size, "force_context_length": self.force_context_length}
+
     def problems(self) -> list[str]:
         names = ("pretrained", "pretrained_image", "pretrained_text")
-        return [problem for name in names for problem in not_utf8(name, getattr(self, name))]
+        found = [problem for name in names for problem in not_utf8(name, getattr(self, name))]
+        if self.force_image_size is not None and not 1 <= len(self.force_image_size) <= 2:
+            size = " ".join(map(str, self.force_image_size)) or "nothing"
+            found.append(f"force_image_size: {size} is neither one number nor height and width; give one or two")
+        return found
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class ParallelSettings:
     """Recompute each block's activations in the backward pass."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """What each rank holds of the model: all of it (ddp), a shard (fsdp), or a shard within its node (hsdp)."""
+    use_bn_sync: bool = False
+    """Batch norms, as ResNets have, normalise with the statistics of all ranks' rows."""
     deterministic: bool = False
     """The same bits on 1, 2, 4, .. --max-ranks ranks: micro-batches of a fixed size, summed in a fixed order."""
     max_ranks: int = ranged(8, minimum=1)
@@ -41,6 +43,13 @@ class ParallelSettings:
         found = []
         if self.max_ranks & (self.max_ranks - 1):
             found.append(f"max_ranks: {self.max_ranks} is not a power of two (1, 2, 4, 8, ..)")
+        if self.use_bn_sync:
+            apart = {
+                "deterministic": (self.deterministic, "statistics depend on the number of ranks"),
+                "accum_freq": (self.accum_freq > 1, "micro-batches are normalised one by one"),
+                "torchcompile": (self.torchcompile, "a graph holds no exchange between ranks"),
+            }
+            found += [f"use_bn_sync: not with {name}: {why}; leave one out" for name, (on, why) in apart.items() if on]
         if self.deterministic and self.parallel != "ddp":
             found.append(f"deterministic: needs parallel ddp, not {self.parallel}")
         if self.device is not None and self.device.partition(":")[0] not in ("cpu", "cuda", "mps"):
