@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
+T = TypeVar("T")
 CPU = torch.device("cpu")
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
 _ERROR_BYTES = 1000  # of an error that are sent to the other ranks
@@ -246,6 +247,17 @@ def raise_together(problem: Exception | None, at: int, device: torch.device) -> 
         if problem and (where == at * world + rank or not isinstance(problem, (ValueError, OSError))):
             raise problem
         raise ValueError(bytes(first[first >= 0].tolist()).decode(errors="replace")) from problem
+
+
+def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
+    """make() on every rank, or its error on all of them: a rank may have its own disk."""
+    problem = None
+    try:
+        made = make()
+    except Exception as error:  # whatever it is: no rank continues alone
+        problem = error
+    raise_together(problem, 0, device)
+    return made
 
 
 def _own_starts(count: int, size: int) -> range:

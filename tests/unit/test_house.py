@@ -24,10 +24,10 @@ ROOMS = [
     {"dist", "tokenizer", "metrics", "nearest", "serialization", "feature_lines", "feature_files", "checkpoint"}
     | {"pretrained"},
     {"ops", "data", "losses"},
-    {"transform"},
+    {"transform", "datasets"},
     {"models"},
     {"factory", "features", "demo", "overrides", "weights"},
-    {"retrieval", "convert", "hub", "model_card", "exporting"},
+    {"retrieval", "classification", "convert", "hub", "model_card", "exporting"},
     {"export"},
     {"__init__"},
 ]

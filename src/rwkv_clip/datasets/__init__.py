@@ -1,19 +1,13 @@
 """Sets for zero-shot classification and linear probes: any folder of class folders, and eleven benchmarks.
 
-Nothing is downloaded here. A benchmark that is absent raises MissingData, which says what to fetch and where to put it;
-the run reports it as skipped and continues. Pictures come in an order that does not depend on the file system, so that
-all ranks and all machines agree on it.
+Nothing is downloaded here. A benchmark that is absent raises MissingData, which says what to fetch and where to put it.
+Pictures come in an order that does not depend on the file system, so that all ranks and all machines agree on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ..encoder import on_all_ranks
 from .benchmarks import BENCHMARKS, TEST
 from .class_folders import load_benchmark_folder, load_image_folder
 from .elevater import ELEVATER, load_elevater
@@ -23,19 +17,8 @@ from .names import rename_classes
 from .sun397 import load_sun397
 from .torchvision_sets import load_torchvision
 
-__all__ = [
-    "ELEVATER",
-    "IMAGEFOLDER",
-    "Asked",
-    "ClassificationSet",
-    "MissingData",
-    "load_classification",
-    "load_each",
-    "on_each",
-]
+__all__ = ["ELEVATER", "IMAGEFOLDER", "ClassificationSet", "MissingData", "load_classification"]
 IMAGEFOLDER = "imagefolder"
-# The name of a requested set, and what was made of it, or its result, a dict: why it is not evaluated.
-Asked = tuple[str, Any]
 
 
 def load_classification(
@@ -71,33 +54,3 @@ def load_classification(
     if dataset == "imagenet":
         return rename_classes(*load_imagenet_records(folder, split, language), names)
     return rename_classes(*load_torchvision(benchmark, folder, split), names)
-
-
-def load_each(
-    datasets: Sequence[str], make: Callable[[str], object], device: torch.device, hint: str = ""
-) -> list[Asked]:
-    """make(name) of every set ("all": of all benchmarks), before any model is loaded; all ranks call it.
-
-    hint: appended to the reason of a missing set. ValueError with all reasons where nothing is left to evaluate.
-    """
-    names = BENCHMARKS if tuple(datasets) == ("all",) else datasets
-    asked = ((name, name) for name in names)
-    found = list(on_each(asked, lambda name: on_all_ranks(lambda: make(name), device), hint))
-    if all(isinstance(result, dict) for _, result in found):
-        reasons = [("" if name == IMAGEFOLDER else f"{name}: ") + result["reason"] for name, result in found]
-        raise ValueError("; ".join(reasons))
-    return found
-
-
-def on_each(sets: Iterable[Asked], step: Callable[[Any], Any], hint: str = "") -> Iterator[Asked]:
-    """step(what was made) for one set after the other; results pass through.
-
-    A set that is missing is a result `skipped` from there on, one that fails a result `failed`.
-    """
-    for name, made in sets:
-        try:
-            yield name, made if isinstance(made, dict) else step(made)
-        except MissingData as error:
-            yield name, {"dataset": name, "status": "skipped", "reason": f"{error}{hint}"}
-        except (ValueError, OSError) as error:
-            yield name, {"dataset": name, "status": "failed", "reason": str(error)}
