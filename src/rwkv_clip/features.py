@@ -52,6 +52,7 @@ class FeatureExtractor:
     model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: image
     -> float (3, h, w); tokenizer: texts -> int64 (n, context). Images are opened and preprocessed in `workers`
     threads (0: none) up to `batch_size` images ahead of the model; no bit depends on either. progress: show a bar.
+    before_block: called before each block; a ValueError of it ends the work on all ranks.
     """
 
     model: ContrastiveModel
@@ -62,6 +63,7 @@ class FeatureExtractor:
     autocast: torch.dtype | None = None  # None: off
     workers: int = DECODE_WORKERS
     progress: bool = False
+    before_block: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -146,6 +148,8 @@ class FeatureExtractor:
         def counted() -> Iterator[Tensor]:
             nonlocal taken
             for block in blocks:
+                if self.before_block:
+                    self.before_block()
                 taken += 1
                 yield block
 

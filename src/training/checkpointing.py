@@ -16,12 +16,13 @@ from rwkv_clip.config import ConfigError, flat_names, to_dict
 from rwkv_clip.factory import read_fitting_weights, resolve_spec
 from rwkv_clip.models.freezing import FreezeSettings
 
+from .best import recall_best
 from .checks import describe_records, flatten_table
 from .optim import pack_state, unpack_state
 from .parallel import load_whole, whole_tensors
 from .saver import Saver
 from .settings import Settings, update_names
-from .state import TrainState
+from .state import EVALUATION, VALIDATION, TrainState
 
 OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers among the optimizer's tensors
 
@@ -46,6 +47,8 @@ FREE_ON_RESUME = {
     *("batch_size", "accum_freq", "on_nonfinite", "max_nonfinite", "max_bad", "max_bad_fraction"),
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
     *("report_training_batch_acc", "val_batch_size", "val_frequency", "save_frequency"),
+    *("eval", "imagenet_val", "imagenet_v2", "zeroshot_frequency", "eval_every_n_steps", "keep_best"),
+    *("wandb_project_name", "wandb_notes", "wandb_tags"),
     "published",
 }
 WHOLE = ("global_batch", "total_steps")  # not settings, but derived from them
@@ -63,7 +66,10 @@ def save_run(state: TrainState, saver: Saver | None, name: str, last: bool = Fal
     state.watch.check_finite(own | pack_state(state.optimizer, own) | dict(buffers))
     weights, optim, facts = take_snapshot(state, name)
     if saver:
-        saver.save(state.progress.step, weights, optim, facts, last)
+        progress, best = state.progress, state.progress.best.get("step") == state.progress.step
+        saver.save(progress.step, weights, optim, facts, last, best)
+        if best:
+            recall_best(saver.folder, state.settings.evaluation.keep_best, progress)
 
 
 def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -82,7 +88,9 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
         "spec": state.model.spec.to_json(),
         "settings": to_dict(state.settings),
         "scaler": state.scaler.state_dict(),
-        "validated": state.progress.validated,
+        "validated": state.progress.evaluated.get(VALIDATION, 0),
+        "evaluated": state.progress.evaluated.get(EVALUATION, 0),
+        "best": state.progress.best,
         **state.watch.state_dict(),
         "arithmetic": describe_arithmetic(state),
         "changes": state.progress.changes,
@@ -119,7 +127,8 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
         raise CheckpointError(f"{path}: its scaler state does not fit ({error})") from None
     state.watch.load_state_dict(facts)
     progress.step, progress.samples_seen = facts["step"], facts["samples_seen"]
-    progress.validated = facts.get("validated", facts["step"])  # absent before version 0.3
+    progress.evaluated[VALIDATION] = facts.get("validated", facts["step"])  # absent before version 0.3
+    progress.evaluated[EVALUATION], progress.best = facts.get("evaluated", 0), facts.get("best", {})
     version = facts.get("version")
     if version != rwkv_clip.__version__:
         changes.append(("version", version, rwkv_clip.__version__))

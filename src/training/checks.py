@@ -26,11 +26,14 @@ from .settings import ParallelSettings, Settings
 # Settings that may differ between ranks: where files are and how they are read. Records, model and weights are compared
 # by content; what only the main rank uses does not matter to the others.
 OWN = {"train_data", "model", "logs", "device", "workers", "loader", "report_to"}
+OWN |= {"wandb_project_name", "wandb_notes", "wandb_tags"}
 PLACES = {
     "pretrained",
     "pretrained_image",
     "pretrained_text",
     "val_data",
+    "imagenet_val",
+    "imagenet_v2",
     "resume",
 }  # the location may differ, but must be given
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}

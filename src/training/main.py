@@ -35,10 +35,12 @@ from rwkv_clip.models.freezing import freeze_parameters
 from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
+from .best import recall_best
 from .checkpointing import restore_snapshot
 from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights, warn_of_rate
 from .data import make_loader
 from .data.batch import Loader, Plan
+from .evaluation import EvalSet, Evaluation, make_evaluator, open_sets
 from .faults.signals import Preempted, Preemption, ignore_signals
 from .faults.watchdog import COLLECTIVES, Watchdog, end_process, watch_peers
 from .log import RunLog
@@ -48,7 +50,7 @@ from .plot import plot_training
 from .run import open_run
 from .saver import Saver
 from .settings import Settings, load_settings, update_flags
-from .state import TrainState
+from .state import EVALUATION, VALIDATION, TrainState
 from .trainer import Trainer
 from .validation import measure_batches
 
@@ -92,7 +94,7 @@ def parse_flags(arguments: list[str], default: Settings, description: str) -> Se
 
 
 def make_validator(
-    settings: Settings, model: ContrastiveModel, world: World, preemption: Preemption
+    settings: Settings, model: ContrastiveModel, whole: WholeModel, preemption: Preemption
 ) -> Callable[[], dict[str, float]]:
     """Retrieval, loss and in-batch accuracies on --val-data by the main rank; reads the set now, so that a wrong path
     fails before training.
@@ -100,11 +102,10 @@ def make_validator(
     Call before the model is distributed; all ranks call the result. A signal ends it at the next image (Interrupted):
     the time left until the process is killed is for saving.
     """
-    data, parallel = settings.data, settings.parallel
+    data, parallel, world = settings.data, settings.parallel, whole.world
     if data.val_data is None:
         return dict
     pairs = load_retrieval(data.val_data, split=data.val_split) if world.is_main else None
-    whole = WholeModel(model, parallel, world)
     preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), model.spec.tokenizer()
 
     def validate() -> dict[str, float]:
@@ -122,6 +123,26 @@ def make_validator(
     return validate
 
 
+def make_evaluations(
+    work: Work, model: ContrastiveModel, preemption: Preemption, watchdog: Watchdog
+) -> list[Evaluation]:
+    """What is measured during the run: --val-data by the main rank, --eval by all. Call before the model is
+    distributed."""
+    settings, found = work.settings, []
+    if settings.data.val_data is None and not work.sets:
+        return []
+    whole = WholeModel(model, settings.parallel, work.world, everywhere=bool(work.sets))
+    if settings.data.val_data is not None:
+        validate = watchdog.busy("validation")(make_validator(settings, model, whole, preemption))
+        often = settings.log.val_every_n_steps, settings.log.val_frequency
+        found.append(Evaluation(VALIDATION, validate, *often, prefix="val_"))
+    if work.sets:
+        evaluate = watchdog.busy("evaluation")(make_evaluator(work.sets, settings, model, whole, preemption))
+        often = settings.evaluation.eval_every_n_steps, settings.evaluation.zeroshot_frequency
+        found.append(Evaluation(EVALUATION, evaluate, *often))
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run does on this rank, checked before anything is written or built."""
@@ -132,6 +153,7 @@ class Work:
     records: Records
     objective: Objective
     world: World
+    sets: list[EvalSet]  # of --eval
 
 
 def prepare(settings: Settings) -> Work:
@@ -149,7 +171,7 @@ def prepare(settings: Settings) -> Work:
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
     warn_of_rate(settings, world)
-    return Work(settings, name, spec, records, objective, world)
+    return Work(settings, name, spec, records, objective, world, open_sets(settings, spec, world))
 
 
 def run(settings: Settings) -> Path:
@@ -178,7 +200,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
     model = _make_model(work)
     if checkpoint is None:
         check_weights((model, work.objective), world)
-    validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
+    evaluations = make_evaluations(work, model, preemption, watchdog)
     state = TrainState(model, work.objective, settings, world, len(work.records))
     state.progress.records = {"count": len(work.records), "digest": work.records.digest}
     trainer = Trainer(state)
@@ -186,12 +208,13 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         facts = read_description(checkpoint)
         assert facts is not None, "open_run gives folders only"
         restore_snapshot(state, checkpoint, facts)
-    context = RunContext(folder, work.name, validate, preemption, watchdog)
+    context = RunContext(folder, work.name, evaluations, preemption, watchdog)
     with contextlib.ExitStack() as ended:
         if world.is_main:
             log = _open_log(work, folder, state, resumed=checkpoint is not None)
             context.log = ended.enter_context(contextlib.closing(log))
             context.saver = Saver(folder / "checkpoints", settings.log.keep_checkpoints)
+            recall_best(context.saver.folder, settings.evaluation.keep_best, state.progress)
         loader = ended.enter_context(contextlib.closing(_open_loader(work, state)))
         with context.saver or contextlib.nullcontext():
             train(trainer, loader, context)

@@ -123,6 +123,7 @@ OPTIONAL = {
     "ray": {"executors.py"},
     "vllm": {"vllm.py"},
     "wandb": {"log.py"},
+    "trackio": {"log.py"},
     "faiss": {"search.py", "approximate.py"},
     "lmdb": {"lmdb.py"},
     "pybase64": {"lmdb.py"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .benchmarks import BENCHMARKS, TEST
-from .class_folders import load_benchmark_folder, load_image_folder
+from .class_folders import load_benchmark_folder, load_image_folder, load_imagenet_v2
 from .elevater import ELEVATER, load_elevater
 from .imagenet import load_imagenet_records
 from .labelled import ClassificationSet, MissingData
@@ -17,8 +17,18 @@ from .names import rename_classes
 from .sun397 import load_sun397
 from .torchvision_sets import load_torchvision
 
-__all__ = ["ELEVATER", "IMAGEFOLDER", "ClassificationSet", "MissingData", "load_classification"]
-IMAGEFOLDER = "imagefolder"
+__all__ = [
+    "BENCHMARKS",
+    "ELEVATER",
+    "IMAGEFOLDER",
+    "IMAGENET_V2",
+    "SETS",
+    "ClassificationSet",
+    "MissingData",
+    "load_classification",
+]
+IMAGEFOLDER, IMAGENET_V2 = "imagefolder", "imagenetv2"
+SETS = (*BENCHMARKS, IMAGENET_V2, IMAGEFOLDER, ELEVATER)  # all names that `load_classification` knows
 
 
 def load_classification(
@@ -26,11 +36,10 @@ def load_classification(
 ) -> ClassificationSet:
     """A set by name, every label checked. ValueError for a user's mistake, MissingData where a benchmark is absent.
 
-    dataset: "imagefolder", "elevater" (see `elevater`) or a key of BENCHMARKS; data: its folder, for a benchmark also
-    one that holds NAME or NAME/test, or torchvision's root; names: JSON file with class names and templates, see
-    `read_names`;
-    default names.json in the folder of class folders, where that exists. split: test, train or (flowers, dtd, aircraft)
-    val. language: en, or zh for imagenet and elevater.
+    dataset: "imagefolder", "elevater" (see `elevater`), "imagenetv2" or a key of BENCHMARKS; data: its folder, for a
+    benchmark also one that holds NAME or NAME/test, or torchvision's root; names: JSON file with class names and
+    templates, see `read_names`; default names.json in the folder of class folders, where that exists. split: test,
+    train or (flowers, dtd, aircraft) val. language: en, or zh for imagenet and elevater.
     """
     folder = Path(data)
     if dataset == IMAGEFOLDER:
@@ -39,9 +48,10 @@ def load_classification(
         if names is not None:
             raise ValueError(f"names: {names} given, but {ELEVATER} has its own labels; leave names out")
         return load_elevater(folder, language, split)
+    if dataset == IMAGENET_V2:
+        return load_imagenet_v2(folder, names, split)
     if dataset not in BENCHMARKS:
-        known = ", ".join((IMAGEFOLDER, ELEVATER, *BENCHMARKS))
-        raise ValueError(f"dataset: {dataset!r} is not known; valid names: {known}")
+        raise ValueError(f"dataset: {dataset!r} is not known; valid names: {', '.join(SETS)}")
     benchmark = BENCHMARKS[dataset]
     if split not in benchmark.splits:
         raise ValueError(f"split: {dataset} has no {split!r}; it has {', '.join(benchmark.splits)}")

@@ -15,12 +15,14 @@ from rwkv_clip.losses import LossSettings
 from rwkv_clip.models.freezing import FreezeSettings
 
 from .data import DataSettings
+from .evaluation import EvaluationSettings
 from .names import update_flags, update_names
 from .run import FaultSettings, LogSettings, ModelSettings, RunSettings
 from .step import OptimizerSettings, ParallelSettings, Precision, PublishedSettings
 
 __all__ = [
     "DataSettings",
+    "EvaluationSettings",
     "FaultSettings",
     "LogSettings",
     "ModelSettings",
@@ -48,11 +50,12 @@ class Settings:
     loss: LossSettings = flat(LossSettings)
     parallel: ParallelSettings = flat(ParallelSettings)
     optimizer: OptimizerSettings = flat(OptimizerSettings)
+    evaluation: EvaluationSettings = flat(EvaluationSettings)
     faults: FaultSettings = flat(FaultSettings)
     log: LogSettings = flat(LogSettings)
 
     def problems(self) -> list[str]:
-        found = []
+        found = self.evaluation.best_problems(validates=self.data.val_data is not None)
         names = [*flat_names(Settings), "global_batch", "total_steps"]
         for name in self.run.allow_change:
             if name not in names:
