@@ -27,12 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rwkv_clip.datasets import ClassificationSet
 from rwkv_clip.dist import gather, max_over_ranks, rank_and_size
+from rwkv_clip.features import on_all_ranks
 from rwkv_clip.files import Bytes, write_whole
 from rwkv_clip.serialization import CheckpointError, encode_tensors, read_tensors
 
-from .datasets import ClassificationSet
-from .encoder import Encoder, on_all_ranks
+from .encoder import Encoder
 
 if TYPE_CHECKING:
     from rwkv_clip.factory import Loaded

@@ -17,7 +17,7 @@ from rwkv_clip.files import write_whole
 from rwkv_clip.tokenizer import count_cut, prepare_texts
 
 from .cache import data_key, encode_cached
-from .datasets.chinese_clip import ChineseClipSet
+from .chinese_sets import ChineseClipSet
 from .encoder import Encoder
 from .number_text import join_numbers
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rwkv_clip.features import FeatureExtractor, raise_together
+from rwkv_clip.features import FeatureExtractor
 
 if TYPE_CHECKING:
     from rwkv_clip.factory import Loaded
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,3 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         return self.extractor.device
-
-
-def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
-    """make() on every rank, or its error on all of them: a rank may have its own disk."""
-    problem = None
-    try:
-        made = make()
-    except Exception as error:  # whatever it is: no rank continues alone
-        problem = error
-    raise_together(problem, 0, device)
-    return made

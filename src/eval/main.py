@@ -25,8 +25,9 @@ from rwkv_clip.config import ConfigError, check
 from rwkv_clip.device import keep_freed_memory
 from rwkv_clip.dist import join_world, leave_world, rank_and_size
 from rwkv_clip.errors import run_command
+from rwkv_clip.features import on_all_ranks
 
-from .encoder import Encoder, on_all_ranks
+from .encoder import Encoder
 from .report.files import check_place
 from .settings import EvalSettings
 from .tasks import TASKS, Task

@@ -11,9 +11,9 @@ run or checkpoint folder.
 
 A save removes nothing until a replacement is proven good: it writes a folder under a temporary name, hashing as it
 goes, flushes it to disk, renames it, reads it back and compares. Only then are older checkpoints removed, each renamed
-before its files are deleted. Whenever a process dies, the newest checkpoint is whole or the previous one exists; from
-the second save on there are always two. All other names that may appear beside checkpoints are explained below, at
-`REPLACED`.
+before its files are deleted; the one that the link `best` leads to stays. Whenever a process dies, the newest
+checkpoint is whole or the previous one exists; from the second save on there are always two. All other names that may
+appear beside checkpoints are explained below, at `REPLACED`.
 
 The search for the newest checkpoint verifies every hash and falls back to the one before. A file of tensors that is
 read on its own is also verified where a manifest beside it lists it.
@@ -51,11 +51,12 @@ REPLACED = ".old"  # another save of the same step replaced: still a checkpoint,
 SET_ASIDE = ".aside"  # belongs to a later step than the one saved now (damaged, or the run went back): never read
 UNFINISHED = ".tmp"  # is being written; what a dead process leaves is removed at the next start or save
 DELETED = ".gone.tmp"  # is being deleted; likewise
+BEST = "best"  # link to the best checkpoint
 _STEP = re.compile(r"step-(\d{8})(\.old)?")
-_LEFT_OVER = re.compile(r"step-[0-9]{8}((\.old|\.aside)?\.gone)?\.tmp")
+_LEFT_OVER = re.compile(r"(step-[0-9]{8}((\.old|\.aside)?\.gone)?|best(\.gone)?)\.tmp")
 _FIELDS: dict[str, type] = {  # of state.json: what its readers take for granted
-    **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch"), int),
-    **dict.fromkeys(("spec", "settings", "scaler", "records", "adapters"), dict),
+    **dict.fromkeys(("step", "samples_seen", "total_steps", "global_batch", "validated", "evaluated"), int),
+    **dict.fromkeys(("spec", "settings", "scaler", "records", "adapters", "best"), dict),
     "model": str,
 }
 _proven: dict[Path, list] = {}  # what this process wrote and verified: need not be hashed again at each save
@@ -77,9 +78,10 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     average: dict[str, Tensor] | None = None,
+    best: bool = False,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`, verify it, then remove all but the `keep` newest. Returns the checkpoint's path.
-    average: averaged weights, if there are any.
+    """Write `folder/step-XXXXXXXX`, verify it, then remove all but the `keep` newest and the best. Returns the
+    checkpoint's path. average: averaged weights, if there are any. best: this one is the best from now on.
 
     OSError or CheckpointError when it cannot be written or does not read back as written; then nothing of it is left
     and older checkpoints are unchanged. An intact checkpoint with the same content is kept as it is.
@@ -102,15 +104,17 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     try:
+        if best:
+            name_best(folder, final)
         _prune(folder, final, keep)
     except OSError as error:  # the checkpoint exists anyway
-        log.warning("%s: older checkpoints could not be removed (%s)", folder, error)
+        log.warning("%s: older checkpoints could not be removed, or the best not named (%s)", folder, error)
     return final
 
 
 def clean_folder(folder: Path) -> None:
     """Remove what a process that died during a save left behind. Only the process that writes here may call this."""
-    for stale in folder.glob("step-*.tmp"):
+    for stale in folder.glob("*.tmp"):
         if _LEFT_OVER.fullmatch(stale.name):
             _remove(stale)
 
@@ -206,10 +210,28 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
         os.rename(path, aside)
     older = [path for path in others if path not in later]
     spared = [path for path in older if not path.name.endswith(REPLACED)][: keep - 1]
-    gone = [path for path in older if path not in spared]
+    gone = [path for path in older if path not in spared and path != find_best(folder)]
     if gone and any(_proven.get(path) == _fingerprint(path) or _is_intact(path) for path in spared):
         for path in gone:
             _discard(path)
+
+
+def name_best(folder: Path, checkpoint: Path) -> None:
+    """Let `folder/best` lead to a checkpoint in the folder; at any instant it leads to this one or the one before."""
+    link, new = folder / BEST, _add_suffix(folder / BEST, UNFINISHED)
+    new.unlink(missing_ok=True)
+    os.symlink(checkpoint.name, new)
+    if link.is_dir() and not link.is_symlink():  # in a copy of the run folder that followed the link
+        _discard(link)
+    os.replace(new, link)
+    _flush(folder)
+
+
+def find_best(folder: Path) -> Path | None:
+    """The checkpoint that `folder/best` leads to, not verified; None where there is none."""
+    link = folder / BEST
+    path = folder / os.readlink(link) if link.is_symlink() else link
+    return path if path.is_dir() else None
 
 
 def _discard(path: Path) -> None:

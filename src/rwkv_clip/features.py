@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
+T = TypeVar("T")
 CPU = torch.device("cpu")
 DECODE_WORKERS = min(4, os.cpu_count() or 1)
 _ERROR_BYTES = 1000  # of an error that are sent to the other ranks
@@ -51,6 +52,7 @@ class FeatureExtractor:
     model: encode_image(batch, normalize=True) and encode_text(tokens, normalize=True) -> (B, C); preprocess: image
     -> float (3, h, w); tokenizer: texts -> int64 (n, context). Images are opened and preprocessed in `workers`
     threads (0: none) up to `batch_size` images ahead of the model; no bit depends on either. progress: show a bar.
+    before_block: called before each block; a ValueError of it ends the work on all ranks.
     """
 
     model: ContrastiveModel
@@ -61,6 +63,7 @@ class FeatureExtractor:
     autocast: torch.dtype | None = None  # None: off
     workers: int = DECODE_WORKERS
     progress: bool = False
+    before_block: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -145,6 +148,8 @@ class FeatureExtractor:
         def counted() -> Iterator[Tensor]:
             nonlocal taken
             for block in blocks:
+                if self.before_block:
+                    self.before_block()
                 taken += 1
                 yield block
 
@@ -246,6 +251,17 @@ def raise_together(problem: Exception | None, at: int, device: torch.device) -> 
         if problem and (where == at * world + rank or not isinstance(problem, (ValueError, OSError))):
             raise problem
         raise ValueError(bytes(first[first >= 0].tolist()).decode(errors="replace")) from problem
+
+
+def on_all_ranks(make: Callable[[], T], device: torch.device) -> T:
+    """make() on every rank, or its error on all of them: a rank may have its own disk."""
+    problem = None
+    try:
+        made = make()
+    except Exception as error:  # whatever it is: no rank continues alone
+        problem = error
+    raise_together(problem, 0, device)
+    return made
 
 
 def _own_starts(count: int, size: int) -> range:

@@ -1,4 +1,4 @@
-"""Keys of servers: read from the environment variable that a setting names, and written nowhere."""
+"""Keys of servers, and what other tools keep in the environment: read there, and written nowhere."""
 
 from __future__ import annotations
 

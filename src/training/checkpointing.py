@@ -18,12 +18,13 @@ from rwkv_clip.factory import read_fitting_weights, resolve_spec
 from rwkv_clip.models.adapters import kept_state, name_kept
 from rwkv_clip.models.freezing import FreezeSettings
 
+from .best import recall_best
 from .checks import describe_records, flatten_table
 from .optimizer_state import pack_numbers, pack_state, unpack_state
 from .parallel import copy_whole, load_whole, whole_tensors
 from .saver import Saver
 from .settings import Settings, update_names
-from .state import TrainState
+from .state import EVALUATION, VALIDATION, TrainState
 
 OBJECTIVE = "objective/"  # prefix of an objective's parameters and buffers among the optimizer's tensors
 
@@ -56,6 +57,8 @@ FREE_ON_RESUME = {
     *("log_every_n_steps", "val_every_n_steps", "save_every_n_steps", "keep_checkpoints"),
     *("distill_model", "distill_pretrained", "distill_features"),  # their content is compared
     *("report_training_batch_acc", "val_batch_size", "val_frequency", "save_frequency"),
+    *("eval", "imagenet_val", "imagenet_v2", "zeroshot_frequency", "eval_every_n_steps", "keep_best"),
+    *("wandb_project_name", "wandb_notes", "wandb_tags"),
     "published",
 }
 WHOLE = ("global_batch", "total_steps")  # not settings, but derived from them
@@ -75,7 +78,10 @@ def save_run(state: TrainState, saver: Saver | None, name: str, last: bool = Fal
     weights, optim, facts = take_snapshot(state, name)
     average = state.average.gather(weights, state.world.is_main) if state.average else None
     if saver:
-        saver.save(state.progress.step, weights, optim, facts, last, average)
+        progress, best = state.progress, state.progress.best.get("step") == state.progress.step
+        saver.save(progress.step, weights, optim, facts, last, average, best)
+        if best:
+            recall_best(saver.folder, state.settings.evaluation.keep_best, progress)
 
 
 def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -94,7 +100,9 @@ def take_snapshot(state: TrainState, name: str) -> tuple[dict[str, Tensor], dict
         "spec": state.model.spec.to_json(),
         "settings": to_dict(state.settings),
         "scaler": state.scaler.state_dict(),
-        "validated": state.progress.validated,
+        "validated": state.progress.evaluated.get(VALIDATION, 0),
+        "evaluated": state.progress.evaluated.get(EVALUATION, 0),
+        "best": state.progress.best,
         **state.watch.state_dict(),
         "arithmetic": describe_arithmetic(state),
         "changes": state.progress.changes,
@@ -136,7 +144,8 @@ def restore_snapshot(state: TrainState, path: Path, facts: dict[str, Any]) -> No
         raise CheckpointError(f"{path}: its scaler state does not fit ({error})") from None
     state.watch.load_state_dict(facts)
     progress.step, progress.samples_seen = facts["step"], facts["samples_seen"]
-    progress.validated = facts.get("validated", facts["step"])  # absent before version 0.3
+    progress.evaluated[VALIDATION] = facts.get("validated", facts["step"])  # absent before version 0.3
+    progress.evaluated[EVALUATION], progress.best = facts.get("evaluated", 0), facts.get("best", {})
     version = facts.get("version")
     if version != rwkv_clip.__version__:
         changes.append(("version", version, rwkv_clip.__version__))

@@ -27,11 +27,14 @@ from .settings import ParallelSettings, Settings
 # Settings that may differ between ranks: where files are and how they are read. Records, model and weights are compared
 # by content; what only the main rank uses does not matter to the others.
 OWN = {"train_data", "index", "image_folder", "model", "logs", "device", "workers", "loader", "report_to"}
+OWN |= {"wandb_project_name", "wandb_notes", "wandb_tags"}
 PLACES = {
     "pretrained",
     "pretrained_image",
     "pretrained_text",
     "val_data",
+    "imagenet_val",
+    "imagenet_v2",
     "resume",
     "distill_model",
     "distill_pretrained",

@@ -1,4 +1,5 @@
-"""What a run logs: log.jsonl always, a progress bar on a terminal (else lines), TensorBoard and wandb on request."""
+"""What a run logs: log.jsonl always, a progress bar on a terminal (else lines), TensorBoard, wandb and trackio on
+request."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from rwkv_clip.config import to_dict
 from rwkv_clip.files import write_whole
+from rwkv_clip.keys import find_key
 
 from .settings import Settings
 
@@ -142,23 +144,50 @@ def _wandb() -> Start:
     def start(folder: Path, settings: Settings) -> Write:
         # The folder's name is the run's identity, so that a resumed run goes on in the same chart.
         run = wandb.init(
-            project="rwkv-clip",
+            project=_project(settings),
             name=folder.name,
             id=folder.name,
             dir=folder,
             resume="allow",
+            notes=settings.log.wandb_notes,
+            tags=settings.log.wandb_tags or None,
             config=to_dict(settings),
         )
-
-        def write(step: int | None, values: dict[str, float]) -> None:
-            if step is None:
-                run.finish()
-            else:
-                run.log(values, step=step)
-
-        return write
+        return _writing(run)
 
     return start
 
 
-_WRITERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+def _trackio() -> Start:
+    try:
+        import trackio
+    except ImportError:
+        raise ValueError("report_to: trackio is not installed; pip install -e .[trackio]") from None
+
+    def start(folder: Path, settings: Settings) -> Write:
+        # Here the name is the identity. Of notes and tags it knows nothing: they are among the settings.
+        project = _project(settings) or find_key("WANDB_PROJECT")
+        run = trackio.init(project=project, name=folder.name, resume="allow", config=to_dict(settings))
+        return _writing(run)
+
+    return start
+
+
+def _project(settings: Settings) -> str | None:
+    """The project that a report belongs to; None where wandb finds it in the environment."""
+    return settings.log.wandb_project_name or (None if find_key("WANDB_PROJECT") else "rwkv-clip")
+
+
+def _writing(run: Any) -> Write:
+    """Writes into a run of wandb, or of what has its interface."""
+
+    def write(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            run.finish()
+        else:
+            run.log(values, step=step)
+
+    return write
+
+
+_WRITERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

@@ -1,4 +1,4 @@
-"""The training loop: waits for data, takes steps, logs, validates, saves.
+"""The training loop: waits for data, takes steps, logs, evaluates, saves.
 
 Stalled data never delay the response to a signal. A single process saves at once. Of several ranks, which wait for each
 other in every step, the one without data takes part with a blank batch, and the step is void on all of them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -17,13 +17,15 @@ import torch
 
 from rwkv_clip.dist import PeerLost, World, mean_over_ranks
 
+from .best import note_best
 from .checkpointing import save_run
 from .data.batch import Batches, Loader
+from .evaluation import Evaluation
 from .faults.signals import Interrupted, Preempted, Preemption
 from .faults.watchdog import Watchdog
 from .log import RunLog
 from .saver import Saver
-from .state import Progress, TrainState
+from .state import TrainState
 from .trainer import Trainer
 
 SLICE = 0.1  # seconds between checks of what may end the wait for data
@@ -32,14 +34,11 @@ PATIENCE = 1.0  # seconds after a signal during which late data may still arrive
 
 @dataclass
 class RunContext:
-    """What the loop works with besides trainer and data. Only the main rank has a log and a saver.
-
-    `validate()` returns metrics on the main rank and an empty dict elsewhere; Interrupted when a signal ends it early.
-    """
+    """What the loop works with besides trainer and data. Only the main rank has a log and a saver."""
 
     folder: Path
     model: str  # its name
-    validate: Callable[[], dict[str, float]]
+    evaluations: Sequence[Evaluation]
     preemption: Preemption
     watchdog: Watchdog
     log: RunLog | None = None
@@ -85,7 +84,7 @@ def peak_memory_mb() -> float:
 
 
 def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
-    """Run the loader's steps: log, validate, save. Every rank calls this.
+    """Run the loader's steps: log, evaluate, save. Every rank calls this.
 
     Preempted, on all ranks after the same step and with it saved, when one of them has received a signal. PeerLost,
     with everything saved, when the data of a single process stall for its timeout. StorageError when checkpoints cannot
@@ -100,16 +99,15 @@ def train(trainer: Trainer, loader: Loader, run: RunContext) -> None:
     while not signal:
         step, last = progress.step, progress.step == state.total_steps
         # First what is due after the previous step, which a resumed run may still have to do.
-        validates = _is_due(step, every.val_every_n_steps) or _completes_epochs(state, every.val_frequency)
-        validates = progress.validated < step and (last or validates)
+        due = [one for one in run.evaluations if _is_evaluation_due(one, state, last)]
         saves = _is_due(step, every.save_every_n_steps) or _completes_epochs(state, every.save_frequency)
         saves = saved < step and (last or saves)
-        if (validates or saves) and (signal := trainer.check()):
+        if (due or saves) and (signal := trainer.check()):
             break
-        if validates:
-            _validate(progress, run)
+        if due:
+            signal, better = _evaluate(due, state, run)
+            saves = saves or better or saved == step  # what a resumed run made up for is not to be repeated
             meter.reset()
-            signal = preemption.agree(world)
         if saves and not signal:
             _save(trainer, run, last)
             saved = step
@@ -170,10 +168,16 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _is_evaluation_due(one: Evaluation, state: TrainState, last: bool) -> bool:
+    step = state.progress.step
+    due = _is_due(step, one.steps) or _completes_epochs(state, one.epochs) or (last and one.epochs != 0)
+    return due and state.progress.evaluated.get(one.name, 0) < step
+
+
 def _completes_epochs(state: TrainState, every: int | None) -> bool:
     """Whether the last step reached the end of an epoch whose number is a multiple of `every`. An epoch may end inside
     a batch: the step that takes it completes the epoch."""
-    if every is None:
+    if not every:
         return False
     seen, samples = state.progress.samples_seen, every * state.epoch_samples
     return seen // samples > (seen - state.global_batch) // samples
@@ -189,12 +193,28 @@ def _write(trainer: Trainer, log: RunLog | None, meter: Meter, numbers: dict[str
         log.write(progress.step, {"epoch": epoch, **numbers, **speed, "skipped": skipped})
 
 
-def _validate(progress: Progress, run: RunContext) -> None:
-    try:
-        metrics = run.validate()
-    except Interrupted:
-        return
-    progress.validated = progress.step
-    if run.log and metrics:
-        run.log.write(progress.step, {f"val_{key}": value for key, value in metrics.items()})
-        run.log.say(f"step {progress.step}: " + " ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+def _evaluate(due: list[Evaluation], state: TrainState, run: RunContext) -> tuple[int, bool]:
+    """Evaluate and log; (a signal that ended it, or 0; whether --keep-best finds the run better than ever). Each is
+    noted when it is done: what a signal ends is done again by the run that resumes, and the others are not."""
+    progress, signal = state.progress, 0
+    metrics: dict[str, float] = {}
+    for one in due:
+        try:
+            found = one.measure()
+        except Interrupted:
+            found = None
+        signal = run.preemption.agree(state.world)
+        if found is not None:
+            progress.evaluated[one.name] = progress.step
+            logged = {f"{one.prefix}{key}": value for key, value in found.items()}
+            metrics |= logged
+            if run.log and found:
+                run.log.write(progress.step, logged)
+                run.log.say(f"step {progress.step}: " + " ".join(f"{key} {value:.3f}" for key, value in found.items()))
+        if signal:
+            break
+    better = note_best(state.settings.evaluation.keep_best, metrics, progress, state.world)
+    if better and run.log:
+        best = "the best {metric} so far, {value:.4f}, is kept as checkpoints/best".format(**progress.best)
+        run.log.say(f"step {progress.step}: {best}")
+    return signal, better

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -40,6 +40,7 @@ from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .batch_norm import synchronize_norms
+from .best import recall_best
 from .checkpointing import restore_snapshot
 from .checks import (
     check_batch,
@@ -53,6 +54,7 @@ from .checks import (
 )
 from .data import make_loader
 from .data.batch import Loader, Plan
+from .evaluation import EvalSet, Evaluation, make_evaluator, open_sets
 from .faults.signals import Preempted, Preemption, ignore_signals
 from .faults.watchdog import COLLECTIVES, Watchdog, end_process, watch_peers
 from .log import RunLog
@@ -62,7 +64,7 @@ from .plot import plot_training
 from .run import open_run
 from .saver import Saver
 from .settings import Settings, load_settings, update_flags
-from .state import TrainState
+from .state import EVALUATION, VALIDATION, TrainState
 from .teachers import add_teacher
 from .trainer import Trainer
 from .validation import measure_batches
@@ -107,7 +109,7 @@ def parse_flags(arguments: list[str], default: Settings, description: str) -> Se
 
 
 def make_validator(
-    settings: Settings, model: ContrastiveModel, world: World, preemption: Preemption
+    settings: Settings, model: ContrastiveModel, whole: WholeModel, preemption: Preemption
 ) -> Callable[[], dict[str, float]]:
     """Retrieval, loss and in-batch accuracies on --val-data by the main rank; reads the set now, so that a wrong path
     fails before training.
@@ -115,11 +117,10 @@ def make_validator(
     Call before the model is distributed; all ranks call the result. A signal ends it at the next image (Interrupted):
     the time left until the process is killed is for saving.
     """
-    data, parallel = settings.data, settings.parallel
+    data, parallel, world = settings.data, settings.parallel, whole.world
     if data.val_data is None:
         return dict
     pairs = load_retrieval(data.val_data, split=data.val_split) if world.is_main else None
-    whole = WholeModel(model, parallel, world)
     preprocess, tokenizer = preemption.interrupts(preprocess_of(model)), model.spec.tokenizer()
 
     def validate() -> dict[str, float]:
@@ -137,6 +138,26 @@ def make_validator(
     return validate
 
 
+def make_evaluations(
+    work: Work, model: ContrastiveModel, preemption: Preemption, watchdog: Watchdog
+) -> list[Evaluation]:
+    """What is measured during the run: --val-data by the main rank, --eval by all. Call before the model is
+    distributed."""
+    settings, found = work.settings, []
+    if settings.data.val_data is None and not work.sets:
+        return []
+    whole = WholeModel(model, settings.parallel, work.world, everywhere=bool(work.sets))
+    if settings.data.val_data is not None:
+        validate = watchdog.busy("validation")(make_validator(settings, model, whole, preemption))
+        often = settings.log.val_every_n_steps, settings.log.val_frequency
+        found.append(Evaluation(VALIDATION, validate, *often, prefix="val_"))
+    if work.sets:
+        evaluate = watchdog.busy("evaluation")(make_evaluator(work.sets, settings, model, whole, preemption))
+        often = settings.evaluation.eval_every_n_steps, settings.evaluation.zeroshot_frequency
+        found.append(Evaluation(EVALUATION, evaluate, *often))
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run does on this rank, checked before anything is written or built."""
@@ -148,6 +169,7 @@ class Work:
     records: Records
     objective: Objective
     world: World
+    sets: list[EvalSet]  # of --eval
     base: Base | None = None  # of adapters
 
 
@@ -171,7 +193,7 @@ def prepare(settings: Settings) -> Work:
     objective = add_teacher(objective, settings, spec, records, world.device)
     check_sources(objective, world)
     warn_of_rate(settings, world)
-    return Work(settings, name, source, spec, records, objective, world, base)
+    return Work(settings, name, source, spec, records, objective, world, open_sets(settings, spec, world), base)
 
 
 def _find_base(settings: Settings) -> Base:
@@ -209,7 +231,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
     model = _make_model(work)
     if checkpoint is None:
         check_weights((model, work.objective), world)
-    validate = watchdog.busy("validation")(make_validator(settings, model, world, preemption))
+    evaluations = make_evaluations(work, model, preemption, watchdog)
     state = TrainState(model, work.objective, settings, world, work.records.epoch_samples)
     state.base = work.base
     state.progress.records = identify(work.records)
@@ -218,14 +240,15 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         facts = read_description(checkpoint)
         assert facts is not None, "open_run gives folders only"
         restore_snapshot(state, checkpoint, facts)
-    if state.average:
-        validate = state.average.validated(validate)
-    context = RunContext(folder, work.name, validate, preemption, watchdog)
+    if (average := state.average) is not None:
+        evaluations = [replace(one, measure=average.validated(one.measure)) for one in evaluations]
+    context = RunContext(folder, work.name, evaluations, preemption, watchdog)
     with contextlib.ExitStack() as ended:
         if world.is_main:
             log = _open_log(work, folder, state, resumed=checkpoint is not None)
             context.log = ended.enter_context(contextlib.closing(log))
             context.saver = Saver(folder / "checkpoints", settings.log.keep_checkpoints)
+            recall_best(context.saver.folder, settings.evaluation.keep_best, state.progress)
         loader = ended.enter_context(contextlib.closing(_open_loader(work, state)))
         with context.saver or contextlib.nullcontext():
             train(trainer, loader, context)

@@ -220,32 +220,53 @@ def copy_whole(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None
 
 
 class WholeModel:
-    """The model for validation on the main rank: a full copy where ranks hold only shards of it.
+    """The model for evaluation on the main rank, or `everywhere`: a full copy where ranks hold only shards of it.
 
-    Made before the model is distributed. The copy takes memory for all weights on the main rank's device while it is
-    used, and stays in host memory otherwise.
+    Made before the model is distributed. The copy takes memory for all weights on the rank's device while it is used,
+    and stays in host memory otherwise.
     """
 
-    def __init__(self, model: ContrastiveModel, settings: ParallelSettings, world: World):
+    def __init__(self, model: ContrastiveModel, settings: ParallelSettings, world: World, everywhere: bool = False):
         self.model, self.world, self.copied = model, world, is_sharded(settings, world)
-        self.copy = copy.deepcopy(model).cpu() if self.copied and world.is_main else None
+        self.everywhere = everywhere and world.size > 1
+        self.copy = copy.deepcopy(model).cpu() if self.copied and (world.is_main or everywhere) else None
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[ContrastiveModel | None]:
         """With the current weights; all ranks call this, and ranks other than the main rank may get None."""
         if not self.copied:
-            yield self.model
+            with _buffers_of_main(self.model) if self.everywhere else contextlib.nullcontext():
+                yield self.model
             return
-        weights = whole_tensors(self.model.state_dict(), keep=self.world.is_main)
+        weights = whole_tensors(self.model.state_dict(), keep=self.copy is not None)
         if self.copy is None:
             yield None
             return
         self.copy.load_state_dict(weights)
         del weights
         try:
-            yield self.copy.to(self.world.device)
+            net = self.copy.to(self.world.device)
+            with _buffers_of_main(net) if self.everywhere else contextlib.nullcontext():
+                yield net
         finally:
             self.copy.cpu()
+
+
+@contextlib.contextmanager
+def _buffers_of_main(model: nn.Module) -> Iterator[None]:
+    """Inside, all ranks have the buffers that the main rank's checkpoints hold: the running statistics of batch norms
+    differ."""
+    kept = model.state_dict().keys()
+    own = [(buffer, buffer.clone()) for name, buffer in model.named_buffers() if name in kept]
+    for buffer, _ in own:
+        of_main = buffer.contiguous()
+        dist.broadcast(of_main, src=0)
+        buffer.copy_(of_main)
+    try:
+        yield
+    finally:
+        for buffer, before in own:
+            buffer.copy_(before)
 
 
 def _as_shard(shard: Tensor, like: Tensor) -> Tensor:

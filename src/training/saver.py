@@ -62,14 +62,16 @@ class Saver:
         state: dict[str, Any],
         last: bool = False,
         average: dict[str, Tensor] | None = None,
+        best: bool = False,
     ) -> None:
         """Copy everything and write it in the background; `last`: return when it is on disk, StorageError if that
-        fails. average: averaged weights, if there are any.
+        fails. average: averaged weights, if there are any. `best`: this checkpoint stays as the best; it is not
+        skipped, and returns when it is written or failed.
 
         The tensors may change as soon as this returns; `state` must be JSON data.
         """
         self.check()
-        self._join(DEADLINE if last else LONGEST_WAIT)
+        self._join(DEADLINE if last or best else LONGEST_WAIT)
         self.check()
         if self._thread is not None:
             if last or time.monotonic() - self._started > DEADLINE:
@@ -84,11 +86,13 @@ class Saver:
         if copied:
             copied.record()
         # A daemon: a hanging write must not keep the process alive; one that is cut off does no harm.
-        thread = threading.Thread(target=self._write, args=(copy.deepcopy(state), copied), daemon=True)
+        thread = threading.Thread(target=self._write, args=(copy.deepcopy(state), copied, best), daemon=True)
         thread.start()
         self._thread = thread
         if last:
             self.wait()
+        elif best:
+            self._join(DEADLINE)
 
     def check(self) -> None:
         """StorageError after three failed writes in a row; any other error of the writing thread is raised
@@ -121,11 +125,11 @@ class Saver:
             self.wait()
         self._join(LONGEST_WAIT)
 
-    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None) -> None:
+    def _write(self, state: dict[str, Any], copied: torch.cuda.Event | None, best: bool) -> None:
         try:
             if copied:
                 copied.synchronize()
-            save_checkpoint(self.folder, self._step, self._weights, self._optim, state, self.keep, self._average)
+            save_checkpoint(self.folder, self._step, self._weights, self._optim, state, self.keep, self._average, best)
             self._failures, self._problem = 0, None
         except (OSError, CheckpointError) as error:
             self._failures, self._problem = self._failures + 1, error

@@ -20,6 +20,8 @@ from .optim import build_optimizer
 from .parallel import Shards, distribute_model, is_sharded
 from .settings import Settings
 
+VALIDATION, EVALUATION = "validation", "evaluation"  # on --val-data, of --eval
+
 
 @dataclass
 class Progress:
@@ -27,7 +29,8 @@ class Progress:
 
     step: int = 0
     samples_seen: int = 0
-    validated: int = 0  # the step of the last validation
+    evaluated: dict[str, int] = field(default_factory=dict)  # the step at which each evaluation was done last
+    best: dict[str, Any] = field(default_factory=dict)  # metric, value and step of the best so far by --keep-best
     changes: list[dict[str, Any]] = field(default_factory=list)  # settings that --allow-change let differ, and when
     records: dict[str, Any] = field(default_factory=dict)  # number and digest of those trained on, where known
 

@@ -13,8 +13,8 @@ from torch import nn
 import rwkv_clip
 from helpers.color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from helpers.ranks import run_ranks
+from rwkv_clip.datasets import ClassificationSet
 from rwkv_clip.dist import join_world, leave_world
-from rwkv_clip.eval.datasets import ClassificationSet
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.tasks.classification import evaluate_classification
 from rwkv_clip.features import FeatureExtractor, block_size

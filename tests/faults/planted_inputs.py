@@ -249,14 +249,14 @@ EVALUATION = [
     ),
     Mutant(
         "labels of class folders are not read",
-        "eval/datasets/class_folders.py",
+        "rwkv_clip/datasets/class_folders.py",
         "labels += [label] * len(pictures)",
         "labels += [0] * len(pictures)",
         "unit/test_classification.py::test_a_model_that_is_right_scores_full",
     ),
     Mutant(
         "files of torchvision's sets are not looked at",
-        "eval/datasets/torchvision_sets.py",
+        "rwkv_clip/datasets/torchvision_sets.py",
         "files=list_files(root / benchmark.folder)",
         "files=()",
         CACHE + "test_sets_of_torchvision_are_seen_file_by_file_and_labels_cost_no_picture",
@@ -291,14 +291,14 @@ EVALUATION = [
     ),
     Mutant(
         "hidden folders count",
-        "eval/datasets/class_folders.py",
+        "rwkv_clip/datasets/class_folders.py",
         'return name.startswith(".") or name in LITTER',
         "return False",
         "unit/test_class_folders.py::test_what_is_hidden_never_counts",
     ),
     Mutant(
         "features of an LMDB come by number",
-        "eval/datasets/chinese_clip.py",
+        "eval/chinese_sets.py",
         "names = [name for name, _ in store.image_ids()]",
         "names = sorted((name for name, _ in store.image_ids()), key=int)",
         "unit/test_chinese_features.py::test_files_are_the_released_ones",
@@ -319,7 +319,7 @@ EVALUATION = [
     ),
     Mutant(
         "a class folder that is missing shifts the others",
-        "eval/datasets/elevater.py",
+        "rwkv_clip/datasets/elevater.py",
         "    return int(name)\n",
         "    return list_classes(place).index(name)\n",
         "unit/test_elevater.py::test_a_missing_folder_shifts_no_class",

@@ -6,10 +6,10 @@ import os
 import pytest
 
 from helpers.color_model import COLORS, ColorTokenizer, save_color
-from rwkv_clip.eval.datasets import load_classification
-from rwkv_clip.eval.datasets.class_folders import list_classes
-from rwkv_clip.eval.datasets.names import read_names
-from rwkv_clip.eval.tasks.classification import describe_prompts
+from rwkv_clip.classification import describe_prompts
+from rwkv_clip.datasets import load_classification
+from rwkv_clip.datasets.class_folders import list_classes
+from rwkv_clip.datasets.names import read_names
 
 
 def make(folder, *files: str):

@@ -14,9 +14,9 @@ from PIL import Image
 
 from helpers.color_model import COLORS, ColorModel, ColorTokenizer, loaded, preprocess, save_color
 from rwkv_clip.data.records import Header, RecordWriter, pack
-from rwkv_clip.eval.datasets import MissingData, load_classification
-from rwkv_clip.eval.datasets.benchmarks import BENCHMARKS
-from rwkv_clip.eval.datasets.class_folders import PLAIN
+from rwkv_clip.datasets import MissingData, load_classification
+from rwkv_clip.datasets.benchmarks import BENCHMARKS
+from rwkv_clip.datasets.class_folders import PLAIN
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.tasks.classification import class_weights, evaluate_classification
 from rwkv_clip.serialization import encode_tensors

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from helpers.color_model import COLORS, save_color, use_color_model
-from rwkv_clip.eval.datasets import load_classification
-from rwkv_clip.eval.datasets.elevater import CHINESE_TEMPLATES
+from rwkv_clip.classification import describe_prompts
+from rwkv_clip.datasets import load_classification
+from rwkv_clip.datasets.elevater import CHINESE_TEMPLATES
 from rwkv_clip.eval.main import main
 from rwkv_clip.eval.submission import write_submission
-from rwkv_clip.eval.tasks.classification import describe_prompts
 from rwkv_clip.eval.tasks.retrieval import note_prefix
 from rwkv_clip.factory import create_model
 from rwkv_clip.models.packed import pack_weights

@@ -14,8 +14,8 @@ from PIL import Image
 
 from helpers.color_model import ColorModel, loaded
 from rwkv_clip.data.records import Header, RecordWriter, pack
+from rwkv_clip.datasets import labelled, load_classification
 from rwkv_clip.eval import cache
-from rwkv_clip.eval.datasets import labelled, load_classification
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.main import main
 from rwkv_clip.feature_files import read_features

@@ -24,10 +24,10 @@ ROOMS = [
     {"dist", "tokenizer", "metrics", "nearest", "serialization", "feature_lines", "feature_files", "checkpoint"}
     | {"pretrained"},
     {"ops", "data", "losses"},
-    {"transform"},
+    {"transform", "datasets"},
     {"models"},
     {"factory", "features", "demo", "overrides", "weights", "base_weights"},
-    {"retrieval", "convert", "hub", "model_card", "exporting"},
+    {"retrieval", "classification", "convert", "hub", "model_card", "exporting"},
     {"export"},
     {"__init__"},
 ]
@@ -123,6 +123,7 @@ OPTIONAL = {
     "ray": {"executors.py"},
     "vllm": {"vllm.py"},
     "wandb": {"log.py"},
+    "trackio": {"log.py"},
     "faiss": {"search.py", "approximate.py"},
     "lmdb": {"lmdb.py"},
     "pybase64": {"lmdb.py"},

@@ -15,8 +15,8 @@ from PIL import Image
 
 from helpers.color_model import COLORS, ColorModel, loaded, preprocess, save_color
 from helpers.ranks import run_ranks
+from rwkv_clip.datasets.benchmarks import BENCHMARKS
 from rwkv_clip.eval import cache, logistic
-from rwkv_clip.eval.datasets.benchmarks import BENCHMARKS
 from rwkv_clip.eval.encoder import Encoder
 from rwkv_clip.eval.logistic import find_l2, fit, hold_out, l2_at
 from rwkv_clip.eval.main import main

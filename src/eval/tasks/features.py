@@ -13,16 +13,17 @@ import numpy as np
 import torch
 
 from rwkv_clip.data.retrieval_set import RetrievalSet
+from rwkv_clip.datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
+from rwkv_clip.datasets.benchmarks import TEST
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.feature_files import Features, write_about, write_features
+from rwkv_clip.features import on_all_ranks
 from rwkv_clip.files import check_output, hash_bytes, new_folder
 
 from ..cache import data_key, encode_cached, encode_labelled
 from ..chinese_features import write_chinese_features
-from ..datasets import IMAGEFOLDER, ClassificationSet, MissingData, load_classification
-from ..datasets.benchmarks import TEST
-from ..datasets.chinese_clip import ChineseClipSet, Sides, load_chinese_clip
-from ..encoder import Encoder, on_all_ranks
+from ..chinese_sets import ChineseClipSet, Sides, load_chinese_clip
+from ..encoder import Encoder
 from ..report.files import place_of
 from ..settings import CaptionedSettings
 from . import retrieval

@@ -19,15 +19,16 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from rwkv_clip.config import ranged
+from rwkv_clip.datasets import IMAGEFOLDER, ClassificationSet, load_classification
+from rwkv_clip.datasets.benchmarks import BENCHMARKS, TRAIN, VAL
 from rwkv_clip.dist import rank_and_size
 from rwkv_clip.metrics import accuracy
 
 from ..cache import encode_labelled
-from ..datasets import IMAGEFOLDER, Asked, ClassificationSet, load_classification, load_each, on_each
-from ..datasets.benchmarks import BENCHMARKS, TRAIN, VAL
 from ..encoder import Encoder
 from ..logistic import Classifier, find_l2, fit, hold_out
 from ..report.run import start_report
+from ..sets import Asked, load_each, on_each
 from ..settings import ClassesSettings
 
 SEED = 0  # of what is held out

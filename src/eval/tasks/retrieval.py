@@ -9,13 +9,14 @@ import torch
 
 from rwkv_clip.config import ranged
 from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
+from rwkv_clip.features import on_all_ranks
 from rwkv_clip.fonts import wrap_text
 from rwkv_clip.metrics import nearest_items, target_ranks
 from rwkv_clip.retrieval import RetrievalResult, evaluate_retrieval
 from rwkv_clip.tokenizer import BERT_CHINESE
 
 from .. import upstream
-from ..encoder import Encoder, on_all_ranks
+from ..encoder import Encoder
 from ..report.files import keep
 from ..report.plots import drawable, png_of
 from ..report.run import start_report

@@ -16,12 +16,14 @@ from rwkv_clip.models.adapters import AdapterSettings
 from rwkv_clip.models.freezing import FreezeSettings
 
 from .data import DataSettings
+from .evaluation import EvaluationSettings
 from .names import update_flags, update_names
 from .run import FaultSettings, LogSettings, ModelSettings, RunSettings
 from .step import OptimizerSettings, ParallelSettings, Precision, PublishedSettings
 
 __all__ = [
     "DataSettings",
+    "EvaluationSettings",
     "FaultSettings",
     "LogSettings",
     "ModelSettings",
@@ -50,11 +52,13 @@ class Settings:
     loss: LossSettings = flat(LossSettings)
     parallel: ParallelSettings = flat(ParallelSettings)
     optimizer: OptimizerSettings = flat(OptimizerSettings)
+    evaluation: EvaluationSettings = flat(EvaluationSettings)
     faults: FaultSettings = flat(FaultSettings)
     log: LogSettings = flat(LogSettings)
 
     def problems(self) -> list[str]:
-        found = []
+        averages = self.optimizer.ema_decay is not None
+        found = self.evaluation.best_problems(self.data.val_data is not None, averages)
         towers = ("pretrained_image", "pretrained_text")
         if self.adapters.lora_rank is not None and any(getattr(self.model, name) for name in towers):
             found.append("lora_rank: adapters belong to one file of whole weights; name it with --pretrained alone")

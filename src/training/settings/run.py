@@ -102,7 +102,15 @@ class LogSettings:
     """Epochs between checkpoints, besides --save-every-n-steps."""
     keep_checkpoints: int = ranged(2, minimum=2)
     """Newest checkpoints kept; at least 2, so that a good one exists while the next is written."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the records of log.jsonl go as well. wandb reads its own environment variables (WANDB_ENTITY, WANDB_MODE
+    ..), and trackio its own (TRACKIO_SPACE_ID ..)."""
+    wandb_project_name: str | None = None
+    """Project in wandb or trackio; default: WANDB_PROJECT, else rwkv-clip."""
+    wandb_notes: str | None = None
+    """Notes on the run in wandb; default: WANDB_NOTES."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run in wandb; default: WANDB_TAGS."""
 
     def problems(self) -> list[str]:
         return []

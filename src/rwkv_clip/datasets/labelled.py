@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from rwkv_clip.data.image import open_picture
+from ..data.image import open_picture
 
 
 class MissingData(Exception):

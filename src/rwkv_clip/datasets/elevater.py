@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rwkv_clip.files import DamagedError, parse_json
-
+from ..files import DamagedError, parse_json
 from .benchmarks import TEST
 from .class_folders import PLAIN, list_classes, list_pictures
 from .labelled import ClassificationSet, MissingData, set_of_files

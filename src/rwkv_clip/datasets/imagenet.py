@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from rwkv_clip.data.image import open_picture
-from rwkv_clip.data.recordio import RecordFile, unpack
-
+from ..data.image import open_picture
+from ..data.recordio import RecordFile, unpack
 from .benchmarks import BENCHMARKS, TRAIN
 from .labelled import ClassificationSet, MissingData
 

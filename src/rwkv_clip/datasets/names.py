@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_clip.files import parse_json
-
+from ..files import parse_json
 from .benchmarks import say
 from .labelled import ClassificationSet
 

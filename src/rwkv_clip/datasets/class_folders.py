@@ -10,12 +10,13 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from .benchmarks import TRAIN, Benchmark, say
+from .benchmarks import TEST, TRAIN, Benchmark, say
 from .imagenet import imagenet_prompts
-from .labelled import ClassificationSet, set_of_files
+from .labelled import ClassificationSet, MissingData, set_of_files
 from .names import are_numbers, find_names, read_names, read_names_file
 
 PLAIN = ("a photo of a {}.",)
+V2 = "imagenetv2-matched-frequency-format-val"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 LITTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 SPLIT = re.compile(
@@ -65,6 +66,21 @@ def load_benchmark_folder(
         named, templates = read_names(path, classes)
         about["templates"] = templates or about["templates"]
     return _read_folders(folder, named, **about)
+
+
+def load_imagenet_v2(root: Path, names: str | Path | None, split: str) -> ClassificationSet:
+    """ImageNet-V2 (arXiv 1902.10811) as it is packed: folders 0 .. 999, numbered in the order of ImageNet's classes."""
+    if names is not None or split != TEST:
+        raise ValueError("imagenetv2: has ImageNet's names and test pictures only; leave names and split out")
+    listed, templates = imagenet_prompts("en")
+    numbers = [str(number) for number in range(len(listed))]
+    folder = next((place for place in (root, root / V2) if set(list_classes(place)) & set(numbers)), None)
+    if folder is None:
+        raise MissingData(f"no class folders 0 .. 999 in {root}; download {V2}.tar.gz and unpack it to {root / V2}")
+    if (found := list_classes(folder)) != numbers:
+        raise ValueError(f"data: {folder} holds {len(found)} class folders, not 0 .. 999; unpack {V2}.tar.gz again")
+    named = dict(zip(numbers, listed))
+    return _read_folders(folder, named, name="imagenetv2", split="matched-frequency", templates=templates)
 
 
 def _find(benchmark: Benchmark, root: Path, split: str) -> tuple[Path | None, Sequence[str]]:
