@@ -63,6 +63,11 @@ class World:
         return self.rank == 0
 
 
+def launched_rank() -> int:
+    """The rank that torchrun gave this process, before it joins; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere.
 
