@@ -68,6 +68,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def count_lone_tasks() -> int:
+    """How many tasks srun started without torchrun, each of which would be a world of one; 1 elsewhere."""
+    return 1 if "WORLD_SIZE" in os.environ else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere.
 

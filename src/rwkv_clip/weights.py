@@ -137,8 +137,14 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, wanted: C
         if key in state and state[key].shape != own[key].shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  .. and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys)\n  {shown}")
+        from .recognition import say_model
+
+        rather = say_model(state, path) if len(wanted) == len(own) else ""
+        most = 3 if rather else 20
+        shown = "\n  ".join(problems[:most]) + (f"\n  .. and {len(problems) - most} more" if problems[most:] else "")
+        raise ValueError(
+            f"{path}: does not fit the model ({len(problems)} keys){'; ' * bool(rather)}{rather}\n  {shown}"
+        )
     return state
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
-from rwkv_clip.dist import launched_rank
+from rwkv_clip.dist import count_lone_tasks, launched_rank
 
 from .help_text import PROGRAM, answer_help, wants_help
 from .open_clip_command import Word, describe, evaluation_commands, split_words, understand
@@ -40,6 +40,10 @@ def read_command_line(arguments: list[str]) -> Settings:
     problems += check(settings)
     if settings.data.train_data is None and not any(word.name == "train-data" for word in words):
         problems.append("train_data: not set; name the records (prefix, folder or glob), made by data2rec.py")
+    if (tasks := count_lone_tasks()) > 1:
+        problems.append(
+            f"srun: {tasks} tasks would train the same model each; have it start torchrun once on every node"
+        )
     if settings.run.resume == "latest" and settings.run.name is None:
         problems.append("name: --resume latest needs the run's name")
     if problems:
@@ -64,9 +68,12 @@ def list_flags(table: type, prefix: str = "") -> Collection[str]:
 def _take_preset(words: list[Word]) -> tuple[str | None, list[Word]]:
     """The preset's name (the last one counts), and the other words."""
     named = [word for word in words if word.name == "preset"]
-    if named and (len(named[-1].values) != 1 or not named[-1].values[0]):
+    values = named[-1].values if named else ()
+    if named and (not values or not values[0]):
         raise ConfigError([f"preset: needs a value; shipped: {', '.join(list_presets('training'))}"])
-    return named[-1].values[0] if named else None, [word for word in words if word.name != "preset"]
+    if len(values) > 1:
+        raise ConfigError([f"preset: {' '.join(values)} are {len(values)} values; give one"])
+    return (values[0] if named else None), [word for word in words if word.name != "preset"]
 
 
 def _only_evaluates(words: list[Word]) -> bool:

@@ -146,7 +146,7 @@ def _first_screen(groups: dict[str, tuple[str, list[Flag]]], width: int) -> list
     lines = [f"usage: {PROGRAM} --train-data DATA [--flag value ..]", ""]
     for about, command in EXAMPLES:
         lines += [f"  # {about}", *_wrap_command(command, width)]
-    lines += ["", "groups (--help GROUP shows one; open_clip's flags are understood, too, or answered):"]
+    lines += ["", *textwrap.wrap("groups (--help GROUP shows one; open_clip's flags are understood, too):", width)]
     for name, (about, flags) in groups.items():
         text = f"{about} ({len(flags)})"
         lines += textwrap.wrap(text, width, initial_indent=f"  {name:11}", subsequent_indent=" " * 13)

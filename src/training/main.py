@@ -41,7 +41,16 @@ from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
 from .checkpointing import restore_snapshot
-from .checks import check_batch, check_objective, check_ranks, check_records, check_texts, check_weights, warn_of_rate
+from .checks import (
+    check_batch,
+    check_objective,
+    check_ranks,
+    check_records,
+    check_texts,
+    check_weights,
+    warn_of_precision,
+    warn_of_rate,
+)
 from .data import make_loader
 from .data.batch import Loader, Plan
 from .faults.signals import Preempted, Preemption, ignore_signals
@@ -119,6 +128,7 @@ def prepare(settings: Settings) -> Work:
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
     warn_of_rate(settings, world)
+    warn_of_precision(settings.parallel.precision, world)
     return Work(settings, name, spec, records, objective, world)
 
 

@@ -68,12 +68,12 @@ class Understood:
     same: list[str] = field(default_factory=list)
     theirs: bool = False  # holds what only open_clip has
 
-    def take(self, word: Word, row: Row, arguments: Sequence[str], text: str = "") -> None:
+    def take(self, word: Word, row: Row, arguments: Sequence[str]) -> None:
         """Accept it as `arguments`."""
         self.arguments += arguments
         if list(arguments) != word.arguments:
             self.theirs = True
-            self.answers.append(("renamed", str(word), ": ".join(filter(None, (shlex.join(arguments), text)))))
+            self.answers.append(("renamed", str(word), shlex.join(arguments)))
         elif row.text:
             self.answers.append(("same", str(word), row.text))
         else:
@@ -94,7 +94,7 @@ def understand(words: Sequence[Word], own: Collection[str]) -> Understood:
     for word in words:
         row = BY_NAME.get(word.name)
         if row is None:
-            if not word.flag or word.name in own:
+            if not word.flag or word.name in own or word.name.startswith("tyro-"):  # its completion for shells
                 found.arguments += word.arguments
             else:
                 found.refuse(word, _suggest(word.name, own))
@@ -115,7 +115,7 @@ def understand(words: Sequence[Word], own: Collection[str]) -> Understood:
 
 
 def _translate(found: Understood, word: Word, row: Row) -> None:
-    value = word.values[0] if len(word.values) == 1 else None
+    value = word.values[0] if len(word.values) == 1 else ""
     if value in row.refused:
         return found.refuse(word, row.refused[value])
     if row.answer == "same" and value not in row.becomes:
@@ -124,7 +124,7 @@ def _translate(found: Understood, word: Word, row: Row) -> None:
     if row.becomes and value not in row.becomes and row.answer == "renamed":
         return found.refuse(word, f"not one of {', '.join(row.becomes)}; --{name} has other values, see --help")
     values = fixed or ([row.becomes[value]] if value in row.becomes else list(word.values))
-    return found.take(word, row, [f"--{name}", *values], row.text if row.answer == "renamed" else "")
+    return found.take(word, row, [f"--{name}", *values])
 
 
 def _suggest(name: str, own: Collection[str]) -> str:
@@ -145,11 +145,8 @@ def _suggest(name: str, own: Collection[str]) -> str:
 def _split_commas(found: Understood, word: Word, row: Row, _: Sequence[Word]) -> None:
     values = [row.becomes.get(part, part) for value in word.values for part in value.split(",") if part]
     parts = [part for value in values for part in value.split()]
-    if parts == list(word.values):
-        found.same.append(word.flag)
-        found.arguments += word.arguments
-    else:
-        found.take(word, row, ["--report-to", *parts] if parts else [])
+    arguments = ["--report-to", *parts] if parts else []
+    found.take(word, row, word.arguments if parts == list(word.values) else arguments)
 
 
 def _name_a_schedule(found: Understood, word: Word, row: Row, words: Sequence[Word]) -> None:
@@ -168,7 +165,7 @@ def _crop(found: Understood, word: Word, row: Row, _: Sequence[Word]) -> None:
     names = {"scale": "--crop-area", "ratio": "--crop-aspect"}
     given: dict[str, str] = dict(value.partition("=")[::2] for value in word.values)
     arguments: list[str] = []
-    for key in names.keys() & given.keys():
+    for key in (key for key in names if key in given):
         try:
             low, high = map(float, ast.literal_eval(given[key]))
         except (ValueError, TypeError, SyntaxError):
@@ -279,6 +276,8 @@ def other_defaults(words: Sequence[Word], defaults: Mapping[str, Any]) -> list[s
     theirs = {row.ours_of(row.names): row.default for row in ROWS if row.default is not UNSET}
     if "aug-cfg" not in {word.name for word in words}:
         theirs |= {"crop-area": [0.9, 1.0], "crop-aspect": [0.75, 1.3333], "flip": 0.0}
+    if "val-data" in given:
+        theirs["val-frequency"] = 1
     model = next(("".join(word.values) for word in words if word.name == "model"), theirs["model"])
     if "vit" not in model.lower():  # open_clip_train.params.get_default_params
         theirs |= {"beta2": 0.999, "eps": 1e-8}

@@ -1,7 +1,7 @@
 """What becomes of each flag of open_clip's trainer (open_clip_train/params.py): data, which open_clip_command.py reads.
 
 Rows without `versions` are flags of open_clip 3.3.0; the other ones belong to earlier versions, or to 4.0 before its
-release. `python -m rwkv_clip.training.open_clip_flags` writes the table of README.md in this folder.
+release. `python -m rwkv_clip.training.open_clip_page` makes the README.md of this folder of them.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ ROWS: tuple[Row, ...] = (
     same("opt"),
     same("use-bn-sync"),
     renamed("skip-scheduler", "schedule constant"),
-    renamed("lr-scheduler", "schedule", becomes={"cosine": "cosine"}),
+    renamed("lr-scheduler", "schedule", "const has no warm-up here: say --warmup 0, too", becomes={"cosine": "cosine"}),
     same("epochs-cooldown lr-cooldown-end lr-cooldown-power"),
     same("grad-clip-norm", default=None),
     # ---- checkpoints, evaluation
@@ -146,7 +146,7 @@ ROWS: tuple[Row, ...] = (
         default="bicubic",
     ),
     absent("image-resize-mode", 'the model says how evaluation resizes: put "resize_mode" into a model JSON'),
-    renamed("aug-cfg", "crop-area"),
+    renamed("aug-cfg", "crop-area", "for its scale, --crop-aspect for its ratio; the rest is not there"),
     same("grad-checkpointing"),
     absent("force-context-length", "put the number into the text tower of a model JSON"),
     same("force-image-size"),
@@ -206,9 +206,9 @@ ROWS: tuple[Row, ...] = (
     absent("fsdp-no-reshard-after-forward fsdp-offload-cpu", "leave it out, or use --parallel hsdp", versions="4.0"),
     renamed("image-layer-decay visual-layer-decay", "layer-decay-image", versions="4.0"),
     renamed("text-layer-decay", "layer-decay-text", versions="4.0"),
-    absent("text-pooler-own-group", "the pooler trains with the projection; leave it out", versions="4.0"),
+    absent("text-pooler-own-group", "layers are grouped in one way; leave it out", versions="4.0"),
     same("opt-kwargs", versions="4.0"),
-    absent("opt-fallback-list", "leave it out; muon takes matrices, and AdamW takes the rest", versions="4.0"),
+    absent("opt-fallback-list", "leave it out; --opt-kwargs go to the optimizer", versions="4.0"),
     absent("wd-exclude", "tensors of one dimension have no weight decay; leave it out", versions="4.0"),
     absent("torchcompile-strategy torchcompile-backend torchcompile-mode", "use --torchcompile alone", versions="4.0"),
     absent("image-key text-key json-text-key", "columns are named when records are made (data2rec.py)", versions="4.0"),

@@ -26,7 +26,7 @@ ROOMS = [
     {"ops", "data", "losses"},
     {"transform"},
     {"models"},
-    {"factory", "features", "demo", "overrides", "weights"},
+    {"factory", "features", "demo", "overrides", "weights", "recognition"},
     {"retrieval", "convert", "hub", "model_card", "exporting"},
     {"export"},
     {"__init__"},
