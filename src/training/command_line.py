@@ -22,11 +22,11 @@ EVALUATES = ("imagenet-val", "imagenet-v2", "val-data")  # what open_clip's trai
 def read_command_line(arguments: list[str]) -> Settings:
     """Preset (`--preset NAME or path`), then overrides. ConfigError lists every invalid value, and every flag that is
     not ours; what becomes of open_clip's is said on standard error, by the main rank."""
+    if wants_help(arguments):
+        print_help(arguments)
+        raise SystemExit(0)
     # Some releases of torchrun pass the lone -- through.
     arguments = [argument for argument in arguments if argument != "--"]
-    if wants_help(arguments):
-        print(answer_help(arguments))
-        raise SystemExit(0)
     preset, words = _take_preset(split_words(update_flags(arguments)))
     default = load_settings(preset)
     found = understand(words, list_flags(Settings))
@@ -49,6 +49,12 @@ def read_command_line(arguments: list[str]) -> Settings:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def print_help(arguments: list[str]) -> None:
+    """What --help, or --help GROUP, asks for, with the values of the preset that may stand beside it. ValueError."""
+    preset, _ = _take_preset(split_words(arguments))
+    print(answer_help(arguments, load_settings(preset)))
 
 
 def list_flags(table: type, prefix: str = "") -> Collection[str]:

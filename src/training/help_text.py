@@ -61,10 +61,10 @@ class Flag:
         return f"{self.name} {self.metavar}".rstrip()
 
 
-def show_help(group: str | None = None) -> str:
-    """The text of --help, or of --help GROUP. ValueError for no group of ours."""
+def show_help(group: str | None = None, settings: Settings = Settings()) -> str:
+    """The text of --help, or of --help GROUP; with the values of `settings`. ValueError for no group of ours."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    groups = list_groups()
+    groups = list_groups(settings)
     if group is not None:
         if group not in groups:
             raise ValueError(f"help: {group!r} is no group; there are {', '.join(groups)}")
@@ -76,30 +76,30 @@ def show_help(group: str | None = None) -> str:
     return "\n".join(parts).lstrip("\n")
 
 
-def list_groups() -> dict[str, tuple[str, list[Flag]]]:
+def list_groups(settings: Settings = Settings()) -> dict[str, tuple[str, list[Flag]]]:
     """Name of each group -> what it is about, and its flags."""
     found: dict[str, tuple[str, list[Flag]]] = {name: ("", []) for name in ORDER}
     hints = get_type_hints(Settings)
     for table in dataclasses.fields(Settings):
-        kind, home = hints[table.name], HOMES.get(table.name, table.name)
+        kind, home, values = hints[table.name], HOMES.get(table.name, table.name), getattr(settings, table.name)
         about, flags = found.get(home, ("", []))
-        found[home] = about or _one_line(kind.__doc__), [*flags, *_list_flags(kind)]
+        found[home] = about or _one_line(kind.__doc__), [*flags, *_list_flags(kind, values)]
     presets = PRESET.format(", ".join(list_presets("training")))
     found["run"][1].insert(0, Flag("--preset", "NAME", presets, ""))
     return {name: group for name, group in found.items() if group[1]}
 
 
-def _list_flags(table: type, prefix: str = "") -> Iterator[Flag]:
+def _list_flags(table: type, values: Any, prefix: str = "") -> Iterator[Flag]:
     hints, texts = get_type_hints(table), read_texts(table)
     for setting in dataclasses.fields(table):
-        kind, name = hints[setting.name], f"{prefix}{setting.name.replace('_', '-')}"
+        kind, value = hints[setting.name], getattr(values, setting.name)
+        name = f"{prefix}{setting.name.replace('_', '-')}"
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
-            yield from _list_flags(kind, f"{name}.")
+            yield from _list_flags(kind, value, f"{name}.")
         else:
-            default = setting.default
-            flag = f"--no-{name}" if default is True else f"--{name}"
-            yield Flag(flag, _name_values(kind), texts.get(setting.name, ""), _show_default(default))
+            flag = f"--no-{name}" if value is True else f"--{name}"
+            yield Flag(flag, _name_values(kind), texts.get(setting.name, ""), _show_value(value))
 
 
 def read_texts(table: type) -> dict[str, str]:
@@ -126,7 +126,7 @@ def _name_values(kind: Any) -> str:
     return {bool: "", int: "N", float: "X"}.get(kind, "TEXT")
 
 
-def _show_default(value: Any) -> str:
+def _show_value(value: Any) -> str:
     if value is None or isinstance(value, bool) or value in ((), ""):
         return ""  # none, off, nothing: what the text says
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -175,8 +175,8 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help") for argument in arguments)
 
 
-def answer_help(arguments: Sequence[str]) -> str:
+def answer_help(arguments: Sequence[str], settings: Settings = Settings()) -> str:
     """The text that a command line with --help asks for. ValueError."""
     place = next(i for i, argument in enumerate(arguments) if argument in ("-h", "--help"))
     following = [argument for argument in arguments[place + 1 : place + 2] if not argument.startswith("-")]
-    return show_help(following[0] if following else None)
+    return show_help(following[0] if following else None, settings)

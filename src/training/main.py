@@ -18,11 +18,11 @@ from pathlib import Path
 
 from rwkv_clip.errors import run_command
 
-from .command_line import read_command_line
-from .help_text import answer_help, wants_help
+from .command_line import print_help, read_command_line
+from .help_text import wants_help
 
 if __name__ == "__main__" and wants_help(sys.argv[1:]):  # before what follows, which takes seconds to import
-    sys.exit(run_command(lambda: print(answer_help(sys.argv[1:]))))
+    sys.exit(run_command(lambda: print_help(sys.argv[1:])))
 
 import torch
 

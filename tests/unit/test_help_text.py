@@ -49,6 +49,9 @@ def test_groups_can_be_asked_for(capsys):
         read_command_line(["--preset", "demo", "--help", "safety"])
     assert end.value.code == 0
     assert FLAG.findall(capsys.readouterr().out) == [flag.name for flag in groups["safety"][1]]
+    with pytest.raises(SystemExit):
+        read_command_line(["--help", "model", "--preset=demo"])
+    assert "[RWKV-CLIP-Ti-8]" in capsys.readouterr().out, "the preset's values"
     with pytest.raises(ValueError, match=r"help: 'saftey' is no group; there are run, data"):
         read_command_line(["--help", "saftey"])
 
