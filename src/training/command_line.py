@@ -10,12 +10,13 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from rwkv_clip.config import ConfigError, check, list_presets, to_dict
-from rwkv_clip.dist import count_lone_tasks, launched_rank
+from rwkv_clip.dist import count_lone_tasks, read_launch
 
 from .help_text import PROGRAM, answer_help, wants_help
 from .open_clip_command import Word, describe, evaluation_commands, split_words, understand
 from .settings import Settings, load_settings, update_flags
 
+RANKS = "torchrun .. -m rwkv_clip.training.main --"
 EVALUATES = ("imagenet-val", "imagenet-v2", "val-data")  # what open_clip's trainer does without training data
 
 
@@ -33,9 +34,11 @@ def read_command_line(arguments: list[str]) -> Settings:
     problems = list(found.problems)
     if default.data.train_data is None and _only_evaluates(words):
         raise ConfigError(_propose_evaluation(words))
-    if found.theirs and launched_rank() == 0:
+    rank, size = read_launch()
+    if found.theirs and rank == 0:
         # A preset is a choice of all settings: then open_clip's defaults are not compared.
-        print(describe(found, words, to_dict(default) if preset is None else None), file=sys.stderr)
+        defaults = to_dict(default) if preset is None else None
+        print(describe(found, words, defaults, PROGRAM if size == 1 else RANKS), file=sys.stderr)
     settings = _parse(found.arguments, default, problems)
     problems += check(settings)
     if settings.data.train_data is None and not any(word.name == "train-data" for word in words):

@@ -17,7 +17,6 @@ from typing import Any
 
 from .open_clip_flags import BY_NAME, ROWS, UNSET, Row
 
-PROGRAM = "python -m rwkv_clip.training.main"
 EVALUATION = "python -m rwkv_clip.eval.main"
 
 
@@ -144,7 +143,7 @@ def _suggest(name: str, own: Collection[str]) -> str:
 
 def _split_commas(found: Understood, word: Word, row: Row, _: Sequence[Word]) -> None:
     values = [row.becomes.get(part, part) for value in word.values for part in value.split(",") if part]
-    parts = [part for value in values for part in value.split()]
+    parts = list(dict.fromkeys(part for value in values for part in value.split()))
     arguments = ["--report-to", *parts] if parts else []
     found.take(word, row, word.arguments if parts == list(word.values) else arguments)
 
@@ -237,8 +236,11 @@ TITLES = {
 }
 
 
-def describe(found: Understood, words: Sequence[Word], defaults: Mapping[str, Any] | None) -> str:
-    """The message, each flag once. defaults: of our settings by name, to be compared with open_clip's, or None."""
+def describe(
+    found: Understood, words: Sequence[Word], defaults: Mapping[str, Any] | None, program: str = "train"
+) -> str:
+    """The message, each flag once. defaults: of our settings by name, to be compared with open_clip's, or None.
+    program: what stands before the flags."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines = ["A command of open_clip's. Its flags here:"]
     for kind, title in TITLES.items():
@@ -253,7 +255,7 @@ def describe(found: Understood, words: Sequence[Word], defaults: Mapping[str, An
         lines += _wrap("  not given, and another default there; to have it, add: ", shlex.join(others), width)
     if found.refused or any(kind == "renamed" for kind, *_ in found.answers):
         title = "in our words, without what is refused below" if found.refused else "in our words"
-        lines += [f"  {title}", f"    {PROGRAM} {shlex.join(found.arguments)}"]
+        lines += [f"  {title}", f"    {program} {shlex.join(found.arguments)}"]
     return "\n".join(lines)
 
 

@@ -142,6 +142,7 @@ def test_page_is_made_of_the_table():
         ("--report-to wandb,tensorboard", "--report-to wandb tensorboard"),
         ("--report-to=tensorboard", "--report-to=tensorboard"),
         ("--report-to all", "--report-to tensorboard wandb"),
+        ("--report-to wandb,all", "--report-to wandb tensorboard"),
         ("--report-to ''", ""),
         ("--image-interpolation bicubic", "--interpolation bicubic"),
         ("--aug-cfg 'scale=(0.4, 1.0)' ratio=[0.5,2] use_timm=True", "--crop-area 0.4 1 --crop-aspect 0.5 2"),
@@ -319,6 +320,9 @@ def test_a_pasted_command_trains(capsys):
 
 
 def test_other_ranks_are_silent(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    read_command_line(PASTED.split())
+    assert "torchrun .. -m rwkv_clip.training.main -- --train-data" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
     read_command_line(PASTED.split())
     assert not capsys.readouterr().err
