@@ -63,6 +63,16 @@ class World:
         return self.rank == 0
 
 
+def read_launch() -> tuple[int, int]:
+    """(rank, number of ranks) that torchrun gave this process, before it joins; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def count_lone_tasks() -> int:
+    """How many tasks srun started without torchrun, each of which would be a world of one; 1 elsewhere."""
+    return 1 if "WORLD_SIZE" in os.environ else int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group that torchrun started, or be a world of one. NCCL on CUDA, gloo elsewhere.
 
@@ -70,7 +80,7 @@ def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> World
     different kind of device.
     """
     kind = choose_device(device)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = read_launch()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if kind.type == "cuda" and kind.index is None:
         kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

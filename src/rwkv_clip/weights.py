@@ -186,8 +186,13 @@ def _fit(
         if key in state and state[key].shape != own[key].shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  .. and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys){held and f'; {held}'}\n  {shown}")
+        from .recognition import say_model
+
+        rather = say_model(state, path) if len(wanted) == len(own) else ""
+        most = 3 if rather else 20
+        shown = "\n  ".join(problems[:most]) + (f"\n  .. and {len(problems) - most} more" if problems[most:] else "")
+        more = "".join(f"; {what}" for what in (held, rather) if what)
+        raise ValueError(f"{path}: does not fit the model ({len(problems)} keys){more}\n  {shown}")
     return state
 
 

@@ -148,6 +148,15 @@ def warn_of_rate(settings: Settings, world: World) -> None:
         )
 
 
+def warn_of_precision(precision: str, world: World) -> None:
+    """Warn on the main rank of float16 on a CPU, which is slow there and overflows where bfloat16 does not."""
+    if world.is_main and world.device.type == "cpu" and autocast_dtype(precision, world.device) == torch.float16:
+        log.warning(
+            "precision: %s computes in float16, which is for GPUs; on a CPU use --precision fp32, amp_bf16 or auto",
+            precision,
+        )
+
+
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 

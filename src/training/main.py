@@ -13,23 +13,28 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
+
+from rwkv_clip.errors import run_command
+
+from .command_line import print_help, read_command_line
+from .help_text import wants_help
+
+if __name__ == "__main__" and wants_help(sys.argv[1:]):  # before what follows, which takes seconds to import
+    sys.exit(run_command(lambda: print_help(sys.argv[1:])))
 
 import torch
-import tyro
 from torch import nn
 
 from rwkv_clip.base_weights import Base, find_base
 from rwkv_clip.checkpoint import read_description
-from rwkv_clip.config import ConfigError, check, list_presets, to_dict
+from rwkv_clip.config import ConfigError, to_dict
 from rwkv_clip.data.mixture import Mixture, describe_shares, identify, open_mixture
 from rwkv_clip.data.records import Records, open_records
 from rwkv_clip.data.retrieval_set import load_retrieval
 from rwkv_clip.device import autocast_dtype, fix_arithmetic, keep_freed_memory
 from rwkv_clip.dist import PeerLost, World, join_world, leave_world, single_process
-from rwkv_clip.errors import run_command
 from rwkv_clip.factory import change_spec, create_model, holds_weights, preprocess_of, resolve_spec
 from rwkv_clip.features import FeatureExtractor
 from rwkv_clip.files import write_whole
@@ -50,6 +55,7 @@ from .checks import (
     check_sources,
     check_texts,
     check_weights,
+    warn_of_precision,
     warn_of_rate,
 )
 from .data import make_loader
@@ -63,7 +69,7 @@ from .parallel import WholeModel, is_sharded
 from .plot import plot_training
 from .run import open_run
 from .saver import Saver
-from .settings import Settings, load_settings, update_flags
+from .settings import Settings
 from .state import EVALUATION, VALIDATION, TrainState
 from .teachers import add_teacher
 from .trainer import Trainer
@@ -71,41 +77,6 @@ from .validation import measure_batches
 
 # The remedy when host or GPU memory runs out.
 MEMORY = "use a smaller --batch-size with a larger --accum-freq (same negatives), --grad-checkpointing, fewer --workers"
-
-
-def read_command_line(arguments: list[str]) -> Settings:
-    """Preset (`--preset NAME or path`), then overrides. ConfigError lists every invalid value."""
-    # Some releases of torchrun pass the lone -- through.
-    arguments, preset = update_flags([a for a in arguments if a != "--"]), None
-    presets = ", ".join(list_presets("training"))
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--preset":
-            preset = value if equals else "".join(arguments[i + 1 : i + 2])
-            if not preset:
-                raise ConfigError([f"preset: needs a value; shipped: {presets}"])
-            del arguments[i : i + (1 if equals else 2)]
-            break
-    settings = parse_flags(arguments, load_settings(preset), f"{__doc__}\nShipped presets (--preset): {presets}.")
-    problems = check(settings)
-    if settings.data.train_data is None:
-        problems.append("train_data: not set; name records, a table, tars, Parquet files or a folder of them")
-    if settings.run.resume == "latest" and settings.run.name is None:
-        problems.append("name: --resume latest needs the run's name")
-    if problems:
-        raise ConfigError(problems)
-    return settings
-
-
-def parse_flags(arguments: list[str], default: Settings, description: str) -> Settings:
-    """Settings from flags without table names; settings without a flag are those of `default`."""
-    hints = get_type_hints(Settings)
-    tables = [
-        (table.name, Annotated[hints[table.name], tyro.conf.arg(name="")], field(default=getattr(default, table.name)))
-        for table in fields(Settings)
-    ]
-    kind = make_dataclass("Settings", tables, frozen=True)
-    return Settings(**vars(tyro.cli(kind, args=arguments, prog="rwkv_clip.training.main", description=description)))
 
 
 def make_validator(
@@ -193,6 +164,7 @@ def prepare(settings: Settings) -> Work:
     objective = add_teacher(objective, settings, spec, records, world.device)
     check_sources(objective, world)
     warn_of_rate(settings, world)
+    warn_of_precision(settings.parallel.precision, world)
     return Work(settings, name, source, spec, records, objective, world, open_sets(settings, spec, world), base)
 
 

@@ -96,6 +96,15 @@ def test_a_rate_for_another_batch_is_warned_of(settings, ranks, proposed, caplog
         assert proposed in said[0] and said[0].startswith("lr: 5e-05 was published for 1024 pairs a step")
 
 
+def test_float16_on_a_cpu_is_warned_of(caplog):
+    for precision in ("amp", "amp_bf16", "fp32", "auto"):
+        checks.warn_of_precision(precision, World(0, 1, CPU))
+        checks.warn_of_precision(precision, World(1, 2, CPU))
+    checks.warn_of_precision("amp", World(0, 1, torch.device("cuda")))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("precision: amp computes in float16, which is for GPUs; on a CPU use --precision fp32")
+
+
 def test_half_a_publication_is_refused():
     with pytest.raises(ConfigError, match=r"published: lr 0\.001 and batch None; set both or neither"):
         parse(Settings, {"published": {"lr": 1e-3}})

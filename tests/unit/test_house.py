@@ -26,7 +26,7 @@ ROOMS = [
     {"ops", "data", "losses"},
     {"transform", "datasets"},
     {"models"},
-    {"factory", "features", "demo", "overrides", "weights", "base_weights"},
+    {"factory", "features", "demo", "overrides", "weights", "base_weights", "recognition"},
     {"retrieval", "classification", "convert", "hub", "model_card", "exporting"},
     {"export"},
     {"__init__"},

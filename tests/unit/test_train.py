@@ -407,6 +407,8 @@ def test_command_line(data):
     assert read_command_line(["--train-data", "x", "--preset=demo"]).model.model == "RWKV-CLIP-Ti-8"
     with pytest.raises(ConfigError, match=r"preset: needs a value; shipped: .*demo"):
         read_command_line(["--preset"])
+    with pytest.raises(ConfigError, match="preset: demo x are 2 values; give one"):
+        read_command_line(["--preset", "demo", "x"])
     with pytest.raises(ConfigError) as error:
         read_command_line(["--lr", "-1", "--epochs", "0"])
     assert len(error.value.problems) == 3  # and no records

@@ -31,24 +31,14 @@ def update_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def update_flags(arguments: list[str]) -> list[str]:
-    """Arguments with current names. ConfigError for a value whose meaning has changed."""
-    updated, problems = [], []
-    for i, argument in enumerate(arguments):
+    """Arguments with current names."""
+    updated = []
+    for argument in arguments:
         flag, equals, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
-        value = value if equals else "".join(arguments[i + 1 : i + 2])
         if name in RENAMED:
             new = f"--{RENAMED[name].replace('_', '-')}"
             log.warning("%s is called %s since 0.6", flag, new)
             argument = f"{new}{equals}{value}" if equals else new
-        elif name == "warmup" and value.startswith(("0.", ".")):
-            problems.append(f"warmup: {value} is not a number of steps; use --warmup-fraction {value}")
-        elif name == "precision" and value in AUTOCAST_BEFORE:
-            problems.append(
-                f"precision: {value!r} would be the type of the weights, which stay float32 in training; for autocast "
-                f"in that type use --precision {AUTOCAST_BEFORE[value]}"
-            )
         updated.append(argument)
-    if problems:
-        raise ConfigError(problems)
     return updated

@@ -22,6 +22,7 @@ class RunSettings:
     allow_change: tuple[str, ...] = ()
     """Names of settings that may differ from those of the run to resume; checkpoints record the change."""
     seed: int = ranged(0, minimum=0)
+    """Of the initial weights, and of all that is random in a run."""
 
     def problems(self) -> list[str]:
         found = []
@@ -91,6 +92,7 @@ class LogSettings:
     """What a run writes, and how often."""
 
     log_every_n_steps: int = ranged(10, minimum=1)
+    """Steps between log lines."""
     report_training_batch_acc: bool = False
     """Log how often an image of the batch scores highest with its own text, and a text with its own image."""
     val_every_n_steps: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
@@ -98,6 +100,7 @@ class LogSettings:
     val_frequency: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Epochs between validations, besides --val-every-n-steps: after the step that completes the epoch."""
     save_every_n_steps: int = ranged(1000, minimum=1)
+    """Steps between checkpoints."""
     save_frequency: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Epochs between checkpoints, besides --save-every-n-steps."""
     keep_checkpoints: int = ranged(2, minimum=2)
