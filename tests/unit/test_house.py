@@ -135,6 +135,8 @@ OPTIONAL = {
     "qdrant_client": {"qdrant.py"},
     "lancedb": {"lancedb.py"},
     "usearch": {"approximate.py"},
+    "fsspec": {"storage.py"},
+    "datasets": set(),  # its folders are read by pyarrow
 }
 
 
