@@ -17,13 +17,14 @@ from pathlib import Path
 
 from planted_chinese_data import CHINESE_DATA
 from planted_describe import DESCRIBE
+from planted_direct import DIRECT
 from planted_inputs import INPUTS
 from planted_training import TRAINING, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE]
+MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DIRECT, *DESCRIBE]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:
