@@ -17,6 +17,7 @@ from pathlib import Path
 
 from planted_chinese_data import CHINESE_DATA
 from planted_describe import DESCRIBE
+from planted_direct import DIRECT
 from planted_evaluation import EVALUATION
 from planted_inputs import INPUTS
 from planted_training import TRAINING, Mutant
@@ -24,7 +25,7 @@ from planted_training import TRAINING, Mutant
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE, *EVALUATION]
+MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE, *EVALUATION, *DIRECT]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:

@@ -123,7 +123,11 @@ def test_a_digest_is_of_the_content(kind, tiny, saved, tmp_path):
     digest = open_records(str(choose(saved, kind)), TOKENIZER).digest
     assert len(digest) == 64
     found = []
-    for name, content in (("same", rows), ("less", rows[:-1]), ("text", [*rows[:-1], {**rows[-1], "raw": "another"}])):
+    for name, content in (
+        ("same", rows),
+        ("less", rows[:-1]),
+        ("text", [*rows[:-1], {**rows[-1], "raw": rows[-1]["raw"].upper()}]),
+    ):
         place = tmp_path / name
         shutil.copytree(folder / "images", place / "images")
         found.append(open_records(str(save_kind(kind, place, content, folder)), TOKENIZER).digest)
@@ -324,6 +328,54 @@ def test_an_empty_table_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("image,caption\n")
     with pytest.raises(ValueError, match=r"a\.csv: no rows"):
         open_records(tmp_path / "a.csv", TOKENIZER)
+
+
+def test_urls(saved, tiny, tmp_path):
+    fsspec = pytest.importorskip("fsspec", reason="pip install -e '.[fsspec]'")
+    system = fsspec.filesystem("memory")
+    (tmp_path / "indices").mkdir()
+    reading = Reading(index=str(tmp_path / "indices"))
+    for path in saved["webdataset"].parent.glob("*.tar"):
+        system.pipe(f"/urls/{path.name}", path.read_bytes())
+    here = open_records(str(saved["webdataset"]), TOKENIZER)
+    braces, pattern = "memory://urls/rows-{000..001}.tar", "memory://urls/*.tar"
+    for spec in (braces, pattern, f"file://{saved['webdataset']}"):
+        records = open_records(spec, TOKENIZER, reading)
+        assert records.digest == here.digest and records.sample(50)[0] == here.sample(50)[0]
+        assert records.name(50).endswith("urls/rows-001.tar 0050") or "file" in spec
+    loader = make(open_records(braces, TOKENIZER, reading), workers=2, steps=2, global_batch=8)
+    expected = make(here, workers=0, steps=2, global_batch=8)
+    assert all(one.text.equal(two.text) and one.image.equal(two.image) for one, two in zip(loader, expected))
+    for spec, words in (
+        (braces, "is read through a URL; say where its index goes, --index FOLDER"),
+        ("memory://urls/none-*.tar", "names nothing"),
+        ("memory://urls/none.tar", "no such file"),
+        ("memory://urls/none.zip", "not a known kind of data; say --dataset-type"),
+        ("nowhere://urls/none.tar", "Protocol not known"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_records(spec, TOKENIZER)
+
+
+def test_folders_that_datasets_saves(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install -e '.[datasets]'")
+    columns = {
+        "image": [{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(9)],
+        "captions": [[f"one {i}", f"two {i}"] for i in range(9)],
+        "label": list(range(9)),
+    }
+    whole = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    whole.save_to_disk(str(tmp_path / "whole"), num_shards=2)
+    whole.select([8, 1, 5]).save_to_disk(str(tmp_path / "some"))
+    datasets.DatasetDict({"train": whole}).save_to_disk(str(tmp_path / "parts"))
+    for name, numbers in (("whole", range(9)), ("some", [8, 1, 5]), ("parts/train", range(9))):
+        records = open_records(tmp_path / name, TOKENIZER)
+        assert len(records) == len(numbers) and records.text_names == ("raw",)
+        for row, i in enumerate(numbers):
+            image, tokens = records.draw_sample(row, 0.7)
+            assert image == picture(i) and tokens.tolist() == TOKENIZER([f"two {i}"]).tolist()
+    with pytest.raises(ValueError, match=r"holds several parts; give one of .*/parts/train"):
+        open_records(tmp_path / "parts", TOKENIZER)
 
 
 def test_profile_data_reads_it(saved, capsys):

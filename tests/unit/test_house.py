@@ -137,6 +137,8 @@ OPTIONAL = {
     "lancedb": {"lancedb.py"},
     "peft": {"adapters.py"},
     "usearch": {"approximate.py"},
+    "fsspec": {"storage.py"},
+    "datasets": set(),  # its folders are read by pyarrow
 }
 
 

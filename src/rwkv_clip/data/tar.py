@@ -101,8 +101,7 @@ class Tar:
             said, here = {**self.always, **here}, {}
             yield from self._member(block, kind, size, said)
             self.member_at = self.at
-        if not part:
-            self._check_end()
+        self._check_end()
 
     def _member(self, block: bytes, kind: bytes, size: int, said: dict[str, str]) -> Iterator[Member]:
         name = said.get("path") or _name(block)
@@ -156,7 +155,7 @@ class Tar:
     def _check_end(self) -> None:
         """Only zeros may follow; a compressed file is read to its end, where its checksum is."""
         start = self.at
-        while data := self._read(1 << 20):
+        while self.origin is None and (data := self._read(1 << 20)):
             if data.count(0) != len(data):
                 raise self.error("more after the end mark; damaged, or tars joined into one: give them one by one")
             if self.at - start > MAX_PADDING:
