@@ -20,12 +20,13 @@ from planted_describe import DESCRIBE
 from planted_direct import DIRECT
 from planted_evaluation import EVALUATION
 from planted_inputs import INPUTS
+from planted_mixture import MIXTURE
 from planted_training import TRAINING, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE, *EVALUATION, *DIRECT]
+MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE, *EVALUATION, *DIRECT, *MIXTURE]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:

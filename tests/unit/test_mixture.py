@@ -232,6 +232,20 @@ def test_a_bad_record_gives_its_place_to_one_of_its_source(records):
         assert (i, epoch) == next(pair for pair in turns if pair[0] not in (32, 37))
 
 
+def test_records_in_a_row_that_do_not_decode(records, tmp_path):
+    """Their headers are good; each place goes to the first in order that decodes."""
+    images = [encode(photo(i, 60, 50), quality=90) for i in range(12)]
+    cut = [image[: len(image) // 2] if i % 4 else image for i, image in enumerate(images)]
+    own = {**records, "cut": write_records(tmp_path / "cut", cut)}
+    for mixture in (own["cut"], mix(own, "a", "cut", factors="0.4::2")):
+        first = len(mixture) - 12
+        order, found = make_order(mixture, 3), columns(make(mixture, global_batch=12, steps=3, max_bad=99))
+        for position, (i, epoch, *_) in enumerate(found):
+            taken = tuple(column.item() for column in order.find(np.int64(position)))
+            turns = [taken, *(order.stand_in(position, turn) for turn in range(1, 25))]
+            assert (i, epoch) == next(pair for pair in turns if pair[0] < first or (pair[0] - first) % 4 == 0)
+
+
 def test_bad_records_are_named_by_source_when_they_are_too_many(records):
     with pytest.raises(DataError, match=r"2 of 14 records are bad \(2 image unreadable in b\)"):
         list(make(mix(records, "a", "b", factors="0.1::1.1"), global_batch=14, steps=1, max_bad=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,26 +17,66 @@ KEY = 0x4F72646572  # keeps these hashes apart from the augmentation's: "Order"
 MIXED = 0x4D69786564  # and the seeds of a mixture's orders from the run's: "Mixed"
 
 
+class Sizes(NamedTuple):
+    """Of permutations: how many places, and bits and masks of the halves of a number that holds the last one; scalars,
+    or uint64 arrays for many permutations."""
+
+    count: np.uint64 | np.ndarray
+    low: np.uint64 | np.ndarray
+    high_mask: np.uint64 | np.ndarray
+    low_mask: np.uint64 | np.ndarray
+
+    @classmethod
+    def make(cls, count: int) -> Sizes:
+        """Of a permutation of so many places."""
+        bits = (count - 1).bit_length()
+        numbers = count, bits // 2, (1 << (bits - bits // 2)) - 1, (1 << (bits // 2)) - 1
+        return cls(*map(np.uint64, numbers))
+
+    def of(self, rows: np.ndarray) -> Sizes:
+        """Those of some of many permutations; scalars are those of all."""
+        return self if np.ndim(self.count) == 0 else Sizes(*(column[rows] for column in self))
+
+
+def permute_places(places: np.ndarray, keys: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """Where the permutations by `keys`, uint64 (N,), take places in [0, count): int64 (N,) -> int64 (N,).
+
+    An alternating Feistel network on the smallest power of two that holds `count`; a value that falls outside is
+    permuted again until it falls inside (cycle walking), which takes fewer than two passes on average.
+    """
+    index = places.astype(np.uint64)
+    left = np.arange(index.size)  # those that are still outside
+    while left.size:
+        own = sizes.of(left)
+        index[left] = _pass_network(index[left], keys[left], own)
+        left = left[index[left] >= own.count]
+    return index.astype(np.int64)
+
+
+def _pass_network(value: np.ndarray, keys: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """One pass over the power of two: the halves alternate in being masked by a keyed hash of the other."""
+    high, low = value >> sizes.low, value & sizes.low_mask
+    for turn in range(ROUNDS):
+        keys = keys + GAMMA
+        if turn % 2 == 0:
+            high = high ^ (mix64(low ^ keys) >> np.uint64(16) & sizes.high_mask)
+        else:
+            low = low ^ (mix64(high ^ keys) >> np.uint64(16) & sizes.low_mask)
+    return high << sizes.low | low
+
+
 class Order:
     """An endless sequence of record indices in which every epoch of `count` positions holds each index once.
 
-    Position p belongs to epoch p // count; inside an epoch the index is a permutation of p % count, keyed by
-    seed and epoch. The permutation is an alternating Feistel network on the smallest power of two that holds
-    `count`; a value that falls outside is permuted again until it falls inside (cycle walking), which takes
-    fewer than two passes on average. So a run's place in its data is one integer, and any process finds any
-    place at once.
+    Position p belongs to epoch p // count; inside an epoch the index is a permutation of p % count, keyed by seed and
+    epoch. So a run's place in its data is one integer, and any process finds any place at once.
     """
 
     def __init__(self, count: int, seed: int):
         if not 1 <= count <= 1 << 62:
             raise ValueError(f"count: {count} records cannot be ordered; need at least one")
         self.count, self.seed = int(count), int(seed)
-        bits = (self.count - 1).bit_length()
-        self._low = np.uint64(bits // 2)
-        self._masks = (
-            np.uint64((1 << (bits - bits // 2)) - 1),
-            np.uint64((1 << (bits // 2)) - 1),
-        )
+        self._sizes = Sizes.make(self.count)
 
     def epoch(self, position: int | np.ndarray) -> np.ndarray:
         """Epoch of each position, int64."""
@@ -48,13 +89,7 @@ class Order:
         if where.size and where.min() < 0:
             raise ValueError(f"position: {where.min()} is before the beginning; positions count from 0")
         epochs, places = np.divmod(where.ravel(), self.count)
-        index = places.astype(np.uint64)
-        keys = hash64(KEY, self.seed, epochs)
-        left = np.arange(index.size)  # those that are still outside
-        while left.size:
-            index[left] = self._permute(index[left], keys[left])
-            left = left[index[left] >= self.count]
-        index = index.astype(np.int64)
+        index = permute_places(places, hash64(KEY, self.seed, epochs), self._sizes)
         return int(index[0]) if np.ndim(position) == 0 else index.reshape(where.shape)
 
     def find(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,17 +99,6 @@ class Order:
     def stand_in(self, position: int, turn: int) -> tuple[int, int]:
         """(record index, epoch) of the `turn`-th record, from 1, that may take the place of the one at `position`."""
         return self.at(position + turn), (position + turn) // self.count
-
-    def _permute(self, value: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One pass over the power of two: the halves alternate in being masked by a keyed hash of the other."""
-        high, low = value >> self._low, value & self._masks[1]
-        for turn in range(ROUNDS):
-            keys = keys + GAMMA
-            if turn % 2 == 0:
-                high = high ^ (mix64(low ^ keys) >> np.uint64(16) & self._masks[0])
-            else:
-                low = low ^ (mix64(high ^ keys) >> np.uint64(16) & self._masks[1])
-        return high << self._low | low
 
 
 class MixedOrder:
@@ -91,14 +115,14 @@ class MixedOrder:
     """
 
     def __init__(self, counts: list[int], samples: list[int], seed: int):
-        own = [int(hash64(MIXED, seed, number)[0] >> np.uint64(1)) for number in range(len(counts) + 1)]
-        self._mix = Order(sum(samples), own[0])
-        self._sources = [Order(count, key) for count, key in zip(counts, own[1:])]
-        self._samples = np.array(samples, np.int64)
-        self._ends = np.cumsum(self._samples)
-        self._offsets = np.cumsum([0, *counts[:-1]])
-        self._rounds = [min(math.lcm(*pair), 1 << 62) for pair in zip(counts, samples)]  # places until both end
+        seeds = hash64(MIXED, seed, np.arange(len(counts) + 1)) >> np.uint64(1)
+        self._mix, self._seeds = Order(sum(samples), int(seeds[0])), seeds[1:]
         self.count = self._mix.count
+        self._sizes = Sizes(*map(np.array, zip(*map(Sizes.make, counts))))
+        self._counts, self._samples = np.array(counts, np.int64), np.array(samples, np.int64)
+        self._ends, self._offsets = np.cumsum(self._samples), np.cumsum(self._counts) - self._counts
+        rounds = [min(math.lcm(*pair), 1 << 62) for pair in zip(counts, samples)]  # places until both end together
+        self._rounds = np.array(rounds, np.int64)
 
     def at(self, position: int | np.ndarray) -> np.ndarray | int:
         """Record index at each position >= 0: int for an int, int64 array of its shape for an array."""
@@ -108,19 +132,15 @@ class MixedOrder:
     def find(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(record index, pass of its source) at each position, int64. No record has a pass twice."""
         where = np.asarray(position, np.int64)
-        numbers, places = self._locate(where.ravel())
-        index, turns = np.empty_like(places), np.empty_like(places)
-        for number in np.unique(numbers):
-            own = numbers == number
-            index[own], turns[own] = self._find(number, places[own])
-        return index.reshape(where.shape), turns.reshape(where.shape)
+        index, passes = self._find(*self._locate(where.ravel()))
+        return index.reshape(where.shape), passes.reshape(where.shape)
 
     def stand_in(self, position: int, turn: int) -> tuple[int, int]:
         """(record index, pass) of the `turn`-th record, from 1, that may take the place of the one at `position`: the
         next ones in the sequence of its source, so that shares stay as they are."""
         numbers, places = self._locate(np.array([position], np.int64))
-        index, turns = self._find(int(numbers[0]), places + turn)
-        return int(index[0]), int(turns[0])
+        index, passes = self._find(numbers, places + turn)
+        return int(index[0]), int(passes[0])
 
     def _locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, place in the sequence of that source) of each position."""
@@ -129,12 +149,11 @@ class MixedOrder:
         samples = self._samples[numbers]
         return numbers, position // self.count * samples + slots - (self._ends[numbers] - samples)
 
-    def _find(self, number: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(record index, pass) of places in the sequence of a source."""
-        order = self._sources[number]
-        rounds = places // self._rounds[number]
-        index = np.asarray(order.at(rounds * order.count + places % order.count))
-        return index + self._offsets[number], places // order.count
+    def _find(self, numbers: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(record index, pass) of places in the sequences of sources."""
+        passes, within = np.divmod(places, self._counts[numbers])
+        keys = hash64(KEY, self._seeds[numbers], places // self._rounds[numbers])
+        return permute_places(within, keys, self._sizes.of(numbers)) + self._offsets[numbers], passes
 
 
 def make_order(records: Records, seed: int) -> Order | MixedOrder:
