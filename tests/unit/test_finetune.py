@@ -1,4 +1,4 @@
-"""The bench of fine-tuning: its flags are settings, all ways start from one checkpoint, and rows tell what each took."""
+"""The bench of fine-tuning: its flags are settings, all ways start from one checkpoint, rows tell what each took."""
 
 import json
 
