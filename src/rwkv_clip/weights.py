@@ -18,7 +18,15 @@ from .models import chinese_clip, hugging_face
 from .models.positions import fit_tables
 from .models.released import OPENAI_ENTRIES, strip_prefixes
 from .models.specification import ContrastiveModel, ModelSpec, load_family
-from .models.tower_states import PROJECTIONS, cut_tower, describe_tower, find_prefix, find_tower, lacks_projection
+from .models.tower_states import (
+    PROJECTIONS,
+    cut_tower,
+    describe_model,
+    describe_tower,
+    find_prefix,
+    find_tower,
+    lacks_projection,
+)
 from .pretrained import find_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -155,7 +163,8 @@ def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor
     for key in OPENAI_ENTRIES:
         if key not in own:
             state.pop(key, None)
-    return _fit(model, state, path, own.keys())
+    held = describe_model(state)
+    return _fit(model, state, path, own.keys(), held and f"it holds {held}; the model is {describe_model(own)}")
 
 
 def _warn_of_gelu(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

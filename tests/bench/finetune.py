@@ -8,7 +8,8 @@ in four ways, with the same steps, batches and schedule: all weights; adapters a
 all weights at a larger picture size. Each is tested once, after its last step, on the clean test pictures, and so is
 the checkpoint that they start from.
 
-seconds: of the training loop, one process with one thread, start and validation left out; runs come one after another.
+train seconds: of the training loop, one process with one thread; runs come one after another. cpu seconds: of the whole
+command, with its start and its checkpoints, which other processes on the machine hardly change.
 peak: resident memory of the training process, with all that it imports. --repeats: seeds 0, 1, .. of the fine-tuning.
 Finished runs are kept in --work, interrupted ones continue. Results hold numbers only.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 from pathlib import Path
 
@@ -61,8 +63,18 @@ def train(args: argparse.Namespace, name: str, half: str, seed: int, flags: dict
     flags |= {"workers": 0, "loader": "torch", "val-every-n-steps": None, "train-data": args.work / "data" / half}
     given = [part for key, value in flags.items() for part in (f"--{key}", *([] if value is True else [value]))]
     place = ("--logs", folder.parent, "--name", name, "--resume", "latest")
-    run_python("-m", "rwkv_clip.training.main", "--preset", PRESET, *given, *place, log=folder / "train.txt")
+    if not (folder / "measured.json").exists():
+        before = spent()
+        run_python("-m", "rwkv_clip.training.main", "--preset", PRESET, *given, *place, log=folder / "train.txt")
+        with open(folder / "cpu.txt", "a") as kept:  # a line for each start
+            kept.write(f"{spent() - before}\n")
     return folder
+
+
+def spent() -> float:
+    """CPU seconds of the processes that have ended here."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
@@ -76,6 +88,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     optim = read_tensors(checkpoint / "optim.safetensors")
     found = {
         "seconds": last["seconds"],
+        "cpu_seconds": sum(map(float, (folder / "cpu.txt").read_text().split())),
         "peak_mib": last["peak_memory_mb"],
         "trained": sum(value.numel() for key, value in optim.items() if key.endswith("/exp_avg")),
         "checkpoint_mib": sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**20,
@@ -110,7 +123,7 @@ def report_runs(report: Report, results: list[dict]) -> None:
         own = [result for result in results if result["way"] == way]
         cost = {
             name: statistics.median(run[name] for run in own)
-            for name in ("seconds", "peak_mib", "trained", "checkpoint_mib")
+            for name in ("seconds", "cpu_seconds", "peak_mib", "trained", "checkpoint_mib")
         }
         recalls = {shorten_recall(name): 100 * statistics.fmean(run[name] for run in own) for name in RECALLS}
         cost["train_seconds"] = cost.pop("seconds")

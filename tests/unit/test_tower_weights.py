@@ -203,3 +203,13 @@ def test_open_clips_own_names(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "open_clip.pt")
     model = create_model(MODELS["ViT and RWKV"], pretrained_image_path=tmp_path / "open_clip.pt")
     assert all(torch.equal(value, model.visual.state_dict()[key]) for key, value in theirs.visual.state_dict().items())
+
+
+def test_whole_weights_of_another_model_are_named(tmp_path):
+    path = write(tmp_path / "w.safetensors", build("ViT and BERT", 1).state_dict())
+    message = (
+        "it holds a CLIP ViT of width 32, patch 16, 2 blocks with a BERT of vocabulary 99, width 32, 2 blocks; the "
+        "model is an RWKV image tower of width 24, patch 16, 2 blocks with an RWKV text tower of vocabulary 99"
+    )
+    with pytest.raises(ValueError, match=message):
+        create_model(MODELS["RWKV"], path)

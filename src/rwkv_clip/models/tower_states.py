@@ -101,3 +101,10 @@ def describe_tower(tower: Mapping[str, Tensor]) -> str:
     if "patch_embed.proj.weight" in tower and tower["patch_embed.proj.weight"].dim() == 4:
         return sizes("a ViT of timm's", "patch_embed.proj.weight", ("width", "", "patch"))
     return f"something else ({len(tower)} tensors like {', '.join(sorted(tower)[:2])})"
+
+
+def describe_model(state: Mapping[str, Tensor]) -> str:
+    """The same of both towers of a model; empty where there are none."""
+    prefixes = {side: find_prefix(state, side) for side in PROJECTIONS}
+    found = [describe_tower(cut_tower(state, side, prefix)) for side, prefix in prefixes.items() if prefix is not None]
+    return " with ".join(found)
