@@ -177,10 +177,19 @@ def parse_options(pairs: Iterable[str]) -> Options:
         if key in found:
             raise ValueError(f"opt_kwargs: {key} is given twice; leave one out")
         try:
-            found[key] = ast.literal_eval(text)
+            found[key] = _freeze(ast.literal_eval(text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             found[key] = text
     return tuple(found.items())
+
+
+def _freeze(value: Any) -> Any:
+    """Lists as tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_freeze, value))
+    if isinstance(value, (set, dict)):
+        raise ValueError("no optimizer takes one")
+    return value
 
 
 def choose_options(

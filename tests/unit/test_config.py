@@ -19,7 +19,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name():
     assert len(found) == 5
     assert "batchsize: unknown setting; did you mean 'batch_size'?" in found
     assert "lr: 'fast' is not of type float" in found
-    assert "schedule: 'linear' is not one of 'onecycle', 'cosine', 'constant'" in found
+    assert "schedule: 'linear' is not one of 'onecycle', 'cosine', 'constant', 'const-cooldown'" in found
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,26 @@ class Settings:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 found.append(f"allow_change: {name!r} is not a setting{hint}")
-        if self.parallel.parallel != "ddp" and not self.optimizer.shards:
+        if self.parallel.parallel != "ddp" and not self.optimizer.takes_shards:
             found.append(
                 f"parallel: {self.parallel.parallel} holds shards of parameters, and opt {self.optimizer.opt} needs "
                 f"whole ones; use --parallel ddp, or an optimizer such as lion that works element by element"
             )
+        return found + self._rates_of_nothing()
+
+    def _rates_of_nothing(self) -> list[str]:
+        """Rates of a tower of which nothing trains."""
+        freezing, found = self.freezing, []
+        locked = {
+            "image": freezing.lock_image and not freezing.lock_image_unlocked_groups,
+            "text": freezing.lock_text
+            and not freezing.lock_text_unlocked_layers
+            and freezing.lock_text_freeze_layer_norm,
+        }
+        for side in (side for side, whole in locked.items() if whole):
+            for name in (f"lr_{side}", f"layer_decay_{side}"):
+                if getattr(self.optimizer, name) is not None:
+                    found.append(f"{name}: --lock-{side} freezes the whole {side} tower; leave one of them out")
         return found
 
 

@@ -159,7 +159,7 @@ class OptimizerSettings:
         return found
 
     @property
-    def shards(self) -> bool:
+    def takes_shards(self) -> bool:
         """Whether the optimizer works on shards as on whole parameters. ValueError as `problems`."""
         choice = find_optimizer(self.opt)
         options = choose_options(choice, self.opt_kwargs, (self.beta1, self.beta2), self.eps, self.momentum)
