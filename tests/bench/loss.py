@@ -1,9 +1,19 @@
-"""An objective forward + backward in float32: time and peak memory, ours beside plain forms and open_clip's ClipLoss.
+"""An objective forward + backward in float32: time and peak memory, ours beside plain forms and open_clip's losses.
 
-python tests/bench/loss.py [--objective infonce|alip --sizes 2048 8192 32768 --width 640]
+python tests/bench/loss.py [--objective infonce|siglip|distill|alip --sizes 2048 8192 32768 --width 640]
 
 Plain: two cross-entropies on two score matrices, as in the released code; plain, one matrix: the second one on the
-transpose of the first; ALIP's plain form has four. Peak memory is what a step adds to its features, each contender in
+transpose of the first; ALIP's plain form has four. SigLIP's is one matrix of scores and one of labels; that of
+distillation (with InfoNCE, as in open_clip) has four, two of a teacher of the same width.
+
+What no way can do without, for B pairs of width D: the scores and the gradients of either side, three products of
+2 B^2 D operations each for InfoNCE and SigLIP, six for ALIP's two texts, four for distillation with the teacher's
+scores; and 16 B D bytes, to read both sides and write their gradients. A way that stores no scores computes them again
+for the backward pass: ours of InfoNCE takes four products, of ALIP eight, of distillation ten (each loss computes the
+student's scores for itself). SigLIP takes the three, because a pair's gradient needs no other pair. `least_gflops`:
+those least operations per second of the median call.
+
+Peak memory is what a step adds to its features, each contender in
 a process of its own. On a CPU the larger sizes are called less often; at 32,768 the one call whose memory is measured
 is the one that is timed. What does not fit the memory is not measured.
 """
@@ -13,6 +23,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -21,13 +32,17 @@ import torch.nn.functional as F
 from harness import Report, alternate, argument_parser, peak_memory
 from torch import Tensor
 
-from rwkv_clip.losses import ALIP, InfoNCE
+from rwkv_clip.losses import ALIP, InfoNCE, SigLIP
+from rwkv_clip.losses.distill import Distilled
 
 try:
-    from open_clip.loss import ClipLoss
+    from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 except ImportError:
     ClipLoss = None
 
+TEACHER_SCALE = 100.0
+TITLES = {"siglip": ", SigLIP", "distill": ", distillation", "alip": ", ALIP"}
+LEAST_PRODUCTS = {"infonce": 3, "siglip": 3, "distill": 4, "alip": 6}
 CPU_PAIRS = 2**15  # batch size times calls on a CPU: at most 16 calls at 2,048, 4 at 8,192, 1 at 32,768
 
 
@@ -70,29 +85,67 @@ def our_alip(image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     return sum(ALIP().to(image.device, image.dtype)(image, texts, scale)[0].values())
 
 
+def plain_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    labels = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) - 1
+    return -F.logsigmoid(labels * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+def our_siglip(*leaves: Tensor) -> Tensor:
+    return SigLIP()(*leaves)[0]["contrastive"]
+
+
+def plain_distill(image: Tensor, text: Tensor, scale: Tensor, other_image: Tensor, other_text: Tensor) -> Tensor:
+    soft = []
+    for a, b, c, d in ((image, text, other_image, other_text), (text, image, other_text, other_image)):
+        targets = (TEACHER_SCALE * c @ d.T).softmax(1)
+        soft.append(-(targets * (scale * a @ b.T).log_softmax(1)).sum(1).mean())
+    return plain(image, text, scale) + sum(soft) / 2
+
+
+class Known:
+    """A teacher whose features are given."""
+
+    recalls, sources, scale = (), {}, TEACHER_SCALE
+
+
+def our_distill(image: Tensor, text: Tensor, scale: Tensor, other_image: Tensor, other_text: Tensor) -> Tensor:
+    features = {"image": image, "text": text, "logit_scale": scale}
+    losses, _ = Distilled(InfoNCE(), Known())(**features, teacher_image=other_image, teacher_text=other_text)
+    return sum(losses.values())
+
+
 LOSSES = {
     "infonce": {"plain": plain, "plain, one matrix": plain_one_matrix, "ours": ours},
+    "siglip": {"plain": plain_siglip, "ours": our_siglip},
+    "distill": {"plain": plain_distill, "ours": our_distill},
     "alip": {"plain": plain_alip, "ours": our_alip},
 }
 if ClipLoss is not None:
     LOSSES["infonce"]["open_clip"] = ClipLoss()
+    LOSSES["siglip"]["open_clip"] = SigLipLoss()
+    LOSSES["distill"]["open_clip"] = lambda *x: sum(DistillClipLoss()(*x, TEACHER_SCALE))
 
 
 def make_features(objective: str, batch: int, width: int, device: torch.device) -> list[Tensor]:
-    """Normalised pictures, texts that resemble them (two each for ALIP), and the initial scale of CLIP."""
+    """Normalised pictures, texts that resemble them (two each for ALIP), and the initial scale of CLIP; for SigLIP its
+    initial scale and bias; for distillation also those of a teacher, without gradients."""
     g = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(batch, width, generator=g), dim=-1)
     texts = [
         F.normalize(image + 1.5 * F.normalize(torch.randn(batch, width, generator=g), dim=-1), dim=-1) for _ in range(2)
     ]
     text = torch.stack(texts, 1) if objective == "alip" else texts[0]
-    return [x.to(device).requires_grad_() for x in (image, text, torch.tensor(1 / 0.07))]
+    scalars = [torch.tensor(x) for x in ((10.0, -10.0) if objective == "siglip" else (1 / 0.07,))]
+    leaves = [x.to(device).requires_grad_() for x in (image, text, *scalars)]
+    if objective == "distill":
+        leaves += [x.detach().to(device) for x in (F.normalize(image + texts[1], dim=-1), texts[1])]
+    return leaves
 
 
 def step(objective: str, name: str, leaves: list[Tensor]) -> list[Tensor]:
     """Value and gradients."""
     value = LOSSES[objective][name](*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
+    return [value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.requires_grad])]
 
 
 def prepare(objective: str, name: str, batch: int, width: int, device: str, seconds):
@@ -118,21 +171,28 @@ def free_mib(device: torch.device) -> float:
         return float("inf")
 
 
+def median(seconds: float | list[float]) -> float:
+    """Of one call or several."""
+    return statistics.median(seconds if isinstance(seconds, list) else [seconds])
+
+
 def check(report: Report, objective: str, width: int, device: torch.device) -> None:
     """Every contender against the plain form in float64, at a size that is no multiple of a chunk."""
     leaves = make_features(objective, 1100, width, device)
-    exact = step(objective, "plain", [x.detach().double().requires_grad_() for x in leaves])
+    exact = step(objective, "plain", [x.detach().double().requires_grad_(x.requires_grad) for x in leaves])
     for name in LOSSES[objective]:
         errors = [(x.double() - y).norm() / y.norm() for x, y in zip(step(objective, name, leaves), exact)]
-        # float32 products of 640 numbers are off by 1e-6 themselves, on some CPUs a little more, in the plain form too
-        report.gate(f"{objective}, {name}: value and gradients against float64", float(max(errors)), 2e-6)
+        # float32 products of 640 numbers are off by 1e-6 themselves, on some CPUs a little more, in the plain form too;
+        # the teacher's are multiplied by 100 before their exponentials
+        limit = 2e-5 if objective == "distill" else 2e-6
+        report.gate(f"{objective}, {name}: value and gradients against float64", float(max(errors)), limit)
 
 
 def measure(
     report: Report, objective: str, batch: int, width: int, device: torch.device, per_score: dict, repeats: int
 ) -> None:
     """Memory and time of the contenders that fit, judged by per_score, their MiB per score at a smaller size."""
-    case, peaks, times = f"{batch} x {width}" + (", ALIP" if objective == "alip" else ""), {}, {}
+    case, peaks, times = f"{batch} x {width}" + TITLES.get(objective, ""), {}, {}
     for name in LOSSES[objective]:
         need, free = per_score.get(name, 0) * batch**2, free_mib(device)
         if need > 0.95 * free:
@@ -148,11 +208,15 @@ def measure(
         times = alternate(calls, repeats=repeats, warmup=2 if device.type == "cuda" else 1, device=device)
     for name, seconds in times.items():
         goal = 0.9 if name == "ours" else None
-        report.add(case, name, seconds=seconds, baseline="plain", goal=goal, peak_mib=peaks[name])
+        least = LEAST_PRODUCTS[objective] * 2e-9 * batch**2 * width
+        figures = {"peak_mib": peaks[name], "least_gflops": least / median(seconds)}
+        report.add(case, name, seconds=seconds, baseline="plain", goal=goal, **figures)
     for name in [name for name in ("plain", "open_clip") if name in peaks and "ours" in peaks]:
         goal = 10 if batch >= 32768 else None
         report.ratio(case, f"peak memory of {name} / ours", peaks[name] / peaks["ours"], goal=goal)
-    if ClipLoss is None and objective == "infonce":
+    if "ours" in times and "open_clip" in times:
+        report.ratio(case, "time of open_clip / ours", median(times["open_clip"]) / median(times["ours"]))
+    if ClipLoss is None and objective != "alip":
         report.missing(case, "open_clip", "open_clip_torch is not installed")
 
 
@@ -162,12 +226,12 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="pairs in the global batch (2048 8192, on a GPU 32768 too)"
     )
-    parser.add_argument("--objective", choices=sorted(LOSSES), help="default: both")
+    parser.add_argument("--objective", choices=sorted(LOSSES), help="default: all")
     parser.add_argument("--width", type=int, default=640, help="numbers per feature (640, B/32's)")
     args = parser.parse_args()
     report = Report("loss", args.device, commit=args.commit)
     sizes = args.sizes or ([2048, 8192] if args.device.type == "cpu" else [2048, 8192, 32768])  # that takes minutes
-    for objective in [args.objective] if args.objective else ["infonce", "alip"]:
+    for objective in [args.objective] if args.objective else list(LOSSES):
         check(report, objective, args.width, args.device)
         per_score: dict[str, float] = {}
         for batch in sorted(sizes):

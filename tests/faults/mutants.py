@@ -21,12 +21,13 @@ from planted_direct import DIRECT
 from planted_evaluation import EVALUATION
 from planted_inputs import INPUTS
 from planted_mixture import MIXTURE
+from planted_objectives import OBJECTIVES
 from planted_training import TRAINING, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE, *EVALUATION, *DIRECT, *MIXTURE]
+MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE, *EVALUATION, *DIRECT, *MIXTURE, *OBJECTIVES]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:

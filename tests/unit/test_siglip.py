@@ -273,6 +273,7 @@ def test_weights_without_a_bias_get_one_and_say_so(data, caplog):
     assert "has no logit_bias; it begins with -10" in caplog.text
     found = tensors_of(folder)
     torch.testing.assert_close(found["logit_scale"], scale, rtol=1e-6, atol=0)  # that of the weights
+    assert found["logit_bias"].item() == pytest.approx(-10)
 
 
 def test_a_model_that_says_how_it_begins_is_heard(data):
