@@ -92,19 +92,17 @@ def understand(words: Sequence[Word], own: Collection[str]) -> Understood:
     found = Understood()
     for word in words:
         row = BY_NAME.get(word.name)
+        found.theirs |= row is not None and (row.answer != "same" or word.name not in own)
         if row is None:
             if not word.flag or word.name in own or word.name.startswith("tyro-"):  # its completion for shells
                 found.arguments += word.arguments
             else:
                 found.refuse(word, _suggest(word.name, own))
         elif row.answer == "not there":
-            found.theirs = True
             found.refuse(word, f"not there; {row.text}")
         elif row.answer == "not needed":
-            found.theirs = True
             found.answers.append(("not needed", str(word), row.text))
         elif (ours := row.ours_of(word.name)) not in own:
-            found.theirs = True
             found.refuse(word, f"not there in this version{f' (it would be --{ours})' if ours != word.name else ''}")
         elif word.name in _RULES:
             _RULES[word.name](found, word, row, words)

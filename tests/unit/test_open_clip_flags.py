@@ -93,6 +93,7 @@ def test_each_flag_alone_is_answered(theirs):
         found = understand(split_words(given), OWN | PENDING)
         said = [text for _, text, _ in found.answers] + [text for text, _ in found.refused] + found.same
         assert len(said) == 1 and said[0].split()[0] == f"--{name}"
+        assert found.theirs or BY_NAME[name].answer == "same", "its message is shown"
         assert bool(found.arguments) == (BY_NAME[name].answer in ("same", "renamed") and not found.refused)
 
 
