@@ -42,7 +42,7 @@ def read_command_line(arguments: list[str]) -> Settings:
     settings = _parse(found.arguments, default, problems)
     problems += check(settings)
     if settings.data.train_data is None and not any(word.name == "train-data" for word in words):
-        problems.append("train_data: not set; name the records (prefix, folder or glob), made by data2rec.py")
+        problems.append("train_data: not set; name records, a table, tars, Parquet files or a folder of them")
     if (tasks := count_lone_tasks()) > 1:
         problems.append(
             f"srun: {tasks} tasks would train the same model each; have it start torchrun once on every node"

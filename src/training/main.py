@@ -125,10 +125,10 @@ def prepare(settings: Settings) -> Work:
     check_objective(settings.loss.objective, objective)
     check_texts(records, settings, objective)
     world = join_world(settings.parallel.device, COLLECTIVES)
+    warn_of_precision(settings.parallel.precision, world)
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
     warn_of_rate(settings, world)
-    warn_of_precision(settings.parallel.precision, world)
     return Work(settings, name, spec, records, objective, world)
 
 
