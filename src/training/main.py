@@ -159,12 +159,12 @@ def prepare(settings: Settings) -> Work:
     check_objective(settings.loss.objective, objective)
     check_texts(records, settings, objective)
     world = join_world(settings.parallel.device, COLLECTIVES)
+    warn_of_precision(settings.parallel.precision, world)
     check_ranks(settings, spec, records, world)
     check_batch(settings.parallel, world, len(records))
     objective = add_teacher(objective, settings, spec, records, world.device)
     check_sources(objective, world)
     warn_of_rate(settings, world)
-    warn_of_precision(settings.parallel.precision, world)
     return Work(settings, name, source, spec, records, objective, world, open_sets(settings, spec, world), base)
 
 

@@ -92,19 +92,17 @@ def understand(words: Sequence[Word], own: Collection[str]) -> Understood:
     found = Understood()
     for word in words:
         row = BY_NAME.get(word.name)
+        found.theirs |= row is not None and (row.answer != "same" or word.name not in own)
         if row is None:
             if not word.flag or word.name in own or word.name.startswith("tyro-"):  # its completion for shells
                 found.arguments += word.arguments
             else:
                 found.refuse(word, _suggest(word.name, own))
         elif row.answer == "not there":
-            found.theirs = True
             found.refuse(word, f"not there; {row.text}")
         elif row.answer == "not needed":
-            found.theirs = True
             found.answers.append(("not needed", str(word), row.text))
         elif (ours := row.ours_of(word.name)) not in own:
-            found.theirs = True
             found.refuse(word, f"not there in this version{f' (it would be --{ours})' if ours != word.name else ''}")
         elif word.name in _RULES:
             _RULES[word.name](found, word, row, words)
@@ -149,14 +147,12 @@ def _split_commas(found: Understood, word: Word, row: Row, _: Sequence[Word]) ->
 
 
 def _name_a_schedule(found: Understood, word: Word, row: Row, words: Sequence[Word]) -> None:
-    """open_clip's `const` warms up; ours, `constant`, does not."""
-    warmup = [other.values for other in words if other.name == "warmup"]
-    if word.values == ("const",):
-        if warmup[-1:] == [("0",)]:
-            return found.take(word, row, ["--schedule", "constant"])
-        text = "a constant rate has no warm-up here; say --warmup 0, too, or use --lr-scheduler cosine"
-        return found.refuse(word, text)
-    return _translate(found, word, row)
+    """open_clip's `const` warms up, which ours, `constant`, does not: it is a cool-down of no epochs."""
+    if word.values != ("const",):
+        return _translate(found, word, row)
+    if any(other.name == "epochs-cooldown" for other in words):
+        return found.refuse(word, "has no cool-down; leave --epochs-cooldown out, or use --lr-scheduler const-cooldown")
+    return found.take(word, row, ["--schedule", "const-cooldown", "--epochs-cooldown", "0"])
 
 
 def _crop(found: Understood, word: Word, row: Row, _: Sequence[Word]) -> None:
@@ -278,11 +274,13 @@ def other_defaults(words: Sequence[Word], defaults: Mapping[str, Any]) -> list[s
     theirs = {row.ours_of(row.names): row.default for row in ROWS if row.default is not UNSET}
     if "aug-cfg" not in {word.name for word in words}:
         theirs |= {"crop-area": [0.9, 1.0], "crop-aspect": [0.75, 1.3333], "flip": 0.0}
-    if "val-data" in given:
-        theirs["val-frequency"] = 1
+    theirs |= {"val-frequency": 1} if "val-data" in given else {}
+    theirs |= {"zeroshot-frequency": 2} if given & {"imagenet-val", "imagenet-v2"} else {}
     model = next(("".join(word.values) for word in words if word.name == "model"), theirs["model"])
     if "vit" not in model.lower():  # open_clip_train.params.get_default_params
         theirs |= {"beta2": 0.999, "eps": 1e-8}
+    if any(word.name == "opt" and "timm" in "".join(word.values) for word in words):
+        theirs = {name: value for name, value in theirs.items() if name not in ("lr", "beta1", "beta2", "eps")}
     arguments: list[str] = []
     for name, value in theirs.items():
         if name not in given and defaults.get(name.replace("-", "_"), value) != value:
@@ -292,7 +290,7 @@ def other_defaults(words: Sequence[Word], defaults: Mapping[str, Any]) -> list[s
 
 
 def evaluation_commands(words: Sequence[Word]) -> list[str]:
-    """Commands that do what open_clip's trainer does without training data, and what has to be there for them."""
+    """Commands that do what open_clip's trainer does without training data."""
     given = {word.name: " ".join(word.values) for word in words}
     model, tag = given.get("model", "RN50"), given.get("pretrained", "")
     weights = given.get("resume") or tag
@@ -302,18 +300,13 @@ def evaluation_commands(words: Sequence[Word]) -> list[str]:
         checkpoint = ["--checkpoint", f"open_clip:{model}" + (f":{tag}" if tag else "")]
     options = [part for name in ("batch-size", "workers") if name in given for part in (f"--{name}", given[name])]
     lines = []
-    if path := given.get("imagenet-val"):
-        place = path.rstrip("/")
-        root = place.removesuffix("/imagenet/val") if place.endswith("/imagenet/val") else "ROOT"
-        if root == "ROOT":
-            lines.append(f"mkdir -p ROOT/imagenet && ln -s {shlex.quote(place)} ROOT/imagenet/val")
-        command = ["classification", *checkpoint, "--dataset", "imagenet", "--data", root, *options]
-        lines.append(f"{EVALUATION} {shlex.join(command)}")
+    for name, dataset in (("imagenet-val", "imagenet"), ("imagenet-v2", "imagenetv2")):
+        if name in given:
+            command = ["classification", *checkpoint, "--dataset", dataset, "--data", given[name], *options]
+            lines.append(f"{EVALUATION} {shlex.join(command)}")
     if path := given.get("val-data"):
         if not path.endswith((".jsonl", ".json", ".rec")):
             lines.append(f"python data2rec.py {shlex.quote(path)} out/val")
             path = "out/val.rec"
         lines.append(f"{EVALUATION} {shlex.join(['retrieval', *checkpoint, '--data', path, *options])}")
-    if "imagenet-v2" in given:
-        lines.append("# ImageNet-V2 is no set of the evaluation; its folders have numbers for names")
     return lines

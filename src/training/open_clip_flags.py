@@ -68,7 +68,10 @@ _OLD_MODEL = "name an open_clip model that has this text tower, such as --model 
 ROWS: tuple[Row, ...] = (
     # ---- data
     same("train-data", "an epoch takes each record exactly once; none is left out or repeated"),
-    same("train-data-upsampling-factors", "exact shares of each epoch, instead of draws"),
+    same(
+        "train-data-upsampling-factors",
+        "how often an epoch takes each record of a source, exactly; there it is the odds of draws",
+    ),
     same(
         "val-data",
         "a set for retrieval (JSONL, JSON, LMDB or records): recall and loss of the whole set",
@@ -83,11 +86,7 @@ ROWS: tuple[Row, ...] = (
     ),
     absent("dataset-resampled", _NO_REPEATS),
     same("csv-separator csv-img-key csv-caption-key"),
-    same(
-        "imagenet-val",
-        "accuracy on ImageNet, by the prompts of open_clip",
-    ),
-    absent("imagenet-v2", "evaluate the checkpoint afterwards, with `python -m rwkv_clip.eval.main classification`"),
+    same("imagenet-val imagenet-v2"),
     absent("cache-dir", "the hub's variable HF_HOME says where downloads are kept"),
     # ---- run
     same(
@@ -113,7 +112,12 @@ ROWS: tuple[Row, ...] = (
     same("opt"),
     same("use-bn-sync"),
     renamed("skip-scheduler", "schedule constant"),
-    renamed("lr-scheduler", "schedule", "const has no warm-up here: say --warmup 0, too", becomes={"cosine": "cosine"}),
+    renamed(
+        "lr-scheduler",
+        "schedule",
+        "`const` is `const-cooldown`, with --epochs-cooldown 0",
+        becomes={"cosine": "cosine", "const-cooldown": "const-cooldown"},
+    ),
     same("epochs-cooldown lr-cooldown-end lr-cooldown-power"),
     same("grad-clip-norm", default=None),
     # ---- checkpoints, evaluation
@@ -124,16 +128,12 @@ ROWS: tuple[Row, ...] = (
     ),
     needless("save-most-recent", "the newest checkpoint is always kept"),
     needless("delete-previous-checkpoint", "the newest --keep-checkpoints (2) are kept, and older ones are deleted"),
-    same(
-        "zeroshot-frequency val-frequency",
-        refused={"0": "counts epochs, from 1; leave it out, and the data that it would measure, too"},
-    ),
+    same("zeroshot-frequency"),
+    same("val-frequency", refused={"0": "counts epochs, from 1; leave --val-data out"}),
     # ---- model
     same("model", default="RN50"),
     same("pretrained"),
-    same(
-        "pretrained-image", "is followed by weights of the image tower, where theirs takes ImageNet weights of timm's"
-    ),
+    same("pretrained-image", "is followed by weights of the image tower; theirs is a switch, for timm's of ImageNet"),
     same("lock-image lock-image-unlocked-groups lock-image-freeze-bn-stats"),
     same("lock-text lock-text-unlocked-layers lock-text-freeze-layer-norm"),
     absent("image-mean image-std", 'the model says it: put "pixels": [[mean], [std]] into a model JSON'),
@@ -148,8 +148,7 @@ ROWS: tuple[Row, ...] = (
     absent("image-resize-mode", 'the model says how evaluation resizes: put "resize_mode" into a model JSON'),
     renamed("aug-cfg", "crop-area", "for its scale, --crop-aspect for its ratio; the rest is not there"),
     same("grad-checkpointing"),
-    absent("force-context-length", "put the number into the text tower of a model JSON"),
-    same("force-image-size"),
+    same("force-context-length force-image-size"),
     absent("force-quick-gelu", "say it by the model's name, --model ViT-B-32-quickgelu"),
     same("force-patch-dropout"),
     needless("force-custom-text", "names of weights differ by it, and files of either kind load"),
@@ -211,8 +210,11 @@ ROWS: tuple[Row, ...] = (
     absent("opt-fallback-list", "leave it out; --opt-kwargs go to the optimizer", versions="4.0"),
     absent("wd-exclude", "tensors of one dimension have no weight decay; leave it out", versions="4.0"),
     absent("torchcompile-strategy torchcompile-backend torchcompile-mode", "use --torchcompile alone", versions="4.0"),
-    absent("image-key text-key json-text-key", "columns are named when records are made (data2rec.py)", versions="4.0"),
-    renamed("json-text-key-probs", "text-probs", "one number for each text of the records", versions="4.0"),
+    absent(
+        "image-key text-key json-text-key json-text-key-probs",
+        "use --csv-img-key and --csv-caption-key, and --text-probs for several captions",
+        versions="4.0",
+    ),
     absent(
         "max-image-pixels",
         "pictures of any size are read; build records with data2rec.py --max-side 512",

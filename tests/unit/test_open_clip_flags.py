@@ -17,7 +17,6 @@ from rwkv_clip.training.settings import Settings
 
 params = pytest.importorskip("open_clip_train.params", reason="open_clip_torch comes with its trainer")
 
-# Flags and values that the table answers with and that are not settings yet. What is added to the settings goes here.
 OWN = set(list_flags(Settings))
 
 
@@ -86,6 +85,7 @@ def test_each_flag_alone_is_answered(theirs):
         found = understand(split_words(given), OWN)
         said = [text for _, text, _ in found.answers] + [text for text, _ in found.refused] + found.same
         assert len(said) == 1 and said[0].split()[0] == f"--{name}"
+        assert found.theirs or BY_NAME[name].answer == "same", "its message is shown"
         assert bool(found.arguments) == (BY_NAME[name].answer in ("same", "renamed") and not found.refused)
 
 
@@ -126,7 +126,8 @@ def test_page_is_made_of_the_table():
         ("--lr-scheduler cosine", "--schedule cosine"),
         ("--lr-scheduler=cosine", "--schedule cosine"),
         ("--lr_scheduler cosine", "--schedule cosine"),
-        ("--lr-scheduler const --warmup 0", "--schedule constant --warmup 0"),
+        ("--lr-scheduler const --warmup 7", "--schedule const-cooldown --epochs-cooldown 0 --warmup 7"),
+        ("--lr-scheduler const-cooldown --epochs-cooldown 2", "--schedule const-cooldown --epochs-cooldown 2"),
         ("--skip-scheduler", "--schedule constant"),
         ("--siglip", "--objective siglip"),
         ("--fsdp", "--parallel fsdp"),
@@ -156,8 +157,8 @@ def test_translated(given, ours):
 @pytest.mark.parametrize(
     "given, why",
     [
-        ("--lr-scheduler const", "no warm-up here; say --warmup 0"),
-        ("--lr-scheduler const --warmup 2000", "no warm-up here"),
+        ("--lr-scheduler const --epochs-cooldown 2", "has no cool-down"),
+        ("--lr-scheduler linear", "not one of cosine, const-cooldown"),
         ("--precision pure_bf16", "use --precision amp_bf16"),
         ("--precision fp16", "use --precision amp"),
         ("--warmup 0.1", "use --warmup-fraction 0.1"),
@@ -246,8 +247,8 @@ README = [  # of open_clip 3.3.0: command, what the message holds, what is refus
     (
         "--train-data a.tar::b.tar --train-data-upsampling-factors 1::2 --dataset-resampled --train-num-samples 9000 "
         "--siglip --opt timm/lion --lr-scheduler const-cooldown --epochs-cooldown 2",
-        ["--siglip -> --objective siglip", "exact shares of each epoch"],
-        ["--lr-scheduler const-cooldown", "--dataset-resampled: not there; each record comes once"],
+        ["--siglip -> --objective siglip", "how often an epoch takes each record", "--batch-size 64 --warmup 10000"],
+        ["--dataset-resampled: not there; each record comes once"],
     ),
 ]
 
@@ -275,16 +276,15 @@ def test_commands_of_its_readme(command, said, refused):
         (
             "--imagenet-val /path/to/imagenet/validation --model ViT-B-32-quickgelu --pretrained laion400m_e32",
             [
-                "mkdir -p ROOT/imagenet && ln -s /path/to/imagenet/validation ROOT/imagenet/val",
                 "python -m rwkv_clip.eval.main classification --checkpoint open_clip:ViT-B-32-quickgelu:laion400m_e32 "
-                "--dataset imagenet --data ROOT",
+                "--dataset imagenet --data /path/to/imagenet/validation",
             ],
         ),
         (
             "--imagenet-val /data/imagenet/val/ --model RWKV-CLIP-B-32 --resume logs/run --batch-size 32",
             [
                 "python -m rwkv_clip.eval.main classification --checkpoint logs/run --model RWKV-CLIP-B-32 --dataset "
-                "imagenet --data /data --batch-size 32"
+                "imagenet --data /data/imagenet/val/ --batch-size 32"
             ],
         ),
     ],
