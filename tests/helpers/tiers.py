@@ -125,6 +125,8 @@ SLOW = (
     "parity/test_wkv6.py::test_tree_is_linear_on_long_sequences",
     "parity/test_wkv6.py::test_tree_keeps_its_precision_on_long_sequences",
     "unit/test_adapters.py::test_every_mode_of_a_step",
+    "unit/test_direct_training.py::test_a_run_resumes_with_the_same_bits_and_with_its_own_data_only[1:]",
+    "unit/test_direct_training.py::test_training_gives_the_same_bits_as_from_records[1:]",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits[1:]",
     "unit/test_alip.py::test_a_resumed_run_has_the_same_bits_in_other_modes",
     "unit/test_backend.py::test_both_exporters_of_onnx_take_a_tower",

@@ -252,6 +252,9 @@ def test_a_kind_is_told_or_said(table, tmp_path):
     write_tar(tmp_path / "b.tar", [{"key": "0", "jpg": picture(1), "txt": "one"}])
     with pytest.raises(ValueError, match=r"dataset_type: csv, but .*b\.tar is webdataset"):
         open_records(f"{tmp_path}/b*", TOKENIZER, Reading(kind="csv"))
+    for name in ("none.csv", "none-*.tar", "none-{0..3}.tar"):
+        with pytest.raises(ValueError, match=r"train_data: '.*/none.* names no file"):
+            open_records(tmp_path / name, TOKENIZER)
     with pytest.raises(ValueError, match=r"no state\.json"):
         open_records(tmp_path, TOKENIZER, Reading(kind="datasets"))
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')

@@ -126,7 +126,7 @@ class DirectSet(Records):
                 rows.append(row)
                 return
         fields = list(dict.fromkeys(str(key) for row in rows for key in row.fields))
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{flag}: {name!r} is in no row of {self.files[0]}; {hint}they have {list_fields(rows)}")
 

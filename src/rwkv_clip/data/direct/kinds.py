@@ -60,7 +60,11 @@ def names_direct(spec: str | list[str]) -> bool:
         return any(map(is_url, names)) or all(find_files(name, "auto") for name in names)
     except SourceError:
         raise
-    except (ValueError, OSError):
+    except ValueError as error:
+        if any(name.lower().endswith(ending) for name in names for endings in ENDINGS.values() for ending in endings):
+            raise ValueError(str(error).replace("source:", "train_data:", 1)) from None
+        return False
+    except OSError:
         return False
 
 
