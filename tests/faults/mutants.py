@@ -18,12 +18,13 @@ from pathlib import Path
 from planted_chinese_data import CHINESE_DATA
 from planted_describe import DESCRIBE
 from planted_inputs import INPUTS
+from planted_mixture import MIXTURE
 from planted_training import TRAINING, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-MUTANTS = [*TRAINING, *INPUTS, *CHINESE_DATA, *DESCRIBE]
+MUTANTS = [*TRAINING, *MIXTURE, *INPUTS, *CHINESE_DATA, *DESCRIBE]
 
 
 def plant(mutant: Mutant) -> tuple[Path, str, str]:
