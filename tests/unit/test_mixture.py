@@ -215,6 +215,12 @@ def test_a_record_that_comes_again_in_an_epoch_looks_and_reads_otherwise(records
     assert len({tuple(drawn[[f[0] == i for f in found]]) for i in range(30)}) > 10
 
 
+def turns_at(order: Order | MixedOrder, position: int) -> list[tuple[int, int]]:
+    """(record, pass) at a position, and those of the records that may stand in for it, as far as tests need them."""
+    (index,), (turn,) = order.find(np.array([position]))
+    return [(int(index), int(turn)), *(order.stand_in(position, number) for number in range(1, 25))]
+
+
 def test_a_bad_record_gives_its_place_to_one_of_its_source(records):
     mixture = mix(records, "a", "b", factors="1::4")
     loader = make(mixture, global_batch=14, steps=10, max_bad=99)
@@ -241,8 +247,7 @@ def test_records_in_a_row_that_do_not_decode(records, tmp_path):
         first = len(mixture) - 12
         order, found = make_order(mixture, 3), columns(make(mixture, global_batch=12, steps=3, max_bad=99))
         for position, (i, epoch, *_) in enumerate(found):
-            taken = tuple(column.item() for column in order.find(np.int64(position)))
-            turns = [taken, *(order.stand_in(position, turn) for turn in range(1, 25))]
+            turns = turns_at(order, position)
             assert (i, epoch) == next(pair for pair in turns if pair[0] < first or (pair[0] - first) % 4 == 0)
 
 
