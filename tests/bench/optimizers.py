@@ -60,7 +60,7 @@ def main() -> None:
     parser = argument_parser(__doc__, repeats=9)
     parser.add_argument("--model", default="RWKV-CLIP-Ti-8", help="preset")
     parser.add_argument("--batch", type=int, default=64, help="pairs per step")
-    parser.add_argument("--opts", nargs="+", default=["lion", "adafactor", "muon"], help="names that --opt takes")
+    parser.add_argument("--opts", nargs="*", default=["lion", "adafactor", "muon"], help="names that --opt takes")
     args = parser.parse_args()
     report = Report("optimizers", args.device, commit=args.commit)
     check_average(report, args)

@@ -50,6 +50,11 @@ SLOW = (
     "dist/test_contract_ranks.py::test_two_ranks_do_what_one_does[1:]",
     "dist/test_contract_ranks.py::test_what_an_objective_does_not_use_holds_up_no_rank[1:]",
     "dist/test_failure.py::test_an_error_of_one_rank_is_told_to_the_others",
+    "dist/test_optimizer_ranks.py::test_a_sharded_run_resumes_with_the_same_bits",
+    "dist/test_optimizer_ranks.py::test_deterministic_bits",
+    "dist/test_optimizer_ranks.py::test_fsdp_resumes_what_one_process_saved",
+    "unit/test_optimizers.py::test_a_resumed_run_has_the_same_bits[1:]",
+    "unit/test_optimizers.py::test_a_run_takes_the_steps_of_the_optimizer[1:]",
     # the kernels in the emulator
     "emulator/test_cuda_kernels.py::test_a_planted_fault_is_seen[1:]",
     "emulator/test_cuda_kernels.py::test_any_decay[1:]",
