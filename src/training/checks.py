@@ -172,7 +172,7 @@ def check_ranks(settings: Settings, spec: ModelSpec, records: Records, world: Wo
 def check_sources(objective: Objective, world: World) -> None:
     """ConfigError on the main rank, and its message on the others, unless what an objective reads has the same content
     on all ranks."""
-    if world.size > 1:
+    if objective.sources and world.size > 1:
         judge_all(world, "sources", {"host": socket.gethostname(), **objective.sources}, compare_plans)
 
 

@@ -58,7 +58,7 @@ TRAINING = [
     Mutant(
         "negatives of the own micro-batch only",
         "training/gradients.py",
-        "        losses, report, gradients = self._compare(features, inputs.facts, scale_loss)\n",
+        "        losses, report, gradients = self._compare(features, facts, scale_loss)\n",
         "        rows = [self.micro_batches.rows(number) for number in numbers]\n"
         "        cut = [{k: v[own] if v.dim() else v for k, v in features.items()} for own in rows]\n"
         "        parts = [self._compare(part, {}, scale_loss) for part in cut]\n"

@@ -49,6 +49,7 @@ OURS = {
         "resize_mode": "squash",
     },
     "mixed": {"embed_dim": 24, "image": RWKV_IMAGE, "text": {"kind": "open_clip", **TRANSFORMER}},
+    "biased": {"image": RWKV_IMAGE, "text": RWKV_TEXT, "init_logit_bias": -10.0},
 }
 
 
@@ -519,7 +520,7 @@ def transformers(modules, monkeypatch):
     return library
 
 
-@pytest.mark.parametrize("kind", ["RWKV", "projected"])
+@pytest.mark.parametrize("kind", ["RWKV", "projected", "biased"])
 def test_rwkv_towers_in_transformers(kind, transformers, tmp_path):
     """The code that goes along computes what the library does; saved and loaded there, to the bit."""
     net = build(OURS[kind])

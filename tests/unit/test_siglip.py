@@ -17,6 +17,7 @@ from rwkv_clip.config import ConfigError, parse, to_dict
 from rwkv_clip.dist import World
 from rwkv_clip.losses import SigLIP, pairs, siglip
 from rwkv_clip.losses.siglip import compare_pairs, sigmoid_loss
+from rwkv_clip.models.hugging_face import write_configuration
 from rwkv_clip.training.deterministic import DeterministicStep
 from rwkv_clip.training.gradients import GradientStep, Inputs
 from rwkv_clip.training.main import run
@@ -262,6 +263,14 @@ def test_who_reads_a_checkpoint_gets_the_bias(data, towers, tmp_path):
 
         theirs = open_clip.create_model(f"local-dir:{saved}")
         assert torch.equal(theirs.logit_bias.detach(), bias)
+
+
+def test_a_layout_without_a_bias_is_refused():
+    """Chinese-CLIP's, in transformers."""
+    model = rwkv_clip.create_model("CN-CLIP-Ti-8", init_logit_bias=-10)
+    assert model.logit_bias == -10 and model.spec.init_logit_bias == -10
+    with pytest.raises(ConfigError, match="init_logit_bias: ChineseCLIPModel has no bias of scores"):
+        write_configuration(model.spec)
 
 
 def test_weights_without_a_bias_get_one_and_say_so(data, caplog):
