@@ -85,11 +85,11 @@ EVALUATION = [
         f"{BEST}::test_the_best_of_the_validation_by_loss_is_the_lowest",
     ),
     Mutant(
-        "the value to beat is forgotten on resume",
+        "what is the best is forgotten on resume",
         "training/checkpointing.py",
         'facts.get("evaluated", 0), facts.get("best", {})',
         'facts.get("evaluated", 0), {}',
-        f"{BEST}::test_a_killed_run_goes_on_with_its_best",
+        f"{BEST}::test_a_run_that_is_killed_before_the_best_is_named",
     ),
     Mutant(
         "a best checkpoint that was not written counts",

@@ -13,12 +13,13 @@ import torch
 
 from helpers.ranks import digest
 from helpers.tiny import make_smaller, make_tiny
+from rwkv_clip import checkpoint
 from rwkv_clip.checkpoint import BEST, clean_folder, find_best, find_checkpoint, list_checkpoints, name_best
 from rwkv_clip.config import parse
 from rwkv_clip.dist import World
 from rwkv_clip.eval.main import main as evaluate
 from rwkv_clip.factory import load_for_inference
-from rwkv_clip.training import evaluation, loop, main, saver
+from rwkv_clip.training import best, evaluation, loop, main, saver
 from rwkv_clip.training.best import note_best, recall_best
 from rwkv_clip.training.main import run
 from rwkv_clip.training.settings import Settings
@@ -116,6 +117,25 @@ def test_a_killed_run_goes_on_with_its_best(data, scripted, kill):
     assert best_step(folder) == 6 and names(folder) == [BEST, "step-00000006", "step-00000008"]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "mine/mean_recall" in line] == list(range(1, 9))
+
+
+def test_a_run_that_is_killed_before_the_best_is_named(data, scripted, monkeypatch):
+    """The checkpoint knows that it is the best, and is named by the run that goes on."""
+    name_it = checkpoint.name_best
+
+    def dying(folder, path):
+        if path.name == "step-00000006":
+            raise KeyboardInterrupt
+        name_it(folder, path)
+
+    with monkeypatch.context() as patch:
+        for module in (checkpoint, best):
+            patch.setattr(module, "name_best", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, name="unnamed")
+    folder = Path(data["logs"]) / "unnamed"
+    assert best_step(folder) == 2 and find_checkpoint(folder).name == "step-00000006"
+    assert best_step(train(data, name="unnamed")) == 6
 
 
 def test_a_save_that_fails_is_tried_by_the_next_better_one(data, scripted, monkeypatch):
