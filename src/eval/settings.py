@@ -68,4 +68,4 @@ class ClassesSettings(EvalSettings):
 
     dataset: tuple[str, ...] = ("imagefolder",)
     """imagefolder (a folder per class), elevater (label_cn.txt, label.txt and test/000, ..) or benchmarks (cifar10
-    cifar100 food101 ...), one after the other; all: the eleven benchmarks."""
+    cifar100 food101 ... imagenetv2), one after the other; all: the eleven benchmarks of the published tables."""

@@ -1,7 +1,7 @@
 """Evaluation during a run: what is measured besides the loss, when, and by whom.
 
 The sets of --eval are opened before training, and evaluated by all ranks, each of which encodes its share; counts are
-those of one process. Between evaluations nothing is kept of them but names and labels.
+those of one process. Between evaluations nothing is kept of them but names, labels and the tokens of prompts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rwkv_clip.classification import describe_prompts, evaluate_classification
+from rwkv_clip.classification import class_weights, describe_prompts, evaluate_classification, tokenize_prompts
 from rwkv_clip.config import ConfigError
 from rwkv_clip.data.retrieval_set import RetrievalSet, load_retrieval
 from rwkv_clip.datasets import ELEVATER, ClassificationSet, MissingData, load_classification
@@ -32,6 +33,7 @@ from .parallel import WholeModel
 from .settings import Settings
 from .settings.evaluation import METRICS, EvalTask
 
+DESCRIBED = 10_000  # prompts of a set that are looked at before training; more take a minute
 log = logging.getLogger(__name__)
 
 
@@ -51,12 +53,14 @@ class Evaluation:
     prefix: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvalSet:
-    """A task of --eval with its data."""
+    """A task of --eval with its data. tokens: of all prompts, int32, once they were needed; ImageNet's 80,000 take half
+    a minute."""
 
     task: EvalTask
     data: RetrievalSet | ClassificationSet
+    tokens: Tensor | None = None
 
     def measure(self, extractor: FeatureExtractor, prefix: str) -> dict[str, float]:
         """The task's metrics as they are logged. prefix: of captions. All ranks call it."""
@@ -64,7 +68,10 @@ class EvalSet:
         if isinstance(self.data, RetrievalSet):
             found = evaluate_retrieval(extractor, self.data, prefix).metrics
         else:
-            found = evaluate_classification(extractor, self.data).metrics
+            if self.tokens is None:
+                self.tokens = tokenize_prompts(self.data, extractor.tokenizer).to(torch.int32)
+            weights = class_weights(extractor, self.tokens, len(self.data.class_names))
+            found = evaluate_classification(extractor, self.data, weights).metrics
         return {f"{self.task.name}/{metric}": float(found[metric]) for metric in METRICS[self.task.task]}
 
     def facts(self) -> Iterator[str]:
@@ -119,7 +126,9 @@ def _open(task: EvalTask, tokenizer: Callable, prefix: str) -> RetrievalSet | Cl
 
 
 def _describe(data: RetrievalSet | ClassificationSet, tokenizer: Callable) -> str:
-    return data.note if isinstance(data, RetrievalSet) else describe_prompts(data, tokenizer)
+    if isinstance(data, RetrievalSet) or len(data.class_names) * len(data.templates) > DESCRIBED:
+        return data.note
+    return describe_prompts(data, tokenizer)
 
 
 def make_evaluator(

@@ -21,7 +21,7 @@ def plot_training(folder: Path) -> Path:
 
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     evaluated = sorted({key for record in records for key in record if key.endswith(HEADLINES)})
-    rows = [["loss", "lr"], ["logit_scale", "retrieval"], *([["evaluated"] * 2] if evaluated else [])]
+    rows: list[Any] = [["loss", "lr"], ["logit_scale", "retrieval"], *([["evaluated"] * 2] if evaluated else [])]
     figure, axes = plt.subplot_mosaic(rows, figsize=(10, 3 * len(rows)), layout="constrained")
     panels = [("loss", "loss"), ("lr", "learning rate"), ("logit_scale", "logit scale (exp)")]
     for key, title in panels:

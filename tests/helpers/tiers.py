@@ -24,6 +24,8 @@ SLOW = (
     "dist/test_eval.py::test_every_picture_is_opened_once_and_blocks_have_one_shape[1:]",
     "dist/test_eval.py::test_a_broken_picture_of_one_rank_is_an_error_of_all",
     "dist/test_eval.py::test_the_command_under_several_ranks_leaves_one_result",
+    "dist/test_evaluation_ranks.py::test_a_signal_to_one_rank_ends_the_evaluation_on_all",
+    "dist/test_evaluation_ranks.py::test_figures_are_those_of_the_checkpoint",
     "dist/test_failure.py::test_a_killed_rank_ends_the_others_at_once[1:]",
     "dist/test_failure.py::test_a_process_that_is_alone_and_slow_goes_on",
     "dist/test_failure.py::test_a_process_that_is_alone_and_stuck_ends_and_says_where",

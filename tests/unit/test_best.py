@@ -19,7 +19,7 @@ from rwkv_clip.config import parse
 from rwkv_clip.dist import World
 from rwkv_clip.eval.main import main as evaluate
 from rwkv_clip.factory import load_for_inference
-from rwkv_clip.training import evaluation, loop, main, saver
+from rwkv_clip.training import best, evaluation, loop, main, saver
 from rwkv_clip.training.best import note_best, recall_best
 from rwkv_clip.training.main import run
 from rwkv_clip.training.settings import Settings
@@ -129,7 +129,8 @@ def test_a_run_that_is_killed_before_the_best_is_named(data, scripted, monkeypat
         name_it(folder, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "name_best", dying)
+        for module in (checkpoint, best):
+            patch.setattr(module, "name_best", dying)
         with pytest.raises(KeyboardInterrupt):
             train(data, name="unnamed")
     folder = Path(data["logs"]) / "unnamed"

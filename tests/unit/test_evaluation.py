@@ -1,6 +1,7 @@
 """--eval: tasks by name, measured during a run as the evaluation command measures them, resumable with the run."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -351,3 +352,39 @@ def test_a_report_that_is_not_installed_is_named(tmp_path, package, monkeypatch)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"{package} is not installed; pip install -e \.\[{package}\]"):
         log.RunLog(tmp_path, parse(Settings, {"report_to": [package]}), 0, 9)
+
+
+REAL = """
+import sys
+from pathlib import Path
+import {package}
+from rwkv_clip.config import parse
+from rwkv_clip.training.log import RunLog
+from rwkv_clip.training.settings import Settings
+
+init = {package}.init
+def noted(**about):
+    run = init(**about)
+    print("project", run.project)
+    return run
+
+{package}.init = noted
+for _ in range(2):  # the second one goes on
+    log = RunLog(Path(sys.argv[1]), parse(Settings, {{"report_to": ["{package}"], "wandb_tags": ["a"]}}), 0, 9)
+    log.write(1, {{"cifar10/top1": 0.5}})
+    print("writes", *log._writers)
+    log.close()
+"""
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_the_packages_take_what_they_are_told(tmp_path, package):
+    """Without a network; the project is that of the environment."""
+    pytest.importorskip(package, reason=f"pip install -e '.[{package}]'")
+    where = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment = os.environ | where | {"WANDB_PROJECT": "theirs", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REAL.format(package=package), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.count("project theirs") == 2 and lines.count(f"writes {package}") == 2, done.stdout + done.stderr
