@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -61,6 +62,20 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
     yield make
     for folder in made:
         shutil.rmtree(folder, ignore_errors=True)  # a process that was left behind may still write
+
+
+@pytest.fixture(scope="session")
+def _copied_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("modules")
+
+
+@pytest.fixture
+def transformers(_copied_code: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The library, with a folder of the tests for the code that it copies, and reads again as long as the process
+    lives."""
+    library = pytest.importorskip("transformers", reason="pip install -e '.[captioners]'")
+    monkeypatch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", str(_copied_code))
+    return library
 
 
 @pytest.fixture(autouse=True)

@@ -127,9 +127,9 @@ TRAINING = [
     ),
     Mutant(
         "optimizer state is not restored",
-        "training/optim.py",
-        "optimizer.state[parameter][slot] = ",
-        "_ = ",
+        "training/optimizer_state.py",
+        "optimizer.state[parameter][slot] = value",
+        "_ = value",
         "faults/test_resume.py::test_every_stop_point",
     ),
     Mutant(

@@ -507,19 +507,6 @@ def test_the_client_gets_the_token(monkeypatch):
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def modules(new_folder):
-    return new_folder("modules")
-
-
-@pytest.fixture
-def transformers(modules, monkeypatch):
-    """The library, with a folder of the tests for the code that it copies and, once imported, reads again."""
-    library = pytest.importorskip("transformers", reason="pip install -e '.[captioners]'")
-    monkeypatch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
-    return library
-
-
 @pytest.mark.parametrize("kind", ["RWKV", "projected", "biased"])
 def test_rwkv_towers_in_transformers(kind, transformers, tmp_path):
     """The code that goes along computes what the library does; saved and loaded there, to the bit."""

@@ -71,14 +71,6 @@ def check_equal(first: list[Tensor], second: list[Tensor]) -> None:
     assert all((a - b).abs().max() == 0 for a, b in zip(first, second)) and len(first) == len(second)
 
 
-@pytest.fixture
-def transformers(tmp_path, monkeypatch):
-    """The library, with a folder of its own for the code that it copies."""
-    library = pytest.importorskip("transformers", reason="pip install -e '.[captioners]'")
-    monkeypatch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    return library
-
-
 def run_theirs(model: nn.Module, spec: Any) -> list[Tensor]:
     """The same of a model of transformers."""
     height, width = spec.image_size

@@ -131,9 +131,7 @@ class Mixture(Records):
 
     def sample(self, i: int) -> tuple[bytes, np.ndarray]:
         """(encoded image, token ids int64 (texts, context)) of record `i`. RecordError if it holds anything else."""
-        source, row = self._locate(i)
-        image, tokens = source.records.sample(row)
-        return image, tokens[: len(self.layout.text_names)]
+        return self.draw_sample(i, None)
 
     def draw_sample(self, i: int, drawn: float | None) -> tuple[bytes, np.ndarray]:
         """As `Records.draw_sample`, of the record's source."""

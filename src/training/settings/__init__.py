@@ -62,6 +62,10 @@ class Settings:
         towers = ("pretrained_image", "pretrained_text")
         if self.adapters.lora_rank is not None and any(getattr(self.model, name) for name in towers):
             found.append("lora_rank: adapters belong to one file of whole weights; name it with --pretrained alone")
+        if self.adapters.lora_rank is not None and averages:
+            found.append(
+                "ema_decay: averages are of whole models, and checkpoints of --lora-rank hold none; leave one out"
+            )
         names = [*flat_names(Settings), "global_batch", "total_steps"]
         for name in self.run.allow_change:
             if name not in names:
