@@ -32,8 +32,9 @@ DESCRIBE = ["pyarrow>=15", "aiohttp>=3.9"]
 SERVERS = ["xllamacpp", "gguf", "transformers[serving]>=5", "ray[data]>=2.40"]  # what describe is tested against
 SEARCH = ["starlette>=0.40", "uvicorn>=0.30"]
 ONNX = ["onnx>=1.16", "onnxscript", "onnxruntime>=1.18"]
+LORA = ["peft>=0.14", "accelerate", "psutil", "transformers>=4.48"]  # the last three are imported by peft
 CHECKS = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "mypy>=1.15"]
-DEVELOPMENT = [*CHECKS, "pyarrow>=15", "tensorboard", "faiss-cpu>=1.8"]
+DEVELOPMENT = [*CHECKS, *LORA, "pyarrow>=15", "fsspec", "datasets", "tensorboard", "faiss-cpu>=1.8"]
 
 setup(
     name="rwkv_clip",
@@ -66,12 +67,17 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.51"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.43"],
         "parquet": ["pyarrow>=15"],
+        "datasets": ["pyarrow>=15"],  # folders that `datasets` saved; the package itself is not needed
+        "fsspec": ["fsspec"],
+        "s3": ["fsspec", "s3fs"],
+        "lora": LORA,
         "chinese": CHINESE,
         "describe": DESCRIBE,
         "ray": [*DESCRIBE, "ray[data]>=2.40"],
         "captioners": [*DESCRIBE, "transformers>=4.48"],
         "vllm": [*DESCRIBE, "vllm>=0.20"],  # brings its own torch: an environment of its own
         "wandb": ["wandb"],
+        "trackio": ["trackio"],
         "tensorboard": ["tensorboard"],
         "clip-benchmark": CLIP_BENCHMARK,
         "faiss": ["faiss-cpu>=1.8"],
