@@ -26,7 +26,7 @@ def make_mixture(folder: Path) -> dict[str, object]:
         build_records(str(folder / f"{name}.jsonl"), str(folder / name), texts=texts, context=context, workers=1)
     del settings["val_data"], settings["max_steps"]
     mixture = {"train_data": f"{folder}/train::{folder}/few", "train_data_upsampling_factors": "1::2.5"}
-    return settings | mixture | {"epochs": 1, "save_every_n_steps": 1, "keep_checkpoints": 99}
+    return settings | mixture | {"epochs": 1, "save_every_n_steps": 4, "keep_checkpoints": 9}
 
 
 def beside(settings: dict[str, object], name: str) -> str:
