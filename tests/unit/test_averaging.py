@@ -309,3 +309,8 @@ def test_the_evaluation_command_takes_it(data, history):
     line = json.loads((history[0] / "log.jsonl").read_text().splitlines()[-1])
     shown = f"{line['val_ema_text_to_image_R@5']:.3f}"
     assert shown in done.stdout or f"{100 * line['val_ema_text_to_image_R@5']:.1f}" in done.stdout, done.stdout
+
+
+def test_adapters_have_no_average():
+    with pytest.raises(ConfigError, match="ema_decay: averages are of whole models"):
+        parse(Settings, {"ema_decay": 0.99, "lora_rank": 4})

@@ -17,6 +17,7 @@ from rwkv_clip.config import check
 from rwkv_clip.data.build import build_records
 from rwkv_clip.data.direct.direct_set import DirectSet, draw_captions
 from rwkv_clip.data.direct.reading import Reading
+from rwkv_clip.data.mixture import open_mixture
 from rwkv_clip.data.records import RecordError, RecordSet, open_records
 from rwkv_clip.data.rows import Row
 from rwkv_clip.errors import run_command
@@ -167,6 +168,23 @@ def test_a_caption_is_drawn_for_each_sample_and_epoch(tmp_path):
     firsts = make(records, global_batch=12, steps=1, text_choice="first")
     for batch in firsts:
         assert [tuple(text[0]) for text in batch.text.tolist()] == [ids[i][0] for i in batch.ids.tolist()]
+
+
+def test_captions_of_a_mixture_are_drawn_by_the_pass_of_their_source(tmp_path):
+    for name, many in (("a", 1), ("b", 3)):
+        rows = [{"image": f"{name}{i}.jpg", "captions": [f"{name} {i} {k}" for k in range(many)]} for i in range(4)]
+        for i, row in enumerate(rows):
+            (tmp_path / row["image"]).write_bytes(picture(i))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = f"{tmp_path}/a.jsonl::{tmp_path}/b.jsonl"
+    records = open_mixture(spec, "1::2", None, lambda name: open_records(name, TOKENIZER))
+    ids = {row: TOKENIZER([f"{'ab'[row // 4]} {row % 4} {k}" for k in range(3)]).tolist() for row in range(8)}
+    drawn = set()
+    for batch in make(records, global_batch=12, steps=10):
+        for i, turn, text in zip(batch.ids.tolist(), batch.epochs.tolist(), batch.text[:, 0].tolist()):
+            assert text == ids[i][int(draw_caption(3, turn, i) * 3) if i >= 4 else 0]
+            drawn.add((i, *text))
+    assert len(drawn) == 4 + 12
 
 
 def test_ranks_see_what_one_process_sees(tmp_path):

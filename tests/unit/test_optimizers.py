@@ -16,6 +16,7 @@ from helpers.ranks import digest
 from helpers.tiny import make_smaller, make_tiny
 from rwkv_clip.checkpoint import CheckpointError, find_checkpoint, read_description, read_tensors
 from rwkv_clip.config import ConfigError, parse
+from rwkv_clip.losses import Objective
 from rwkv_clip.training import loop, trainer
 from rwkv_clip.training.checkpointing import restore_snapshot
 from rwkv_clip.training.main import read_command_line, run
@@ -97,7 +98,7 @@ def test_a_run_takes_the_steps_of_the_optimizer(data, opt, monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():
-            own["logit_scale"].clamp_(0, trainer.MAX_LOGIT_SCALE)
+            own["logit_scale"].clamp_(*Objective.scale_limits)
     found = current[0].state.shards.own
     assert [name for name in own if not torch.equal(found[name], own[name])] == []
     assert sum(not torch.equal(own[name], begin[name]) for name in own) > 0.5 * len(own)

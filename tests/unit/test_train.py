@@ -415,17 +415,18 @@ def test_command_line(data):
 
 
 FLAGS = """
-accum-freq allow-change auto-augment batch-size beta1 beta2 crop crop-area crop-aspect cycle-beta1 decay deterministic
-device drop-path ema-decay ema-warmup epochs epochs-cooldown eps eval eval-every-n-steps flip force-context-length
-force-image-size force-patch-dropout freeze gates grad-checkpointing grad-clip-norm imagenet-v2 imagenet-val
-interpolation keep-best keep-checkpoints layer-decay-image layer-decay-text loader lock-image
+accum-freq allow-change auto-augment batch-size beta1 beta2 crop crop-area crop-aspect csv-caption-key csv-img-key
+csv-separator cycle-beta1 dataset-type decay deterministic device distill-features distill-model distill-pretrained
+drop-path ema-decay ema-warmup epochs epochs-cooldown eps eval eval-every-n-steps flip force-context-length
+force-image-size force-patch-dropout freeze gates grad-checkpointing grad-clip-norm image-folder imagenet-v2
+imagenet-val index interpolation keep-best keep-checkpoints layer-decay-image layer-decay-text loader lock-image
 lock-image-freeze-bn-stats lock-image-unlocked-groups lock-text lock-text-freeze-layer-norm lock-text-unlocked-layers
 log-every-n-steps logs lora-alpha lora-rank lora-targets lr lr-cooldown-end lr-cooldown-power lr-image lr-text max-bad
 max-bad-fraction max-nonfinite max-ranks max-steps model momentum name objective on-nonfinite opt opt-kwargs parallel
 positives precision pretrained pretrained-image pretrained-text published report-to report-training-batch-acc resume
 save-every-n-steps save-frequency schedule seed text-choice text-probs texts timeout torchcompile train-data
-use-bn-sync val-batch-size val-data val-every-n-steps val-frequency val-prefix val-split wandb-notes wandb-project-name
-wandb-tags warmup warmup-fraction wd workers zeroshot-frequency
+train-data-upsampling-factors use-bn-sync val-batch-size val-data val-every-n-steps val-frequency val-prefix val-split
+wandb-notes wandb-project-name wandb-tags warmup warmup-fraction wd workers zeroshot-frequency
 """
 
 

@@ -7,7 +7,7 @@ thousandfold, lists of a billion equal numbers and headers of impossible shapes 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,8 +54,7 @@ def read_parquet(file: Path, skip: Skip) -> Iterator[Row]:
             if skip.pass_over(group[NUM_ROWS]):
                 number += group[NUM_ROWS]
                 continue
-            for batch in parquet.read(place):
-                entries, long = _list_entries(batch)
+            for entries, long in parquet.read(place, _list_entries):
                 for fields in entries:
                     if not skip():
                         row = make_row(file, f"row {number}", fields)
@@ -75,13 +74,14 @@ class Parquet:
         if len(set(names)) != len(names):
             raise SourceError(f"{file}: several columns have one name ({', '.join(names)}); rename them")
 
-    def read(self, place: int) -> Iterator:
-        """The record batches of row group `place`, small enough to be unpacked."""
+    def read(self, place: int, convert: Callable = lambda batch: batch) -> Iterator:
+        """The record batches of row group `place`, small enough to be unpacked, as `convert` makes them: where a value
+        is no text, it is the first to know."""
         group, where, count = self.groups[place], f"{self.file}: row group {place}", 0
         try:
             rows = _count_together(where, self.stream, self.table.schema, group)
             for batch in self.table.iter_batches(rows, row_groups=[place]):
-                yield batch
+                yield convert(batch)
                 count += len(batch)
         except SourceError:
             raise
