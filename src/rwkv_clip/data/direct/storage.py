@@ -122,6 +122,8 @@ class Stored:
         return {**self.__dict__, "_handle": None, "_process": 0}
 
     def __del__(self):
+        if os is None:  # Python is being taken down
+            return
         if isinstance(self._handle, int) and self._process == os.getpid():
             os.close(self._handle)
 
