@@ -53,7 +53,7 @@ main(sys.argv[2:])
 """
 BATCH, LARGE, LARGE_STEPS = 128, 1024, 4
 EVERY = 10  # steps between two log lines
-SHARED = {"lr": 1e-3, "wd": 0.2, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "grad-clip-norm": 1.0, "precision": "fp32"}
+SHARED = {"lr": 1e-3, "wd": 0.2, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "grad-clip-norm": 1.0}
 CROPS = {"crop-area": (0.9, 1.0), "crop-aspect": (0.75, 1.3333333333333333), "flip": 0.0, "interpolation": "bicubic"}
 RECALLS = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 LINE = re.compile(r"Train Epoch: (\d+) \[ *(\d+)/\d+ .*?Batch \(t\): ([\d.]+),.*?Contrastive_loss: ([\d.]+)")
@@ -118,7 +118,13 @@ def ours(args: argparse.Namespace, job: Job) -> list[object]:
         **CROPS,
     }
     flags |= {"batch-size": job.batch, "epochs": job.epochs, "warmup": args.warmup, "seed": job.seed}
-    flags |= {"workers": args.workers_ours, "loader": "torch", "log-every-n-steps": EVERY, "logs": "../ours"}
+    flags |= {
+        "precision": args.precision,
+        "workers": args.workers_ours,
+        "loader": "torch",
+        "log-every-n-steps": EVERY,
+        "logs": "../ours",
+    }
     flags |= {"save-every-n-steps": min(1000, max(1, args.pairs // job.batch // 2)), "name": job.name}
     if job.steps:
         flags["max-steps"] = job.steps
@@ -132,7 +138,13 @@ def theirs(args: argparse.Namespace, job: Job) -> list[object]:
     """The command of open_clip's trainer."""
     flags = {"train-data": "train.csv", "dataset-type": "csv", "model": NAME, "pretrained": f"initial-{job.seed}.pt"}
     flags |= {**SHARED, "batch-size": job.batch, "epochs": job.epochs, "warmup": args.warmup, "seed": job.seed}
-    flags |= {"workers": args.workers_open_clip, "log-every-n-steps": EVERY, "logs": "../open_clip", "name": job.name}
+    flags |= {
+        "precision": args.precision,
+        "workers": args.workers_open_clip,
+        "log-every-n-steps": EVERY,
+        "logs": "../open_clip",
+        "name": job.name,
+    }
     given = [part for key, value in flags.items() for part in (f"--{key}", value)]
     return [sys.executable, "-c", PEER, f"{NAME}.json", *given, "--resume", "latest"]
 
@@ -313,10 +325,11 @@ def read_command_line(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="caption file of the set: {image, captions, split}")
     parser.add_argument("--work", type=Path, default=ROOT / "logs" / "open-clip", help="data, runs, results")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--texts", type=int, default=2, help="captions of a picture, a pair each (2)")
+    parser.add_argument("--texts", type=int, default=3, help="captions of a picture, a pair each (3)")
+    parser.add_argument("--precision", default="amp_bf16", help="of both: amp_bf16, in which both are fastest, or fp32")
     parser.add_argument("--warmup", type=int, default=50, help="steps (50)")
-    parser.add_argument("--workers-ours", type=int, default=1, help="loader processes of our trainer (1)")
-    parser.add_argument("--workers-open-clip", type=int, default=1, help="loader processes of open_clip's trainer (1)")
+    parser.add_argument("--workers-ours", type=int, default=2, help="loader processes of our trainer (2)")
+    parser.add_argument("--workers-open-clip", type=int, default=2, help="loader processes of open_clip's trainer (2)")
     parser.add_argument("--figures", type=Path, default=ROOT / "figure", help="folder of the picture (figure)")
     args = parser.parse_args(arguments)
     if not args.data.exists():

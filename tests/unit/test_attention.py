@@ -76,8 +76,7 @@ def test_a_run_takes_it_where_it_autocasts(precision, steps_alike, tmp_path, mon
             if name == "plain":
                 patch.setattr(main, "wide_backward", lambda wanted: wide_backward(False))
             folder = main.run(parse(Settings, data | {"name": name}))
-        logs.append(
-            [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in line]
-        )
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        logs.append([line["loss"] for line in lines if "loss" in line])
     alike = [a == b for a, b in zip(*logs)]
     assert alike[:steps_alike] == [True] * steps_alike and (precision == "fp32" or not all(alike))
