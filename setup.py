@@ -38,7 +38,7 @@ DEVELOPMENT = [*CHECKS, *LORA, "pyarrow>=15", "fsspec", "datasets", "tensorboard
 
 setup(
     name="rwkv_clip",
-    version="0.8.0",
+    version="0.9.0",
     description="Contrastive image-text training with RWKV-6 towers",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",

@@ -7,11 +7,11 @@
 # demo_retrieval_chinese.png  from the newest logs/demo-cn-clip-* (shell/finetune_CN_CLIP_B16_MUGE.sh), if there is one
 # search.png                the search page over RUN, where Playwright and Chromium are (pip install playwright; apt install chromium)
 # flickr8k.png              recalls of logs/flickr8k-* (shell/train_Flickr8k_small.sh), or those in figure/flickr8k.json
-# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, third_text.png, bench.png  from tests/bench/results
+# architecture.png, resolution.png, flickr8k_noise.png, alip_weights.png, flickr8k_chinese.png, third_text.png, open_clip_run.png,
+# bench.png                 from tests/bench/results
 set -euo pipefail
 source "$(dirname "$0")/needs.sh"
-NEEDED=search
-source shell/setup.sh
+NEEDED=search source shell/setup.sh
 python -m rwkv_clip.demo --output "${DEMO_DATA:-data/demo}" --contact-sheet figure/demo_set.png
 RUN=${RUN:-$(ls -d logs/demo-rwkv-clip-*/ 2>/dev/null | tail -n 1 || true)}
 if [ -n "$RUN" ]; then

@@ -103,7 +103,7 @@ _POINTERS = {
     **dict.fromkeys(("CoCaLoss", "DistillClipLoss"), "open_clip's own, or an objective of rwkv_clip.losses"),
     "build_zero_shot_classifier_legacy": "build_zero_shot_classifier",
 }
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,7 @@ DIGESTS = {
     "v1-0.5.0": "b04c741efe6f75bd8b9cc5accb6f0f906e53129517ad9a80c9ba0e5b107a6b4d",  # says its version and records
     "v1-0.6.0": "ffccfa0b79165e72a7726d6074d4b412f024d4949b0eb89b1a1f9c1464a6ce2e",  # two widths, projected; alip
     "v1-0.7.0": "e15582352a83c1d4e6110f6a543501aa7a3b50eb74b6a7799846cef0114b78fb",  # BERT; squashed; masked
+    "v1-0.9.0": "afe7922c61f07edcbbe3edc4110f3c77b14d9174b8da09b0ad3331ce0c60591a",  # siglip; lion; an average
 }
 RECORDS = 16  # that the run was made with
 

@@ -40,6 +40,7 @@ def test_every_figure_is_drawn_on_opaque_white(tmp_path):
         "alip_weights.png",
         "flickr8k_chinese.png",
         "third_text.png",
+        "open_clip_run.png",
     }
     for name in names:
         picture = Image.open(tmp_path / name).convert("RGBA")
