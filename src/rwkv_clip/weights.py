@@ -155,12 +155,13 @@ def to_own_keys(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tenso
     return state
 
 
-def read_fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there."""
+def read_fitting_weights(model: nn.Module, path: str | Path, spare: Iterable[str] = ()) -> dict[str, Tensor]:
+    """What `load_checkpoint` loads: whole tensors, one for each key of the model's state dict. ValueError as there.
+    spare: keys that are left out where the model has none."""
     own = model.state_dict()
     state = to_own_keys(strip_prefixes(_read_state(path)), own)
     _warn_of_gelu(model, state, path)
-    for key in OPENAI_ENTRIES:
+    for key in (*OPENAI_ENTRIES, *spare):
         if key not in own:
             state.pop(key, None)
     held = describe_model(state)

@@ -8,7 +8,7 @@ timm's ModelEmaV3 averages: parameters, and buffers of floating point, such as t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -89,10 +89,14 @@ class Average:
         return {name: whole.get(shared.get(name, name), tensor) for name, tensor in weights.items()}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `gather`. ValueError for tensors of another model."""
+    def load(self, tensors: Mapping[str, Tensor], begin: Collection[str] = ()) -> None:
+        """Inverse of `gather`. ValueError for tensors of another model. begin: names of weights that, where they are
+        absent, begin as they are now."""
         parameters = dict(self._shards.whole())
         for name, kept in self.kept.items():
+            if name in begin and name not in tensors:
+                kept.copy_(self._current[name])
+                continue
             shape = parameters[name].shape if name in parameters else kept.shape
             if name not in tensors or tensors[name].shape != shape:
                 raise ValueError(f"ema.safetensors: {name} is missing or has another shape than {tuple(shape)}")

@@ -17,10 +17,11 @@ from rwkv_clip.config import ConfigError, flat_names, to_dict
 from rwkv_clip.factory import read_fitting_weights, resolve_spec
 from rwkv_clip.models.adapters import kept_state, name_kept
 from rwkv_clip.models.freezing import FreezeSettings
+from rwkv_clip.weights import BIAS
 
 from .best import recall_best
 from .checks import describe_records, flatten_table
-from .optimizer_state import pack_numbers, pack_state, unpack_state
+from .optimizer_state import drop_state, pack_numbers, pack_state, unpack_state
 from .parallel import copy_whole, load_whole, whole_tensors
 from .saver import Saver
 from .settings import Settings, update_names
@@ -163,32 +164,55 @@ def _load_tensors(state: TrainState, path: Path, changed: set[str], numbers: dic
     changed: names of settings."""
     same_objective = "objective" not in changed
     may_begin = not same_objective or bool(changed & set(flat_names(FreezeSettings)))
-    _load_weights(state, path)
+    begun_anew = bool(changed & {"opt", "opt_kwargs"})
+    if "model" in changed and not begun_anew:
+        _check_shapes(state, path)
+    _load_weights(state, path, () if same_objective else (BIAS,))
     optim = read_tensors(path / "optim.safetensors")
     objective = {key.removeprefix(OBJECTIVE): optim.pop(key) for key in list(optim) if key.startswith(OBJECTIVE)}
     own = state.shards.own
     if not same_objective:
         optim = {key: value for key, value in optim.items() if not key.startswith("objective.")}
         own = {name: parameter for name, parameter in own.items() if not name.startswith("objective.")}
+        if BIAS not in own:
+            optim, numbers = drop_state(BIAS, optim, numbers)
     try:
         if same_objective:
             load_whole(state.objective, objective)
-        if not changed & {"opt", "opt_kwargs"}:
+        if not begun_anew:
             unpack_state(state.optimizer, own, state.shards.cut_state(optim), may_begin, numbers)
         if state.average and (path / AVERAGE).exists():
-            state.average.load(read_tensors(path / AVERAGE))
+            state.average.load(read_tensors(path / AVERAGE), () if same_objective else (BIAS,))
         elif state.average:
             state.average.restart()
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its optimizer or objective state does not fit ({error})") from None
 
 
-def _load_weights(state: TrainState, path: Path) -> None:
+def _check_shapes(state: TrainState, path: Path) -> None:
+    """CheckpointError where positions would be resized, for the optimizer's state would not be."""
+    held = read_tensors(path / "model.safetensors")
+    for name, parameter in state.shards.whole():
+        if parameter.requires_grad and name in held and held[name].shape != parameter.shape:
+            shapes = f"{tuple(held[name].shape)} there and {tuple(parameter.shape)} here"
+            raise CheckpointError(
+                f"{path}: {name} has the shape {shapes}, so the optimizer's state does not fit; begin a new run with "
+                f"--pretrained {path}"
+            )
+
+
+def _load_weights(state: TrainState, path: Path, changed: tuple[str, ...]) -> None:
+    """changed: names of weights that only one of checkpoint and model may have."""
     if state.base is None:
-        return load_whole(state.model, read_fitting_weights(state.model, path))
+        return load_whole(state.model, read_fitting_weights(state.model, path, changed))
     kept = {name_kept(key): value for key, value in kept_state(state.model).items()}
+    tensors = read_tensors(path / "model.safetensors")
+    for name in changed:
+        if (name in kept) != (name in tensors):
+            kept.pop(name, None)
+            tensors.pop(name, None)
     try:
-        copy_whole(kept, read_tensors(path / "model.safetensors"))
+        copy_whole(kept, tensors)
     except ValueError as error:
         raise CheckpointError(f"{path}: its adapters do not fit ({error})") from None
 

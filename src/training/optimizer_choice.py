@@ -209,6 +209,8 @@ def choose_options(
             near = difflib.get_close_matches(key, valid, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(valid)}"
             raise ValueError(f"opt_kwargs: {name} has no {key!r}; {hint}")
+        if isinstance(signature[key].default, bool) and not isinstance(options[key], bool):
+            raise ValueError(f"opt_kwargs: {key}: {options[key]!r} is not True or False")
     if momentum is not None:
         if "momentum" not in signature:
             raise ValueError(f"momentum: {name} has none; leave it out")

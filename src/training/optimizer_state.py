@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -102,6 +103,9 @@ def unpack_state(
         parameter = own[name]
         counts[slot] = counts.get(slot, 0) + 1
         if adam:
+            if slot != "step" and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)}, should be {tuple(parameter.shape)}"
+                raise ValueError(f"optim.safetensors: shape of {key}: {shapes}")
             # AdamW's step counters are float32 and live with the parameter when the fused kernel is used.
             value = value.to(parameter.device, torch.float32 if slot == "step" else parameter.dtype)
         elif slot != "step" or optimizer.defaults.get("fused"):  # others count on the host
@@ -111,6 +115,24 @@ def unpack_state(
         _check_slots(own, tensors, may_begin)
     elif numbers:
         _unpack_numbers(optimizer, own, counts, numbers)
+
+
+def drop_state(
+    name: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any] | None
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """What `pack_state` and `pack_numbers` found, without the parameter `name`. Damaged numbers stay as they are."""
+    slots = {key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] == name}
+    kept = {key: value for key, value in tensors.items() if key.rpartition("/")[0] != name}
+    if not numbers:
+        return kept, None
+    left = copy.deepcopy(dict(numbers))
+    for slot in slots:
+        if isinstance(counts := left.get("slots"), dict) and isinstance(counts.get(slot), int):
+            counts[slot] -= 1
+    for by_name in left["numbers"].values() if isinstance(left.get("numbers"), dict) else ():
+        if isinstance(by_name, dict):
+            by_name.pop(name, None)
+    return kept, left
 
 
 def _check_slots(own: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], may_begin: bool) -> None:

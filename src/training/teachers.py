@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_clip.checkpoint import SUFFIX
 from rwkv_clip.config import ConfigError
 from rwkv_clip.data.recordio import spread
 from rwkv_clip.data.records import RecordError, Records
@@ -64,7 +65,7 @@ def _load(settings: LossSettings, device: torch.device) -> ContrastiveModel:
     if weights:
         return create_model(name, weights, device=device)
     tagged = name.count(":") > 1 if name.startswith("open_clip:") else find_released(name) is not None
-    if not (tagged or holds_weights(name) or Path(name).exists()):
+    if not (tagged or holds_weights(name) or Path(name).exists() or name.endswith(SUFFIX)):
         raise ConfigError(
             [
                 f"distill_model: {name!r} names no weights; give them by --distill-pretrained, or name what holds "

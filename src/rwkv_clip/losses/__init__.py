@@ -63,6 +63,9 @@ class LossSettings:
                 f"positives: {self.positives} needs objective {' or '.join(MASKING)}, not {self.objective}, which "
                 f"weighs all pairs; leave the flag out"
             )
+        for name in ("distill_model", "distill_pretrained", "distill_features"):
+            if getattr(self, name) == "":
+                found.append(f"{name}: '' names nothing; leave the flag out")
         if self.distill_pretrained and not self.distill_model:
             found.append("distill_pretrained: has no effect without distill_model; name the model, too")
         if self.distill_features and self.distill_model:
