@@ -2,7 +2,7 @@
 
 After step s (0, 1, ..) the average becomes d * average + (1 - d) * weights with d = --ema-decay, and with --ema-warmup
 d = min(--ema-decay, (1 + s) / (10 + s)): that of tf.train.ExponentialMovingAverage with num_updates. Averaged is what
-timm's ModelEmaV3 averages: parameters, and buffers of floating point, such as the running means of batch norms.
+timm's ModelEmaV3 averages: parameters, and saved buffers of floating point, such as the running means of batch norms.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ def make_average(shards: Shards, settings: OptimizerSettings) -> Average | None:
 
 
 class Average:
-    """The average of what this rank holds of a model's trained parameters and its buffers, by name. Frozen ones are
-    their own average."""
+    """The average of what this rank holds of a model's trained parameters and its saved buffers, by name. Frozen ones
+    are their own average."""
 
     def __init__(self, shards: Shards, decay: float, warmup: bool):
         self._shards, self._decay, self._warmup = shards, decay, warmup
         parameters = {name: shards.own[name] for name, _ in shards.model.named_parameters()}
-        buffers = {name: buffer for name, buffer in shards.model.named_buffers() if buffer.is_floating_point()}
+        saved = shards.model.state_dict().keys()  # not constants such as open_clip's mask, whose -inf would become NaN
+        named = shards.model.named_buffers()
+        buffers = {name: buffer for name, buffer in named if name in saved and buffer.is_floating_point()}
         trained = {name: parameter.detach() for name, parameter in parameters.items() if parameter.requires_grad}
         self._current = trained | buffers  # in the memory of the model
         self.kept = {name: tensor.clone() for name, tensor in self._current.items()}

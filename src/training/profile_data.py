@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -39,7 +39,7 @@ from .data import make_loader
 from .data.batch import Batch, Plan
 from .data.samples import DataError, Sample, SampleReader, decode_windows, fit_pixels
 from .data.torch_loader import CHUNK, TorchLoader
-from .settings import DataSettings, ParallelSettings, Precision, Settings
+from .settings import DataSettings, DatasetType, ParallelSettings, Precision, Settings
 from .state import TrainState
 from .trainer import Trainer
 
@@ -51,12 +51,24 @@ class ProfileSettings:
     """The training settings that determine data throughput, under the same names."""
 
     train_data: str
-    """Records: prefix, .rec file, folder, glob or comma-separated list; or folders of Chinese-CLIP's LMDB. Several
-    sources: a::b."""
+    """Data: records by prefix, .rec, folder, glob or comma list; Chinese-CLIP's LMDB; .csv .tsv .jsonl .parquet .tar; a
+    saved `datasets` folder. Several sources: a::b."""
     model: str | None = None
     """Preset, model JSON or open_clip name: also times its training step, and uses its image size."""
     train_data_upsampling_factors: str | None = None
     """With --train-data a::b, 2::1: how often an epoch takes the records of each source; default: once."""
+    dataset_type: DatasetType = "auto"
+    """What --train-data is; auto: told by its ending, or by what a folder holds."""
+    csv_separator: str | None = None
+    """What separates the columns of a table; default: found in it."""
+    csv_img_key: str | None = None
+    """The column or field with the picture or its name; default: the usual names."""
+    csv_caption_key: tuple[str, ...] | None = None
+    """The column or field with the caption, or several; default: the usual names."""
+    image_folder: str | None = None
+    """Where names of pictures in tables begin; default: the folder of the table."""
+    index: str | None = None
+    """Folder for the indices of tars and Parquet files; default: beside each of them."""
     image_size: int = ranged(224, minimum=1)
     """Image side in pixels, without --model."""
     batch_size: int = ranged(64, minimum=1)
@@ -74,7 +86,12 @@ class ProfileSettings:
     """How long each stage is timed."""
 
     def problems(self) -> list[str]:
-        return []
+        return self.data().problems()
+
+    def data(self) -> DataSettings:
+        """Those of a run that has these settings."""
+        names = {field.name for field in fields(DataSettings)}
+        return DataSettings(**{name: value for name, value in vars(self).items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -213,8 +230,9 @@ def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
     """Measure every stage, print each result at once, then the conclusion."""
     spec = resolve_spec(settings.model)[1] if settings.model is not None else None
     tokenizer = spec.tokenizer() if spec else make_tokenizer()
-    factors = settings.train_data_upsampling_factors
-    records = open_mixture(settings.train_data, factors, None, lambda source: open_records(source, tokenizer))
+    data = settings.data()
+    factors, reading = data.train_data_upsampling_factors, data.reading()
+    records = open_mixture(settings.train_data, factors, None, lambda place: open_records(place, tokenizer, reading))
     model = None
     world = join_world(settings.device)
     if world.device.type == "cpu":
@@ -237,7 +255,6 @@ def run(settings: ProfileSettings, say: Callable[[str], None] = print) -> Rates:
     rates["collate"] = measure_collate(size, settings.batch_size, world.device, settings.seconds)
     say(f"collate, copy   {rates['collate']:10,.0f} images/s")
     plan = Plan(global_batch=settings.batch_size, steps=ENDLESS)
-    data = DataSettings(workers=settings.workers, loader=settings.loader)
     with contextlib.closing(make_loader(records, plan, size, data, device=world.device)) as loader:
         rates["loader"], batch = measure_loader(iter(loader), settings.seconds)
     dali = not isinstance(loader, TorchLoader)

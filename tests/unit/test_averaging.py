@@ -124,6 +124,18 @@ def test_frozen_and_shared_parameters():
     assert torch.equal(found["c.weight"], net["c"].weight) and average.gather({}, keep=False) == {}
 
 
+def test_constants_of_a_model_are_not_averaged():
+    """open_clip's text tower has a mask of -inf that no checkpoint holds."""
+    net = nn.Linear(2, 2)
+    net.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1), persistent=False)
+    average = Average(Shards(net, nn.Module()), 0.5, warmup=False)
+    average.update(0, torch.tensor(0.0))
+    with average.applied():
+        assert torch.equal(net.mask, torch.full((2, 2), float("-inf")).triu(1))
+    average.load(average.gather(net.state_dict(), keep=True))
+    assert set(average.kept) == {"weight", "bias"}
+
+
 def test_a_skipped_step_leaves_it_unchanged():
     net = nn.Linear(3, 3)
     average = Average(Shards(net, nn.Module()), 0.5, warmup=True)

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.tiny import make_tiny
 from rwkv_clip.data.records import Header, RecordWriter, pack
@@ -48,6 +49,22 @@ def test_every_stage_is_measured(tiny, workers):
     assert min(found.read, found.decode, found.resize, found.collate, found.loader, found.step) > 0
     assert lines[0].startswith("60 records, 32 x 32 px") and len(lines) == 8
     assert lines[-1] == find_limit(found)
+
+
+def test_data_are_read_as_in_training(tmp_path, monkeypatch, capsys):
+    """A table with names of its own: refused until they are said."""
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    for i in range(4):
+        Image.fromarray(picture).save(tmp_path / f"{i}.jpg")
+    lines = "\n".join(f"{i}.jpg|a dog" for i in range(4))
+    (tmp_path / "table.csv").write_text(f"place|words\n{lines}\n")
+    few = ["--train-data", str(tmp_path / "table.csv"), "--device", "cpu", "--seconds", "0.02", "--image-size", "32"]
+    few += ["--workers", "0", "--batch-size", "2", "--csv-separator", "|"]
+    assert end_of_main(monkeypatch, few) == 2 and "--csv-img-key" in capsys.readouterr().err
+    assert end_of_main(monkeypatch, [*few, "--csv-img-key", "place", "--csv-caption-key", "words"]) == 0
+    assert capsys.readouterr().out.startswith("4 records, 32 x 32 px")
+    assert end_of_main(monkeypatch, [*few, "--csv-separator", "ab"]) == 2
+    assert "csv_separator: 'ab' is not one character" in capsys.readouterr().err
 
 
 def test_model_and_records_must_fit(tiny, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from rwkv_clip.losses import LossSettings
 from rwkv_clip.models.adapters import AdapterSettings
 from rwkv_clip.models.freezing import FreezeSettings
 
-from .data import DataSettings
+from .data import DataSettings, DatasetType
 from .evaluation import EvaluationSettings
 from .names import update_flags, update_names
 from .run import FaultSettings, LogSettings, ModelSettings, RunSettings
@@ -23,6 +23,7 @@ from .step import OptimizerSettings, ParallelSettings, Precision, PublishedSetti
 
 __all__ = [
     "DataSettings",
+    "DatasetType",
     "EvaluationSettings",
     "FaultSettings",
     "LogSettings",

@@ -11,6 +11,8 @@ from rwkv_clip.data.mixture import parse_factors
 
 from ..policy import build_policy
 
+DatasetType = Literal["auto", "rec", "lmdb", "csv", "jsonl", "parquet", "webdataset", "datasets"]
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -21,7 +23,7 @@ class DataSettings:
     saved `datasets` folder. Several sources: a::b."""
     train_data_upsampling_factors: str | None = None
     """With --train-data a::b, 2::0.5: an epoch takes the records of a twice and half of b's; default: each once."""
-    dataset_type: Literal["auto", "rec", "lmdb", "csv", "jsonl", "parquet", "webdataset", "datasets"] = "auto"
+    dataset_type: DatasetType = "auto"
     """What --train-data is; auto: told by its ending, or by what a folder holds. csv: .tsv as well."""
     csv_separator: str | None = None
     """What separates the columns of a table; default: tabs in a .tsv or where the first line has more of them, else

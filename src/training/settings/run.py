@@ -36,8 +36,8 @@ class ModelSettings:
     """What is trained, and from which weights."""
 
     model: str = "RWKV-CLIP-B-32"
-    """Preset name, path of a model JSON, an open_clip model name, or what holds weights to start from, too: hf-hub:
-    org/name, a folder with a configuration, the path of a run folder."""
+    """Preset name, path of a model JSON, an open_clip model name, or what holds weights to start from, too:
+    hf-hub:org/name, a folder with a configuration, the path of a run folder."""
     pretrained: str | None = None
     """Weights to start from: checkpoint folder, .safetensors or released .pt; an open_clip tag for its models."""
     pretrained_image: str | None = None
