@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import find_checkpoint, read_description, read_weights
+from .checkpoint import SUFFIX, find_checkpoint, read_description, read_weights
 from .config import ConfigError
 from .files import hash_file
 from .models.adapters import merge
@@ -42,7 +42,7 @@ def find_base(place: str | Path) -> Base:
     """The file of weights that adapters are to be trained on: of a checkpoint or run folder, or what `find_weights`
     finds. ConfigError for what is no such file, as a tag of open_clip's, or has adapters itself."""
     path = find_weights(place)
-    if not path.exists():
+    if not path.exists() and not path.name.endswith(SUFFIX):
         raise ConfigError(
             [
                 f"pretrained: {place} is no file, and adapters (lora_rank) need one to belong to; for a tag save it "
