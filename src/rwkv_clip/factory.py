@@ -122,12 +122,15 @@ def resolve_spec(model: Model) -> tuple[str, ModelSpec]:
 
 def holds_weights(model: Model) -> bool:
     """Whether what names a model also holds its weights: a place on the hub, a folder with a configuration, or the path
-    (with a slash, as names have none) of a run or checkpoint folder."""
+    (with a slash, as names have none) of a run or checkpoint folder, or of its averaged weights (@ema)."""
     if not isinstance(model, (str, Path)):
         return False
     if str(model).startswith((HUB, LOCAL)) or layout_of(Path(model)) is not None:
         return True
-    return (isinstance(model, Path) or os.sep in model) and is_run(Path(model))
+    path = Path(model)
+    if path.name.endswith(SUFFIX) and not path.exists():
+        path = path.with_name(path.name.removesuffix(SUFFIX))
+    return (isinstance(model, Path) or os.sep in model) and is_run(path)
 
 
 def parse_spec(data: dict[str, Any]) -> ModelSpec:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rwkv_clip
 from helpers.tiny import MODEL, make_smaller, make_tiny
+from rwkv_clip.base_weights import find_base
 from rwkv_clip.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -256,6 +257,10 @@ def test_how_it_is_opened(data, history):
         assert loaded.name == "model"
         for model in (loaded.model, rwkv_clip.create_model(data["model"], pretrained=place)):
             assert all(torch.equal(value, averaged[key]) for key, value in model.state_dict().items())
+    model = rwkv_clip.create_model(f"{folder}@ema")
+    assert all(torch.equal(value, averaged[key]) for key, value in model.state_dict().items())
+    assert rwkv_clip.get_tokenizer(f"{folder}@ema").context == loaded.tokenizer.context
+    assert find_base(f"{folder}@ema").path.name == "ema.safetensors"
     raw = rwkv_clip.load_for_inference(folder)
     assert all(torch.equal(value, weights[-1][key]) for key, value in raw.model.state_dict().items())
     assert raw.digest != loaded.digest, "stored features are not mixed up"

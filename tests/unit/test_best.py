@@ -154,7 +154,8 @@ def test_a_save_that_fails_is_tried_by_the_next_better_one(data, scripted, monke
 
 def test_the_best_of_the_validation_by_loss_is_the_lowest(data, tmp_path):
     path = data["eval"][0].partition(":")[2]
-    changes = {"eval": [], "val_data": path, "val_every_n_steps": 1, "keep_best": "val_loss", "keep_checkpoints": 9}
+    changes = {"eval": [], "eval_every_n_steps": None, "val_data": path, "val_every_n_steps": 1}
+    changes |= {"keep_best": "val_loss", "keep_checkpoints": 9}
     folder = train(data, name="loss", **changes)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}

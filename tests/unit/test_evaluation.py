@@ -100,7 +100,8 @@ def test_a_task_says_what_and_where(text, name, what, place):
         ({"eval": ["retrieval:x"], "keep_best": "x/mean"}, "'x/mean' is not measured; did you mean 'x/mean_recall'?"),
         ({"keep_best": "cifar10/top1"}, "'cifar10/top1' is never measured; give --eval or --val-data"),
         ({"val_data": "x", "keep_best": "val_recall"}, "did you mean 'val_mean_recall'?"),
-        ({"eval_every_n_steps": 0}, "eval_every_n_steps: 0 must be at least 1"),
+        ({"eval": ["retrieval:x"], "eval_every_n_steps": 0}, "eval_every_n_steps: 0 must be at least 1"),
+        ({"eval_every_n_steps": 5}, "eval_every_n_steps: has no effect without eval"),
         ({"zeroshot_frequency": -1}, "zeroshot_frequency: -1 must be at least 0"),
     ],
 )

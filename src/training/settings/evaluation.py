@@ -65,6 +65,8 @@ class EvaluationSettings:
                 found.append(str(error))
         first: dict[str, EvalTask] = {}
         twice = [(first[task.name], task) for task in tasks if first.setdefault(task.name, task) is not task]
+        if self.eval_every_n_steps is not None and not self.texts():
+            found.append("eval_every_n_steps: has no effect without eval; name what to evaluate, too")
         return found + [
             f"eval: {task.text!r} and {other.text!r} are both called {task.name!r}; give one a name: {task.name}-2="
             f"{task.text}"
