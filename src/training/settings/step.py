@@ -62,6 +62,7 @@ class PublishedSettings:
     """What a recipe's learning rate was published with."""
 
     lr: float | None = field(default=None, metadata={"limits": {"above": 0}})
+    """Learning rate."""
     batch: int | None = field(default=None, metadata={"limits": {"minimum": 1}})
     """Pairs in a step."""
 
@@ -86,6 +87,7 @@ class OptimizerSettings:
     momentum: float | None = field(default=None, metadata={"limits": {"minimum": 0, "below": 1}})
     """Of optimizers that have it; default: the optimizer's own, of timm's 0.9."""
     lr: float = ranged(1e-3, above=0)
+    """Learning rate at its peak."""
     lr_image: float | None = field(default=None, metadata={"limits": {"above": 0}})
     """Learning rate of the image tower; default: --lr. The schedule is that of --lr."""
     lr_text: float | None = field(default=None, metadata={"limits": {"above": 0}})
@@ -97,12 +99,15 @@ class OptimizerSettings:
     published: PublishedSettings = field(default=PublishedSettings())
     """Of a recipe: a run with a quarter of its batch or less, but not a lower --lr, is warned."""
     wd: float = ranged(0.2, minimum=0)
+    """Weight decay."""
     decay: Literal["all", "matrices"] = "matrices"
     """Weight decay on every parameter (as released) or only on tensors of two or more dimensions."""
     beta1: float = ranged(0.9, minimum=0, below=1)
     """Of AdamW, and of others that have a pair of betas."""
     beta2: float = ranged(0.98, minimum=0, below=1)
+    """The same for the second moment."""
     eps: float = ranged(1e-8, above=0)
+    """Added to the root of the second moment, against division by zero."""
     """Of AdamW, and of others whose own is 1e-8."""
     schedule: Literal["onecycle", "cosine", "constant", "const-cooldown"] = "cosine"
     """One-cycle: lr/25 up to lr, down to lr/25/1e4, both cosine. Cosine: linear warm-up, then down to 0.
@@ -120,6 +125,7 @@ class OptimizerSettings:
     lr_cooldown_power: float = ranged(1.0, above=0)
     """const-cooldown: power of the fall; 1 is linear."""
     grad_clip_norm: float | None = field(default=1.0, metadata={"limits": {"above": 0}})
+    """Largest norm of all gradients together; None: no limit."""
     ema_decay: float | None = field(default=None, metadata={"limits": {"above": 0, "below": 1}})
     """Keep an average of the weights: a step adds 1 - this of the new ones. It is validated, too, and saved."""
     ema_warmup: bool = True
