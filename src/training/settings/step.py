@@ -107,8 +107,7 @@ class OptimizerSettings:
     beta2: float = ranged(0.98, minimum=0, below=1)
     """The same for the second moment."""
     eps: float = ranged(1e-8, above=0)
-    """Added to the root of the second moment, against division by zero."""
-    """Of AdamW, and of others whose own is 1e-8."""
+    """Added to the root of the second moment: by AdamW, and by others whose own is 1e-8."""
     schedule: Literal["onecycle", "cosine", "constant", "const-cooldown"] = "cosine"
     """One-cycle: lr/25 up to lr, down to lr/25/1e4, both cosine. Cosine: linear warm-up, then down to 0.
     const-cooldown: linear warm-up, lr, then down to --lr-cooldown-end over the last --epochs-cooldown."""
