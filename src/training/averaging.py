@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .faults.signals import Interrupted
 from .parallel import Shards, own_shard, whole_tensors
 from .settings import OptimizerSettings
 
@@ -66,11 +67,20 @@ class Average:
         finally:
             self._exchange()
 
-    def validated(self, validate: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
-        """The validation of the weights, then of the average: its metrics with PREFIX before their names."""
+    def validated(
+        self, validate: Callable[[], dict[str, float]], agree: Callable[[], int]
+    ) -> Callable[[], dict[str, float]]:
+        """The validation of the weights, then of the average: its metrics with PREFIX before their names.
+
+        agree: a signal that some rank has received, else 0; all ranks call it. A signal in the first half interrupts
+        all of them (Interrupted), also those that only helped to gather the weights: none waits in the second half."""
 
         def validate_both() -> dict[str, float]:
-            found = validate()
+            found: dict[str, float] | None = None
+            with contextlib.suppress(Interrupted):
+                found = validate()
+            if agree() or found is None:
+                raise Interrupted
             with self.applied():
                 averaged = validate()
             return {**found, **{f"{PREFIX}{name}": value for name, value in averaged.items()}}

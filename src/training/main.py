@@ -9,6 +9,7 @@ a signal with everything saved (the same command resumes), 76 the run folder is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import sys
@@ -214,7 +215,8 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
         assert facts is not None, "open_run gives folders only"
         restore_snapshot(state, checkpoint, facts)
     if (average := state.average) is not None:
-        evaluations = [replace(one, measure=average.validated(one.measure)) for one in evaluations]
+        told = functools.partial(preemption.agree, world)
+        evaluations = [replace(one, measure=average.validated(one.measure, told)) for one in evaluations]
     context = RunContext(folder, work.name, evaluations, preemption, watchdog)
     with contextlib.ExitStack() as ended:
         if world.is_main:

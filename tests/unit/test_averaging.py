@@ -238,9 +238,29 @@ def test_an_interrupted_validation_gives_the_weights_back(history):
         return {"a": 1.0}
 
     with pytest.raises(Interrupted):
-        average.validated(validate)()
+        average.validated(validate, lambda: 0)()
     assert torch.equal(seen[0], bits) and torch.equal(seen[1], kept)
     assert torch.equal(net.weight, bits) and torch.equal(average.kept["weight"], kept)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_signal_in_the_first_half_ends_it_on_every_rank(main):
+    """The main rank is interrupted, another one only helps to gather the weights: neither begins the second half."""
+    average, calls = Average(Shards(nn.Linear(2, 2), nn.Module()), 0.5, warmup=False), []
+
+    def validate() -> dict[str, float]:
+        calls.append("validate")
+        if main:
+            raise Interrupted
+        return {}
+
+    def agree() -> int:
+        calls.append("agree")
+        return 15
+
+    with pytest.raises(Interrupted):
+        average.validated(validate, agree)()
+    assert calls == ["validate", "agree"]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
