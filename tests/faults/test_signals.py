@@ -225,6 +225,18 @@ def test_signals_at_certain_places(data, whole):
     assert run.end() == [0, 0] and run.outcome() == whole
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_while_averaged_weights_are_validated(parallel, data):
+    """Told in the first half, on the rank that validates: no rank waits for it in the second."""
+    run = Run(data, f"averaged {parallel}", parallel=parallel, ema_decay=0.9)
+    at, ranks, after = PLACES[2]
+    run.start({at: 0.3})
+    run.tell(signal.SIGTERM, ranks)
+    assert run.end() == [75, 75] and run.steps() == after, run.messages()
+    run.start()
+    assert run.end() == [0, 0] and run.steps() == STEPS
+
+
 def test_a_second_signal_ends_at_once(data):
     """Not so its echo: who signals all processes reaches a rank twice, by itself and by torchrun."""
     run = Run(data, "second")
