@@ -330,7 +330,7 @@ def test_the_trial_sees_what_is_planted(monkeypatch, planted, problem, sharded):
         ("--momentum 0.9", "momentum: adamw has none"),
         ("--opt sgd --momentum 0.9 --opt-kwargs momentum=0.8", "opt_kwargs: momentum is set by --momentum, too"),
         ("--opt lion --eps 1e-6", "eps: 1e-06 is AdamW's, timm/lion has another; use --eps 1e-08"),
-        ("--opt sgd --opt-kwargs nesterov=maybe --momentum 0", "opt: timm/sgd cannot be used with these options"),
+        ("--opt sgd --opt-kwargs nesterov=maybe --momentum 0", "opt_kwargs: nesterov: 'maybe' is not True or False"),
         ("--opt adafactor --cycle-beta1 --schedule onecycle", "cycle_beta1: timm/adafactor has no beta1"),
         ("--opt muon --parallel fsdp", "parallel: fsdp holds shards of parameters, and opt muon needs whole ones"),
         ("--opt lion --opt-kwargs caution=True --parallel hsdp", "parallel: hsdp holds shards"),
