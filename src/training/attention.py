@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_clip.device import autocast_dtype
+from rwkv_clip.dist import World
+
+from .settings import ParallelSettings
+
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"  # what F.scaled_dot_product_attention calls on a CPU
 
 
@@ -65,6 +70,13 @@ def _attend(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _Attention.apply(query, key, value, dropout_p, is_causal, attn_mask, scale)
+
+
+def pays(settings: ParallelSettings, world: World) -> bool:
+    """Whether a run computes attention in half precision on a CPU, by operators that run as they are called: compiled
+    ones are inductor's."""
+    half = autocast_dtype(settings.precision, world.device) is not None
+    return half and world.device.type == "cpu" and not settings.torchcompile
 
 
 @contextlib.contextmanager

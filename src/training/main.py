@@ -45,7 +45,7 @@ from rwkv_clip.models.freezing import freeze_parameters
 from rwkv_clip.models.specification import ContrastiveModel, ModelSpec
 from rwkv_clip.retrieval import evaluate_retrieval
 
-from .attention import wide_backward
+from .attention import pays, wide_backward
 from .batch_norm import synchronize_norms
 from .best import recall_best
 from .checkpointing import restore_snapshot
@@ -225,10 +225,7 @@ def _train(work: Work, folder: Path, checkpoint: Path | None, preemption: Preemp
             context.saver = Saver(folder / "checkpoints", settings.log.keep_checkpoints)
             recall_best(context.saver.folder, settings.evaluation.keep_best, state.progress)
         loader = ended.enter_context(contextlib.closing(_open_loader(work, state)))
-        parallel = settings.parallel
-        half = autocast_dtype(parallel.precision, world.device) is not None
-        wide = half and world.device.type == "cpu" and not parallel.torchcompile
-        with context.saver or contextlib.nullcontext(), wide_backward(wide):
+        with context.saver or contextlib.nullcontext(), wide_backward(pays(settings.parallel, world)):
             train(trainer, loader, context)
         if context.log:
             _plot(folder)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from .optimizer_choice import choose_options, find_optimizer
-from .optimizer_state import pack_state as pack_state  # also found here
-from .optimizer_state import unpack_state as unpack_state
 from .parallel import Shards
 from .parameter_groups import build_groups
 from .settings import OptimizerSettings

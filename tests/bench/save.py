@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import rwkv_clip
 from rwkv_clip.checkpoint import find_checkpoint, read_tensors, save_checkpoint, verify_checkpoint
 from rwkv_clip.device import autocast_dtype
-from rwkv_clip.training.optim import pack_state
+from rwkv_clip.training.optimizer_state import pack_state
 from rwkv_clip.training.saver import Saver
 
 INTERVAL = 100  # steps between saves

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rwkv_clip.checkpoint import find_checkpoint, list_checkpoints, read_description, read_tensors, read_weights
-from rwkv_clip.training.optim import pack_state, unpack_state
+from rwkv_clip.training.optimizer_state import pack_state, unpack_state
 from rwkv_clip.training.saver import Saver
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import rwkv_clip
-from rwkv_clip.training.optim import Schedule, build_optimizer, pack_state, set_step, unpack_state
+from rwkv_clip.training.optim import Schedule, build_optimizer, set_step
+from rwkv_clip.training.optimizer_state import pack_state, unpack_state
 from rwkv_clip.training.parallel import Shards
 from rwkv_clip.training.settings import OptimizerSettings
 

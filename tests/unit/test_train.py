@@ -21,7 +21,8 @@ from rwkv_clip.training import loop
 from rwkv_clip.training.data.batch import Batch
 from rwkv_clip.training.faults.nonfinite import FiniteGuard, NumericsError
 from rwkv_clip.training.main import read_command_line, run
-from rwkv_clip.training.optim import Schedule, build_optimizer, pack_state, update_weights
+from rwkv_clip.training.optim import Schedule, build_optimizer, update_weights
+from rwkv_clip.training.optimizer_state import pack_state
 from rwkv_clip.training.parallel import Shards
 from rwkv_clip.training.run import claim_folder
 from rwkv_clip.training.settings import OptimizerSettings, Settings, load_settings
